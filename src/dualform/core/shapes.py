@@ -1,0 +1,87 @@
+"""The letters of shapes, and the one check that public functions make of their tensors.
+
+    ==  ==========================  ==  =============================
+    B   batch                       E   experts
+    T   time                        G   groups
+    D   features (channels)         K   chunk length, or filter length
+    H   heads                       M   observation width
+    N   state size                  V   vocabulary
+    P   head width                  W   width of a short convolution
+    ==  ==========================  ==  =============================
+
+``B`` and ``D`` are sizes in shapes and system matrices in formulas.
+"""
+
+import torch
+from torch import Tensor
+
+from dualform.core.errors import ArgumentError
+
+
+def check_tensors(where: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Sizes by letter, after checking that every tensor is a tensor, on one device, and fits its letters.
+
+    Args:
+        where: name of the function, first word of every error.
+        tensors: ``name=(tensor, "B T D")``; a number instead of a letter is a fixed size, ``*`` any size,
+            ``...`` at the end any further axes. ``None`` is skipped.
+
+    Raises:
+        ArgumentError: names the argument, what came and what was expected.
+    """
+    sizes: dict[str, int] = {}
+    origin: dict[str, str] = {}
+    device: tuple[torch.device, str] | None = None
+    for name, (tensor, spec) in tensors.items():
+        if tensor is None:
+            continue
+        letters = spec.split()
+        rest = bool(letters) and letters[-1] == "..."
+        letters = letters[:-1] if rest else letters
+        shown = f"({', '.join(letters)}{', ...' if rest else ','[: len(letters) == 1]})"
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{where}: {name} is {type(tensor).__name__}, expected a tensor {shown}")
+        if len(letters) > tensor.dim() or (tensor.dim() > len(letters) and not rest):
+            raise ArgumentError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, expected {len(letters)} axes {shown}"
+            )
+        for axis, (letter, size) in enumerate(zip(letters, tensor.shape, strict=False)):
+            want = int(letter) if letter.isdigit() else sizes.get(letter)
+            if letter == "*" or want == size:
+                continue
+            if want is None:
+                sizes[letter], origin[letter] = size, name
+                continue
+            source = f" ({letter} of {origin[letter]})" if letter in origin else ""
+            raise ArgumentError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shown}: "
+                f"axis {axis} is {size}, not {want}{source}"
+            )
+        if device is None:
+            device = tensor.device, name
+        elif tensor.device != device[0]:
+            raise ArgumentError(
+                f"{where}: {name} is on {tensor.device}, but {device[1]} is on {device[0]}",
+                hint=f"move it: {name}.to({str(device[0])!r})",
+            )
+    return sizes
+
+
+def check_floating(where: str, **tensors: Tensor | None) -> None:
+    """Every tensor present must be of a floating or complex dtype.
+
+    Raises:
+        ArgumentError: names the argument and its dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ArgumentError(f"{where}: {name} is {tensor.dtype}, expected a floating dtype")
+
+
+def wide(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of states and accumulations: float32, or float64 where an input is; complex where one is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -1,0 +1,52 @@
+"""Trees of tensors: a Tensor, or a (named) tuple of trees. Every state of the library is one."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tree = Any  # Tensor | tuple[Tree, ...] | NamedTuple of Trees
+
+
+def tree_map(f: Callable[..., Tensor], tree: Tree, *rest: Tree) -> Tree:
+    """Apply ``f`` to matching leaves; the result has the type of ``tree``."""
+    if isinstance(tree, Tensor):
+        return f(tree, *rest)
+    parts = [tree_map(f, *branches) for branches in zip(tree, *rest, strict=True)]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of a tree, depth first."""
+    return [leaf for _, leaf in named_leaves(tree)]
+
+
+def named_leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """``(path, tensor)`` pairs, depth first; a path reads like ``3.h`` or ``0.1.conv``."""
+    if isinstance(tree, Tensor):
+        yield prefix, tree
+        return
+    names = getattr(tree, "_fields", None) or [str(i) for i in range(len(tree))]
+    for name, branch in zip(names, tree, strict=True):
+        yield from named_leaves(branch, f"{prefix}.{name}" if prefix else name)
+
+
+def take(tree: Tree, rows: Any) -> Tree:
+    """Rows of every leaf along the batch axis: a slice, a list of indices or an index tensor."""
+    return tree_map(lambda leaf: leaf[rows], tree)
+
+
+def concat(trees: list[Tree], dim: int = 0) -> Tree:
+    """Join trees of equal structure along one axis; axis 0 is the batch."""
+    return tree_map(lambda *parts: torch.cat(parts, dim), *trees)
+
+
+def clone(tree: Tree) -> Tree:
+    """A copy that shares no memory with ``tree``: keep one before a state is used."""
+    return tree_map(torch.clone, tree)
+
+
+def nbytes(tree: Tree) -> int:
+    """Bytes held by the leaves."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
