@@ -1,0 +1,196 @@
+"""From continuous time to steps: ``h' = A h + B u`` becomes ``h_t = Abar h_{t-1} + Bbar u_t``.
+
+For diagonal A a rule is a plain function ``(A, dt) -> (Abar, factor)``, elementwise, with ``Bbar = factor * B``;
+configs name it by its key in :data:`RULES`. For dense A there is :func:`discretize_dense`, with the same names.
+With ``z = dt A``:
+
+    ==================  ===========================  ========================
+    method              Abar                         factor of B
+    ==================  ===========================  ========================
+    ``zoh``             ``exp(z)``                   ``dt (exp(z) - 1) / z``
+    ``bilinear``        ``(1 + z/2) / (1 - z/2)``    ``dt / (1 - z/2)``
+    ``euler``           ``1 + z``                    ``dt``
+    ``backward_euler``  ``1 / (1 - z)``              ``dt / (1 - z)``
+    ==================  ===========================  ========================
+
+For dense A there are two more: ``gbt``, the generalised bilinear transform with a weight of one's own, and the
+first-order hold, see :func:`first_order_hold`.
+
+Where samples come at irregular times, a layer with the step dt holds an input over an ``interval`` of s steps:
+:func:`held` makes one update of s of them, from ``log Abar``, which :data:`EXPONENTS` gives for the rules that keep
+a stable system stable. For ``zoh`` that is the rule at the step ``s dt``.
+
+``zoh`` (zero-order hold) is exact for an input that is constant during each step; ``bilinear`` (Tustin) maps the
+stable half plane onto the unit disc; ``euler`` may turn a stable system into an unstable one.
+
+References:
+    Gu, Goel, Gupta and Re (2022), "On the parameterization and initialization of diagonal state space models",
+    arXiv:2206.11893, section 3.1; Franklin, Powell and Workman, "Digital control of dynamic systems", chapter 4.
+"""
+
+from collections.abc import Callable
+from math import factorial
+
+import torch
+from torch import Tensor
+
+from dualform.core.errors import ArgumentError
+
+Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+_SERIES = [1 / factorial(n + 1) for n in range(14)]  # truncation below float64's rounding for |z| < 1/2
+
+
+def zoh(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero-order hold, ``exp(z)`` and ``dt (exp(z) - 1) / z``; the limit ``dt`` and its gradient at ``z = 0``."""
+    z = dt * A
+    Abar = z.exp()
+    small = z.abs() < 0.5
+    near = torch.where(small, z, torch.zeros_like(z))
+    far = torch.where(small, torch.ones_like(z), z)
+    series = torch.full_like(near, _SERIES[-1])
+    for coefficient in reversed(_SERIES[:-1]):
+        series = series * near + coefficient
+    return Abar, dt * torch.where(small, series, (far.exp() - 1) / far)
+
+
+def bilinear(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Tustin's rule, ``(1 + z/2) / (1 - z/2)`` and ``dt / (1 - z/2)``."""
+    half = dt * A / 2
+    return (1 + half) / (1 - half), dt / (1 - half)
+
+
+def euler(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward Euler, ``1 + z`` and ``dt``."""
+    z = dt * A
+    return 1 + z, dt.to(z.dtype).expand_as(z)
+
+
+def backward_euler(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Backward Euler, ``1 / (1 - z)`` and ``dt / (1 - z)``."""
+    Abar = 1 / (1 - dt * A)
+    return Abar, dt * Abar
+
+
+RULES: dict[str, Rule] = {"zoh": zoh, "bilinear": bilinear, "euler": euler, "backward_euler": backward_euler}
+
+EXPONENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "zoh": lambda A, dt: dt * A,
+    "bilinear": lambda A, dt: 2 * torch.atanh(dt * A / 2),
+}
+"""``log Abar`` of a rule for diagonal A with Re A < 0, on the branch that tends to ``dt A`` for small steps."""
+
+_IMPLICIT = {"euler": 0.0, "bilinear": 0.5, "backward_euler": 1.0}  # the weight of the new state in A h
+
+
+def rule(method: str) -> Rule:
+    """The rule for diagonal A with a name.
+
+    Raises:
+        ArgumentError: for an unknown name; lists those that exist.
+    """
+    if method not in RULES:
+        raise _unknown(method)
+    return RULES[method]
+
+
+def held(log_a: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Several steps of ``h <- a h + b`` under one b in a single update, ``h <- a^s h + w b``: ``a^s`` and w.
+
+    ``w = 1 + a + ... + a^(s-1) = (a^s - 1) / (a - 1)``, whose closed form holds for any positive s, so that
+    intervals add: s steps, then r, are s + r. It is the only such weight that is 1 at s = 1.
+
+    Args:
+        log_a: logarithm of the decay, real or complex, with a real part of at most 0.
+        steps: s, positive; broadcasts against ``log_a``.
+    """
+    least = torch.finfo(log_a.dtype).eps ** 2  # below it w is s, to the last digit
+    log_a = torch.where(log_a.abs() < least, -least, log_a)
+    total = steps * log_a
+    return total.exp(), torch.expm1(total) / torch.expm1(log_a)
+
+
+def discretize_dense(A: Tensor, B: Tensor, dt: float | Tensor, method: str = "zoh") -> tuple[Tensor, Tensor]:
+    """Discretise a dense system, ``A`` ``(..., N, N)`` and ``B`` ``(..., N, inputs)`` -> ``(Abar, Bbar)``.
+
+    ``zoh`` is the exponential of the block matrix ``dt [[A, B], [0, 0]]`` (Van Loan 1978, "Computing integrals
+    involving the matrix exponential"), right for singular A too. The other methods are the generalised bilinear
+    transform ``(I - w z)^-1 [I + (1 - w) z, dt B]`` with w = 0 (euler), 1/2 (bilinear), 1 (backward_euler).
+
+    Args:
+        A: state matrix, in 1 / (the unit of ``dt``).
+        B: input matrix.
+        dt: step size, a number or a tensor that broadcasts against the leading axes of A.
+        method: ``zoh``, ``bilinear``, ``euler`` or ``backward_euler``.
+
+    Raises:
+        ArgumentError: for an unknown method; lists those that exist.
+    """
+    if method not in RULES:
+        raise _unknown(method)
+    if method != "zoh":
+        return generalized_bilinear(A, B, dt, _IMPLICIT[method])
+    n = A.shape[-1]
+    both = _scaled(A, B, dt)
+    exponential = _matrix_exp(torch.nn.functional.pad(both, (0, 0, 0, B.shape[-1])))[..., :n, :]
+    return exponential[..., :n], exponential[..., n:]
+
+
+def generalized_bilinear(A: Tensor, B: Tensor, dt: float | Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """``(I - alpha z)^-1 [I + (1 - alpha) z, dt B]`` with ``z = dt A``: ``alpha`` weighs the new state in ``A h``.
+
+    Stable systems stay stable for ``alpha >= 1/2``.
+
+    Raises:
+        ArgumentError: for a weight outside of 0 .. 1.
+
+    References:
+        Zhang, Chen and Zhou (2007), "A generalized bilinear transformation"; arXiv:2008.07669, appendix B.3.
+    """
+    if not 0 <= alpha <= 1:
+        raise ArgumentError(f"discretize: alpha is {alpha}, expected a weight from 0 (explicit) to 1 (implicit)")
+    n = A.shape[-1]
+    both = _scaled(A, B, dt)
+    z, eye = both[..., :n], torch.eye(n, dtype=both.dtype, device=both.device)
+    new = torch.linalg.solve(eye - alpha * z, torch.cat([eye + (1 - alpha) * z, both[..., n:]], -1))
+    return new[..., :n], new[..., n:]
+
+
+def first_order_hold(A: Tensor, B: Tensor, dt: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(Abar, Bbar, lead)`` for an input that is linear between its samples: exact, for singular A too.
+
+        h(t_k) = x_k + lead u_k,   x_{k+1} = Abar x_k + Bbar u_k,   y_k = C x_k + (D + C lead) u_k
+
+    ``Abar = M1``, ``lead = M3`` and ``Bbar = M2 - M3 + M1 M3`` with ``[M1 M2 M3]`` the first rows of
+    ``exp [[z, dt B, 0], [0, 0, I], [0, 0, 0]]``. The new state depends on the input at both ends of the step; this
+    form, of SciPy and of the control literature, moves the part at the new end into the output. It is not
+    ``h_t = A h_{t-1} + B u_t`` with C as it was, so it is no rule of :data:`RULES`;
+    :meth:`dualform.core.system.StateSpace.discretize` makes the equivalent system of that form.
+
+    References:
+        Franklin, Powell and Workman, "Digital control of dynamic systems", section 6.3.2, the triangle hold.
+    """
+    n, inputs = B.shape[-2:]
+    padded = torch.nn.functional.pad(_scaled(A, B, dt), (0, inputs, 0, 2 * inputs))
+    block = padded + torch.nn.functional.pad(
+        torch.eye(inputs, dtype=padded.dtype, device=padded.device), (n + inputs, 0, n, inputs)
+    )
+    Abar, held, lead = _matrix_exp(block)[..., :n, :].split([n, inputs, inputs], -1)
+    return Abar, held - lead + Abar @ lead, lead
+
+
+def _scaled(A: Tensor, B: Tensor, dt: float | Tensor) -> Tensor:
+    """``dt [A, B]``."""
+    step = dt.to(A.real)[..., None, None] if isinstance(dt, Tensor) else dt
+    return step * torch.cat([A, B], -1)
+
+
+def _matrix_exp(block: Tensor) -> Tensor:
+    """In double precision, on the CPU where the device has none: PyTorch's own keeps only 4 digits in float32."""
+    device = "cpu" if block.device.type == "mps" else block.device
+    wide = torch.complex128 if block.is_complex() else torch.float64
+    return torch.linalg.matrix_exp(block.to(device).to(wide)).to(block.dtype).to(block.device)
+
+
+def _unknown(method: str) -> ArgumentError:
+    return ArgumentError(f"discretisation method {method!r} is unknown", hint=f"one of {', '.join(RULES)}")

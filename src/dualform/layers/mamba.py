@@ -1,0 +1,166 @@
+"""Mamba: a selective scan between a short convolution and a gate."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dualform.core.errors import ConfigError
+from dualform.core.shapes import wide
+from dualform.layers.mixer import Hint, Mixer
+from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from dualform.ops.selective_scan import selective_scan, selective_state_update
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """A Mamba layer.
+
+    Args:
+        d_state: N, states per channel.
+        d_conv: W, width of the short convolution.
+        expand: channels of the scan per feature of the model.
+        dt_rank: width of the bottleneck that makes the step; None is ``ceil(d_model / 16)``.
+        bias: whether the projections in and out have a bias.
+        conv_bias: whether the convolution has one.
+        dt_min: smallest initial step.
+        dt_max: largest initial step.
+    """
+
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+    bias: bool = False
+    conv_bias: bool = True
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+
+    def build(self, d_model: int) -> "Mamba":
+        """The layer, freshly initialised."""
+        return Mamba(self, d_model)
+
+
+class MambaState(NamedTuple):
+    """Constant in the length of the context."""
+
+    conv: Tensor  # (B, D, W-1), the last inputs of the convolution
+    h: Tensor  # (B, D, N), the state of the scan
+
+
+class Mamba(Mixer):
+    """A selective scan between a short convolution and a gate.
+
+    ``x, z = in(u)``; ``x = silu(conv(x))``; ``dt, B, C = f(x)``; ``h_t = exp(dt A) h_{t-1} + dt B x``;
+    ``y = out((C h + D x) silu(z))``.
+
+    Shapes:
+        ``(B, T, d_model) -> (B, T, d_model)``; inside, D = expand * d_model channels with N states each.
+
+    References:
+        Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2.
+    """
+
+    hints: ClassVar[dict[str, Hint]] = {
+        "A_log": Hint(decay=False),
+        "D": Hint(decay=False),
+        "dt_bias": Hint(decay=False),
+    }
+
+    def __init__(self, config: MambaConfig, d_model: int):
+        super().__init__()
+        c, self.config = config, config
+        check_sizes("mamba", d_model=d_model, d_state=c.d_state, d_conv=c.d_conv, expand=c.expand)
+        self.d_inner, self.dt_rank = c.expand * d_model, c.dt_rank or math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=c.bias)
+        self.conv_weight = nn.Parameter(torch.empty(self.d_inner, c.d_conv).uniform_(-1, 1) / math.sqrt(c.d_conv))
+        self.conv_bias = (
+            nn.Parameter(torch.empty(self.d_inner).uniform_(-1, 1) / math.sqrt(c.d_conv)) if c.conv_bias else None
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * c.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        self.dt_bias = nn.Parameter(initial_step(self.d_inner, c.dt_min, c.dt_max))
+        self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1.0).log().repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=c.bias)
+
+    def init_state(self, batch: int, *, max_len: int = 0) -> MambaState:
+        """Zeros; ``max_len`` is ignored."""
+        new, dtype = self.A_log.new_zeros, wide(self.A_log)
+        return MambaState(
+            conv=new(batch, self.d_inner, self.config.d_conv - 1, dtype=dtype),
+            h=new(batch, self.d_inner, self.config.d_state, dtype=dtype),
+        )
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], state: MambaState | None = None, *, cu_seqlens: Int[Tensor, " n"] | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """The parallel form."""
+        conv, h = (None, None) if state is None else state
+        x, z = self.in_proj(x).chunk(2, -1)
+        x, conv = causal_conv1d(
+            x, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=cu_seqlens
+        )
+        dt, B, C = self._maps(x)
+        y, h = selective_scan(
+            x,
+            dt,
+            self.A(),
+            B.unsqueeze(2),
+            C.unsqueeze(2),
+            self.D,
+            z,
+            delta_bias=self.dt_bias,
+            delta_softplus=True,
+            initial_state=h,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.out_proj(y), MambaState(conv, h)
+
+    def step(self, x: Float[Tensor, "B D"], state: MambaState) -> tuple[Tensor, MambaState]:
+        """The recurrent form."""
+        x, z = self.in_proj(x).chunk(2, -1)
+        x, conv = causal_conv1d_update(x, state.conv, self.conv_weight, self.conv_bias, activation="silu")
+        dt, B, C = self._maps(x)
+        y, h = selective_state_update(
+            state.h,
+            x,
+            dt,
+            self.A(),
+            B.unsqueeze(1),
+            C.unsqueeze(1),
+            self.D,
+            z,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+        )
+        return self.out_proj(y), MambaState(conv, h)
+
+    def A(self) -> Tensor:
+        """The decay rates ``(D, N)``: negative, so that the recurrence is stable."""
+        return -self.A_log.to(wide(self.A_log)).exp()
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, B, C = self.x_proj(x).split([self.dt_rank, self.config.d_state, self.config.d_state], -1)
+        return self.dt_proj(low), B, C
+
+
+def initial_step(size: int, smallest: float, largest: float) -> Tensor:
+    """A bias whose softplus is log-uniform between two steps (and at least 1e-4)."""
+    dt = torch.empty(size).uniform_(math.log(smallest), math.log(largest)).exp().clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def check_sizes(kind: str, **sizes: int) -> None:
+    """Every size must be a positive integer.
+
+    Raises:
+        ConfigError: names the first that is not.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{kind}: {name} is {size!r}, expected a positive integer")

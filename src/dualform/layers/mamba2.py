@@ -1,0 +1,175 @@
+"""Mamba-2: projections and a short convolution around state space duality, one decay per head."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dualform.core.errors import ConfigError
+from dualform.core.shapes import wide
+from dualform.layers.mamba import check_sizes, initial_step
+from dualform.layers.mixer import Hint, Mixer
+from dualform.layers.norm import GatedRMSNorm
+from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from dualform.ops.selective_scan import selective_state_update
+from dualform.ops.ssd import limit_step, ssd
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """A Mamba-2 layer.
+
+    Args:
+        d_state: N, states per channel.
+        d_head: P, channels of a head, which share one decay.
+        d_conv: W, width of the short convolution.
+        expand: channels of the scan per feature of the model.
+        groups: G, pairs of input and output maps, each shared by heads / groups heads.
+        bias: whether the projections in and out have a bias.
+        conv_bias: whether the convolution has one.
+        dt_min: smallest initial step.
+        dt_max: largest initial step.
+        dt_limit: bounds that hold throughout, after softplus.
+    """
+
+    d_state: int = 128
+    d_head: int = 64
+    d_conv: int = 4
+    expand: int = 2
+    groups: int = 1
+    bias: bool = False
+    conv_bias: bool = True
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+
+    def build(self, d_model: int) -> "Mamba2":
+        """The layer, freshly initialised."""
+        return Mamba2(self, d_model)
+
+
+class Mamba2State(NamedTuple):
+    """Constant in the length of the context."""
+
+    conv: Tensor  # (B, H P + 2 G N, W-1), the last inputs of the convolution
+    h: Tensor  # (B, H, P, N), the state of the scan
+
+
+class Mamba2(Mixer):
+    """State space duality between projections and a short convolution.
+
+    ``z, x, B, C, dt = in(u)``; ``x, B, C = silu(conv(x, B, C))``; ``h_t = exp(dt A) h_{t-1} + dt x B^T``;
+    ``y = out(norm((h C + D x) silu(z)))``.
+
+    Shapes:
+        ``(B, T, d_model) -> (B, T, d_model)``; inside, H heads of width P with P N states each.
+
+    Raises:
+        ConfigError: where heads or groups do not divide.
+
+    References:
+        Dao & Gu (2024), arXiv:2405.21060, section 7.1.
+    """
+
+    hints: ClassVar[dict[str, Hint]] = {
+        "A_log": Hint(decay=False),
+        "D": Hint(decay=False),
+        "dt_bias": Hint(decay=False),
+    }
+
+    def __init__(self, config: Mamba2Config, d_model: int):
+        super().__init__()
+        c, self.config, self.d_inner = config, config, config.expand * d_model
+        check_sizes(
+            "mamba2",
+            d_model=d_model,
+            d_state=c.d_state,
+            d_head=c.d_head,
+            d_conv=c.d_conv,
+            expand=c.expand,
+            groups=c.groups,
+        )
+        if self.d_inner % c.d_head:
+            raise ConfigError(
+                f"mamba2: expand * d_model = {self.d_inner} is not a multiple of d_head = {c.d_head}",
+                hint=f"set d_head to a divisor of {self.d_inner}",
+            )
+        self.heads = self.d_inner // c.d_head
+        if self.heads % c.groups:
+            raise ConfigError(
+                f"mamba2: {self.heads} heads cannot be shared out over {c.groups} groups",
+                hint=f"set groups to a divisor of {self.heads}",
+            )
+        self.d_conv_in = self.d_inner + 2 * c.groups * c.d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv_in + self.heads, bias=c.bias)
+        self.conv_weight = nn.Parameter(torch.empty(self.d_conv_in, c.d_conv).uniform_(-1, 1) / math.sqrt(c.d_conv))
+        self.conv_bias = (
+            nn.Parameter(torch.empty(self.d_conv_in).uniform_(-1, 1) / math.sqrt(c.d_conv)) if c.conv_bias else None
+        )
+        self.dt_bias = nn.Parameter(initial_step(self.heads, c.dt_min, c.dt_max))
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = GatedRMSNorm(self.d_inner, groups=c.groups)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=c.bias)
+
+    def init_state(self, batch: int, *, max_len: int = 0) -> Mamba2State:
+        """Zeros; ``max_len`` is ignored."""
+        c, new, dtype = self.config, self.A_log.new_zeros, wide(self.A_log)
+        return Mamba2State(
+            conv=new(batch, self.d_conv_in, c.d_conv - 1, dtype=dtype),
+            h=new(batch, self.heads, c.d_head, c.d_state, dtype=dtype),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: Mamba2State | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " n"] | None = None,
+    ) -> tuple[Tensor, Mamba2State]:
+        """The parallel form."""
+        conv, h = (None, None) if state is None else state
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_in, self.heads], -1)
+        xBC, conv = causal_conv1d(
+            xBC, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=cu_seqlens
+        )
+        x, B, C = self._maps(xBC)
+        y, h = ssd(
+            x,
+            dt,
+            self.A(),
+            B,
+            C,
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.config.dt_limit,
+            initial_state=h,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv, h)
+
+    def step(self, x: Float[Tensor, "B D"], state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """The recurrent form."""
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_in, self.heads], -1)
+        xBC, conv = causal_conv1d_update(xBC, state.conv, self.conv_weight, self.conv_bias, activation="silu")
+        x, B, C = self._maps(xBC)
+        dt = limit_step(dt.to(wide(dt)), self.dt_bias, True, self.config.dt_limit)
+        y, h = selective_state_update(state.h, x, dt[..., None], self.A()[:, None, None], B, C, self.D[:, None])
+        return self.out_proj(self.norm(y.flatten(1), z)), Mamba2State(conv, h)
+
+    def A(self) -> Tensor:
+        """The decay rates ``(H,)``: negative, so that the recurrence is stable."""
+        return -self.A_log.to(wide(self.A_log)).exp()
+
+    def _maps(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        width = self.config.groups * self.config.d_state
+        x, B, C = xBC.split([self.d_inner, width, width], -1)
+        return (
+            x.unflatten(-1, (self.heads, self.config.d_head)),
+            B.unflatten(-1, (self.config.groups, -1)),
+            C.unflatten(-1, (self.config.groups, -1)),
+        )

@@ -1,0 +1,51 @@
+"""SwiGLU, the feed-forward layer of most language models: it sees one token at a time, so it has no state."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dualform.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Sizes of an :class:`MLP`.
+
+    Args:
+        d_hidden: inner width; None is ``8/3 d_model`` rounded up to a multiple of 8, which makes the three
+            matrices as large as the two of a plain MLP with inner width ``4 d_model``.
+        bias: whether the projections have one.
+    """
+
+    d_hidden: int | None = None
+    bias: bool = False
+
+    def build(self, d_model: int) -> "MLP":
+        """The layer, freshly initialised."""
+        return MLP(self, d_model)
+
+
+class MLP(nn.Module):
+    """``y = W_down (silu(W_gate x) * W_up x)``, ``(..., D) -> (..., D)``.
+
+    Raises:
+        ConfigError: for an inner width below 1.
+
+    References:
+        Shazeer (2020), arXiv:2002.05202, equation 6 (FFN_SwiGLU).
+    """
+
+    def __init__(self, config: MLPConfig, d_model: int):
+        super().__init__()
+        d_hidden = -(-d_model // 3) * 8 if config.d_hidden is None else config.d_hidden
+        if d_hidden < 1:
+            raise ConfigError(f"mlp: d_hidden is {d_hidden}, expected at least 1")
+        self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=config.bias)
+        self.down_proj = nn.Linear(d_hidden, d_model, bias=config.bias)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Every position on its own."""
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)

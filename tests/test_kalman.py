@@ -1,0 +1,369 @@
+"""The Kalman filter: brute force, published values, both forms as one function, missing data, bad input."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import dualform as df
+from dualform.core.errors import ArgumentError
+from dualform.core.tree import leaves, take
+from dualform.gaussian import Filtered, Gaussian
+from vectors import close, load
+
+FORMS = [False, True]
+NAN = float("nan")
+
+
+def model(n=3, m=2, rank=None, seed=0, dtype=torch.float64):
+    """A random stable model; ``rank`` below n makes Q singular."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    A, q, r, p = normal(n, n), normal(n, n if rank is None else rank), normal(m, m), normal(n, n)
+    A = 0.9 * A / torch.linalg.matrix_norm(A, 2)
+    eye = torch.eye(m, dtype=torch.float64)
+    return df.LinearGaussian(A, normal(m, n), q @ q.mT, r @ r.mT + 0.1 * eye, normal(n), p @ p.mT).to(dtype)
+
+
+def observations(batch, length, m=2, missing=0.4, seed=1, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randn(batch, length, m, generator=g, dtype=dtype)
+    return y.masked_fill(torch.rand(batch, length, m, generator=g) < missing, NAN)
+
+
+def condition(lg, y):
+    """Filtered moments and log-likelihoods of one series from the joint Gaussian of all states and observations."""
+    (length, m), n = y.shape, len(lg.A)
+    means, covs = [], {}
+    mean, cov = lg.m0, lg.P0
+    for i in range(length):
+        mean, cov = lg.A @ mean, lg.A @ cov @ lg.A.mT + lg.Q
+        means.append(mean)
+        covs[i, i] = cov
+        for j in range(i + 1, length):
+            covs[i, j] = covs[i, i] @ torch.linalg.matrix_power(lg.A, j - i).mT
+            covs[j, i] = covs[i, j].mT
+    mu = torch.cat(means)
+    S = torch.cat([torch.cat([covs[i, j] for j in range(length)], 1) for i in range(length)])
+    C = torch.block_diag(*[lg.C] * length)
+    V = C @ S @ C.mT + torch.block_diag(*[lg.R] * length)
+    out, before = [], 0.0
+    for t in range(length):
+        seen = torch.zeros(length, m, dtype=torch.bool)
+        seen[: t + 1] = ~y[: t + 1].isnan()
+        seen = seen.flatten()
+        rows, cross, error = V[seen][:, seen], S @ C.mT[:, seen], y.flatten()[seen] - (C @ mu)[seen]
+        gain = cross @ torch.linalg.inv(rows)
+        now = slice(t * n, (t + 1) * n)
+        total = -(error @ torch.linalg.inv(rows) @ error + torch.logdet(rows) + len(error) * math.log(2 * math.pi)) / 2
+        total = total if seen.any() else torch.zeros_like(total)
+        out.append(((mu + gain @ error)[now], (S - gain @ cross.mT)[now, now], total - before))
+        before = total
+    return Filtered(*(torch.stack(z) for z in zip(*out, strict=True)))
+
+
+def equal(got, want, tolerance=1e-9):
+    for a, b in zip(leaves(got), leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+@pytest.mark.parametrize(("n", "m", "rank"), [(1, 1, None), (3, 2, None), (3, 2, 1), (2, 3, None), (4, 1, 0)])
+@pytest.mark.parametrize("missing", [0.0, 0.5])
+def test_filter_equals_conditioning_the_joint_gaussian(n, m, rank, missing, parallel):
+    lg, y = model(n, m, rank), observations(2, 6, m, missing)
+    got = df.KalmanFilter(lg, parallel=parallel).filter(y)
+    for row in range(2):
+        equal(take(got, row), condition(lg, y[row]))
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+def test_a_step_with_nothing_observed_is_a_prediction(parallel):
+    kf, y = df.KalmanFilter(model(), parallel=parallel), observations(1, 5, missing=0.0)
+    y[:, 2:4] = NAN
+    out, _ = kf.forward(y)
+    expected = Gaussian(out.mean[:, 1], out.cov[:, 1])
+    for t in (2, 3):
+        expected = kf.predict(expected)
+        equal((out.mean[:, t], out.cov[:, t]), tuple(expected), 1e-14)
+        assert out.loglik[0, t] == 0
+
+
+def local_level(y, irregular, level, first_variance, parallel):
+    """Filter with h_1 ~ N(0, first_variance): an update by the first observation, then the ordinary filter."""
+    lg = df.LinearGaussian([[1.0]], [[1.0]], np.array([[level]]), [[irregular]], [0.0], [[0.0]])
+    kf = df.KalmanFilter(lg, parallel=parallel)
+    first = Gaussian(y.new_zeros(1, 1), y.new_full((1, 1, 1), first_variance))
+    head, state = kf.update(y[None, :1], first)
+    tail, _ = kf.forward(y[None, 1:, None], state)
+    return head.loglik.item(), tail.loglik.sum().item()
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+def test_nile_log_likelihoods(parallel):
+    g = load("nile_local_level")
+    head, tail = local_level(g["y"], 15099.0, 1469.1, 1e7, parallel)
+    assert abs(head + tail - -641.5856) < 5e-5  # Durbin and Koopman's data and estimates, h_1 ~ N(0, 1e7)
+    irregular, level = g["params_given"].tolist()
+    _, tail = local_level(g["y"], irregular, level, 1e6, parallel)
+    want = g["loglik_given_approx"].item()  # without the first observation's term
+    assert abs(tail - want) < 1e-8 * abs(want)
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+def test_golden_values_with_missing_components(parallel):
+    """Intercepts are removed by filtering the deviations from the noise-free path."""
+    g = load("kalman_lgssm_missing")
+    path = [torch.zeros(3, dtype=torch.float64)]
+    for _ in range(29):
+        path.append(g["Tm"] @ path[-1] + g["c"])
+    path = torch.stack(path)
+    Q = g["R"] @ g["Q"] @ g["R"].mT
+    kf = df.KalmanFilter(df.LinearGaussian(g["Tm"], g["Z"], Q, g["H"], g["a1"], g["P1"]), parallel=parallel)
+    y = g["y"] - g["d"] - path @ g["Z"].mT
+    head, state = kf.update(y[:1], kf.init_state(1))
+    tail, last = kf.forward(y[None, 1:], state)
+    close(torch.cat([head.mean, tail.mean[0]]) + path, g["filtered_mean"], 1e-8)
+    close(torch.cat([head.cov, tail.cov[0]]), g["filtered_cov"], 1e-8)
+    close(torch.cat([head.loglik, tail.loglik[0]]), g["loglik_obs"], 1e-8)
+    close(kf.predict(last).cov[0], g["predicted_cov"][-1], 1e-8)
+    close(kf.predict(last).mean[0] + g["Tm"] @ path[-1] + g["c"], g["predicted_mean"][-1], 1e-8)
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_split_and_stepped_equal_the_whole(length, parallel):
+    kf, y = df.KalmanFilter(model(), parallel=parallel), observations(3, length)
+    state = kf.forward(observations(3, 4, seed=5))[1]
+    whole = kf.forward(y, state)
+    for cut in range(length + 1):
+        first, middle = kf.forward(y[:, :cut], state)
+        second, last = kf.forward(y[:, cut:], middle)
+        joined = Filtered(*(torch.cat(pair, 1) for pair in zip(first, second, strict=True)))
+        equal((joined, last), whole, 1e-11)
+    now = state
+    for t in range(length):
+        out, now = kf.step(y[:, t], now)
+        equal(out, take(whole[0], (slice(None), t)), 1e-11)
+    equal(now, whole[1], 1e-11)
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_equals_one_by_one_with_empty_series(dtype, parallel):
+    kf, lengths = df.KalmanFilter(model(), parallel=parallel), [0, 3, 1, 0, 5, 0]
+    y = observations(1, sum(lengths))
+    borders = torch.tensor([0, *np.cumsum(lengths)], dtype=dtype)
+    for state in (None, kf.forward(observations(6, 2, seed=3))[1]):
+        out, last = kf.forward(y, state, cu_seqlens=borders)
+        assert out.mean.shape == (1, 9, 3) and out.loglik.shape == (1, 9)
+        for i, (a, b) in enumerate(pairwise(borders.tolist())):
+            want = kf.forward(y[:, a:b], None if state is None else take(state, slice(i, i + 1)))
+            equal((take(out, (slice(None), slice(a, b))), take(last, slice(i, i + 1))), want, 1e-11)
+    nothing, last = kf.forward(y[:, :0], cu_seqlens=torch.tensor([0, 0, 0]))
+    assert nothing.cov.shape == (1, 0, 3, 3) and last.mean.shape == (2, 3)
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+def test_padding_of_an_explosive_model_stays_harmless(parallel):
+    """A series of 1 beside one of 9, all observed: predicting the short one 8 steps ahead would overflow."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    A = (1e50 * one).requires_grad_()
+    kf = df.KalmanFilter(df.LinearGaussian(A, one, one, one, one[0], one), parallel=parallel)
+    out, last = kf.forward(torch.ones(1, 10, 1, dtype=torch.float64), cu_seqlens=torch.tensor([0, 1, 10]))
+    (out.mean.sum() + out.loglik.sum() + last.mean.sum()).backward()
+    assert A.grad.isfinite().all()
+
+
+def run_for_gradients(parallel, A, C, q, R, m0, p0, y, mean, p, borders=None):
+    lg = df.LinearGaussian(A, C, q @ q.mT, R @ R.mT + torch.eye(2, dtype=A.dtype), m0, p0 @ p0.mT)
+    kf = df.KalmanFilter(lg, parallel=parallel)
+    y = y.masked_fill(HOLES, NAN)
+    given, last = kf.forward(y, Gaussian(mean, p @ p.mT), cu_seqlens=borders)
+    fresh, _ = kf.forward(y, cu_seqlens=borders)
+    return *given, *last, fresh.mean, fresh.loglik
+
+
+HOLES = torch.zeros(1, 4, 2, dtype=torch.bool)
+HOLES[0, 1, 0] = HOLES[0, 2] = True
+
+
+def gradient_arguments(rows):
+    g = torch.Generator().manual_seed(7)
+    shapes = (2, 2), (2, 2), (2, 1), (2, 2), (2,), (2, 1), (1, 4, 2), (rows, 2), (rows, 2, 2)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+@pytest.mark.parametrize("borders", [None, [0, 1, 1, 4]])
+def test_gradients_with_missing_data_and_singular_covariances(borders, parallel):
+    borders = None if borders is None else torch.tensor(borders)
+    args = gradient_arguments(1 if borders is None else 3)
+    assert torch.autograd.gradcheck(lambda *a: run_for_gradients(parallel, *a, borders), args, nondet_tol=1e-12)
+
+
+def test_both_forms_have_the_same_gradients_for_raw_covariances():
+    """Covariances as leaves: the gradient is symmetric, whatever the form does with the two triangles."""
+    lg, y = model(), observations(2, 9)
+    state = df.KalmanFilter(lg).forward(observations(2, 2, seed=3))[1]
+    results = []
+    for parallel in FORMS:
+        tensors = [z.clone().requires_grad_() for z in (lg.A, lg.C, lg.Q, lg.R, lg.m0, lg.P0, *state, y)]
+        kf = df.KalmanFilter(df.LinearGaussian(*tensors[:6]), parallel=parallel)
+        out, last = kf.forward(tensors[8], Gaussian(*tensors[6:8]))
+        fresh = kf.log_likelihood(tensors[8]).sum()
+        loss = out.mean.sin().sum() + out.cov.cos().sum() + out.loglik.sum() + last.cov.exp().sum() + fresh
+        results.append(torch.autograd.grad(loss, tensors))
+    equal(*map(tuple, results))
+    for grad in (results[0][2], results[0][3], results[0][5], results[0][7]):
+        assert grad.isfinite().all() and torch.equal(grad, grad.mT)
+    assert (results[0][8][y.isnan()] == 0).all()
+
+
+def test_the_parallel_log_likelihood_keeps_its_digits_over_long_series():
+    lg = df.LinearGaussian([[1.0]], [[1.0]], np.array([[0.3]]), [[1.0]], [0.0], [[10.0]])
+    y, _ = lg.sample(20_000, generator=torch.Generator().manual_seed(0))
+    m, P, total = 0.0, 10.0, 0.0
+    for value in y[0, :, 0].tolist():
+        P += 0.3
+        S = P + 1.0
+        total -= 0.5 * (math.log(2 * math.pi * S) + (value - m) ** 2 / S)
+        m, P = m + P / S * (value - m), P / S
+    got = df.KalmanFilter(lg, parallel=True).log_likelihood(y).item()
+    assert abs(got - total) < 1e-12 * abs(total)
+
+
+def seasonal(prior):
+    """Level, slope and four seasons, the last noise-free in most directions: Q is singular."""
+    A = torch.zeros(5, 5, dtype=torch.float64)
+    A[0, :2] = A[1, 1] = A[3, 2] = A[4, 3] = 1
+    A[2, 2:] = -1
+    C = torch.tensor([[1.0, 0, 1, 0, 0]], dtype=torch.float64)
+    Q = torch.diag(torch.tensor([0.5, 0.01, 0.1, 0, 0], dtype=torch.float64))
+    eye = torch.eye(5, dtype=torch.float64)
+    return df.LinearGaussian(A, C, Q, eye[:1, :1], torch.zeros(5, dtype=torch.float64), prior * eye)
+
+
+@pytest.mark.parametrize(("prior", "tolerance"), [(10.0, 1e-12), (1e7, 1e-8)])
+def test_the_parallel_form_takes_singular_noise_and_vague_priors(prior, tolerance):
+    y, _ = seasonal(1.0).sample(200, 2, generator=torch.Generator().manual_seed(0))
+    want, got = (df.KalmanFilter(seasonal(prior), parallel=parallel).filter(y) for parallel in FORMS)
+    close(got.mean, want.mean, tolerance)
+    close(got.cov[:, 5:], want.cov[:, 5:], tolerance)
+    close(got.loglik, want.loglik, tolerance)
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+def test_float32_follows_float64_and_the_wider_dtype_wins(parallel):
+    lg, y = model(), observations(2, 30)
+    want = df.KalmanFilter(lg, parallel=parallel).filter(y)
+    kf = df.KalmanFilter(lg.to(torch.float32), parallel=parallel)
+    got, state = kf.forward(y.float())
+    assert {z.dtype for z in leaves((got, state))} == {torch.float32}
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 3e-5)
+    assert kf.filter(y).mean.dtype == torch.float64
+    assert kf.forward(y.half())[0].mean.dtype == torch.float32
+    stepped, after = kf.step(y[:, 0], kf.init_state(2))
+    equal((stepped, after), (take(kf.forward(y[:, :1])[0], (slice(None), 0)), kf.forward(y[:, :1])[1]))
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+def test_covariances_stay_symmetric_and_positive_in_float32(parallel):
+    lg, y = model(4, 2, rank=1, dtype=torch.float32), observations(1, 500, missing=0.1, dtype=torch.float32)
+    cov = df.KalmanFilter(lg, parallel=parallel).filter(y).cov
+    assert torch.equal(cov, cov.mT)
+    assert torch.linalg.eigvalsh(cov.double()).min() > -1e-7 * cov.max()
+
+
+def test_arrays_lists_and_single_series_are_taken():
+    lg = model(2, 1)
+    kf, y = df.KalmanFilter(lg), observations(1, 6, 1)
+    want = kf.forward(y)[0]
+    for given in (y[0], y[0, :, 0], y[0].numpy(), y[0, :, 0].tolist()):
+        out = kf.filter(given)
+        assert out.mean.shape == (6, 2) and out.cov.shape == (6, 2, 2)
+        equal(out, take(want, 0), 1e-14)
+    equal(kf.filter(y.numpy()), want, 1e-14)
+    assert kf.log_likelihood(y).shape == (1,) and kf.log_likelihood(y[0]).shape == ()
+    torch.testing.assert_close(kf.log_likelihood(y)[0], want.loglik[0].sum())
+    assert kf.filter([1, 2, 3]).mean.shape == (3, 2)
+    assert kf.forward(y[:0])[0].mean.shape == (0, 6, 2)
+
+
+def test_samples_have_the_moments_of_the_model():
+    lg = model(3, 2, rank=1)
+    y, h = lg.sample(3, 40_000, generator=torch.Generator().manual_seed(0))
+    again, _ = lg.sample(3, 40_000, generator=torch.Generator().manual_seed(0))
+    assert y.shape == (40_000, 3, 2) and h.shape == (40_000, 3, 3) and torch.equal(y, again)
+    mean, cov = lg.m0, lg.P0
+    for _ in range(3):
+        mean, cov = lg.A @ mean, lg.A @ cov @ lg.A.mT + lg.Q
+    for x, m, P in ((h[:, -1], mean, cov), (y[:, -1], lg.C @ mean, lg.C @ cov @ lg.C.mT + lg.R)):
+        torch.testing.assert_close(x.mean(0), m, rtol=0, atol=5 * P.diagonal().max().item() ** 0.5 / 200)
+        torch.testing.assert_close(x.mT.cov(), P, rtol=0, atol=5 * 1.5 * P.diagonal().max().item() / 200)
+    assert lg.sample(0)[0].shape == (1, 0, 2)
+
+
+def changed(**values):
+    lg = model()
+    return df.LinearGaussian(*(values.get(k, getattr(lg, k)) for k in ("A", "C", "Q", "R", "m0", "P0")))
+
+
+EYE = torch.eye(3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: changed(C=torch.ones(2, 4)), r"LinearGaussian: C has shape \(2, 4\), expected \(M, N\)"),
+        (lambda: changed(A=torch.ones(3, 2)), r"A has shape \(3, 2\)"),
+        (lambda: changed(m0=torch.ones(3, 1)), r"m0 has shape \(3, 1\)"),
+        (lambda: changed(Q=EYE + EYE.roll(1, 0)), r"Q is not symmetric: it differs from its transpose by 1"),
+        (lambda: changed(P0=-EYE), r"P0 is not a covariance: it has the negative eigenvalue -1[\s\S]*L @ L\.mT"),
+        (lambda: changed(A=EYE * NAN), "A has values that are not finite"),
+        (lambda: changed(R="noise"), "R is not a numeric array"),
+        (lambda: changed(m0=[EYE[0, 0].clone().requires_grad_(), 0, 0]), "m0 is not a numeric array .*requires grad"),
+        (lambda: changed(A=EYE * 1j), "complex values, expected real ones"),
+        (lambda: df.KalmanFilter(model()).forward(torch.zeros(1, 5, 2) * 1j), "forward: complex values"),
+        (lambda: model().sample(-1), "length -1"),
+        (
+            lambda: df.KalmanFilter(model()).forward(torch.zeros(1, 5, 3)),
+            r"forward: x has shape \(1, 5, 3\).*\(B, T, 2\)",
+        ),
+        (lambda: df.KalmanFilter(model()).forward(torch.zeros(1, 5, 2, dtype=torch.int64)), r"x is torch\.int64"),
+        (lambda: df.KalmanFilter(model()).forward([[1.0, 2.0]]), "x is list, expected a tensor"),
+        (lambda: df.KalmanFilter(model()).filter(torch.zeros(5)), r"y has shape|x has shape"),
+        (
+            lambda: df.KalmanFilter(model()).forward(torch.zeros(4, 5, 2), df.KalmanFilter(model()).init_state(3)),
+            r"mean has shape \(3, 3\), expected \(4, 3\)",
+        ),
+        (
+            lambda: df.KalmanFilter(model()).forward(torch.zeros(1, 5, 2), cu_seqlens=torch.tensor([0, 6])),
+            "must rise from 0 to the length 5",
+        ),
+        (lambda: df.KalmanFilter(model()).step(torch.zeros(1, 3), None), r"step: x has shape \(1, 3\)"),
+    ],
+)
+def test_bad_input_is_explained(call, message):
+    with pytest.raises(ArgumentError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+def test_an_observation_without_uncertainty_is_explained(parallel):
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    kf = df.KalmanFilter(df.LinearGaussian(one, one, zero, zero, one[0], one), parallel=parallel)
+    want = r"C Q C\^T \+ R.*row 0, time 0[\s\S]*parallel=False" if parallel else r"C P C\^T \+ R.*row 0, time 1"
+    with pytest.raises(ArgumentError, match=want):
+        kf.filter([1.0, 1.0, 1.0])
+
+
+def test_repr_and_moves():
+    assert repr(model()) == "LinearGaussian(N=3, M=2, float64, cpu)"
+    assert model().to(torch.float32).A.dtype == torch.float32

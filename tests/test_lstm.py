@@ -1,0 +1,123 @@
+"""The LSTM against the textbook's gates, its states and packing against running rows alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualform.core.errors import ArgumentError, ConfigError
+from dualform.layers.lstm import LSTM, LSTMConfig, LSTMState
+from vectors import close
+
+CONFIGS = {"plain": (LSTMConfig(), 3), "wide": (LSTMConfig(hidden=5, layers=2), 3), "smallest": (LSTMConfig(), 1)}
+
+
+@pytest.fixture(params=CONFIGS)
+def layer(request: pytest.FixtureRequest) -> LSTM:
+    torch.manual_seed(0)
+    config, d_model = CONFIGS[request.param]
+    return config.build(d_model).double()
+
+
+def sample(layer: LSTM, rows: int, length: int) -> tuple[Tensor, LSTMState]:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, length, layer.d_model, dtype=torch.float64, generator=draw)
+    h = torch.randn(2, rows, layer.layers, layer.hidden, dtype=torch.float64, generator=draw)
+    return x, LSTMState(h[0], h[1])
+
+
+def oracle(layer: LSTM, x: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
+    """The gates one by one, for ``(B, T, D)``."""
+    h, c = [list(s.unbind(1)) for s in state]
+    outputs = []
+    for x_t in x.unbind(1):
+        below = x_t
+        for i in range(layer.layers):
+            W, U = (getattr(layer.lstm, f"weight_{name}_l{i}").chunk(4) for name in ("ih", "hh"))
+            b, d = (getattr(layer.lstm, f"bias_{name}_l{i}").chunk(4) for name in ("ih", "hh"))
+            into, forget, new, out = (below @ W[j].T + b[j] + h[i] @ U[j].T + d[j] for j in range(4))
+            c[i] = torch.sigmoid(forget) * c[i] + torch.sigmoid(into) * torch.tanh(new)
+            h[i] = below = torch.sigmoid(out) * torch.tanh(c[i])
+        outputs.append(layer.out_proj(below))
+    return torch.stack(outputs, 1), LSTMState(torch.stack(h, 1), torch.stack(c, 1))
+
+
+def gradients(layer: LSTM, x: Tensor, state: LSTMState, y: Tensor, after: LSTMState) -> tuple[Tensor, ...]:
+    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+    loss = loss + after.h.square().sum() + after.c.pow(3).sum()
+    return torch.autograd.grad(loss, [x, *state, *layer.parameters()])
+
+
+def test_oracle(layer: LSTM) -> None:
+    x, state = sample(layer, 2, 7)
+    for tensor in (x, *state):
+        tensor.requires_grad_()
+    y, after = layer(x, state)
+    want, want_after = oracle(layer, x, state)
+    close(y, want, 1e-12)
+    close(after.h, want_after.h, 1e-12)
+    close(after.c, want_after.c, 1e-12)
+    for got, expected in zip(
+        gradients(layer, x, state, y, after), gradients(layer, x, state, want, want_after), strict=True
+    ):
+        close(got, expected, 1e-11)
+    assert (after.h.shape, after.h.dtype) == ((2, layer.layers, layer.hidden), torch.float64)
+
+
+def test_split_and_step(layer: LSTM) -> None:
+    x, state = sample(layer, 2, 7)
+    want, want_after = layer(x, state)
+    first, half = layer(x[:, :3], state)
+    second, after = layer(x[:, 3:], half)
+    close(torch.cat([first, second], 1), want, 1e-12)
+    close(after.c, want_after.c, 1e-12)
+    for t in range(7):
+        y, state = layer.step(x[:, t], state)
+        close(y, want[:, t], 1e-12)
+
+
+@pytest.mark.parametrize("lengths", [(2, 0, 5, 1), (0, 3), (0, 0), (4,), (1, 1, 1)])
+def test_packed(layer: LSTM, lengths: tuple[int, ...]) -> None:
+    x, _ = sample(layer, 1, sum(lengths))
+    _, state = sample(layer, len(lengths), 1)
+    for tensor in (x, *state):
+        tensor.requires_grad_()
+    y, after = layer(x, state, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+    pieces = []
+    for i, part in enumerate(x.split(list(lengths), 1)):
+        row = LSTMState(state.h[i : i + 1], state.c[i : i + 1])
+        pieces.append(oracle(layer, part, row) if lengths[i] else (part, row))
+    want = torch.cat([y for y, _ in pieces], 1)
+    want_after = LSTMState(*(torch.cat(leaf) for leaf in zip(*(row for _, row in pieces), strict=True)))
+    assert y.shape == want.shape == x.shape
+    close(after.h, want_after.h, 1e-12)
+    close(after.c, want_after.c, 1e-12)
+    if sum(lengths):
+        close(y, want, 1e-12)
+        for got, expected in zip(
+            gradients(layer, x, state, y, after), gradients(layer, x, state, want, want_after), strict=True
+        ):
+            close(got, expected, 1e-11)
+
+
+def test_low_precision_keeps_a_wide_state() -> None:
+    x = torch.randn(1, 5, 4)
+    layer = LSTMConfig(hidden=6).build(4)
+    want, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x)
+        close(y, want, 5e-2)
+    assert state.c.dtype == torch.float32
+    y, state = layer.bfloat16()(x.bfloat16())
+    assert (y.dtype, state.h.dtype, state.c.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    packed, _ = layer(x.bfloat16(), cu_seqlens=torch.tensor([0, 5]))
+    close(packed, y, 2e-2)
+
+
+def test_errors_say_what_came() -> None:
+    with pytest.raises(ConfigError, match="layers 0"):
+        LSTMConfig(layers=0).build(3)
+    layer = LSTMConfig().build(3)
+    with pytest.raises(ArgumentError, match="x has shape"):
+        layer(torch.randn(1, 2, 4))
+    with pytest.raises(ArgumentError, match=r"state\.h has shape"):
+        layer(torch.randn(1, 2, 3), layer.init_state(2))
