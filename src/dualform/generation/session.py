@@ -1,0 +1,97 @@
+"""A generation that can be put down: everything its continuation depends on, as one value."""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.core.errors import CheckpointError
+from dualform.core.recurrence import State
+from dualform.core.tree import clone, nbytes, tree_map
+from dualform.models.lm import LanguageModel
+from dualform.models.state_file import fingerprint, load_meta, load_state, save_state
+
+WINDOW = 256  # tokens remembered for the repetition penalty, and the longest stop sequence
+_MODEL = "session_model"  # the key of the file's metadata that holds the model's fingerprint
+
+
+class Session(NamedTuple):
+    """Where a generation stands. A tree of tensors, batch first in every leaf, as every state of the library.
+
+    It is a value: generating from it leaves it as it was, so it can be resumed any number of times. For a model
+    without attention its size does not depend on how many tokens it has seen.
+
+    Args:
+        state: the model's state after all tokens seen.
+        logits: of the next token, float32 ``(1, V)``.
+        history: the last ``WINDOW`` tokens seen, int64 ``(1, WINDOW)``; -1 fills the empty places on the left.
+        generated: tokens generated since the last prompt, int64 ``(1,)``; stop sequences match only these.
+        position: tokens seen in all, int64 ``(1,)``; the place in the random stream.
+        seed: of the random stream, int64 ``(1,)``.
+    """
+
+    state: State
+    logits: Tensor
+    history: Tensor
+    generated: Tensor
+    position: Tensor
+    seed: Tensor
+
+    @classmethod
+    def start(cls, model: LanguageModel, *, seed: int = 0, max_len: int = 0) -> "Session":
+        """The session before the first token, on the model's device; ``max_len`` as for ``model.init_state``."""
+        device = next(model.parameters()).device
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        return cls(
+            state=model.init_state(1, max_len=max_len),
+            logits=torch.zeros(1, model.config.vocab_size, device=device),
+            history=torch.full((1, WINDOW), -1, device=device),
+            generated=zero,
+            position=zero.clone(),
+            seed=torch.full_like(zero, seed),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, prompts and generated ones together."""
+        return int(self.position)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole session; the model's state alone is ``dualform.core.tree.nbytes(session.state)``."""
+        return nbytes(self)
+
+    def fork(self, seed: int | None = None) -> "Session":
+        """A copy that shares no memory with this one, on another random stream where ``seed`` is given."""
+        copy: Session = clone(self)
+        return copy if seed is None else copy._replace(seed=torch.full_like(copy.seed, seed))
+
+    def to(self, device: torch.device | str) -> "Session":
+        """The same session on another device."""
+        return tree_map(lambda leaf: leaf.to(device), self)
+
+    def save(self, path: str | os.PathLike[str], model: LanguageModel) -> None:
+        """Write the session and the fingerprint of its model to one file, all or nothing.
+
+        Raises:
+            CheckpointError: when the disk refuses; a file saved there before is unchanged.
+        """
+        save_state(self, path, {_MODEL: fingerprint(model)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: LanguageModel) -> "Session":
+        """Read a session that :meth:`save` wrote, onto the device of its model; it goes on bit for bit.
+
+        Raises:
+            CheckpointError: for a file that is missing, damaged, no session, or made by another model.
+        """
+        made_by = load_meta(path).get(_MODEL)
+        if made_by is None:
+            raise CheckpointError(f"{path}: a state, but not of a generation", hint="Session.save writes one")
+        if made_by != (here := fingerprint(model)):
+            raise CheckpointError(
+                f"{path}: saved with model {made_by[:12]}, and this is model {here[:12]}",
+                hint="a state goes on only with the weights and the dtype that made it",
+            )
+        return load_state(path, cls.start(model))

@@ -1,0 +1,124 @@
+"""A state in a file: any tree of tensors, to put down here and take up there."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dualform.core.errors import CheckpointError
+from dualform.core.recurrence import State
+from dualform.core.tree import named_leaves, tree_map
+from dualform.models.checkpoint import unique_tensors
+from dualform.models.files import replacing_file
+from dualform.models.lm import LanguageModel
+
+FORMAT = "1"
+_MARK = "dualform_state"  # the key of the metadata that holds the format
+_SAMPLE = 2**16  # elements of a tensor that its digest reads
+
+StatePath = str | os.PathLike[str]
+
+
+def save_state(state: State, path: StatePath, meta: dict[str, str] | None = None) -> None:
+    """Write a state to one safetensors file, all or nothing; leaves are named by their path in the tree.
+
+    Args:
+        state: any tree of tensors, batch first.
+        path: the file.
+        meta: words to keep beside it, such as the :func:`fingerprint` of its model; :func:`load_meta` gives them.
+
+    Raises:
+        CheckpointError: when the disk refuses; a file saved there before is unchanged.
+    """
+    tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in _real_leaves(state).items()}
+    with replacing_file(path) as new:
+        save_file(tensors, new, metadata={**(meta or {}), _MARK: FORMAT})
+
+
+def load_state(path: StatePath, like: State) -> State:
+    """Read a state of the structure of ``like``, such as ``model.init_state(1)``, onto its devices.
+
+    The number of rows may differ from that of ``like``, and so may axis 1, the capacity, of a cache: of the tensors
+    that lie beside a ``length`` in a NamedTuple. Names, other axes and dtypes must be equal.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or no state, or one of another structure; names the leaf.
+    """
+    found, _ = _read(path)
+    expected = _real_leaves(like)
+    missing, extra = [n for n in expected if n not in found], sorted(found.keys() - expected.keys())
+    sides = [(missing, "lacks"), (extra, "has an unexpected")]
+    if problems := [f"{what} {names[0]!r}" for names, what in sides if names]:
+        raise CheckpointError(f"{path}: the state {' and '.join(problems)}", hint="it is a state of another model")
+    rows = {len(leaf) for leaf in found.values() if leaf.dim()}
+    if len(rows) > 1:
+        raise CheckpointError(f"{path}: its tensors have {' and '.join(map(str, sorted(rows)))} rows", hint="damaged?")
+    for name, leaf in expected.items():
+        _check_leaf(path, name, found[name], leaf, free=2 if _is_cache(name, expected) else 1)
+    taken = iter([found[name].to(leaf.device) for name, leaf in expected.items()])
+    return tree_map(lambda leaf: torch.view_as_complex(next(taken)) if leaf.is_complex() else next(taken), like)
+
+
+def load_meta(path: StatePath) -> dict[str, str]:
+    """The words that :func:`save_state` kept.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or no state.
+    """
+    return _read(path, tensors=False)[1]
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """64 hexadecimal digits that tell models apart: SHA-256 over the config and the weights, wherever they live.
+
+    Of a tensor with more than 65,536 elements, 65,536 evenly spaced ones count. The dtype counts too: a state goes on
+    bit for bit only with the numbers it came from.
+    """
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in unique_tensors(model).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        sample = flat[:: -(-len(flat) // _SAMPLE)] if len(flat) > _SAMPLE else flat
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: StatePath, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file", hint="give a file written by save_state")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = dict(file.metadata() or {})
+            found = {name: file.get_tensor(name).clone() for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}", hint="truncated, or not a saved state") from error
+    if meta.pop(_MARK, None) != FORMAT:
+        raise CheckpointError(f"{path}: not a state saved by this version of the library")
+    return found, meta
+
+
+def _real_leaves(state: State) -> dict[str, Tensor]:
+    """The leaves by name; a complex one as pairs of real numbers, which every reader of the file knows."""
+    named = ((name or "state", leaf.detach()) for name, leaf in named_leaves(state))
+    return {name: torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for name, leaf in named}
+
+
+def _is_cache(name: str, names: Any) -> bool:
+    folder, _, last = name.rpartition(".")
+    return last != "length" and (f"{folder}.length" if folder else "length") in names
+
+
+def _check_leaf(path: StatePath, name: str, found: Tensor, like: Tensor, *, free: int) -> None:
+    got, want = tuple(found.shape), tuple(like.shape)
+    if len(got) != len(want) or got[free:] != want[free:] or found.dtype != like.dtype:
+        shown = ", ".join(["*"] * min(free, len(want)) + [str(n) for n in want[free:]])
+        raise CheckpointError(
+            f"{path}: {name} is {found.dtype} {got}, expected {like.dtype} ({shown})",
+            hint="it is a state of another model",
+        )

@@ -1,0 +1,128 @@
+"""Sessions on disk: the same continuation bit for bit, and a sentence for every file that cannot give one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dualform.core.errors import CheckpointError
+from dualform.core.tree import concat, leaves, named_leaves, take
+from dualform.generation.engine import generate
+from dualform.generation.sampling import Sampling
+from dualform.generation.session import WINDOW, Session
+from dualform.layers.attention import AttentionConfig
+from dualform.layers.mamba2 import Mamba2Config
+from dualform.models.config import ModelConfig
+from dualform.models.lm import LanguageModel
+from dualform.models.state_file import save_state
+
+SAMPLING = Sampling(temperature=1.1, top_p=0.95, repetition_penalty=1.1)
+PROMPT = b"import os\n"
+
+
+def build(seed=0, d_model=12):
+    torch.manual_seed(seed)
+    parts = {"M": (Mamba2Config(d_state=8, d_head=4),), "A": (AttentionConfig(heads=2),)}
+    return LanguageModel(ModelConfig(256, d_model, parts, "MAM")).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.mark.parametrize("k", [0, 1, 9])
+def test_a_saved_session_goes_on_bit_for_bit(model, tmp_path, k):
+    unbroken = generate(model, PROMPT, 30, sampling=SAMPLING, seed=11)
+    tokens = list(unbroken)
+    generation = generate(model, PROMPT, k, sampling=SAMPLING, seed=11)
+    head = list(generation)
+    generation.state.save(tmp_path / "a.state", model)
+    session = Session.load(tmp_path / "a.state", model)
+    assert [n for n, _ in named_leaves(session)] == [n for n, _ in named_leaves(generation.state)]
+    assert all(torch.equal(a, b) for a, b in zip(leaves(session), leaves(generation.state), strict=True))
+    assert head + list(generate(model, [], 30 - k, sampling=SAMPLING, state=session)) == tokens
+
+
+def test_another_process_goes_on_bit_for_bit(model, tmp_path):
+    unbroken = list(generate(model, PROMPT, 20, sampling=SAMPLING, seed=2))
+    generation = generate(model, PROMPT, 8, sampling=SAMPLING, seed=2)
+    list(generation)
+    generation.state.save(tmp_path / "a.state", model)
+    model.save(tmp_path / "model")
+    code = f"""
+import dualform
+from dualform.generation.session import Session
+model = dualform.load({str(tmp_path / "model")!r})
+session = Session.load({str(tmp_path / "a.state")!r}, model)
+sampling = dualform.Sampling(temperature=1.1, top_p=0.95, repetition_penalty=1.1)
+print(list(dualform.generate(model, [], 12, sampling=sampling, state=session)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == str(unbroken[8:]), run.stderr
+
+
+def test_a_fork_shares_nothing(model):
+    session = generate(model, PROMPT, 0).state
+    fork = session.fork()
+    before = [leaf.clone() for leaf in leaves(session)]
+    for leaf in leaves(fork):
+        leaf.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(before, leaves(session), strict=True))
+    assert int(session.fork(5).seed) == 5 and int(session.seed) == 0
+
+
+def test_history_is_bounded_and_starts_empty(model):
+    assert int((generate(model, PROMPT, 0).state.history >= 0).sum()) == len(PROMPT)
+    session = generate(model, PROMPT * 100, 3).state
+    assert session.history.shape == (1, WINDOW) and session.tokens == 1000
+    assert bytes(session.history[0, -10:].tolist()) == PROMPT
+
+
+def test_sessions_are_rows_of_a_batch():
+    """A session is a tree, batch first: two of them join and part again by the functions for every state."""
+    torch.manual_seed(0)
+    ssm = LanguageModel(ModelConfig(256, 12, {"M": (Mamba2Config(d_state=8, d_head=4),)}, "MM")).eval()
+    a, b = (generate(ssm, prompt, 0).state for prompt in (b"one", b"another"))
+    both = concat([a, b])
+    for i, session in enumerate((a, b)):
+        row = take(both, slice(i, i + 1))
+        assert list(generate(ssm, [], 10, state=row)) == list(generate(ssm, [], 10, state=session))
+
+
+def test_a_session_of_another_model_is_refused(model, tmp_path):
+    path = tmp_path / "a.state"
+    generate(model, PROMPT, 3).state.save(path, model)
+    for other in (build(seed=1), build(d_model=16), build().double()):
+        with pytest.raises(CheckpointError, match="saved with model") as error:
+            Session.load(path, other)
+        assert str(path) in str(error.value) and "hint" in str(error.value)
+
+
+def test_files_that_are_no_session(model, tmp_path):
+    path = tmp_path / "a.state"
+    with pytest.raises(CheckpointError, match=r"a\.state"):
+        Session.load(path, model)
+    path.write_bytes(b"hello")
+    with pytest.raises(CheckpointError, match=r"a\.state"):
+        Session.load(path, model)
+    save_state(model.init_state(1), path)
+    with pytest.raises(CheckpointError, match="not of a generation"):
+        Session.load(path, model)
+    generate(model, PROMPT, 3).state.save(path, model)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"a\.state"):
+        Session.load(path, model)
+
+
+def test_saving_replaces_the_file_or_leaves_it(model, tmp_path):
+    path = tmp_path / "a.state"
+    generation = generate(model, PROMPT, 5)
+    generation.state.save(path, model)
+    list(generation)
+    generation.state.save(path, model)
+    assert Session.load(path, model).tokens == len(PROMPT) + 5
+    assert [p.name for p in tmp_path.iterdir()] == ["a.state"]
+    with pytest.raises(CheckpointError, match="cannot save"):
+        generation.state.save(tmp_path, model)

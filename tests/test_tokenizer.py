@@ -1,0 +1,170 @@
+"""Text round trips, and a stream never emits half a character."""
+
+import random
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from dualform.core.errors import ArgumentError, CheckpointError
+from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer
+
+TEXT = "def größe(naïve): return 'ÅΩ→ 日本語 🙂👩‍👩‍👧 \t\n  x'  # ½ é e\u0301  \u00a0 done. "
+CORPUS = [TEXT, "the cat sat on the mat, the dog on the log. " * 5]
+
+
+def byte_level():
+    """As GPT-2: a token is any bytes, so a character may be cut."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS[1:], trainer)
+    return SubwordTokenizer(tokenizer)
+
+
+def byte_fallback():
+    """As SentencePiece: words with a mark for the space, bytes for what is unknown; the first space is dropped."""
+    vocab = {"<unk>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}}
+    for word in ["▁", *(f"{a}{b}" for a in ("▁", "") for b in "abcdefghijklmnopqrstuvwxyz,.")]:
+        vocab.setdefault(word, len(vocab))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return SubwordTokenizer(tokenizer)
+
+
+TOKENIZERS = {"bytes": ByteTokenizer, "byte level": byte_level, "byte fallback": byte_fallback}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+def streamed(tokenizer, ids):
+    stream = tokenizer.stream()
+    return [*(stream.push(i) for i in ids), stream.flush()]
+
+
+def test_round_trip(tokenizer):
+    for text in ("", "a", " a", TEXT, TEXT * 9):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_a_stream_is_the_text_and_never_half_a_character(tokenizer):
+    for text in (TEXT, " " + TEXT, TEXT * 9, "日本語" * 60, "🙂" * 60, "plain words only " * 30):
+        ids = tokenizer.encode(text)
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids) == text
+        assert "\ufffd" not in "".join(pieces) and pieces[-1] == ""
+
+
+def test_a_stream_does_not_wait_longer_than_it_must(tokenizer):
+    ids, stream = tokenizer.encode("the cat sat é."), tokenizer.stream()
+    shown, waited = "", 0
+    for n, i in enumerate(ids, 1):
+        shown += stream.push(i)
+        waited += shown != tokenizer.decode(ids[:n])
+    assert waited <= 1  # in the middle of é
+
+
+def test_an_unfinished_character_shows_at_the_end():
+    smile = "🙂".encode()
+    for n in (1, 2, 3):
+        assert streamed(ByteTokenizer(), b"a" + smile[:n]) == ["a", *[""] * n, "\ufffd"]
+    level = byte_level()
+    ids = level.encode("a🙂")
+    assert streamed(level, ids[:-1]) == ["a", *[""] * (len(ids) - 2), "\ufffd"]
+
+
+def test_a_stream_starts_anew_after_its_end(tokenizer):
+    stream, ids = tokenizer.stream(), tokenizer.encode("é日")
+    for _ in range(2):
+        assert "".join(stream.push(i) for i in ids) == "é日" and stream.flush() == ""
+        stream.push(ids[0])
+        stream.flush()
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte level"])
+def test_a_stream_of_noise_equals_the_text_of_noise(name):
+    tokenizer, rng = TOKENIZERS[name](), random.Random(0)
+    for _ in range(50):
+        ids = [rng.randrange(256) for _ in range(rng.randrange(30))]
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", ["words and words ", "日本語", "\ufffd"])
+def test_what_a_stream_keeps_does_not_grow(monkeypatch, text):
+    for make in (byte_level, byte_fallback):
+        tokenizer, most = make(), 0
+        ids, decode = tokenizer.encode(text * 200), tokenizer.decode
+
+        def counted(some, decode=decode):
+            nonlocal most
+            most = max(most, len(some))
+            return decode(some)
+
+        monkeypatch.setattr(tokenizer, "decode", counted)
+        shown = "".join(streamed(tokenizer, ids))
+        assert shown == text * 200 or set(shown) == set(text) == {"\ufffd"}
+        assert most <= 66
+
+
+def test_endless_rubbish_is_let_go():
+    fallback = byte_fallback()
+    stream = fallback.stream()
+    shown = "".join(stream.push(fallback.vocab_size and 256) for _ in range(500))  # the byte 0xFF
+    assert len(shown) > 400 and set(shown) == {"\ufffd"}
+
+
+def test_bytes_and_their_limits():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("é") == [0xC3, 0xA9] and tokenizer.decode([0xC3, 0xA9, 0xFF]) == "é\ufffd"
+    assert tokenizer.encode(b"a\xff".decode("utf-8", "surrogateescape")) == [97, 255]
+    with pytest.raises(ArgumentError, match="character 1 of the text is a lone surrogate"):
+        tokenizer.encode("a\ud800")
+    for bad in (256, -1):
+        with pytest.raises(ArgumentError, match=f"token {bad} is not a byte"):
+            tokenizer.decode([1, bad])
+        with pytest.raises(ArgumentError, match=f"token {bad} is not a byte"):
+            tokenizer.stream().push(bad)
+
+
+def test_special_tokens_are_added_and_not_shown():
+    level = byte_level()
+    inner = level._tokenizer
+    inner.add_special_tokens(["<s>"])
+    start = inner.token_to_id("<s>")
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    ids = level.encode("abc")
+    assert ids[0] == start and level.decode(ids) == "abc" and "".join(streamed(level, ids)) == "abc"
+    assert level.vocab_size == start + 1
+
+
+def test_a_folder_gives_its_tokenizer(tmp_path):
+    assert isinstance(load_tokenizer(tmp_path, 256), ByteTokenizer) and ByteTokenizer().to_json() is None
+    level = byte_level()
+    (tmp_path / "tokenizer.json").write_text(level.to_json(), encoding="utf-8")
+    for vocab in (level.vocab_size, 4096):  # vocabularies are padded
+        again = load_tokenizer(tmp_path, vocab)
+        assert again.encode(TEXT) == level.encode(TEXT) and again.vocab_size == level.vocab_size
+    with pytest.raises(CheckpointError, match=f"has {level.vocab_size} tokens, but the model only 256"):
+        load_tokenizer(tmp_path, 256)
+
+
+def test_a_folder_without_a_fitting_tokenizer(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no tokenizer.json, and a vocabulary of 50280 is not bytes"):
+        load_tokenizer(tmp_path, 50280)
+    for text in ("", "{}", "[1"):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(CheckpointError, match="not a tokenizer"):
+            load_tokenizer(tmp_path, 256)
+    with pytest.raises(CheckpointError, match="no such file"):
+        SubwordTokenizer.from_file(tmp_path / "none.json")
