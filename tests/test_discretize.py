@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dualform.core.discretize import RULES, discretize_dense, rule
+from dualform.core.discretize import RULES, discretize_dense, first_order_hold, generalized_bilinear, rule
 from dualform.core.errors import ArgumentError
+from dualform.core.linalg import matrix_exp
 from vectors import close, load
 
 GOLDEN_NAME = {"zoh": "zoh", "bilinear": "bilinear", "euler": "euler", "backward_euler": "backward_diff"}
@@ -18,6 +19,38 @@ def test_dense_rules_equal_the_golden_values(case, method):
         Abar, Bbar = discretize_dense(g["A"], g["B"], dt, method)
         close(Abar, g[f"A_bar_{GOLDEN_NAME[method]}_{j}"], 1e-10, f"Abar {method} {dt}")
         close(Bbar, g[f"B_bar_{GOLDEN_NAME[method]}_{j}"], 1e-10, f"Bbar {method} {dt}")
+
+
+@pytest.mark.parametrize("case", ["discretize_dense_0", "discretize_dense_1"])
+def test_first_order_hold_equals_the_golden_values(case):
+    g = load(case)
+    for j, dt in enumerate(g["dt"].tolist()):
+        Abar, Bbar, lead = first_order_hold(g["A"], g["B"], dt)
+        close(Abar, g[f"A_bar_foh_{j}"], 1e-10)
+        close(Bbar, g[f"B_bar_foh_{j}"], 1e-10)
+        close(g["D"] + g["C"] @ lead, g[f"D_d_foh_{j}"], 1e-10)
+
+
+@pytest.mark.parametrize("case", ["discretize_dense_0", "discretize_dense_1"])
+def test_generalised_bilinear_equals_the_golden_values(case):
+    g = load(case)
+    for j, dt in enumerate(g["dt"].tolist()):
+        Abar, Bbar = generalized_bilinear(g["A"], g["B"], dt, 0.3)
+        close(Abar, g[f"A_bar_gbt_{j}"], 1e-10)
+        close(Bbar, g[f"B_bar_gbt_{j}"], 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_the_exponential_keeps_its_digits_at_every_size(dtype):
+    """Against eigenvalues of a normal matrix, whose exponential is known; 0.05 is where PyTorch's loses digits."""
+    for size in (0.0, 1e-5, 0.049, 0.3, 0.51, 2.0, 30.0):
+        Q = torch.linalg.qr(torch.randn(4, 4, dtype=dtype))[0]
+        values = size * torch.tensor([-1.0, -0.7, 0.1, 0.2], dtype=torch.float64).to(dtype)
+        close(matrix_exp(Q @ torch.diag(values) @ Q.mH), Q @ torch.diag(values.exp()) @ Q.mH, 1e-13)
+    both = torch.stack([torch.zeros(2, 2), torch.diag(torch.tensor([1.0, -2.0]))])
+    want = torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, -2.0]).exp())])
+    assert matrix_exp(both).dtype == torch.float32
+    close(matrix_exp(both), want, 1e-7)
 
 
 def test_zoh_of_a_singular_system():
@@ -76,6 +109,7 @@ def test_dense_rules_are_differentiable():
     dt = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     for method in RULES:
         assert torch.autograd.gradcheck(lambda *a, m=method: discretize_dense(*a, m), (A, B, dt))
+    assert torch.autograd.gradcheck(first_order_hold, (A, B, dt))
 
 
 def test_an_unknown_method_lists_those_that_exist():
@@ -83,4 +117,6 @@ def test_an_unknown_method_lists_those_that_exist():
         rule("tustin")
     with pytest.raises(ArgumentError, match=r"'foh' is unknown[\s\S]*zoh"):
         discretize_dense(torch.zeros(1, 1), torch.zeros(1, 1), 0.1, "foh")
+    with pytest.raises(ArgumentError, match=r"alpha is 1\.1, expected a weight from 0"):
+        generalized_bilinear(torch.zeros(1, 1), torch.zeros(1, 1), 0.1, 1.1)
     assert rule("zoh") is RULES["zoh"]

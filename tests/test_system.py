@@ -1,4 +1,4 @@
-"""StateSpace: golden impulse responses, simulation against the convolution and SciPy, and bad input."""
+"""StateSpace: golden responses, simulation against the convolution and SciPy, control forms, and bad input."""
 
 import numpy as np
 import pytest
@@ -67,6 +67,90 @@ def test_simulation_equals_scipy_after_the_conversion():
     close(x[:-1], torch.from_numpy(want_before[1:]), 1e-12)
 
 
+@pytest.mark.parametrize("singular", [False, True])
+def test_control_form_and_back(singular):
+    """SciPy's matrices give SciPy's output; what cannot be inverted gets the delayed output as a state."""
+    s, rng = system(), np.random.default_rng(1)
+    if singular:
+        s.A[:, 0] = 0
+    form = s.to_control_form()
+    assert len(form) == 5 and form[4] == 0.5
+    u, x0 = rng.normal(size=(30, 2)), rng.normal(size=3)
+    _, want, _ = scipy.signal.dlsim(form, u, x0=x0)
+    close(s.simulate(u, x0)[0], torch.from_numpy(want), 1e-12)
+    scipy_system = scipy.signal.StateSpace(*form[:4], dt=form[4])
+    fields = scipy_system.A, scipy_system.B, scipy_system.C, scipy_system.D, scipy_system.dt
+    back = df.StateSpace.from_control_form(*fields)
+    assert back.A.shape == ((5, 5) if singular else (3, 3)) and back.dt == 0.5
+    start = torch.nn.functional.pad(torch.from_numpy(x0), (0, 2)) if singular else x0
+    close(back.simulate(u, start)[0], torch.from_numpy(want), 1e-12)
+    if not singular:
+        close(back.C, s.C, 1e-12)
+        close(back.D, s.D, 1e-12)
+
+
+def test_control_form_of_continuous_systems_is_the_system():
+    s = system(dt=None)
+    form = s.to_control_form()
+    assert len(form) == 4 and all(np.array_equal(a, m) for a, m in zip(form, (s.A, s.B, s.C, s.D), strict=True))
+    assert scipy.signal.StateSpace(*form).dt is None
+    for dt in (None, 0):
+        back = df.StateSpace.from_control_form(*form, dt)
+        assert back.dt is None and torch.equal(back.C, s.C)
+    assert df.StateSpace.from_control_form(*form, True).dt == 1.0
+
+
+def test_a_pure_delay_arrives_in_two_states():
+    delay = df.StateSpace.from_control_form([[0.0]], [1.0], [1.0], dt=1.0)
+    y, _ = delay.simulate([3.0, 1.0, 4.0], [1.0, 0.0])
+    assert y[:, 0].tolist() == [1.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("j", [0, 1, 2, 3])
+@pytest.mark.parametrize("case", ["discretize_dense_0", "discretize_dense_1"])
+def test_first_order_hold_has_the_golden_response(case, j):
+    """The response of SciPy's matrices, whose C stays as it was."""
+    g = load(case)
+    dt = g["dt"][j].item()
+    golden = (g[f"A_bar_foh_{j}"], g[f"B_bar_foh_{j}"], g["C"], g[f"D_d_foh_{j}"])
+    held = df.StateSpace(g["A"], g["B"], g["C"], g["D"]).discretize(dt, "foh")
+    u = torch.randn(25, g["B"].shape[1], dtype=torch.float64)
+    _, want, _ = scipy.signal.dlsim((*(m.numpy() for m in golden), dt), u.numpy())
+    close(held.simulate(u)[0], torch.from_numpy(want), 1e-10)
+
+
+@pytest.mark.parametrize("rate", [2.0, 400.0])
+def test_first_order_hold_follows_a_ramp_exactly(rate):
+    """h' = -a h + t: h(t) = t / a - (1 - exp(-a t)) / a^2, at dt = 0.1; stiff, it takes a state more."""
+    s = df.StateSpace([[-rate]], [1.0], torch.ones(1, dtype=torch.float64)).discretize(0.1, "foh")
+    assert len(s.A) == (1 if rate == 2.0 else 2)
+    t = 0.1 * torch.arange(50, dtype=torch.float64)
+    close(s.simulate(t)[0][:, 0], t / rate - (1 - (-rate * t).exp()) / rate**2, 1e-12)
+
+
+def test_generalised_bilinear_passes_through_its_neighbours():
+    s = system(dt=None)
+    for alpha, method in ((0.0, "euler"), (0.5, "bilinear"), (1.0, "backward_euler")):
+        close(s.discretize(0.1, "gbt", alpha=alpha).A, s.discretize(0.1, method).A, 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_frequency_response_is_the_transform_of_the_impulse_response(dtype):
+    s = system(dtype=dtype)
+    omega = torch.linspace(-6, 6, 11, dtype=torch.float64)
+    phase = torch.exp(-1j * omega[:, None] * torch.arange(300) * 0.5)
+    want = torch.einsum("fk,kom->fom", phase, s.kernel(300).to(phase.dtype)) + s.D
+    close(s.frequency_response(omega), want, 1e-12)
+
+
+def test_frequency_response_of_a_lag_and_of_an_integrator():
+    lag = df.StateSpace([[-2.0]], [1.0], [3.0], 0.5)
+    want = 3 / (1j * torch.tensor([0.0, 2.0], dtype=torch.float64) + 2) + 0.5
+    close(lag.frequency_response([0.0, 2.0])[:, 0, 0], want, 1e-6)
+    with pytest.raises(ArgumentError, match="response at 0 is infinite: the system has a pole there"):
+        df.StateSpace([[0.0]], [1.0], [1.0]).frequency_response([1.0, 0.0])
+
+
 def test_zoh_follows_a_held_input_exactly():
     """h' = -2 h + u with u held at 1: h(t) = (1 - exp(-2 t)) / 2, in float32 to float32's digits."""
     y, _ = df.StateSpace([[-2.0]], [1.0], [1.0]).discretize(0.25).simulate(torch.ones(40))
@@ -133,6 +217,8 @@ def test_vectors_numbers_and_lists_are_taken_without_losing_digits():
         (lambda: system(dt=None).discretize(float("nan")), "discretize: dt is nan"),
         (lambda: system(dt=None).discretize(torch.ones(2)), r"dt has shape \(2,\), expected a number"),
         (lambda: system(dt=None).discretize(0.1, "spline"), r"'spline' is unknown[\s\S]*zoh[\s\S]*gbt, foh"),
+        (lambda: system(dt=None).discretize(0.1, "gbt"), "alpha is None with method 'gbt'"),
+        (lambda: system(dt=None).discretize(0.1, "zoh", 0.3), r"alpha is 0\.3 with method 'zoh'"),
         (lambda: system().discretize(0.1), "discrete already, with dt=0.5"),
         (lambda: system(dt=None).simulate(torch.zeros(3, 2)), r"continuous[\s\S]*system\.discretize"),
         (lambda: system(dt=None).kernel(3), r"continuous[\s\S]*system\.discretize"),

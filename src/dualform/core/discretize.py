@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.linalg import matrix_exp
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -74,11 +75,18 @@ def backward_euler(A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
 
 RULES: dict[str, Rule] = {"zoh": zoh, "bilinear": bilinear, "euler": euler, "backward_euler": backward_euler}
 
-EXPONENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "zoh": lambda A, dt: dt * A,
-    "bilinear": lambda A, dt: 2 * torch.atanh(dt * A / 2),
-}
-"""``log Abar`` of a rule for diagonal A with Re A < 0, on the branch that tends to ``dt A`` for small steps."""
+
+def _bilinear_exponent(A: Tensor, dt: Tensor) -> Tensor:
+    """``2 atanh(z / 2)`` without the cancellation that ``log((1 + z/2) / (1 - z/2))`` has for small z."""
+    half = dt * A / 2
+    x, y = half.real, half.imag
+    return torch.complex(
+        torch.log1p(4 * x / ((1 - x).square() + y.square())) / 2, torch.atan2(2 * y, (1 - x) * (1 + x) - y.square())
+    )
+
+
+EXPONENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"zoh": lambda A, dt: dt * A, "bilinear": _bilinear_exponent}
+"""``log Abar`` of a rule for complex diagonal A with Re A < 0, on the branch that tends to ``dt A`` for small dt."""
 
 _IMPLICIT = {"euler": 0.0, "bilinear": 0.5, "backward_euler": 1.0}  # the weight of the new state in A h
 
@@ -132,7 +140,7 @@ def discretize_dense(A: Tensor, B: Tensor, dt: float | Tensor, method: str = "zo
         return generalized_bilinear(A, B, dt, _IMPLICIT[method])
     n = A.shape[-1]
     both = _scaled(A, B, dt)
-    exponential = _matrix_exp(torch.nn.functional.pad(both, (0, 0, 0, B.shape[-1])))[..., :n, :]
+    exponential = matrix_exp(torch.nn.functional.pad(both, (0, 0, 0, B.shape[-1])))[..., :n, :]
     return exponential[..., :n], exponential[..., n:]
 
 
@@ -145,7 +153,8 @@ def generalized_bilinear(A: Tensor, B: Tensor, dt: float | Tensor, alpha: float)
         ArgumentError: for a weight outside of 0 .. 1.
 
     References:
-        Zhang, Chen and Zhou (2007), "A generalized bilinear transformation"; arXiv:2008.07669, appendix B.3.
+        Zhang, Chen and Chen (2009), "Digital redesign via the generalised bilinear transformation"; arXiv:2008.07669,
+        appendix B.3.
     """
     if not 0 <= alpha <= 1:
         raise ArgumentError(f"discretize: alpha is {alpha}, expected a weight from 0 (explicit) to 1 (implicit)")
@@ -168,14 +177,15 @@ def first_order_hold(A: Tensor, B: Tensor, dt: float | Tensor) -> tuple[Tensor, 
     :meth:`dualform.core.system.StateSpace.discretize` makes the equivalent system of that form.
 
     References:
-        Franklin, Powell and Workman, "Digital control of dynamic systems", section 6.3.2, the triangle hold.
+        Franklin, Powell and Workman, "Digital control of dynamic systems", 3rd edition, pages 204-206, the
+        triangle hold.
     """
     n, inputs = B.shape[-2:]
     padded = torch.nn.functional.pad(_scaled(A, B, dt), (0, inputs, 0, 2 * inputs))
     block = padded + torch.nn.functional.pad(
         torch.eye(inputs, dtype=padded.dtype, device=padded.device), (n + inputs, 0, n, inputs)
     )
-    Abar, held, lead = _matrix_exp(block)[..., :n, :].split([n, inputs, inputs], -1)
+    Abar, held, lead = matrix_exp(block)[..., :n, :].split([n, inputs, inputs], -1)
     return Abar, held - lead + Abar @ lead, lead
 
 
@@ -183,13 +193,6 @@ def _scaled(A: Tensor, B: Tensor, dt: float | Tensor) -> Tensor:
     """``dt [A, B]``."""
     step = dt.to(A.real)[..., None, None] if isinstance(dt, Tensor) else dt
     return step * torch.cat([A, B], -1)
-
-
-def _matrix_exp(block: Tensor) -> Tensor:
-    """In double precision, on the CPU where the device has none: PyTorch's own keeps only 4 digits in float32."""
-    device = "cpu" if block.device.type == "mps" else block.device
-    wide = torch.complex128 if block.is_complex() else torch.float64
-    return torch.linalg.matrix_exp(block.to(device).to(wide)).to(block.dtype).to(block.device)
 
 
 def _unknown(method: str) -> ArgumentError:

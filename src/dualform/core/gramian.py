@@ -1,16 +1,18 @@
 """Gramians of stable linear systems and the balanced coordinates they define, on plain matrices.
 
-Factors F, with Gramian ``F F^*``, are computed directly: the Gramian itself would lose half of the digits of its small
-eigenvalues, which are what model reduction is about.
+Model reduction works on factors F, with Gramian ``F F^*``: the Gramian itself would lose half of the digits of its
+small eigenvalues, which are what is to be found.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.linalg import symmetric_part
+
+_DOUBLINGS = 64
 
 
 class Balanced(NamedTuple):
@@ -24,36 +26,47 @@ class Balanced(NamedTuple):
     hankel: Tensor  # (N,), Hankel singular values, greatest first
 
 
-def gramian_factor(where: str, A: Tensor, B: Tensor, *, continuous: bool) -> Tensor:
-    """F ``(N, <= N)`` of the controllability Gramian ``F F^*``; with ``A^*`` and ``C^*`` that of observability.
+def gramian(where: str, A: Tensor, B: Tensor, *, continuous: bool) -> Tensor:
+    """The controllability Gramian P ``(N, N)``; with ``A^*`` and ``C^*`` that of observability. Differentiable.
 
         continuous   A P + P A^* + B B^* = 0,   P = int_0^inf exp(A t) B B^* exp(A^* t) dt
         discrete     P = A P A^* + B B^*,       P = sum_k A^k B B^* (A^*)^k
 
-    A continuous system has the Gramian of the discrete system that Cayley's transform makes of it. The discrete sum
-    is doubled until the rest is below rounding, with a QR factorisation after each doubling.
+    The discrete sum is doubled until the rest is below rounding. A continuous system has the Gramian of the discrete
+    system that Cayley's transform makes of it.
 
     Raises:
         ArgumentError: for an unstable system, whose Gramian does not exist.
 
     References:
         Smith (1968), "Matrix equation XA + BX = C"; Antoulas (2005), "Approximation of large-scale dynamical
-        systems", sections 4.3 and 6.4.
+        systems", chapters 4 and 6.
     """
-    check_stable(where, A, continuous=continuous)
-    if continuous:
-        scale = torch.linalg.eigvals(A.detach()).abs().log().mean().exp()  # the geometric mean of the rates
-        eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        solved = torch.linalg.solve(scale * eye - A, torch.cat([scale * eye + A, math.sqrt(2) * scale.sqrt() * B], -1))
-        A, B = solved[:, : len(A)], solved[:, len(A) :]
-    factor, power = B, A
-    for _ in range(64):
+    power, B = _stable_discrete(where, A, B, continuous)
+    total = B @ B.mH
+    for _ in range(_DOUBLINGS):
+        more = power @ total @ power.mH
+        total = total + more
+        if _small(more, total):
+            return symmetric_part(total) if not total.is_complex() else (total + total.mH) / 2
+        power = power @ power
+    raise _too_slow(where)
+
+
+def gramian_factor(where: str, A: Tensor, B: Tensor, *, continuous: bool) -> Tensor:
+    """F ``(N, <= N)`` with ``F F^*`` the Gramian of :func:`gramian`: the same sum, by a QR factorisation each time.
+
+    Raises:
+        ArgumentError: for an unstable system.
+    """
+    power, factor = _stable_discrete(where, A, B, continuous)
+    for _ in range(_DOUBLINGS):
         more = power @ factor
         factor = torch.linalg.qr(torch.cat([factor, more], -1).mH, mode="r")[1].mH
-        if float(more.norm()) <= torch.finfo(A.dtype).eps * float(factor.norm()):
+        if _small(more, factor):
             return factor
         power = power @ power
-    raise ArgumentError(f"{where}: the system is too close to instability for a Gramian: its sum does not converge")
+    raise _too_slow(where)
 
 
 def balance(where: str, A: Tensor, B: Tensor, C: Tensor, *, continuous: bool) -> Balanced:
@@ -64,7 +77,7 @@ def balance(where: str, A: Tensor, B: Tensor, C: Tensor, *, continuous: bool) ->
 
     References:
         Laub, Heath, Paige and Ward (1987), "Computation of system balancing transformations and other applications
-        of simultaneous diagonalization algorithms", section III.
+        of simultaneous diagonalization algorithms".
     """
     controllability = gramian_factor(where, A, B, continuous=continuous)
     observability = gramian_factor(where, A.mH, C.mH, continuous=continuous)
@@ -88,3 +101,21 @@ def check_stable(where: str, A: Tensor, *, continuous: bool) -> None:
         worst = complex(poles[margin.argmax()])
         region = "the open left half plane" if continuous else "the open unit disc"
         raise ArgumentError(f"{where}: the system is not stable: the pole {worst:.4g} is not in {region}")
+
+
+def _stable_discrete(where: str, A: Tensor, B: Tensor, continuous: bool) -> tuple[Tensor, Tensor]:
+    """The discrete system with the same Gramian."""
+    check_stable(where, A, continuous=continuous)
+    if not continuous:
+        return A, B
+    scale = torch.linalg.eigvals(A.detach()).abs().log().mean().exp()  # the geometric mean of the rates
+    eye = scale * torch.eye(len(A), dtype=A.dtype, device=A.device)
+    return torch.linalg.solve(eye - A, torch.cat([eye + A, (2 * scale).sqrt() * B], -1)).split([len(A), B.shape[1]], -1)
+
+
+def _small(more: Tensor, total: Tensor) -> bool:
+    return float(more.detach().norm()) <= torch.finfo(total.dtype).eps * float(total.detach().norm())
+
+
+def _too_slow(where: str) -> ArgumentError:
+    return ArgumentError(f"{where}: the system is too close to instability for its Gramian to be summed")

@@ -86,7 +86,7 @@ def legsd(n: int) -> Transition:
         ArgumentError: for a size below 1.
 
     References:
-        arXiv:2206.11893, section 4.1, Theorem 3: its impulse responses tend to those of LegS as N grows.
+        arXiv:2206.11893, section 4, Theorem 3: its impulse responses tend to those of LegS as N grows.
     """
     A, B = legs(n)
     return A + torch.outer(B, B) / 2, B / 2
@@ -242,7 +242,7 @@ def foud(n: int) -> Transition:
         ArgumentError: for a size that is odd or below 2.
 
     References:
-        arXiv:2206.11893, section 4.3: the poles of S4D-Lin, up to the scale of their frequencies.
+        arXiv:2206.11893, section 4: the poles of S4D-Lin, up to the scale of their frequencies.
     """
     S, B = _fourier("foud", n)
     return 2 * S - torch.eye(n, dtype=torch.float64) / 2, B

@@ -63,7 +63,7 @@ def nplr(measure: str, n: int) -> NPLR:
     References:
         arXiv:2111.00396, Theorem 1, where it is written ``V Lambda V^* - P Q^T``; with ``Q = P`` the form is stable
         for any P, Goel, Gu, Donahue and Re (2022), "It's raw! Audio generation with state-space models",
-        arXiv:2202.09729, section 4.1.
+        arXiv:2202.09729.
     """
     P = low_rank(measure, n)
     A, B = transition(measure, n)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualform.core.discretize import RULES, discretize_dense, first_order_hold, generalized_bilinear
 from dualform.core.errors import ArgumentError
-from dualform.core.gramian import balance, gramian_factor
+from dualform.core.gramian import balance, gramian
 from dualform.core.linalg import as_tensors, orbit
 from dualform.core.shapes import check_tensors, wide
 
@@ -26,7 +26,8 @@ class StateSpace:
     ``y_t = C h_t + D u_t``; a system ``(A, B, C, D)`` of this class is ``(A, B, C A, C B + D)`` there, see
     :meth:`to_control_form` and :meth:`from_control_form`. Continuous systems are the same everywhere.
 
-    Everything is differentiable in the matrices, the step size, the input and the initial state.
+    Everything but the model reduction is differentiable in the matrices, the step size, the input and the initial
+    state.
 
     Args:
         A: state matrix ``(N, N)``.
@@ -213,8 +214,7 @@ class StateSpace:
         Raises:
             ArgumentError: for an unstable system.
         """
-        factor = gramian_factor("controllability_gramian", self.A, self.B, continuous=self.dt is None)
-        return factor @ factor.mH
+        return gramian("controllability_gramian", self.A, self.B, continuous=self.dt is None)
 
     def observability_gramian(self) -> Tensor:
         """``Q`` ``(N, N)``: from the state h, without input, the output has the energy ``h^* Q h``.
@@ -225,8 +225,7 @@ class StateSpace:
         Raises:
             ArgumentError: for an unstable system.
         """
-        factor = gramian_factor("observability_gramian", self.A.mH, self.C.mH, continuous=self.dt is None)
-        return factor @ factor.mH
+        return gramian("observability_gramian", self.A.mH, self.C.mH, continuous=self.dt is None)
 
     def hankel_singular_values(self) -> Tensor:
         """The square roots of the eigenvalues of ``P Q``, ``(N,)``, greatest first; they do not depend on coordinates.
@@ -295,7 +294,7 @@ class StateSpace:
     def from_control_form(cls, A: Any, B: Any, C: Any, D: Any = None, dt: float | Tensor | None = None) -> "StateSpace":
         """The system that SciPy and python-control write ``x_{k+1} = A x_k + B u_k``, ``y_k = C x_k + D u_k``.
 
-        Where A can be inverted safely (condition number below ``1 / sqrt(eps)``) that is ``(A, B, C A^-1,
+        Where A can be inverted safely (``|A^-1| max(1, |A|) < 1 / sqrt(eps)``) that is ``(A, B, C A^-1,
         D - C A^-1 B)``. Otherwise, as for a pure delay, the delayed output joins the state, which then has
         ``N + outputs`` components; ``(x_0, 0)`` is the initial state that corresponds to ``x_0``.
 
@@ -317,7 +316,8 @@ class StateSpace:
         if continuous:
             return given
         A, B, C, D = given.A, given.B, given.C, given.D
-        if float(torch.linalg.cond(A.detach())) < torch.finfo(A.dtype).eps ** -0.5:
+        gains = torch.linalg.svdvals(A.detach())
+        if float(gains.min()) > torch.finfo(A.dtype).eps ** 0.5 * max(1.0, float(gains.max())):
             ahead = torch.linalg.solve(A, C, left=False)
             return replace(given, C=ahead, D=D - ahead @ B)
         n, outputs = len(A), len(C)
