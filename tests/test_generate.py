@@ -100,10 +100,14 @@ def test_asking_for_the_state_changes_nothing(model):
 
 
 def test_a_session_is_a_value(model):
-    session = generate(model, PROMPT, 0).state
+    """Two continuations of it take turns and do not meet; attention writes into the free places of its cache."""
+    generation = generate(model, PROMPT, 3)
+    list(generation)
+    session = generation.state
     before = [leaf.clone() for leaf in leaves(session)]
-    once, twice = (list(generate(model, [7, 7], 15, state=session)) for _ in range(2))
-    assert once == twice
+    alone = [list(generate(model, [], 12, state=session.fork(), seed=seed)) for seed in (1, 2)]
+    turns = zip(*(generate(model, [], 12, state=session, seed=seed) for seed in (1, 2)), strict=True)
+    assert [list(tokens) for tokens in zip(*turns, strict=True)] == alone
     assert all(torch.equal(a, b) for a, b in zip(before, leaves(session), strict=True))
 
 
@@ -159,8 +163,10 @@ def test_stop_sequence_across_an_interruption(ssm):
 def test_stop_sequence_does_not_reach_into_the_prompt(ssm):
     free = list(generate(ssm, PROMPT, 3))
     assert list(generate(ssm, PROMPT, 3, stop=[[PROMPT[-1], free[0]]])) == free
-    session = generate(ssm, PROMPT[:-1], 0).state
-    assert list(generate(ssm, PROMPT[-1:], 3, stop=[[PROMPT[-1], free[0]]], state=session)) == free
+    earlier = generate(ssm, PROMPT, 5)
+    list(earlier)
+    free = list(generate(ssm, PROMPT, 3, state=earlier.state))
+    assert list(generate(ssm, PROMPT, 3, stop=[[PROMPT[-1], free[0]]], state=earlier.state)) == free
 
 
 def test_the_model_is_left_as_it_was(ssm):

@@ -52,8 +52,9 @@ def test_another_process_goes_on_bit_for_bit(model, tmp_path):
     generation.state.save(tmp_path / "a.state", model)
     model.save(tmp_path / "model")
     code = f"""
-import dualform
+import dualform, torch
 from dualform.generation.session import Session
+torch.set_num_threads(1)
 model = dualform.load({str(tmp_path / "model")!r})
 session = Session.load({str(tmp_path / "a.state")!r}, model)
 sampling = dualform.Sampling(temperature=1.1, top_p=0.95, repetition_penalty=1.1)

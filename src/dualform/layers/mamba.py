@@ -5,14 +5,19 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
+from dualform.core.discretize import held
 from dualform.core.errors import ConfigError
 from dualform.core.shapes import wide
-from dualform.layers.mixer import Hint, Mixer
+from dualform.layers.mixer import Hint, Mixer, check_intervals
+from dualform.layers.spans import in_spans
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from dualform.ops.linear_scan import linear_scan
 from dualform.ops.selective_scan import selective_scan, selective_state_update
+from dualform.ops.state import initial
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class Mamba(Mixer):
     ``x, z = in(u)``; ``x = silu(conv(x))``; ``dt, B, C = f(x)``; ``h_t = exp(dt A) h_{t-1} + dt B x``;
     ``y = out((C h + D x) silu(z))``.
 
+    With ``intervals`` s, x is held over s of these steps: ``h_t = a^s h_{t-1} + (a^s - 1) / (a - 1) dt B x`` with
+    ``a = exp(dt A)``. The convolution counts samples, not time.
+
     Shapes:
         ``(B, T, d_model) -> (B, T, d_model)``; inside, D = expand * d_model channels with N states each.
 
@@ -64,6 +72,7 @@ class Mamba(Mixer):
         Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2.
     """
 
+    continuous: ClassVar[bool] = True
     hints: ClassVar[dict[str, Hint]] = {
         "A_log": Hint(decay=False),
         "D": Hint(decay=False),
@@ -97,15 +106,24 @@ class Mamba(Mixer):
         )
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: MambaState | None = None, *, cu_seqlens: Int[Tensor, " n"] | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        state: MambaState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " n"] | None = None,
+        intervals: Real[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, MambaState]:
         """The parallel form."""
+        intervals = check_intervals("mamba", x, intervals, wide(self.A_log))
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv = causal_conv1d(
             x, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=cu_seqlens
         )
         dt, B, C = self._maps(x)
+        if intervals is not None:
+            y, h = self._irregular((x, dt, B, C), h, cu_seqlens, intervals)
+            return self.out_proj((y + self.D.to(y.dtype) * x) * F.silu(z)), MambaState(conv, h)
         y, h = selective_scan(
             x,
             dt,
@@ -121,8 +139,14 @@ class Mamba(Mixer):
         )
         return self.out_proj(y), MambaState(conv, h)
 
-    def step(self, x: Float[Tensor, "B D"], state: MambaState) -> tuple[Tensor, MambaState]:
+    def step(
+        self, x: Float[Tensor, "B D"], state: MambaState, interval: Real[Tensor, " B"] | None = None
+    ) -> tuple[Tensor, MambaState]:
         """The recurrent form."""
+        if interval is not None:
+            check_intervals("mamba", x, interval, wide(self.A_log))
+            y, state = self.forward(x[:, None], state, intervals=interval[:, None])
+            return y[:, 0], state
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv = causal_conv1d_update(x, state.conv, self.conv_weight, self.conv_bias, activation="silu")
         dt, B, C = self._maps(x)
@@ -143,6 +167,23 @@ class Mamba(Mixer):
     def A(self) -> Tensor:
         """The decay rates ``(D, N)``: negative, so that the recurrence is stable."""
         return -self.A_log.to(wide(self.A_log)).exp()
+
+    def _irregular(
+        self, inputs: tuple[Tensor, ...], h: Tensor | None, cu_seqlens: Tensor | None, intervals: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The scan over ``intervals`` ``(B, T)`` of x, dt, B and C; states are held for one span at a time."""
+        (x, dt, B, C), A = inputs, self.A()
+        dt = F.softplus(dt.to(A.dtype) + self.dt_bias)
+
+        def span(h: Tensor, cu_seqlens: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+            u, dt, B, C, steps, A = parts
+            a, weight = held(dt[..., None] * A, steps[..., None, None])
+            hs, h = linear_scan(a, weight * (dt * u)[..., None] * B[:, :, None], h, cu_seqlens=cu_seqlens)
+            return (hs * C[:, :, None]).sum(-1), h
+
+        h0 = initial("mamba", h, cu_seqlens, x, tuple(A.shape), A.dtype)
+        y, h = in_spans(span, h0, (x, dt, B, C, intervals), (A,), width=A.numel(), cu_seqlens=cu_seqlens)
+        return y.to(x.dtype), h
 
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, B, C = self.x_proj(x).split([self.dt_rank, self.config.d_state, self.config.d_state], -1)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
+from dualform.core.discretize import held
 from dualform.core.errors import ConfigError
 from dualform.core.shapes import wide
 from dualform.layers.mamba import check_sizes, initial_step
-from dualform.layers.mixer import Hint, Mixer
+from dualform.layers.mixer import Hint, Mixer, check_intervals
 from dualform.layers.norm import GatedRMSNorm
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.selective_scan import selective_state_update
@@ -64,6 +65,9 @@ class Mamba2(Mixer):
     ``z, x, B, C, dt = in(u)``; ``x, B, C = silu(conv(x, B, C))``; ``h_t = exp(dt A) h_{t-1} + dt x B^T``;
     ``y = out(norm((h C + D x) silu(z)))``.
 
+    With ``intervals`` s, x is held over s of these steps: ``h_t = a^s h_{t-1} + (a^s - 1) / (a - 1) dt x B^T`` with
+    ``a = exp(dt A)``. The convolution counts samples, not time.
+
     Shapes:
         ``(B, T, d_model) -> (B, T, d_model)``; inside, H heads of width P with P N states each.
 
@@ -74,6 +78,7 @@ class Mamba2(Mixer):
         Dao & Gu (2024), arXiv:2405.21060, section 7.1.
     """
 
+    continuous: ClassVar[bool] = True
     hints: ClassVar[dict[str, Hint]] = {
         "A_log": Hint(decay=False),
         "D": Hint(decay=False),
@@ -129,14 +134,21 @@ class Mamba2(Mixer):
         state: Mamba2State | None = None,
         *,
         cu_seqlens: Int[Tensor, " n"] | None = None,
+        intervals: Real[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Mamba2State]:
         """The parallel form."""
+        intervals = check_intervals("mamba2", x, intervals, wide(self.A_log))
         conv, h = (None, None) if state is None else state
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_in, self.heads], -1)
         xBC, conv = causal_conv1d(
             xBC, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=cu_seqlens
         )
         x, B, C = self._maps(xBC)
+        if intervals is not None:
+            u, steps = self._held(x, dt, intervals)
+            y, h = ssd(u, steps, self.A(), B, C, initial_state=h, cu_seqlens=cu_seqlens)
+            y = y + self.D[:, None].to(y.dtype) * x
+            return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv, h)
         y, h = ssd(
             x,
             dt,
@@ -152,8 +164,14 @@ class Mamba2(Mixer):
         )
         return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv, h)
 
-    def step(self, x: Float[Tensor, "B D"], state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+    def step(
+        self, x: Float[Tensor, "B D"], state: Mamba2State, interval: Real[Tensor, " B"] | None = None
+    ) -> tuple[Tensor, Mamba2State]:
         """The recurrent form."""
+        if interval is not None:
+            check_intervals("mamba2", x, interval, wide(self.A_log))
+            y, state = self.forward(x[:, None], state, intervals=interval[:, None])
+            return y[:, 0], state
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_in, self.heads], -1)
         xBC, conv = causal_conv1d_update(xBC, state.conv, self.conv_weight, self.conv_bias, activation="silu")
         x, B, C = self._maps(xBC)
@@ -164,6 +182,13 @@ class Mamba2(Mixer):
     def A(self) -> Tensor:
         """The decay rates ``(H,)``: negative, so that the recurrence is stable."""
         return -self.A_log.to(wide(self.A_log)).exp()
+
+    def _held(self, x: Tensor, dt: Tensor, intervals: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and the step ``s dt`` with which the scan's own rule, weight ``s dt x``, is that of s steps."""
+        A, s = self.A(), intervals[..., None]
+        dt = limit_step(dt.to(A.dtype), self.dt_bias, True, self.config.dt_limit)
+        _, weight = held(dt * A, s)
+        return (weight / s)[..., None].to(x.dtype) * x, s * dt
 
     def _maps(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         width = self.config.groups * self.config.d_state

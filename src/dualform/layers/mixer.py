@@ -1,6 +1,7 @@
 """The base of every token-mixing layer."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_tensors
 
 
 class Hint(NamedTuple):
@@ -24,6 +25,9 @@ class Mixer(nn.Module, ABC):
 
     ``hints`` names the layer's own parameters that want special treatment by the optimiser.
 
+    A layer that is not ``causal`` (bidirectional) reads whole sequences: ``forward`` takes no state and returns ``()``
+    in its place, and ``init_state`` and ``step`` raise.
+
     A layer with a meaning in continuous time, ``continuous``, also takes samples that come at irregular times: its
     ``forward(..., intervals=None)`` the number of the layer's own steps over which each input is held, ``(B, T)``,
     positive and not necessarily whole; its ``step(x, state, interval=None)`` the same, ``(B,)``. The interval of an
@@ -33,6 +37,7 @@ class Mixer(nn.Module, ABC):
 
     hints: ClassVar[dict[str, Hint]] = {}
     continuous: ClassVar[bool] = False
+    causal: bool = True
 
     @abstractmethod
     def init_state(self, batch: int, *, max_len: int = 0) -> State:
@@ -50,13 +55,15 @@ class Mixer(nn.Module, ABC):
         return y[:, 0], state
 
 
-def check_intervals(where: str, x: Tensor, intervals: Tensor) -> Tensor:
-    """The intervals in the dtype of states: one for each of ``x`` ``(B, T, D)``, or of one step ``(B, D)``.
+def check_intervals(where: str, x: Tensor, intervals: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The intervals in ``dtype``, that of states: one for each of ``x`` ``(B, T, D)``, or of one step ``(B, D)``.
 
     Raises:
         ArgumentError: for a shape, dtype or device that does not fit ``x``, or a value that is not positive and
             finite. Values are read on the host; a meta tensor's are taken on trust.
     """
+    if intervals is None:
+        return None
     axes, name = ("B T", "intervals") if x.dim() == 3 else ("B", "interval")
     check_tensors(where, x=(x, f"{axes} D"), **{name: (intervals, axes)})
     if intervals.is_complex() or intervals.dtype == torch.bool:
@@ -68,7 +75,12 @@ def check_intervals(where: str, x: Tensor, intervals: Tensor) -> Tensor:
                 f"{where}: {name} has the value {wrong[0].item():g}, expected positive and finite numbers",
                 hint="they are the times between samples, in units of the layer's own step",
             )
-    return intervals.to(wide(x, intervals if intervals.is_floating_point() else None))
+    return intervals.to(dtype)
+
+
+def exactly(device: str) -> AbstractContextManager[object]:
+    """Matrix products in the dtype of their factors, autocast or not."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @runtime_checkable

@@ -1,0 +1,284 @@
+"""What the laws are tried on: every mixer in several odd sizes, the Kalman filter, whole hybrid language models."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualform.core.laws import Trial
+from dualform.core.linalg import symmetric_part
+from dualform.core.recurrence import State
+from dualform.gaussian.kalman import KalmanFilter
+from dualform.gaussian.model import Gaussian, LinearGaussian
+from dualform.layers.attention import AttentionConfig
+from dualform.layers.dss import DSSConfig
+from dualform.layers.h3 import H3Config
+from dualform.layers.hyena import HyenaConfig
+from dualform.layers.hyena_modal import HyenaModalConfig
+from dualform.layers.lru import LRUConfig
+from dualform.layers.lstm import LSTMConfig
+from dualform.layers.mamba import MambaConfig
+from dualform.layers.mamba2 import Mamba2Config
+from dualform.layers.mixer import PartConfig
+from dualform.layers.mlp import MLPConfig
+from dualform.layers.registry import MIXERS
+from dualform.layers.s4 import S4Config
+from dualform.layers.s4d import S4DConfig
+from dualform.layers.s5 import S5Config
+from dualform.models.config import ModelConfig
+from dualform.models.lm import LanguageModel
+
+Sample = Callable[[int, int, torch.Generator], Tensor]  # (batch, length, generator) -> float64 or integer inputs
+Build = Callable[[torch.device, torch.dtype], tuple[Any, Mapping[str, Tensor] | None]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recurrence that the laws are tried on.
+
+    Args:
+        name: what the table of results calls it.
+        kind: its name in ``MIXERS``; ``"kalman"``; ``"intervals"`` for a mixer on irregular samples, or ``"lm"`` for a
+            whole model.
+        build: ``(device, dtype)`` -> the recurrence, and the tensors to differentiate if it has no parameters.
+        sample: ``(batch, length, generator)`` -> inputs on the CPU.
+        tangent: of its states, see :class:`~dualform.core.laws.Trial`.
+    """
+
+    name: str
+    kind: str
+    build: Build
+    sample: Sample
+    tangent: Callable[[Any], Any] = lambda gradient: gradient
+
+    def trial(
+        self,
+        length: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float64,
+        warmup: int = 5,
+        batch: int = 4,
+        seed: int = 0,
+    ) -> Trial:
+        """Freshly built and with fresh inputs, the same for every device and dtype but for rounding.
+
+        Args:
+            length: T, what the laws run over.
+            device: of the recurrence and its inputs.
+            dtype: of its parameters and of floating inputs.
+            warmup: elements before those, which bring the rows to the states that the laws start from.
+            batch: B.
+            seed: of parameters, inputs, cuts and losses.
+        """
+        device = torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            f, parameters = self.build(device, dtype)
+        x = self.sample(batch, warmup + length, torch.Generator().manual_seed(seed + 1))
+        x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
+        return Trial(f, x, warmup=warmup, parameters=parameters, seed=seed, tangent=self.tangent)
+
+
+def mixer_case(name: str, config: PartConfig, d_model: int) -> Case:
+    """The case of one mixer.
+
+    Args:
+        name: a word that sets it apart from the other cases of its kind; may be empty.
+        config: of the mixer, registered in ``MIXERS``.
+        d_model: D.
+    """
+    kind = next(kind for kind, known in MIXERS.items() if known is type(config))
+
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[Any, None]:
+        return config.build(d_model).to(device, dtype), None
+
+    def sample(batch: int, length: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(batch, length, d_model, generator=generator, dtype=torch.float64)
+
+    return Case(" ".join(filter(None, (kind, name, f"d={d_model}"))), kind, build, sample)
+
+
+class Irregular(nn.Module):
+    """A mixer on samples at irregular times, as a recurrence: the last feature is the logarithm of the interval."""
+
+    def __init__(self, mixer: Any):
+        super().__init__()
+        self.mixer = mixer
+
+    def init_state(self, batch: int, *, max_len: int = 0) -> State:
+        return self.mixer.init_state(batch, max_len=max_len)
+
+    def forward(self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Any, State]:
+        return self.mixer(x[..., :-1], state, cu_seqlens=cu_seqlens, intervals=x[..., -1].exp())
+
+    def step(self, x: Tensor, state: State) -> tuple[Any, State]:
+        return self.mixer.step(x[:, :-1], state, x[:, -1].exp())
+
+
+def interval_case(config: PartConfig, d_model: int) -> Case:
+    """The case of one mixer with intervals that are drawn along with its inputs.
+
+    Args:
+        config: of a mixer with a meaning in continuous time.
+        d_model: D.
+    """
+    regular = mixer_case("", config, d_model)
+
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[Any, None]:
+        return Irregular(config.build(d_model)).to(device, dtype), None
+
+    def sample(batch: int, length: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(batch, length, d_model + 1, generator=generator, dtype=torch.float64)
+
+    return Case(f"intervals {regular.name}", "intervals", build, sample)
+
+
+def model_case(name: str, config: ModelConfig) -> Case:
+    """The case of a whole language model.
+
+    Args:
+        name: the table calls it ``lm`` and this.
+        config: of the model.
+    """
+
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[Any, None]:
+        return LanguageModel(config).to(device, dtype), None
+
+    def sample(batch: int, length: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+    return Case(f"lm {name}", "lm", build, sample)
+
+
+def kalman_case(name: str, *, states: int, observed: int, parallel: bool) -> Case:
+    """The case of a Kalman filter of a random stable model, whose data miss every fifth value and some whole steps.
+
+    Args:
+        name: the table calls it ``kalman`` and this.
+        states: N.
+        observed: M.
+        parallel: which form of ``forward``.
+    """
+
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[Any, Mapping[str, Tensor]]:
+        turn = torch.linalg.qr(torch.randn(states, states, dtype=torch.float64)).Q
+
+        def covariance(size: int) -> Tensor:
+            root = torch.randn(size, size, dtype=torch.float64)
+            return root @ root.mT / size + torch.eye(size, dtype=torch.float64)
+
+        tensors = {
+            "A": 0.9 * turn,
+            "C": torch.randn(observed, states, dtype=torch.float64),
+            "Q": covariance(states),
+            "R": covariance(observed),
+            "m0": torch.randn(states, dtype=torch.float64),
+            "P0": covariance(states),
+        }
+        tensors = {k: v.to(device, dtype).requires_grad_() for k, v in tensors.items()}
+        return KalmanFilter(LinearGaussian(**tensors), parallel=parallel), tensors
+
+    def sample(batch: int, length: int, generator: torch.Generator) -> Tensor:
+        y = torch.randn(batch, length, observed, generator=generator, dtype=torch.float64)
+        lost = torch.rand(y.shape, generator=generator) < 0.2
+        lost |= (torch.rand(batch, length, generator=generator) < 0.1)[..., None]
+        return y.masked_fill(lost, math.nan)
+
+    def symmetric(gradient: Gaussian) -> Gaussian:
+        return gradient._replace(cov=symmetric_part(gradient.cov))
+
+    return Case(f"kalman {name}", "kalman", build, sample, symmetric)
+
+
+def _mixers() -> list[Case]:
+    return [
+        mixer_case("", MambaConfig(d_state=5), 1),
+        mixer_case("no conv", MambaConfig(d_state=1, d_conv=1, expand=1, dt_rank=2, bias=True), 3),
+        mixer_case("", MambaConfig(d_state=7, d_conv=3, expand=3, dt_rank=5, conv_bias=False), 17),
+        mixer_case("", Mamba2Config(d_state=5, d_head=1), 1),
+        mixer_case("groups", Mamba2Config(d_state=3, d_head=3, expand=3, groups=3, dt_limit=(0.01, 0.09)), 3),
+        mixer_case("", Mamba2Config(d_state=7, d_head=17, d_conv=3, expand=3, bias=True, conv_bias=False), 17),
+        mixer_case("", AttentionConfig(heads=1), 1),
+        mixer_case("grouped", AttentionConfig(heads=3, kv_heads=1, rope=None, bias=True), 3),
+        mixer_case("window", AttentionConfig(heads=6, kv_heads=2, d_head=5, window=7), 17),
+        mixer_case("", LSTMConfig(), 1),
+        mixer_case("", LSTMConfig(hidden=5, layers=2), 3),
+        mixer_case("", LSTMConfig(), 17),
+        mixer_case("lin zoh", S4DConfig(d_state=6), 1),
+        mixer_case("legs bilinear", S4DConfig(d_state=10, init="legs", rule="bilinear", dt_max=0.5), 3),
+        mixer_case("inv zoh", S4DConfig(d_state=2, init="inv"), 17),
+        mixer_case("real bilinear", S4DConfig(d_state=14, init="real", rule="bilinear"), 3),
+        mixer_case("legs", S4Config(d_state=6), 1),
+        mixer_case("legt", S4Config(d_state=10, init="legt", dt_max=0.5), 3),
+        mixer_case("random", S4Config(d_state=2, init="random", rank=3), 17),
+        mixer_case("softmax", DSSConfig(d_state=6, length=30), 1),
+        mixer_case("exp", DSSConfig(d_state=10, kernel="exp", dt_max=0.5), 3),
+        mixer_case("softmax", DSSConfig(d_state=2, init="real", length=7), 17),
+        mixer_case("zoh", S5Config(d_state=6), 1),
+        mixer_case("blocks bilinear", S5Config(d_state=12, blocks=3, rule="bilinear", dt_max=0.5), 3),
+        mixer_case("no pairs", S5Config(d_state=4, conj_pairs=False), 17),
+        mixer_case("", LRUConfig(d_state=1), 1),
+        mixer_case("", LRUConfig(d_state=5), 3),
+        mixer_case("ring", LRUConfig(d_state=7, r_min=0.9, r_max=0.99, max_phase=0.3), 17),
+        mixer_case("", H3Config(d_state=6), 1),
+        mixer_case("wide heads", H3Config(d_state=4, d_head=3, rule="bilinear", dt_max=0.5), 3),
+        mixer_case("no bias", H3Config(d_state=2, init="inv", bias=False), 17),
+        mixer_case("long", HyenaConfig(l_max=200, d_embed=5, d_filter=6, frequency=3.0), 1),
+        mixer_case("order 3", HyenaConfig(order=3, l_max=9, d_embed=3, d_filter=4, frequency=2.0), 3),
+        mixer_case("short", HyenaConfig(l_max=40, d_conv=1, d_embed=3, d_filter=5, filter_layers=0), 17),
+        mixer_case("", HyenaModalConfig(d_state=6), 1),
+        mixer_case("order 3", HyenaModalConfig(order=3, d_state=2, d_conv=2, dt_max=0.5), 3),
+        mixer_case("", HyenaModalConfig(d_state=4, d_conv=1), 17),
+    ]
+
+
+def _irregular() -> list[Case]:
+    return [
+        interval_case(S4DConfig(d_state=4, rule="bilinear", dt_max=0.5), 3),
+        interval_case(DSSConfig(d_state=4, dt_max=0.5), 3),
+        interval_case(S5Config(d_state=4, dt_max=0.5), 3),
+        interval_case(LRUConfig(d_state=5), 1),
+        interval_case(MambaConfig(d_state=3, d_conv=3), 3),
+        interval_case(Mamba2Config(d_state=3, d_head=2, dt_limit=(0.01, 0.09)), 3),
+    ]
+
+
+def _models() -> list[Case]:
+    mlp = MLPConfig(d_hidden=13)
+    mamba2 = Mamba2Config(d_state=5, d_head=3, expand=1, groups=2)
+    zamba = ModelConfig(
+        vocab_size=11,
+        d_model=6,
+        parts={"M": (mamba2,), "S": (AttentionConfig(heads=3, kv_heads=1, rope=100.0), mlp)},
+        pattern="MSMS",
+        shared="S",
+    )
+    mixed = ModelConfig(
+        vocab_size=7,
+        d_model=9,
+        parts={
+            "M": (MambaConfig(d_state=5), mlp),
+            "L": (LSTMConfig(hidden=5),),
+            "D": (S4DConfig(d_state=6),),
+            "W": (AttentionConfig(heads=3, window=5), mlp),
+        },
+        pattern="MLDW",
+        tie_embeddings=False,
+    )
+    return [model_case("mamba2 + shared attention", zamba), model_case("mamba + lstm + s4d + window", mixed)]
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        *_mixers(),
+        *_irregular(),
+        kalman_case("sequential", states=3, observed=2, parallel=False),
+        kalman_case("parallel", states=2, observed=3, parallel=True),
+        *_models(),
+    )
+}

@@ -1,0 +1,156 @@
+"""Arguments for every operator, in odd sizes: what its backends are compared on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.core.packing import from_lengths
+from dualform.ops.cauchy import cauchy_kernel
+from dualform.ops.causal_conv1d import causal_conv1d
+from dualform.ops.fft_conv import fft_conv
+from dualform.ops.linear_scan import linear_scan
+from dualform.ops.selective_scan import selective_scan
+from dualform.ops.ssd import ssd
+from dualform.ops.vandermonde import vandermonde_kernel
+
+_STAY_WIDE = ("A", "initial_state", "delta_bias", "dt_bias")  # float32 at least, whatever the dtype of the activations
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One call of an operator.
+
+    Args:
+        name: what the table calls it.
+        op: its name in ``OPS``.
+        function: the public function.
+        tensors: the differentiable arguments, float64 or complex128, on the CPU.
+        options: the other arguments.
+    """
+
+    name: str
+    op: str
+    function: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def cast(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Fresh copies of the tensors on a device; decays, biases of steps and states stay float32 or wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def one(name: str, tensor: Tensor) -> Tensor:
+            real = wide if name in _STAY_WIDE or tensor.is_complex() else dtype
+            return tensor.to(device, real.to_complex() if tensor.is_complex() else real, copy=True)
+
+        return {name: one(name, tensor) for name, tensor in self.tensors.items()}
+
+    def call(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The outputs, on whatever device the tensors are."""
+        device = next(iter(tensors.values())).device
+        options = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.options.items()}
+        out = self.function(**tensors, **options)
+        return out if isinstance(out, tuple) else (out,)
+
+
+def op_cases(length: int, seed: int = 0) -> list[OpCase]:
+    """Every operator: with an initial state, packed, and in its variants.
+
+    Args:
+        length: T.
+        seed: of the arguments.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, complex: bool = False) -> Tensor:
+        dtype = torch.complex128 if complex else torch.float64
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    def decay(*shape: int) -> Tensor:
+        return -torch.rand(*shape, generator=generator, dtype=torch.float64) - 0.1
+
+    lengths = torch.tensor([length // 3, 0, min(1, length - length // 3), max(0, length - length // 3 - 1)])
+    packed = from_lengths(lengths).to(torch.int32)
+    rows = len(lengths)
+
+    def scan_(batch: int, states: int, complex: bool = False) -> dict[str, Tensor]:
+        a = torch.rand(batch, length, 5, generator=generator, dtype=torch.float64)
+        return {
+            "a": torch.polar(a, 3 * a) if complex else 2 * a - 1,
+            "b": normal(batch, length, 5, complex=complex),
+            "initial_state": normal(states, 5, complex=complex),
+        }
+
+    def selective(batch: int, states: int, groups: int = 3, complex: bool = False) -> dict[str, Tensor]:
+        A = decay(6, 5)
+        return {
+            "u": normal(batch, length, 6),
+            "delta": normal(batch, length, 6) - 1,
+            "A": torch.complex(A, normal(6, 5)) if complex else A,
+            "B": normal(batch, length, groups, 5),
+            "C": normal(batch, length, groups, 5, complex=complex),
+            "D": normal(6),
+            "z": normal(batch, length, 6),
+            "delta_bias": normal(6),
+            "initial_state": normal(states, 6, 5, complex=complex),
+        }
+
+    def dual(batch: int, states: int, groups: int = 3, skip: tuple[int, ...] = (6,)) -> dict[str, Tensor]:
+        return {
+            "x": normal(batch, length, 6, 5),
+            "dt": normal(batch, length, 6) - 1,
+            "A": decay(6),
+            "B": normal(batch, length, groups, 7),
+            "C": normal(batch, length, groups, 7),
+            "D": normal(*skip),
+            "z": normal(batch, length, 6, 5),
+            "dt_bias": normal(6),
+            "initial_state": normal(states, 6, 5, 7),
+        }
+
+    def conv(batch: int, states: int, width: int = 4) -> dict[str, Tensor]:
+        return {
+            "x": normal(batch, length, 5),
+            "weight": normal(5, width),
+            "bias": normal(5),
+            "initial_state": normal(states, 5, width - 1),
+        }
+
+    def long(taps: int) -> dict[str, Tensor]:
+        return {"u": normal(3, length, 5), "k": normal(5, taps), "D": normal(5)}
+
+    poles = {"log_poles": torch.complex(0.1 * decay(5, 7), normal(5, 7)), "weights": normal(5, 7, complex=True)}
+
+    def low_rank(rank: int) -> dict[str, Tensor]:
+        return {
+            "A": torch.complex(5 * decay(5, 3), 5 * normal(5, 3)),
+            "P": normal(rank, 5, 3, complex=True),
+            "B": normal(5, 3, complex=True),
+            "C": normal(5, 3, complex=True),
+            "dt": -decay(5),
+        }
+
+    soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
+    runs = {"cu_seqlens": packed}
+    return [
+        OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
+        OpCase("linear_scan complex", "linear_scan", linear_scan, scan_(3, 3, True)),
+        OpCase("linear_scan reverse packed", "linear_scan", linear_scan, scan_(1, rows), {**runs, "reverse": True}),
+        OpCase("selective_scan", "selective_scan", selective_scan, selective(3, 3), soft),
+        OpCase("selective_scan complex", "selective_scan", selective_scan, selective(3, 3, 1, True), soft),
+        OpCase("selective_scan packed", "selective_scan", selective_scan, selective(1, rows), {**soft, **runs}),
+        OpCase("ssd", "ssd", ssd, dual(3, 3), soft2),
+        OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),
+        OpCase("ssd packed", "ssd", ssd, dual(1, rows), {**soft2, **runs, "chunk": 13}),
+        OpCase("causal_conv1d", "causal_conv1d", causal_conv1d, conv(3, 3), {"activation": "silu"}),
+        OpCase("causal_conv1d width 1", "causal_conv1d", causal_conv1d, conv(3, 3, 1)),
+        OpCase("causal_conv1d packed", "causal_conv1d", causal_conv1d, conv(1, rows), runs),
+        OpCase("cauchy_kernel complex", "cauchy_kernel", cauchy_kernel, low_rank(1), {"length": length}),
+        OpCase("cauchy_kernel complex rank 2", "cauchy_kernel", cauchy_kernel, low_rank(2), {"length": length}),
+        OpCase("fft_conv", "fft_conv", fft_conv, long(length)),
+        OpCase("fft_conv short filter", "fft_conv", fft_conv, long(3)),
+        OpCase("fft_conv long filter", "fft_conv", fft_conv, long(2 * length + 1)),
+        OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
+    ]

@@ -1,0 +1,249 @@
+"""The contract on the user's own machine: every law for every case, and every backend against its reference."""
+
+import difflib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from dualform.check.cases import CASES, Case
+from dualform.check.op_cases import OpCase, op_cases
+from dualform.core.deviation import Worst, deviation
+from dualform.core.errors import ArgumentError, BackendError
+from dualform.core.laws import LAWS, Law, Trial, functional
+from dualform.ops.op import OPS, backend
+
+DEFAULT_LENGTH = 65  # one more than a chunk of 64
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Relative. In 16 bits outputs are rounded to 2^-11 and 2^-8; the states that accumulate are float32 all the same."""
+GRADIENT_TOLERANCE = {**TOLERANCE, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+"""Of the laws on gradients: autograd adds up a 16-bit parameter's gradient in 16 bits, step after step."""
+_GRADIENT_LAWS = ("gradient", "final state")
+LONGEST_REFERENCE = 512  # operators are compared over at most so many steps: their references are loops
+_AS_REFERENCE = 4  # a backend in low precision may err this many times as much as its reference in that precision
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check found.
+
+    Args:
+        table: ``laws`` or ``backends``.
+        case: the row: a recurrence, or an operator with the name of its backend.
+        law: the column.
+        error: worst relative error; infinite for a wrong shape, a NaN or an exception; None where it does not apply.
+        tolerance: what is allowed.
+        ok: whether the error is within it.
+        seconds: how long it took.
+        message: where the worst error is, the exception, or why it does not apply.
+    """
+
+    table: str
+    case: str
+    law: str
+    error: float | None
+    tolerance: float
+    ok: bool
+    seconds: float
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One cell of a table: ``measure() -> (what it found, or None; the tolerance)``."""
+
+    table: str
+    case: str
+    law: str
+    measure: Callable[[], tuple[Worst | None, float]]
+
+    def run(self) -> Result:
+        """Measure; an exception is a failed result, not a crash."""
+        start = time.perf_counter()
+        try:
+            with _without_tf32():
+                found, tolerance = self.measure()
+        except BackendError as error:  # this backend does not take this call, and says why
+            return Result(self.table, self.case, self.law, None, math.nan, True, _since(start), str(error))
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            return Result(self.table, self.case, self.law, math.inf, math.nan, False, _since(start), message)
+        if found is None:
+            return Result(self.table, self.case, self.law, None, tolerance, True, _since(start), "does not apply")
+        ok = found.error <= tolerance
+        return Result(self.table, self.case, self.law, found.error, tolerance, ok, _since(start), found.where)
+
+
+def run_checks(
+    names: Iterable[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    length: int = DEFAULT_LENGTH,
+    on_result: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """Prove the contract: every law for every mixer, filter and model; every backend against its float64 reference.
+
+    TF32, to which cuDNN rounds by default, is off meanwhile: what is checked in float32 is float32.
+
+    Args:
+        names: of cases, kinds (``mamba2``, ``kalman``, ``lm``) or operators; None is all.
+        device: where to run.
+        dtype: of parameters and inputs: float64, float32, bfloat16 or float16.
+        length: T of the sequences.
+        on_result: called after each check.
+
+    Returns:
+        One result per check; the contract holds when all are ``ok``.
+
+    Raises:
+        ArgumentError: for a name, device, dtype or length that cannot be checked.
+    """
+    results = []
+    for check in plan(names, device=device, dtype=dtype, length=length):
+        results.append(check.run())
+        if on_result is not None:
+            on_result(results[-1])
+    return results
+
+
+def plan(
+    names: Iterable[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    length: int = DEFAULT_LENGTH,
+) -> list[Check]:
+    """What :func:`run_checks` would run, in order; arguments and errors are the same."""
+    device, dtype = _device(device), _dtype(dtype)
+    if length < 1:
+        raise ArgumentError(f"check: length is {length}, expected at least 1")
+    operators = op_cases(min(length, LONGEST_REFERENCE))
+    if names is not None:
+        names = _known(names, operators)
+
+    @lru_cache(maxsize=1)
+    def trial(case: Case) -> Trial:
+        return case.trial(length, device=device, dtype=dtype)
+
+    checks = [
+        Check("laws", case.name, name, partial(_measure_law, name, law, partial(trial, case), dtype))
+        for case in CASES.values()
+        if names is None or {case.name, case.kind} & names
+        for name, law in LAWS.items()
+    ]
+    for case in operators:
+        if names is None or {case.name, case.op} & names:
+            for name in _backends(case.op, device):
+                checks += [
+                    Check(
+                        "backends",
+                        f"{case.name} [{name}]",
+                        law,
+                        partial(compare, case, name, device, dtype, backward=b),
+                    )
+                    for law, b in (("forward", False), ("backward", True))
+                ]
+    return checks
+
+
+def _measure_law(name: str, law: Law, trial: Callable[[], Trial], dtype: torch.dtype) -> tuple[Worst | None, float]:
+    return law(trial()), (GRADIENT_TOLERANCE if name in _GRADIENT_LAWS else TOLERANCE)[dtype]
+
+
+def compare(
+    case: OpCase, name: str, device: torch.device, dtype: torch.dtype, *, backward: bool
+) -> tuple[Worst, float]:
+    """A backend against the reference in float64 on the same rounded values: the error, and what is allowed.
+
+    Args:
+        case: the call.
+        name: of the backend.
+        device: it runs on; the float64 reference runs on the CPU.
+        dtype: of the arguments.
+        backward: compare the gradients of a random functional of all outputs, not the outputs.
+
+    Raises:
+        BackendError: when the backend does not take the call.
+    """
+    given = case.cast("cpu", dtype)
+    want = _evaluate(case, {k: v.to(_double(v)) for k, v in given.items()}, "reference", backward)
+
+    def error(name: str) -> Worst:
+        got = _evaluate(case, {k: v.to(device) for k, v in given.items()}, name, backward)
+        return deviation(got, want, "gradient of" if backward else "output")
+
+    found, tolerance = error(name), (GRADIENT_TOLERANCE if backward else TOLERANCE)[dtype]
+    if found.error > tolerance and name != "reference":
+        tolerance = max(tolerance, _AS_REFERENCE * error("reference").error)
+    return found, tolerance
+
+
+def _evaluate(case: OpCase, tensors: dict[str, Tensor], name: str, backward: bool) -> dict[str, Tensor]:
+    """Outputs, or gradients by every tensor, on the CPU in double precision."""
+    with backend(name), torch.set_grad_enabled(backward):
+        if backward:
+            tensors = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+            loss = functional(case.call(tensors), torch.Generator().manual_seed(0))
+            found = dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
+        else:
+            found = {str(i): out for i, out in enumerate(case.call(tensors))}
+    return {k: v.cpu().to(_double(v)) for k, v in found.items()}
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Float32 that is float32: cuDNN's LSTM and convolutions otherwise round their factors to 10 bits."""
+    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+
+
+def _double(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
+def _backends(op: str, device: torch.device) -> list[str]:
+    """Those meant for a device, the preferred first, and the reference."""
+    return [*(b.name for b in OPS[op].backends if b.runs_on(device.type)), "reference"]
+
+
+def _known(names: Iterable[str], operators: list[OpCase]) -> set[str]:
+    known = [*CASES, *(c.kind for c in CASES.values()), *(c.name for c in operators), *(c.op for c in operators)]
+    names = set(names)
+    for name in sorted(names - set(known)):
+        near = difflib.get_close_matches(name, known, n=1)
+        kinds = ", ".join(dict.fromkeys([*(c.kind for c in CASES.values()), *(c.op for c in operators)]))
+        hint = (f"did you mean {near[0]!r}? " if near else "") + f"known: {kinds}"
+        raise ArgumentError(f"check: nothing is called {name!r}", hint=hint)
+    return names
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"check: device {str(device)!r} cannot be used: {reason}", hint="try cpu") from None
+    return found
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in TOLERANCE:
+        known = ", ".join(str(d).removeprefix("torch.") for d in TOLERANCE)
+        raise ArgumentError(f"check: dtype is {dtype}, expected one of {known}")
+    return found
+
+
+def _since(start: float) -> float:
+    return time.perf_counter() - start

@@ -1,0 +1,148 @@
+"""``dualform check``: the contract, proved on this machine, device, dtype and length."""
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from dualform.check.run import Check, Result
+
+EPILOG = """[bold]Examples[/bold]
+  dualform check                               everything, on the CPU
+  dualform check mamba2 --device cuda          one kind of mixer, on the GPU
+  dualform check ssd --dtype bfloat16          one operator: backends, reference
+  dualform check mamba --length 5000           a length of your own"""
+
+_TITLES = {
+    "laws": "Laws: the greatest relative difference between two forms of one recurrence",
+    "backends": "Backends: the greatest relative difference from the float64 reference",
+}
+
+
+def check(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MIXER]...", help="Mixers, operators, kalman or lm; all of them by default."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
+    length: Annotated[int | None, typer.Option(help="Length of the sequences; 65 by default.")] = None,
+) -> None:
+    """Check that all forms of every layer are one function, here: on this device, dtype and length.
+
+    Whole = split = stepped = packed = padded, forward and backward; every backend = its reference.
+    Exit code 1 if anything fails.
+    """
+    from rich.console import Console
+
+    from dualform.check.run import DEFAULT_LENGTH, plan
+
+    length = DEFAULT_LENGTH if length is None else length
+    results = _run(plan(names or None, device=device, dtype=dtype, length=length))
+    console = Console(highlight=False, soft_wrap=True)
+    for kind, title in _TITLES.items():
+        if found := [result for result in results if result.table == kind]:
+            console.print(f"\n[bold]{title}[/bold] ({device}, {dtype}, length {length})")
+            _print_table(console, found)
+    failures = [result for result in results if not result.ok]
+    for result in failures:
+        where = f"{result.case}, {result.law}: {_number(result.error)}, allowed {result.tolerance:g}"
+        console.print("failed: ", style="bold red", end="")
+        console.print(f"{where}; {result.message}", markup=False)
+    seconds = sum(result.seconds for result in results)
+    verdict = f"{len(failures)} of {len(results)} checks failed" if failures else f"all {len(results)} checks passed"
+    console.print(f"{verdict}, in {seconds:.0f} s")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _run(checks: "list[Check]") -> "list[Result]":
+    """Every check, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    results = []
+    text = TextColumn("{task.completed}/{task.total} {task.description}", markup=False)
+    columns = (*Progress.get_default_columns()[1:], text)
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not _on_terminal()) as progress:
+        task = progress.add_task("", total=len(checks))
+        for one in checks:
+            progress.update(task, description=f"{one.case}, {one.law}")
+            results.append(one.run())
+            progress.advance(task)
+    return results
+
+
+def _on_terminal() -> bool:
+    import sys
+
+    return sys.stderr.isatty()
+
+
+def _print_table(console: "Console", results: "list[Result]") -> None:
+    """Cases by laws; on a terminal too narrow for that, the worst law of each case."""
+    from rich.console import Console
+
+    full = _table(results)
+    needed = Console(width=10_000).measure(full).maximum
+    if not console.is_terminal:
+        console.width = max(console.width, needed)
+    console.print(full if needed <= console.width else _short_table(results))
+
+
+def _table(results: "list[Result]") -> "Table":
+    from rich.markup import escape
+
+    laws = [
+        law for law in _in_order(r.law for r in results) if any(r.law == law and r.error is not None for r in results)
+    ]
+    table = _empty_table("", *(law.replace(" ", "\n") for law in laws))
+    cells = {(result.case, result.law): _cell(result) for result in results}
+    for case in _in_order(result.case for result in results):
+        table.add_row(escape(case), *(cells.get((case, law), "") for law in laws))
+    return table
+
+
+def _short_table(results: "list[Result]") -> "Table":
+    from rich.markup import escape
+
+    table = _empty_table("", "worst", "law")
+    for case in _in_order(result.case for result in results):
+        measured = [result for result in results if result.case == case and result.error is not None]
+        if measured:
+            worst = max(measured, key=lambda result: (not result.ok, result.error))
+            table.add_row(escape(case), _cell(worst), worst.law)
+    return table
+
+
+def _empty_table(first: str, *others: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    return table
+
+
+def _in_order(words: "Iterable[str]") -> list[str]:
+    return list(dict.fromkeys(words))
+
+
+def _cell(result: "Result") -> str:
+    if result.error is None:
+        return "[dim]-[/dim]"
+    return _number(result.error) if result.ok else f"[bold red]{_number(result.error)}[/bold red]"
+
+
+def _number(error: float | None) -> str:
+    if error is None:
+        return "-"
+    return "broken" if not math.isfinite(error) else f"{error:.0e}" if error else "0"

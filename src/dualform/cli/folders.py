@@ -1,0 +1,77 @@
+"""From what a person types for MODEL to a model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualform.core.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dualform.models.lm import LanguageModel
+    from dualform.models.tokenizer import Tokenizer
+
+RUN_MODEL, RUN_SUMMARY = "model", "summary.json"  # in the folder of a training run
+
+
+def model_folder(model: str) -> Path:
+    """The folder with the weights: of a saved model, or inside a training run.
+
+    Raises:
+        CheckpointError: for a preset, which has no weights, and for a run that has not saved any yet.
+    """
+    from dualform.models.checkpoint import CONFIG_FILE
+    from dualform.models.files import current
+    from dualform.models.presets import PRESETS
+    from dualform.train.recipe import RECIPE_FILE
+
+    path = Path(model)
+    if current(path, CONFIG_FILE).exists():
+        return path
+    if current(path / RUN_MODEL, CONFIG_FILE).exists():
+        return path / RUN_MODEL
+    if (path / RECIPE_FILE).exists():
+        raise CheckpointError(
+            f"{model}: a training run that has not saved a model", hint=f"finish it: dualform train {model} --resume"
+        )
+    if not path.exists() and model in PRESETS:
+        out = f"runs/{model}"
+        raise CheckpointError(
+            f"{model!r} is a preset: the shape of a model, without weights",
+            hint=f"train it: dualform train --set model={model} --out {out}, then give {out}",
+        )
+    return path
+
+
+def load_model(model: str, device: str = "auto") -> "tuple[LanguageModel, Tokenizer]":
+    """The model of a folder and its tokenizer.
+
+    Raises:
+        CheckpointError: for a folder that holds no whole model.
+        ArgumentError: for a device that does not exist.
+    """
+    from dualform.models.store import load
+    from dualform.models.tokenizer import load_tokenizer
+
+    chosen, folder = pick_device(device), model_folder(model)
+    lm = load(folder, chosen).eval()
+    return lm, load_tokenizer(folder, lm.config.vocab_size)
+
+
+def pick_device(name: str) -> "torch.device":
+    """``auto`` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ArgumentError: for a name that is no device, or one that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"--device {name}: {reason}", hint="dualform doctor lists the devices") from None
+    return device

@@ -1,0 +1,66 @@
+"""The ``dualform`` command. Command bodies import what they need, so that ``--help`` never loads torch."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dualform import __version__
+from dualform.cli.check import check
+from dualform.cli.demo import demo
+from dualform.cli.doctor import doctor
+from dualform.cli.generate import generate
+from dualform.cli.info import info
+from dualform.cli.inspect import inspect
+from dualform.cli.train import train
+from dualform.core.errors import DualformError
+
+app = typer.Typer(
+    name="dualform",
+    help="State space models, from Kalman to Mamba-3: one contract, any device.",
+    epilog="Start with [bold]dualform demo[/bold]: it trains a small model here, in minutes, and downloads nothing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dualform {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (demo, train, generate, info, inspect, check, doctor):
+    app.command(epilog=sys.modules[command.__module__].EPILOG)(command)
+
+
+def main() -> None:
+    """Run a command; an error that is meant to be read is printed as one, and ends with exit code 2."""
+    try:
+        app()
+    except DualformError as error:
+        _fail(str(error))
+    except OSError as error:
+        what = error.strerror or str(error)
+        _fail(f"{error.filename}: {what}" if error.filename else what)
+
+
+def _fail(message: str) -> None:
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(message, err=True)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Text at the edges of the process: prompts that come in, completions that go out."""
+
+import sys
+from collections.abc import Sequence
+
+from dualform.core.errors import ArgumentError, DataError
+
+_CONTROLS = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+
+
+def read_prompt(prompt: str | None, *, required: bool) -> str:
+    """The text to continue: an argument, or standard input for ``-`` and where nothing is given but input is piped.
+
+    Args:
+        prompt: the argument, None where there is none.
+        required: refuse an empty prompt.
+
+    Raises:
+        DataError: for what is not UTF-8 text.
+        ArgumentError: for an empty prompt that is required.
+    """
+    if prompt == "-" or (prompt is None and sys.stdin is not None and not sys.stdin.isatty()):
+        text = decode(sys.stdin.buffer.read(), "standard input")
+    else:
+        text = decode((prompt or "").encode("utf-8", "surrogateescape"), "the prompt")
+    if required and not text:
+        raise ArgumentError(
+            "the prompt is empty",
+            hint="give the text to continue, pipe it in, or continue a saved one with --state FILE",
+        )
+    return text
+
+
+def decode(data: bytes, what: str) -> str:
+    """UTF-8 bytes as text.
+
+    Raises:
+        DataError: says where ``what`` stops being text.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} at position {error.start} is not UTF-8"
+        raise DataError(f"{what} is not text: {found}", hint="convert it first, such as with iconv -t UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"{what} is not text: it holds a NUL byte at position {data.index(0)}")
+    return text
+
+
+def printable(text: str) -> str:
+    """Text that cannot move a terminal's cursor or change its settings: control characters become U+FFFD."""
+    return text.translate(_CONTROLS)
+
+
+class Until:
+    """Text that streams by until one of some endings appears; the ending and what follows are held back."""
+
+    def __init__(self, endings: Sequence[str]):
+        self.endings, self.held, self.found = [e for e in endings if e], "", False
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is certain not to begin an ending."""
+        if self.found:
+            return ""
+        self.held += text
+        starts = [i for i in (self.held.find(e) for e in self.endings) if i >= 0]
+        if starts:
+            self.found = True
+            out, self.held = self.held[: min(starts)], ""
+            return out
+        keep = max((n for e in self.endings for n in range(1, len(e)) if self.held.endswith(e[:n])), default=0)
+        cut = len(self.held) - keep
+        out, self.held = self.held[:cut], self.held[cut:]
+        return out
+
+    def flush(self) -> str:
+        """What was held back and did not become an ending."""
+        out, self.held = self.held, ""
+        return out

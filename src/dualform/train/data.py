@@ -1,0 +1,184 @@
+"""Tokens of a corpus on disk, and the windows that each step trains on.
+
+The documents lie end to end in one flat array of the narrowest integer that holds the vocabulary, each after the
+tokens of a separator. The array is mapped, not read, so a corpus may be larger than memory.
+
+Which windows a step sees follows from the seed and the step alone. So a resumed run continues exactly, and several
+processes see disjoint parts of what one process would see.
+"""
+
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+from dualform.core.errors import DataError
+from dualform.models.tokenizer import Tokenizer
+from dualform.train.corpus import Corpus, Document, split
+from dualform.train.recipe import Data
+
+try:
+    import lzma
+except ImportError:  # a Python that was compiled without it
+    lzma = None
+
+_BATCH = 256  # documents tokenised together
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The tokens of a run, mapped from its folder.
+
+    ``nbytes`` are the bytes of text that each held-out token adds, none for a separator; ``about`` is what is known
+    of the corpus: counts of documents and bytes, and what gzip and xz, given the held-out text and nothing else, make
+    of it in bits per byte.
+    """
+
+    train: np.ndarray  # uint8, uint16 or uint32
+    held_out: np.ndarray
+    nbytes: np.ndarray  # uint32
+    about: dict[str, Any]
+
+    def windows(self, data: Data, seed: int, step: int, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
+        """This process's share of a step's windows, ``(B, length + 1)`` int64, in ``data.accumulate`` portions."""
+        random = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
+        starts = random.integers(0, len(self.train) - data.length, data.batch)[rank::ranks]
+        for some in np.split(starts, data.accumulate):
+            yield torch.from_numpy(self.train[some[:, None] + np.arange(data.length + 1)].astype(np.int64))
+
+
+def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
+    """Tokenise the corpus into a new folder, complete or not there at all.
+
+    Raises:
+        DataError: for a corpus that cannot be read, is empty, or is shorter than one window.
+    """
+    corpus, encode = Corpus(data), _encoder(tokenizer)
+    ((separator, _),) = encode([data.separator.encode()])
+    incoming = folder.with_name(f".{folder.name}.incoming")
+    for old in (incoming, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    held, added = list[bytes](), list[np.ndarray]()
+    with (incoming / "train.ids").open("wb") as one, (incoming / "held_out.ids").open("wb") as other:
+        train, held_out = _Part(one, dtype), _Part(other, dtype)
+        for batch in _batches(split(corpus)):
+            encoded = encode([document.text for document, _ in batch])
+            for (document, held_back), (ids, nbytes) in zip(batch, encoded, strict=True):
+                (held_out if held_back else train).add(document, np.concatenate([separator, ids]))
+                if held_back:
+                    held.append(document.text)
+                    added += [np.zeros(len(separator)), nbytes]
+    if train.tokens <= data.length:
+        raise DataError(
+            f"data.path {data.path!r} gives {train.tokens} training tokens, fewer than one window of {data.length} + 1",
+            hint="use more text, or lower data.length",
+        )
+    text = b"".join(held)
+    if not text:
+        raise DataError(f"data.path {data.path!r} is too short to hold anything out", hint="use more text")
+    np.concatenate(added).astype(np.uint32).tofile(incoming / "held_out.nbytes")
+    about = {
+        "source": _source(data, tokenizer),
+        "dtype": dtype.name,
+        "train": train.counts(),
+        "held_out": held_out.counts(),
+        "skipped": len(corpus.skipped),
+        "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz": 8 * len(lzma.compress(text, preset=9)) / len(text) if lzma else None,
+    }
+    (incoming / "about.json").write_text(json.dumps(about, indent=2))
+    incoming.rename(folder)
+
+
+def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
+    """Map what :func:`prepare` wrote.
+
+    Raises:
+        DataError: when it is missing, or was made from another source.
+    """
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        files = (("train.ids", about["dtype"]), ("held_out.ids", about["dtype"]), ("held_out.nbytes", np.uint32))
+        train, held_out, nbytes = (np.memmap(folder / name, dtype, "r") for name, dtype in files)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no prepared data: {error}", hint="start a new run in another folder") from error
+    for name, value in _source(data, tokenizer).items():
+        if about["source"].get(name) != value:
+            raise DataError(f"{folder} was made with {name} {about['source'].get(name)!r}, now it is {value!r}")
+    return Dataset(train, held_out, nbytes, about)
+
+
+@dataclass
+class _Part:
+    """A flat file of tokens that grows by documents."""
+
+    file: BinaryIO
+    dtype: np.dtype
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+    def add(self, document: Document, ids: np.ndarray) -> None:
+        self.file.write(ids.astype(self.dtype).tobytes())
+        self.documents += 1
+        self.bytes += len(document.text)
+        self.tokens += len(ids)
+
+    def counts(self) -> dict[str, int]:
+        return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
+
+
+def _batches(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
+    rest = iter(documents)
+    while batch := list(islice(rest, _BATCH)):
+        yield batch
+
+
+def _source(data: Data, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the tokens depend on."""
+    told = tokenizer.to_json()
+    kind = "bytes" if told is None else hashlib.sha256(told.encode()).hexdigest()
+    names = ("path", "text_field", "separator", "held_out")
+    return {**{f"data.{name}": getattr(data, name) for name in names}, "tokenizer": kind}
+
+
+def _encoder(tokenizer: Tokenizer) -> Callable[[list[bytes]], list[tuple[np.ndarray, np.ndarray]]]:
+    """Texts -> for each its tokens, and the bytes of text that each token adds."""
+    told = tokenizer.to_json()
+    if told is None:
+        return lambda texts: [(np.frombuffer(t, np.uint8), np.ones(len(t), np.uint32)) for t in texts]
+    raw = tokenizers.Tokenizer.from_str(told)
+    raw.no_truncation()
+    raw.no_padding()
+
+    def encode(texts: list[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        decoded = [text.decode("utf-8") for text in texts]
+        found = raw.encode_batch(decoded, add_special_tokens=False)
+        return [(np.array(e.ids, np.uint32), _added(t, e.offsets)) for t, e in zip(decoded, found, strict=True)]
+
+    return encode
+
+
+def _added(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """Bytes up to the end of each token, less those up to the one before; the last token takes what is left.
+
+    They sum to the bytes of the text, whatever the tokenizer drops or splits.
+    """
+    if not offsets:
+        return np.zeros(0, np.uint32)
+    upto = np.concatenate([[0], np.cumsum([len(c.encode("utf-8")) for c in text])])
+    ends = upto[np.maximum.accumulate([end for _, end in offsets])]
+    ends[-1] = upto[-1]
+    return np.diff(ends, prepend=0)

@@ -1,0 +1,298 @@
+"""The training loop: one function, on one process or on many."""
+
+import json
+import math
+import shlex
+import signal
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+
+from dualform.core.errors import DualformError
+from dualform.models.files import replacing_file
+from dualform.models.lm import LanguageModel
+from dualform.models.tokenizer import Tokenizer
+from dualform.train.checkpoint import Position, checkpoints, restore_checkpoint, save_checkpoint
+from dualform.train.data import Dataset, open_dataset
+from dualform.train.evaluate import bits_per_byte
+from dualform.train.interrupt import Interrupts
+from dualform.train.optim import build_optimizer, schedule, set_learning_rate
+from dualform.train.recipe import Recipe
+from dualform.train.report import Report, amount, duration
+from dualform.train.setup import (
+    CHECKPOINTS,
+    DATA,
+    MODEL,
+    SUMMARY_FILE,
+    build_accelerator,
+    build_model,
+    claim_folder,
+    uses_bfloat16,
+    write_recipe,
+)
+
+_GLANCE = 2**15  # held-out tokens of an evaluation on the way
+_TIMES = 10  # evaluations and checkpoints of a run where the recipe does not say
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Train a language model.
+
+    The run's folder then holds ``model/`` (for :func:`dualform.load`), ``checkpoints/``, ``metrics.jsonl``,
+    ``summary.json``, ``loss.png``, ``tensorboard/``, the recipe and the tokens.
+
+    A resumed run computes what an unbroken one would have. SIGINT and SIGTERM end a run between two steps, after a
+    checkpoint. Under ``torchrun`` or ``accelerate launch`` every process calls this function; together they compute
+    what one process would.
+
+    Args:
+        recipe: what to train, on what, and for how long.
+        resume: go on from the newest checkpoint in ``recipe.out``.
+        console: where lines and the progress bar go; standard output by default.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: for a recipe that cannot be trained.
+        DataError: for data that cannot be trained on.
+        CheckpointError: for a folder that has a run already or, resuming, none; or that cannot be written.
+        DualformError: when the loss is no longer a number.
+        KeyboardInterrupt: after SIGINT.
+        SystemExit: after SIGTERM.
+    """
+    accelerator = build_accelerator(recipe)
+    model, tokenizer = build_model(recipe)
+    if accelerator.is_main_process:
+        claim_folder(recipe, tokenizer, resume)
+    else:
+        console = Console(quiet=True)
+    accelerator.wait_for_everyone()
+    dataset = open_dataset(recipe.data, tokenizer, Path(recipe.out) / DATA)
+    run = _Run(recipe, accelerator, model, tokenizer, dataset)
+    return run.go(console or Console())
+
+
+class _Objective(nn.Module):
+    """Mean cross-entropy of the next token, in nats: what data parallelism wraps."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, windows: Tensor) -> Tensor:
+        return self.model.loss(windows[:, :-1], windows[:, 1:])
+
+
+class _Run:
+    """The state of a run between two steps, and how it gets to the next."""
+
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, model: LanguageModel, tokenizer: Tokenizer, dataset: Dataset
+    ):
+        self.recipe, self.accelerator, self.dataset, self.tokenizer = recipe, accelerator, dataset, tokenizer
+        self.out, self.device = Path(recipe.out), accelerator.device
+        self.model = model.to(self.device)
+        self.bfloat16 = uses_bfloat16(recipe, self.device)
+        self.optimizer = build_optimizer(self.model, recipe.optim)
+        at, self.changed = Position(), list[str]()
+        if saved := checkpoints(self.out / CHECKPOINTS):
+            at, self.changed = restore_checkpoint(saved[-1], recipe, self.model, self.optimizer)
+        self.objective = accelerator.prepare(_Objective(self.model))
+        self.step, self.elapsed, self.counted = at.step, at.elapsed, at.loss_count
+        self.losses = torch.tensor(at.loss_sum, device=self.device)
+        self.loss: float | None = None  # the mean of the last line in metrics.jsonl
+        self.norm, self.share, self.rate = torch.zeros(()), 0.0, 0.0
+        self.started, self.mark = 0.0, (0, 0.0)  # on the clock: the run, and the last line in metrics.jsonl
+        self.report: Report | None = None  # of the main process
+
+    def go(self, console: Console) -> Path:
+        with ExitStack() as stack:
+            if self.accelerator.is_main_process:
+                self.report = stack.enter_context(self._open_report(console))
+            with Interrupts() as interrupts:
+                self.started = time.monotonic() - self.elapsed
+                self.mark = self.step, time.monotonic()
+                stopped_by = self._loop(interrupts)
+                place = self._save()
+            if self.report:
+                self.model.save(self.out / MODEL, self.tokenizer)
+                if stopped_by:
+                    self._say_how_to_resume(self.report, place)
+                else:
+                    self._conclude(self.report)
+        self.accelerator.wait_for_everyone()
+        if stopped_by == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        if stopped_by:
+            raise KeyboardInterrupt
+        return self.out
+
+    def _loop(self, interrupts: Interrupts) -> int:
+        """Steps until the end of the run, or until a signal, which it returns."""
+        stop, progress = 0, self._progress()
+        while progress < 1 and not stop:
+            self._train(progress)
+            before, stop = progress, self._agree(interrupts.signal)
+            progress = self._progress()
+            if self.step % self.recipe.log_every == 0:
+                self._log()
+            if self.report:
+                self.report.show(progress, self.loss, self.rate, self._left(progress))
+            if progress < 1 and not stop:
+                if self._due(self.recipe.eval_every, before, progress):
+                    self._glance(progress)
+                if self._due(self.recipe.save_every, before, progress):
+                    self._save()
+        return stop
+
+    def _train(self, progress: float) -> None:
+        """One step."""
+        recipe, ranks = self.recipe, self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        torch.manual_seed(hash((recipe.seed, self.step, rank)))  # so that a layer's randomness follows from the step
+        portions = list(self.dataset.windows(recipe.data, recipe.seed, self.step, rank, ranks))
+        for left, windows in zip(reversed(range(len(portions))), portions, strict=True):
+            with self.accelerator.no_sync(self.objective) if left else nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                    loss = self.objective(windows.to(self.device, non_blocking=True)) / len(portions)
+                self.accelerator.backward(loss)
+            self.losses += loss.detach()
+        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optim.clip or math.inf)
+        self.share = schedule(recipe.optim, self.step, progress)
+        set_learning_rate(self.optimizer, self.share)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.counted += 1
+
+    def _progress(self) -> float:
+        """The share of the run that is done; 1 or more at its end."""
+        by_step = self.step / self.recipe.steps if self.recipe.steps else 0.0
+        by_clock = self.elapsed / (60 * self.recipe.minutes) if self.recipe.minutes else 0.0
+        return max(by_step, by_clock)
+
+    def _due(self, every: int, before: float, now: float) -> bool:
+        return self.step % every == 0 if every else int(_TIMES * now) > int(_TIMES * before)
+
+    def _left(self, progress: float) -> float:
+        """Seconds to the end of the run, if it goes on as it did."""
+        return self.elapsed / progress * (1 - progress) if 0 < progress < 1 else 0.0
+
+    def _agree(self, received: int) -> int:
+        """Read the clock; every process then has the same time, and stops at the same step for the same signal."""
+        self.elapsed = time.monotonic() - self.started
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([[self.elapsed, received]], dtype=torch.float64, device=self.device)
+            self.elapsed, received = cast("Tensor", self.accelerator.gather(mine)).amax(0).tolist()
+        return int(received)
+
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        return cast("Tensor", self.accelerator.reduce(value, "mean"))
+
+    def _log(self) -> None:
+        loss = self.loss = self._mean_over_processes(self.losses / self.counted).item()
+        self.losses, self.counted = torch.zeros_like(self.losses), 0
+        if not math.isfinite(loss):
+            raise DualformError(
+                f"the loss is {loss} at step {self.step}",
+                hint="lower optim.lr or raise optim.warmup; a run that is resumed may change both",
+            )
+        step, at = self.mark
+        self.mark = self.step, time.monotonic()
+        self.rate = (self.step - step) * self.recipe.data.batch * self.recipe.data.length / (self.mark[1] - at)
+        if self.report:
+            trained = self.dataset.about["train"]
+            self.report.record(
+                "train",
+                self.step,
+                self.elapsed,
+                loss=loss,
+                bits_per_byte=loss / math.log(2) * trained["tokens"] / trained["bytes"],
+                learning_rate=self.recipe.optim.lr * self.share,
+                gradient_norm=self.norm.item(),
+                tokens_per_second=round(self.rate),
+            )
+
+    def _glance(self, progress: float) -> None:
+        if self.report:
+            began = time.monotonic()
+            bits = self._bits_per_byte(_GLANCE)
+            self.report.record("held_out", self.step, self.elapsed, bits_per_byte=bits)
+            said = [f"step {self.step}", f"{progress:.0%}", f"held-out {bits:.3f} bits per byte"]
+            if self.loss is not None:
+                said += [f"loss {self.loss:.3f}", f"{self.rate:,.0f} tokens/s"]
+            self.report.say("  ".join([*said, f"{duration(self._left(progress))} left"]))
+            self.mark = self.mark[0], self.mark[1] + time.monotonic() - began
+
+    def _bits_per_byte(self, limit: int | None) -> float:
+        length = self.recipe.data.length
+        return bits_per_byte(self.model, self.dataset, length=length, limit=limit, bfloat16=self.bfloat16)
+
+    def _save(self) -> Path | None:
+        """Write a checkpoint; its place, on the main process."""
+        self.losses = self._mean_over_processes(self.losses)
+        if not self.report:
+            return None
+        began = time.monotonic()
+        at = Position(self.step, self.elapsed, self.losses.item(), self.counted)
+        folder = self.out / CHECKPOINTS
+        place = save_checkpoint(folder, self.recipe, at, self.model, self.optimizer, self.tokenizer)
+        self.mark = self.mark[0], self.mark[1] + time.monotonic() - began
+        return place
+
+    def _open_report(self, console: Console) -> Report:
+        write_recipe(self.recipe)
+        about, recipe = self.dataset.about, self.recipe
+        name = recipe.model if isinstance(recipe.model, str) else f"model {self.model.config.pattern}"
+        report = Report(self.out, self.step, console, {key: about[key] for key in ("gzip", "xz")}, name)
+        train, held_out = about["train"], about["held_out"]
+        report.say(
+            f"{recipe.data.path}: {amount(train['bytes'], 'B')} to train on, {amount(held_out['bytes'], 'B')} held out "
+            f"({train['documents']} and {held_out['documents']} documents)"
+        )
+        if about["skipped"]:
+            report.say(f"{recipe.data.path}: passed over {about['skipped']} files that are not text")
+        processes = self.accelerator.num_processes
+        report.say(
+            f"{name}: {self.model.parameter_count():,} parameters, on {self.device.type}"
+            + (f", {processes} processes" if processes > 1 else "")
+            + (", bfloat16" if self.bfloat16 else ", float32")
+        )
+        if self.step:
+            report.say(f"resumed after step {self.step}")
+        for change in self.changed:
+            report.say(f"changed: {change}")
+        return report
+
+    def _say_how_to_resume(self, report: Report, place: Path | None) -> None:
+        report.say(f"stopped after step {self.step}, {self._progress():.0%} of the run; saved {place}")
+        report.say(f"resume with: dualform train {shlex.quote(str(self.out))} --resume")
+
+    def _conclude(self, report: Report) -> None:
+        """The last evaluation, on all held-out text, and the summary."""
+        about = self.dataset.about
+        bits, tokens = self._bits_per_byte(None), self.step * self.recipe.data.batch * self.recipe.data.length
+        report.record("held_out", self.step, self.elapsed, bits_per_byte=bits)
+        summary = {
+            "bits_per_byte": bits,
+            "gzip": about["gzip"],
+            "xz": about["xz"],
+            "held_out_bytes": about["held_out"]["bytes"],
+            "parameters": self.model.parameter_count(),
+            "steps": self.step,
+            "tokens": tokens,
+            "seconds": round(self.elapsed, 1),
+        }
+        with replacing_file(self.out / SUMMARY_FILE) as path:
+            path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        compressors = ", ".join(f"{name} {about[name]:.2f}" for name in ("gzip", "xz") if about[name])
+        trained = f"{self.step} steps, {amount(tokens, ' tokens')} in {duration(self.elapsed)}"
+        report.say(f"{trained}; saved {self.out / MODEL}")
+        report.say(f"held-out: {bits:.2f} bits per byte ({compressors})")

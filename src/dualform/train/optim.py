@@ -1,0 +1,64 @@
+"""AdamW with the treatment that parameters of state space models need, and its schedule."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dualform.layers.mixer import Hint
+from dualform.train.recipe import Optim
+
+
+def parameter_hints(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Hint]]:
+    """Every trainable parameter once, and how to treat it.
+
+    A layer says so itself in its ``hints``. Otherwise matrices decay; embeddings, and what has fewer than two axes
+    (biases, norms, gains), do not. A matrix that is also an embedding is an embedding.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        hints: dict[str, Hint] = getattr(module, "hints", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            default = Hint(decay=parameter.dim() >= 2 and id(parameter) not in embeddings)
+            yield f"{path}.{name}".lstrip("."), parameter, hints.get(name, default)
+
+
+def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """AdamW with one group per kind of treatment; ``peak_lr`` of a group is the learning rate that it bears.
+
+    References:
+        Loshchilov & Hutter (2019), arXiv:1711.05101.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for _, parameter, hint in parameter_hints(model):
+        peak = optim.lr if hint.max_lr is None else min(optim.lr, hint.max_lr)
+        groups.setdefault((hint.decay, peak), []).append(parameter)
+    options: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": optim.weight_decay if decay else 0.0, "lr": peak, "peak_lr": peak}
+        for (decay, peak), parameters in groups.items()
+    ]
+    devices = {parameter.device.type for parameters in groups.values() for parameter in parameters}
+    return torch.optim.AdamW(options, betas=optim.betas, eps=optim.eps, fused=devices <= {"cpu", "cuda"})
+
+
+def schedule(optim: Optim, step: int, progress: float) -> float:
+    """The learning rate of a step (0 is the first) as a share of its peak.
+
+    ``min(1, (step + 1) / (warmup + 1)) (floor + (1 - floor) (1 + cos(pi progress)) / 2)``: the cosine follows the run's
+    ``progress`` from 0 to 1, be it counted in steps or in minutes.
+    """
+    rise = min(1.0, (step + 1) / (optim.warmup + 1))
+    fall = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return rise * (optim.floor + (1 - optim.floor) * fall)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give every group its share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["peak_lr"]

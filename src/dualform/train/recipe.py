@@ -1,0 +1,262 @@
+"""A recipe: everything that decides a training run, in one TOML file.
+
+``[data]``, ``[optim]`` and, where it is no preset, ``[model]`` are tables; the rest stands at the top level.
+``recipes/stdlib.toml`` names every key. On the command line, and in :meth:`Recipe.load`, ``a.b=c`` overrides one of
+them, its value in TOML syntax.
+"""
+
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from dualform.core.errors import ConfigError
+from dualform.models.config import ModelConfig, suggestion
+from dualform.models.presets import preset
+
+RECIPES = Path(__file__).parent / "recipes"  # those that have a name
+RECIPE_FILE = "recipe.json"  # of a run's folder; JSON, because TOML has no null
+STDLIB = "stdlib"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a model learns from, and in what portions.
+
+    Args:
+        path: a file or folder of text or JSON lines, or ``"stdlib"``, the Python standard library's own source.
+        text_field: the key of a JSON line that holds its text.
+        tokenizer: a ``tokenizer.json``; empty for bytes.
+        separator: the text that goes before every document.
+        held_out: one document in this many is held out, whole, chosen by a hash of its name.
+        length: tokens of a training window.
+        batch: windows per step, over all processes together.
+        accumulate: parts in which each process computes its windows, one after another: less memory, same result.
+    """
+
+    path: str = STDLIB
+    text_field: str = "text"
+    tokenizer: str = ""
+    separator: str = "\n"
+    held_out: int = 20
+    length: int = 128
+    batch: int = 8
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        _check_types(self, "data.")
+        _demand(self.path != "", "data.path", self.path, "a file, a folder or 'stdlib'")
+        _demand(self.separator != "", "data.separator", self.separator, "at least one character")
+        _demand(self.held_out >= 2, "data.held_out", self.held_out, "at least 2")
+        for name in ("length", "batch", "accumulate"):
+            _demand(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with a linear warm-up, a cosine down to a floor, and clipping.
+
+    Args:
+        lr: the largest learning rate; a parameter that bears less (its layer's ``hints``) gets less.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay of matrices; embeddings, vectors and parameters with a hint have none.
+        clip: largest norm of the whole gradient; 0 for no limit.
+        warmup: steps over which the learning rate rises.
+        floor: the learning rate at the end of the run, as a share of ``lr``.
+    """
+
+    lr: float = 4e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    warmup: int = 50
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
+        _check_types(self, "optim.")
+        _demand(0 < self.lr < math.inf, "optim.lr", self.lr, "a positive number")
+        _demand(all(0 <= b < 1 for b in self.betas), "optim.betas", list(self.betas), "two numbers from 0 to below 1")
+        _demand(0 < self.eps < math.inf, "optim.eps", self.eps, "a positive number")
+        for name in ("weight_decay", "clip", "warmup"):
+            value = getattr(self, name)
+            _demand(0 <= value < math.inf, f"optim.{name}", value, "0 or more")
+        _demand(0 <= self.floor <= 1, "optim.floor", self.floor, "a share, from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. It ends after ``steps`` or ``minutes``, whichever comes first; one of them must be given.
+
+    With ``steps`` alone a run can be repeated exactly. With ``minutes`` the learning rate follows the clock, so that
+    a run is complete on a slow machine, too.
+
+    Args:
+        model: the name of a preset, a folder with a saved model to go on from, or a table of a ModelConfig's keys.
+        out: the run's folder.
+        steps: optimiser steps, in all.
+        minutes: minutes of training, in all; those before a resume count.
+        seed: of the initial weights and the order of the data.
+        eval_every: steps between evaluations; 0 for ten in a run.
+        save_every: steps between checkpoints; 0 for ten in a run.
+        log_every: steps between lines in ``metrics.jsonl``, each the mean since the line before.
+        keep: checkpoints to keep, the newest.
+        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where a CUDA device has it.
+        device: ``"auto"``, the best there is, or ``"cpu"``.
+        data: what a model learns from.
+        optim: how.
+    """
+
+    model: str | dict[str, Any] = "byte-hybrid"
+    out: str = "runs/dualform"
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    eval_every: int = 0
+    save_every: int = 0
+    log_every: int = 10
+    keep: int = 2
+    precision: str = "auto"
+    device: str = "auto"
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, ModelConfig):
+            object.__setattr__(self, "model", self.model.to_dict())
+        _check_types(self, "")
+        if self.steps is None and self.minutes is None:
+            raise ConfigError("recipe: neither steps nor minutes is given", hint="minutes = 2, or steps = 1000")
+        _demand(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
+        _demand(self.minutes is None or 0 < self.minutes < math.inf, "minutes", self.minutes, "a positive number")
+        _demand(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        for name in ("eval_every", "save_every"):
+            _demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("log_every", "keep"):
+            _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _demand(self.out != "", "out", self.out, "a folder")
+        _one_of(self.precision, "precision", ("auto", "float32", "bfloat16"))
+        _one_of(self.device, "device", ("auto", "cpu"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "Recipe":
+        """The recipe of a parsed TOML file; keys that are left out keep their defaults.
+
+        Raises:
+            ConfigError: names an unknown key or a value that does not fit.
+        """
+        tables: dict[str, Any] = {"data": Data, "optim": Optim}
+        _check_names(options, [f.name for f in fields(cls)], "")
+        chosen = dict(options)
+        for name, table in tables.items():
+            given = chosen.get(name, {})
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"recipe: {name} is {given!r}, expected a table", hint=f"write [{name}]")
+            _check_names(given, [f.name for f in fields(table)], f"{name}.")
+            chosen[name] = table(**given)
+        return cls(**chosen)
+
+    @classmethod
+    def load(cls, source: str | Path = STDLIB, overrides: Iterable[str] = ()) -> "Recipe":
+        """Read a recipe and override some of its keys.
+
+        Args:
+            source: a TOML or JSON file, the folder of a run, or the name of a recipe that comes with the package.
+            overrides: such as ``"minutes=10"`` or ``"optim.lr=3e-3"``. A value is written as in TOML; a text
+                needs no quotes. ``model.d_model=96`` changes a preset, too. One of ``steps`` and ``minutes`` replaces
+                the other; both together hold both.
+
+        Raises:
+            ConfigError: for a recipe that does not exist, is no TOML, or has an unknown key or a wrong value.
+        """
+        options = _read(source)
+        changed = {_override(options, override) for override in overrides}
+        for name, other in (("steps", "minutes"), ("minutes", "steps")):
+            if name in changed and other not in changed:
+                options.pop(other, None)
+        return cls.from_dict(options)
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.is_dir():
+        path = path / RECIPE_FILE
+    elif not path.exists() and (RECIPES / f"{source}.toml").is_file():
+        path = RECIPES / f"{source}.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        named = sorted(p.stem for p in RECIPES.glob("*.toml"))
+        hint = f"a TOML file, the folder of a run, or one of: {', '.join(named)}"
+        raise ConfigError(f"no recipe {str(source)!r}: {error.strerror}", hint=hint) from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a recipe: {error}") from error
+
+
+def _override(options: dict[str, Any], override: str) -> str:
+    """Set one key of a nested table from ``a.b=c``; gives ``a.b``."""
+    key, equals, text = override.partition("=")
+    *path, last = key.strip().split(".")
+    if not equals or not last or not all(path):
+        raise ConfigError(f"override {override!r} is not of the form a.b=c", hint="such as optim.lr=3e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a text; where a number is wanted the type check refuses it
+    table = options
+    for depth, name in enumerate(path):
+        inner = table.setdefault(name, {})
+        if depth == 0 and name == "model" and isinstance(inner, str):
+            inner = table[name] = preset(inner).to_dict()
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(path[: depth + 1])} is no table")
+        table = inner
+    table[last] = value
+    return key.strip()
+
+
+def _check_names(options: Mapping[str, Any], known: list[str], prefix: str) -> None:
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"recipe: unknown key '{prefix}{name}'", hint=suggestion(str(name), known))
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        choices = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        if not any(_is_a(value, choice) for choice in choices):
+            named = " or ".join(getattr(c, "__name__", str(c)) for c in choices if c is not type(None))
+            raise ConfigError(f"recipe: {prefix}{f.name} is {value!r}, expected {named}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is tuple:
+        args = get_args(hint)
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(_is_a, value, args))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
+
+
+def _demand(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"recipe: {name} is {value!r}, expected {expected}")
+
+
+def _one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"recipe: {name} is {value!r}", hint=suggestion(value, choices))

@@ -1,0 +1,115 @@
+"""What a run tells: a progress bar and lines for a person, ``metrics.jsonl`` for programs, TensorBoard, a picture."""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from dualform.models.files import replacing_file
+from dualform.train.events import EventFile
+from dualform.train.plot import plot_losses
+
+METRICS_FILE, PICTURE_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "loss.png", "tensorboard"
+_REDRAW = 60.0  # seconds between pictures while the run goes on
+
+
+class Report:
+    """The record of one run, from ``step`` on; lines in ``metrics.jsonl`` after ``step`` are dropped.
+
+    A context manager: it ends the progress bar, closes the files and draws the last picture.
+
+    Args:
+        out: the run's folder.
+        step: steps already done.
+        console: for the lines and, on a terminal, the progress bar.
+        baselines: bits per byte of the compressors.
+        title: of the picture.
+    """
+
+    def __init__(self, out: Path, step: int, console: Console, baselines: Mapping[str, float | None], title: str = ""):
+        self._out, self._console, self._baselines, self._title = out, console, baselines, title
+        self._rows = [row for row in read_metrics(out) if row["step"] <= step]
+        with replacing_file(out / METRICS_FILE) as kept:
+            kept.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
+        self._metrics = (out / METRICS_FILE).open("a", encoding="utf-8")
+        self._events = EventFile(out / TENSORBOARD_FOLDER, step + 1 if step else 0)
+        self._drawn = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s  {task.fields[left]} left"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=1.0, loss="-", rate="-", left="-")
+
+    def __enter__(self) -> "Report":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+        self._metrics.close()
+        self._events.close()
+        self._draw()
+
+    def say(self, line: str) -> None:
+        """One line for a person."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, progress: float, loss: float | None, rate: float, left: float) -> None:
+        """Move the bar: done share, loss in nats, tokens per second, seconds left."""
+        shown = "-" if loss is None else f"{loss:.3f}"
+        self._bar.update(self._task, completed=progress, loss=shown, rate=f"{rate:,.0f}", left=duration(left))
+
+    def record(self, kind: str, step: int, elapsed: float, **values: float) -> None:
+        """One line of ``metrics.jsonl``, and a point in each TensorBoard curve ``kind/name``."""
+        row = {"kind": kind, "step": step, "elapsed": round(elapsed, 3), **values}
+        self._rows.append(row)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        self._events.add(step, {f"{kind}/{name}": value for name, value in values.items()})
+        if time.monotonic() - self._drawn > _REDRAW:
+            self._draw()
+
+    def _draw(self) -> None:
+        with suppress(OSError):  # a full disk shall not end a run for a picture
+            plot_losses(self._out / PICTURE_FILE, self._rows, self._baselines, self._title)
+        self._drawn = time.monotonic()
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; none where there is no file. A line cut short by a kill is dropped."""
+    try:
+        lines = (out / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """``1:05``, or ``2:01:05`` from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def amount(count: int, unit: str) -> str:
+    """``768 B``, ``49 kB``, ``7.3 MB``; a unit that is a word keeps its space: ``1.2 M tokens``."""
+    for size, prefix in ((1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.1f} {prefix}{unit}"
+    return f"{count / 1e3:.0f} k{unit}" if count >= 1e4 else f"{count} {unit.strip()}"

@@ -1,0 +1,141 @@
+"""Recipes: TOML, overrides, defaults, and refusals that name the key."""
+
+import inspect
+import json
+import tomllib
+from dataclasses import fields
+
+import pytest
+
+from dualform.core.errors import ConfigError
+from dualform.models.presets import preset
+from dualform.train.recipe import RECIPE_FILE, RECIPES, Data, Optim, Recipe
+
+
+def refused(*overrides, source="stdlib"):
+    with pytest.raises(ConfigError) as error:
+        Recipe.load(source, overrides)
+    return str(error.value)
+
+
+def test_a_recipe_file_says_what_it_says(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('model = "byte-lstm"\nsteps = 7\n[data]\nlength = 33\n[optim]\nbetas = [0.8, 0.9]\nlr = 1\n')
+    recipe = Recipe.load(path)
+    assert recipe == Recipe(model="byte-lstm", steps=7, data=Data(length=33), optim=Optim(betas=(0.8, 0.9), lr=1))
+    assert recipe.minutes is None and recipe.data.batch == Data().batch
+
+
+def test_the_built_in_recipe_names_every_key():
+    """All but ``steps``, which it shows in a comment; a key that is left at its default has the default's value."""
+    options = tomllib.loads((RECIPES / "stdlib.toml").read_text())
+    assert set(options) | {"steps"} == {f.name for f in fields(Recipe)}
+    assert set(options["data"]) == {f.name for f in fields(Data)}
+    assert set(options["optim"]) == {f.name for f in fields(Optim)}
+    assert "# steps = " in (RECIPES / "stdlib.toml").read_text()
+    recipe = Recipe.load("stdlib")
+    assert recipe.data == Data() and recipe.optim == Optim()
+    assert recipe == Recipe(minutes=2, out=recipe.out)
+
+
+@pytest.mark.parametrize("table", [Recipe, Data, Optim])
+def test_every_key_is_documented(table):
+    text = (RECIPES / "stdlib.toml").read_text()
+    for f in fields(table):
+        assert f"\n    {f.name}: " in inspect.cleandoc(table.__doc__), f.name
+        assert f"\n{f.name} = " in text or f"\n# {f.name} = " in text or f"[{f.name}]" in text, f.name
+
+
+def test_overrides_are_toml_values_and_texts_need_no_quotes():
+    overrides = ["optim.lr=3e-3", "out=runs/a b", 'data.path="text"', " data.length = 64 ", "optim.betas=[0, 0.5]"]
+    recipe = Recipe.load("stdlib", overrides)
+    assert (recipe.optim.lr, recipe.out, recipe.data.path, recipe.data.length) == (3e-3, "runs/a b", "text", 64)
+    assert recipe.optim.betas == (0, 0.5)
+    assert Recipe.load("stdlib", ["out=a=b"]).out == "a=b"
+    assert Recipe.load("stdlib", ["seed=1", "seed=2"]).seed == 2
+
+
+def test_minutes_and_steps_replace_one_another():
+    assert Recipe.load("stdlib", ["minutes=10"]).minutes == 10
+    steps = Recipe.load("stdlib", ["steps=10"])
+    assert (steps.steps, steps.minutes) == (10, None)
+    both = Recipe.load("stdlib", ["steps=10", "minutes=0.5"])
+    assert (both.steps, both.minutes) == (10, 0.5)
+
+
+def test_a_preset_can_be_changed():
+    recipe = Recipe.load("stdlib", ["model.d_model=64", "model.pattern=AM"])
+    want = preset("byte-hybrid").to_dict() | {"d_model": 64, "pattern": "AM"}
+    assert recipe.model == want
+    assert Recipe(model=preset("byte-lstm"), steps=1).model == preset("byte-lstm").to_dict()  # type: ignore[arg-type]
+
+
+def test_a_recipe_survives_json_and_a_run_folder(tmp_path):
+    recipe = Recipe.load("stdlib", ["model.d_model=64", "steps=3", "optim.clip=0"])
+    (tmp_path / RECIPE_FILE).write_text(json.dumps(recipe.to_dict()))
+    assert Recipe.from_dict(recipe.to_dict()) == recipe == Recipe.load(tmp_path)
+    assert Recipe.load(tmp_path, ["minutes=1"]).steps is None
+
+
+@pytest.mark.parametrize(
+    "override, named, near",
+    [
+        ("data.lenght=3", "'data.lenght'", "'length'"),
+        ("stpes=3", "'stpes'", "'steps'"),
+        ("optim.learning_rate=3", "'optim.learning_rate'", "known: lr"),
+        ("data=3", "data is 3", "[data]"),
+        ("data.path.x=3", "data.path", "no table"),
+    ],
+)
+def test_unknown_keys_are_named_with_the_nearest(override, named, near):
+    message = refused(override)
+    assert named in message and near in message
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("steps=0", "steps is 0, expected at least 1"),
+        ("steps=1.5", "steps is 1.5, expected int"),
+        ("steps=true", "steps is True"),
+        ("minutes=-1", "minutes is -1"),
+        ("minutes=inf", "minutes is inf"),
+        ("minutes=ten", "minutes is 'ten', expected float"),
+        ("seed=-1", "seed is -1"),
+        ("keep=0", "keep is 0"),
+        ("out=3", "out is 3, expected str"),
+        ("precision=float23", "did you mean 'float32'"),
+        ("device=cuda:1", "device is 'cuda:1'"),
+        ("data.length=0", "data.length is 0"),
+        ("data.held_out=1", "data.held_out is 1, expected at least 2"),
+        ('data.separator=""', "data.separator"),
+        ("optim.lr=0", "optim.lr is 0, expected a positive number"),
+        ("optim.lr=nan", "optim.lr is nan"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas is [0.9, 1.0]"),
+        ("optim.betas=0.9", "optim.betas is 0.9"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("optim.floor=2", "optim.floor is 2"),
+        ("optim.warmup=-1", "optim.warmup is -1"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(override, said):
+    assert said in refused(override)
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", ".a=3", "data.=3", ""])
+def test_an_override_that_is_none_is_refused(override):
+    assert "a.b=c" in refused(override)
+
+
+def test_a_recipe_must_end():
+    with pytest.raises(ConfigError, match="neither steps nor minutes"):
+        Recipe()
+
+
+def test_a_recipe_that_is_none_is_refused(tmp_path):
+    assert "no recipe 'stdlb'" in refused(source="stdlb") and "stdlib" in refused(source="stdlb")
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    assert "not a recipe" in refused(source=tmp_path / "bad.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    assert "not a recipe" in refused(source=tmp_path / "binary.toml")
+    assert "no recipe" in refused(source=tmp_path)  # a folder without a run
