@@ -1,7 +1,7 @@
 """What every test gets: a seed, few threads, and, where asked for, poisoned memory."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 torch.set_num_threads(1)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """The markers of this suite."""
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,11 +51,3 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return memory
 
     return poisoned
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Two threads inside the test, for what only goes wrong with more than one."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)

@@ -75,7 +75,7 @@ def test_it_is_a_value():
         ({"pattern": "MXAZ"}, "uses X, Z\n.*parts defines M, A"),
         ({"shared": "Q"}, "shared names Q"),
         ({"pattern": "MM"}, "shared names A"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
         ({"d_model": -1}, "d_model is -1"),
         ({"d_model": 12.0}, "d_model is 12.0, expected int"),
         ({"d_model": True}, "d_model is True, expected int"),

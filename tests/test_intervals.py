@@ -14,6 +14,7 @@ from dualform.core.errors import ArgumentError
 from dualform.core.laws import LAWS
 from dualform.core.tree import leaves
 from dualform.layers import spans
+from dualform.layers.dss import DSSConfig
 from dualform.layers.lru import LRUConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
@@ -27,6 +28,8 @@ LAYERS: dict[str, Any] = {
     "s4d zoh": S4DConfig(d_state=6, dt_max=0.5),
     "s4d bilinear": S4DConfig(d_state=6, rule="bilinear", dt_max=3.0),
     "s4d real bilinear": S4DConfig(d_state=6, init="real", rule="bilinear", dt_max=3.0),
+    "dss softmax": DSSConfig(d_state=6, length=9),
+    "dss exp": DSSConfig(d_state=6, kernel="exp", dt_max=0.5),
     "s5 zoh": S5Config(d_state=6, dt_max=0.5),
     "s5 bilinear": S5Config(d_state=6, rule="bilinear", dt_max=3.0),
     "s5 bidirectional": S5Config(d_state=6, bidirectional=True),
@@ -34,7 +37,7 @@ LAYERS: dict[str, Any] = {
     "mamba": MambaConfig(d_state=3, d_conv=1, dt_max=0.5),
     "mamba2": Mamba2Config(d_state=3, d_head=2, groups=2, d_conv=1, dt_max=0.5, dt_limit=(0.01, 0.3)),
 }
-CONTINUOUS = {"s4d", "s5", "lru", "mamba", "mamba2"}
+CONTINUOUS = {"dss", "s4d", "s5", "lru", "mamba", "mamba2"}
 
 
 @pytest.fixture(params=LAYERS)

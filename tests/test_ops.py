@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from dualform.check.op_cases import OpCase, op_cases
 from dualform.core.errors import ArgumentError, BackendError
@@ -177,6 +178,13 @@ def test_the_backward_keeps_the_forced_backend():
     finally:
         op.backends.pop(0)
     assert calls == ["marked"]
+
+
+def test_activation_checkpointing():
+    x = torch.rand(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    want = torch.autograd.grad(linear_scan(x, x)[0].sum(), x)
+    got = torch.autograd.grad(checkpoint(linear_scan, x, x, use_reentrant=False)[0].sum(), x)
+    assert torch.equal(got[0], want[0])
 
 
 def zeros(*shape, dtype=torch.float32):

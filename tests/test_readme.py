@@ -87,7 +87,7 @@ def test_the_table_names_every_mixer_and_no_other():
 
 
 def test_the_table_names_every_op_and_its_backends():
-    from dualform.ops.op import OPS
+    from dualform.ops import OPS
 
     listed = {code_words(name)[0]: sorted(code_words(backends)) for name, _, backends, *_ in table_rows("op")}
     assert listed == {name: sorted(["reference", *(b.name for b in op.backends)]) for name, op in OPS.items()}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError, ConfigError
-from dualform.layers import s4d
+from dualform.layers import structured
 from dualform.layers.s4d import INITS, S4D, S4DConfig
 from dualform.ops.fft_conv import fft_conv
 from vectors import close, load
@@ -37,7 +37,7 @@ def oracle(layer: S4D, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Equation 2 of the paper with both poles of every pair, discretised by its section 3, then its output map."""
     dt, A = layer.log_dt.exp()[:, None], -layer.log_A_re.exp() + 1j * layer.A_im
     C = layer.C[..., 0] + 1j * layer.C[..., 1]
-    if layer.rule.__name__ == "zoh":
+    if layer.rule == "zoh":
         Abar, Bbar = torch.exp(dt * A), (torch.exp(dt * A) - 1) / A
     else:
         Abar, Bbar = (1 + dt / 2 * A) / (1 - dt / 2 * A), dt / (1 - dt / 2 * A)
@@ -71,7 +71,7 @@ def test_oracle(layer: S4D, length: int) -> None:
 def test_a_long_sequence_runs_in_spans(layer: S4D, monkeypatch: pytest.MonkeyPatch) -> None:
     x, h = sample(layer, 2, 150)
     want, want_last = layer(x, h)
-    monkeypatch.setattr(s4d, "_SPAN", 64)
+    monkeypatch.setattr(structured, "SPAN", 64)
     y, last = layer(x, h)
     close(y, want, 1e-12)
     close(last, want_last, 1e-12)
@@ -181,6 +181,47 @@ def test_golden_initialisation(init: str, n: int) -> None:
     A = torch.complex(-layer.log_A_re.exp(), layer.A_im)
     close(A, INITS[init](n).expand(2, -1), 1e-6)
     assert bool((layer.log_dt.exp() >= 0.999e-3).all()) and bool((layer.log_dt.exp() <= 1.001e-1).all())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+def test_golden_bidirectional_block(dtype: torch.dtype, tolerance: float) -> None:
+    """The original's block, whole: two kernels, GELU, gated output map; B is part of C here."""
+    case = load("s4_block_bidirectional_s4d")
+    layer = S4DConfig(d_state=8, bidirectional=True).build(6).to(dtype)
+    B, C = (torch.view_as_complex(case[f"sd.layer.kernel.{name}"]) for name in "BC")
+    layer.load_state_dict(
+        {
+            "log_dt": case["sd.layer.kernel.inv_dt"][:, 0],
+            "log_A_re": case["sd.layer.kernel.A_real"],
+            "A_im": -case["sd.layer.kernel.A_imag"],
+            "C": torch.view_as_real(B * C),
+            "D": case["sd.layer.D"][0],
+            "out_proj.weight": case["sd.output_linear.0.weight"],
+            "out_proj.bias": case["sd.output_linear.0.bias"],
+        }
+    )
+    close(layer.kernel(33), case["K"], tolerance)
+    close(layer(case["u"].mT.to(dtype))[0].mT, case["y"], tolerance)
+
+
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+def test_bidirectional_intervals(rule: str) -> None:
+    """Both sums are read where an interval ends: irregular samples are the same held inputs, seen there."""
+    layer = S4DConfig(d_state=6, rule=rule, dt_max=0.5, bidirectional=True).build(3).double()
+    x, counts = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([2, 1, 3, 1])
+    want = layer(x.repeat_interleave(counts, 1))[0][:, counts.cumsum(0) - 1]
+    close(layer(x, intervals=counts.expand(2, 4))[0], want, 1e-12)
+
+
+def test_kernel_of_a_pole_that_dies_at_once() -> None:
+    """The bilinear rule maps ``dt A = -2`` to zero, whose logarithm is minus infinity."""
+    layer = S4DConfig(d_state=2, init="real", rule="bilinear").build(1).double()
+    with torch.no_grad():
+        layer.log_dt.zero_()
+        layer.log_A_re.fill_(2.0).log_()
+    x = torch.zeros(1, 4, 1, dtype=torch.float64)
+    x[:, 0] = 1
+    close(F.glu(layer.out_proj(F.gelu(fft_conv(x, layer.kernel(4), layer.D)))), layer(x)[0], 1e-12)
 
 
 def test_float32_stays_close_over_thousands_of_steps() -> None:

@@ -4,31 +4,68 @@ Names are resolved on first use, so that importing the package costs nothing.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dualform.core.errors import DualformError
+    from dualform.core.identify import identify
+    from dualform.core.memory import Memory
+    from dualform.core.system import StateSpace
+    from dualform.gaussian.kalman import KalmanFilter
+    from dualform.gaussian.model import LinearGaussian
+    from dualform.generation.engine import generate
+    from dualform.generation.sampling import Sampling
+    from dualform.models.config import ModelConfig
+    from dualform.models.heads import SequenceClassifier, SequenceRegressor
+    from dualform.models.lm import LanguageModel
+    from dualform.models.presets import preset
+    from dualform.models.store import load
+    from dualform.ops.op import backend
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "StateSpace": "dualform.core.system",
-    "backend": "dualform.ops.op",
-    "LinearGaussian": "dualform.gaussian.model",
-    "KalmanFilter": "dualform.gaussian.kalman",
-    "ModelConfig": "dualform.models.config",
-    "LanguageModel": "dualform.models.lm",
-    "preset": "dualform.models.presets",
-    "load": "dualform.models.store",
-    "generate": "dualform.generation.engine",
-    "Sampling": "dualform.generation.sampling",
-    "DualformError": "dualform.core.errors",
-}
-_PACKAGES = ("check", "core", "gaussian", "layers", "models", "ops", "train")
+__all__ = [
+    "DualformError",
+    "KalmanFilter",
+    "LanguageModel",
+    "LinearGaussian",
+    "Memory",
+    "ModelConfig",
+    "Sampling",
+    "SequenceClassifier",
+    "SequenceRegressor",
+    "StateSpace",
+    "__version__",
+    "backend",
+    "generate",
+    "identify",
+    "load",
+    "preset",
+]
 
-__all__ = sorted([*_HOME, "__version__"])
+_HOME = {
+    "DualformError": "core.errors",
+    "KalmanFilter": "gaussian.kalman",
+    "LanguageModel": "models.lm",
+    "LinearGaussian": "gaussian.model",
+    "Memory": "core.memory",
+    "ModelConfig": "models.config",
+    "Sampling": "generation.sampling",
+    "SequenceClassifier": "models.heads",
+    "SequenceRegressor": "models.heads",
+    "StateSpace": "core.system",
+    "backend": "ops.op",
+    "generate": "generation.engine",
+    "identify": "core.identify",
+    "load": "models.store",
+    "preset": "models.presets",
+}
+_PACKAGES = ("check", "core", "gaussian", "inspect", "layers", "models", "ops", "train")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
+        value = getattr(import_module(f"dualform.{_HOME[name]}"), name)
     elif name in _PACKAGES:
         value = import_module(f"dualform.{name}")
     else:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class DPLR:
-    """``h_t = Abar h_{t-1} + Bbar u_t`` per channel, with
+    """``h_t = Abar h_{t-1} + Bbar u_t`` per channel, discretised by the bilinear rule.
 
         Abar = (I - dt/2 A)^-1 (I + dt/2 A),   Bbar = (I - dt/2 A)^-1 dt B,   A = diag(Lambda) - sum_r P_r P_r^*
 

@@ -114,6 +114,8 @@ def _compare(trial: Trial, form: Form, reference: Form, what: str) -> Worst:
 
 
 class Gradients(NamedTuple):
+    """What a form gave, and the gradients of a functional of it by everything that went in."""
+
     y: Tree
     state: State
     parameters: dict[str, Tensor]
@@ -161,6 +163,7 @@ def gradients(trial: Trial, form: Form, of: str) -> Gradients:
 
 
 def compare_gradients(got: Gradients, want: Gradients, what: str) -> Worst:
+    """Every output and every gradient of two forms; ``what`` names the first one in the message."""
     return worst(
         [
             deviation(got.y, want.y, f"output, {what}:"),

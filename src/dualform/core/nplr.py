@@ -65,14 +65,16 @@ def nplr(measure: str, n: int) -> NPLR:
         for any P, Goel, Gu, Donahue and Re (2022), "It's raw! Audio generation with state-space models",
         arXiv:2202.09729.
     """
-    P = low_rank(measure, n)
-    A, B = transition(measure, n)
-    Lambda, V = skew_pairs(A + P.mT @ P)
-    rotated = V.mH @ B.to(V.dtype)
-    size = rotated.abs()
-    phase = torch.where(size > 1e-12 * size.max(), rotated / size, torch.ones_like(rotated))
-    V = V * phase
-    return NPLR(Lambda, P.to(V.dtype) @ V.conj(), size.to(V.dtype), V)
+    with torch.device("cpu"):  # eigenvalues are values, which a model built on the meta device has none of
+        P = low_rank(measure, n)
+        A, B = transition(measure, n)
+        Lambda, V = skew_pairs(A + P.mT @ P)
+        rotated = V.mH @ B.to(V.dtype)
+        size = rotated.abs()
+        phase = torch.where(size > 1e-12 * size.max(), rotated / size, torch.ones_like(rotated))
+        V = V * phase
+        form = Lambda, P.to(V.dtype) @ V.conj(), size.to(V.dtype), V
+    return NPLR(*(matrix.to(torch.get_default_device()) for matrix in form))
 
 
 def skew_pairs(normal: Tensor) -> tuple[Tensor, Tensor]:

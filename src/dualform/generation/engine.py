@@ -36,7 +36,7 @@ def generate(
 
         generation = generate(model, prompt, 100, sampling=Sampling(temperature=0.8), seed=1)
         for token in generation: ...
-        more = generate(model, [], 100, state=generation.state)
+        more = generate(model, [], 100, sampling=generation.sampling, state=generation.state)
 
     The second call yields the tokens that a first call of 200 would have yielded next, bit for bit on one machine.
     The prompt is read in chunks when the first token is asked for, so memory does not grow with it beyond what the

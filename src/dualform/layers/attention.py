@@ -13,6 +13,7 @@ from dualform.core.errors import ConfigError
 from dualform.core.packing import check_cu_seqlens, sequence_ids
 from dualform.core.shapes import check_tensors
 from dualform.layers.mixer import Mixer
+from dualform.layers.ring import held, write
 from dualform.layers.rotary import rotate
 
 _SCORES = 2**26  # how many scores (rows x heads x queries x keys) one masked call may span
@@ -133,7 +134,7 @@ class Attention(Mixer):
         after = self._put(_grow(state, extent.end), k, v, new)
         mask = None
         if not extent.level or new.lengths is not None:
-            mask = (_held(end, after.k.shape[1]) >= 0)[:, None, None, : extent.end]
+            mask = (held(end, after.k.shape[1]) >= 0)[:, None, None, : extent.end]
 
         def attend(rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = after.k[rows][:, : extent.end], after.v[rows][:, : extent.end]
@@ -148,7 +149,7 @@ class Attention(Mixer):
         before = self._empty(k, len(new.added)) if state is None else state
         extent = _Extent(True, 0, new.longest) if state is None else self._extent(before, new)
         past, length = extent.start, before.length[:1] if extent.level else before.length
-        held = _held(length, before.k.shape[1])[:, :past]
+        filled = held(length, before.k.shape[1])[:, :past]
 
         def attend(rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if past == 0 and (self.window is None or q.shape[1] <= self.window):
@@ -157,7 +158,7 @@ class Attention(Mixer):
             at = length[own, None] + torch.arange(q.shape[1], device=q.device)
             keys = torch.cat([before.k[rows][:, :past], k], 1) if past else k
             values = torch.cat([before.v[rows][:, :past], v], 1) if past else v
-            return _banded(q, keys, values, at, torch.cat([held[own], at], 1), past, self.window)
+            return _banded(q, keys, values, at, torch.cat([filled[own], at], 1), past, self.window)
 
         y = _by_rows(attend, q, k, v, new)
         if self.window is not None:
@@ -191,7 +192,7 @@ class Attention(Mixer):
         """Write the new tokens to their slots, in place where no gradient is recorded."""
         position = state.length[new.row] + new.at
         at = new.row.expand_as(position), position if self.window is None else position % self.window
-        return AttentionState(_write(state.k, at, k), _write(state.v, at, v), state.length + new.added)
+        return AttentionState(write(state.k, at, k), write(state.v, at, v), state.length + new.added)
 
     def _check_state(self, x: Tensor, state: AttentionState | None, rows: int) -> None:
         if state is not None:
@@ -285,37 +286,19 @@ def _by_rows(attend: Callable[[Rows, Tensor, Tensor, Tensor], Tensor], q: Tensor
     return torch.cat(out)[torch.cat(order).argsort()][None]
 
 
-def _held(length: Tensor, capacity: int) -> Tensor:
-    """The position each slot of a cache holds after ``length`` ``(B,)`` tokens, ``(B, S)``; negative where empty."""
-    last = length[:, None] - 1
-    return last - (last - torch.arange(capacity, device=length.device)) % max(capacity, 1)
-
-
 def _grow(state: AttentionState, capacity: int) -> AttentionState:
     """Room for ``capacity`` positions, at least doubled where it must grow."""
-    held = state.k.shape[1]
-    more = max(capacity, 2 * held) - held if capacity > held else 0
+    slots = state.k.shape[1]
+    more = max(capacity, 2 * slots) - slots if capacity > slots else 0
     if more == 0:
         return state
     return AttentionState(F.pad(state.k, (0, 0, 0, 0, 0, more)), F.pad(state.v, (0, 0, 0, 0, 0, more)), state.length)
 
 
-def _write(cache: Tensor, at: tuple[Tensor, Tensor], new: Tensor) -> Tensor:
-    return (cache.index_put if torch.is_grad_enabled() or _shared(cache) else cache.index_put_)(at, new)
-
-
-def _shared(z: Tensor) -> bool:
-    """Whether a tensor may not be written to: an expanded one, or one of inference mode outside of it."""
-    expanded = any(step == 0 and size > 1 for step, size in zip(z.stride(), z.shape, strict=True))
-    if expanded or torch.compiler.is_compiling():
-        return expanded
-    return z.is_inference() and not torch.is_inference_mode_enabled()
-
-
 def _turn(state: AttentionState, k: Tensor, v: Tensor, new: _Layout) -> AttentionState:
     """Write the new tokens to a ring that they may turn more than once; always out of place."""
     length = state.length + new.added
-    since = _held(length, state.k.shape[1]) - state.length[:, None]  # >= 0: the slot holds a new token
+    since = held(length, state.k.shape[1]) - state.length[:, None]  # >= 0: the slot holds a new token
     token, fresh = (new.begin[:, None] + since).clamp(min=0), (since >= 0)[..., None, None]
     ring = [torch.where(fresh, z.flatten(0, 1)[token], old) for z, old in ((k, state.k), (v, state.v))]
     return AttentionState(ring[0], ring[1], length)

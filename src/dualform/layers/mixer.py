@@ -41,7 +41,11 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def init_state(self, batch: int, *, max_len: int = 0) -> State:
-        """The state before the first element, batch first in every leaf, float32 or wider."""
+        """The state before the first element, batch first in every leaf.
+
+        What accumulates is float32 or wider. A cache that only holds copies, such as attention's keys and values,
+        has the dtype of the weights.
+        """
 
     @abstractmethod
     def forward(

@@ -1,11 +1,13 @@
 """The files of a saved model: ``config.json``, ``model.safetensors`` and perhaps ``tokenizer.json``.
 
-``config.json`` holds the format, the library's version and the model's config; ``model.safetensors`` every tensor
-once, in the dtype it had, under its name in the model. Weights that several names share are stored under the first.
+``config.json`` holds the format, the library's version, the model's config and, for a classifier or regressor, its
+head; ``model.safetensors`` every tensor once, in the dtype it had, under its name in the model. Weights that several
+names share are stored under the first.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,23 @@ _OTHER_MODEL = f"{CONFIG_FILE} beside it describes another model"
 Folder = str | os.PathLike[str]
 
 
-def write_model(folder: Folder, config: ModelConfig, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+def write_model(
+    folder: Folder,
+    config: ModelConfig,
+    model: nn.Module,
+    tokenizer: Tokenizer | None = None,
+    head: Mapping[str, Any] | None = None,
+) -> None:
     """Write the files of a model, all or none; without a tokenizer, one that is there stays.
+
+    ``head`` is what beside the config it takes to build a classifier or regressor; None for a language model.
 
     Raises:
         CheckpointError: when the disk refuses; what was saved there before still loads.
     """
-    about = {"format": FORMAT, "library": f"dualform {__version__}", "model": config.to_dict()}
+    about: dict[str, Any] = {"format": FORMAT, "library": f"dualform {__version__}", "model": config.to_dict()}
+    if head is not None:
+        about["head"] = dict(head)
     text = tokenizer.to_json() if tokenizer is not None else None
     tensors = {name: t.detach().cpu().contiguous() for name, t in unique_tensors(model).items()}
     with replacing(folder) as new:
@@ -48,6 +60,28 @@ def read_config(folder: Folder) -> ModelConfig:
         CheckpointError: when there is no model of this library in the folder.
         ConfigError: when its config has an unknown or missing key.
     """
+    path, about = _read_about(folder)
+    try:
+        return ModelConfig.from_dict(about["model"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_head(folder: Folder) -> dict[str, Any] | None:
+    """What the head of a saved classifier or regressor is; None for a language model.
+
+    Raises:
+        CheckpointError: when there is no model of this library in the folder.
+    """
+    path, about = _read_about(folder)
+    head = about.get("head")
+    if head is not None and not isinstance(head, dict):
+        raise CheckpointError(f"{path}: head is {head!r}, expected a table of options")
+    return head
+
+
+def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
+    """The path of ``config.json`` and what it holds."""
     path = current(_existing(folder), CONFIG_FILE)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -66,10 +100,7 @@ def read_config(folder: Folder) -> ModelConfig:
             f"{path}: format {about['format']!r} of {about.get('library', 'an unknown version')}, expected {FORMAT}",
             hint=f"this is dualform {__version__}; upgrade it",
         )
-    try:
-        return ModelConfig.from_dict(about["model"])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return path, about
 
 
 def read_tensors(folder: Folder, model: nn.Module) -> dict[str, Tensor]:

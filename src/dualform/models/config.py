@@ -16,13 +16,13 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model: embedding, one block per letter of ``pattern``, norm, head.
+    """A model: embedding, one block per letter of ``pattern``, norm, head.
 
     Describes the function, never dtype, device, kernels or parallelism. Jamba's order of layers is
     ``pattern="MMMMAMMM" * 4``; Zamba's repeated attention block is a letter in ``shared``.
 
     Args:
-        vocab_size: V.
+        vocab_size: V; 0 where a classifier or regressor reads features and not tokens.
         d_model: D, the width of the residual stream.
         parts: what each letter is: its sub-layers, in order, each with its own norm and residual connection.
         pattern: the letters of the blocks, first block first.
@@ -32,7 +32,7 @@ class ModelConfig:
 
     Raises:
         ConfigError: for a letter that is not defined, an empty pattern, a shared letter that is not used, or a size
-            that is not positive.
+            that is out of range.
     """
 
     vocab_size: int
@@ -45,9 +45,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(type(self), {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parts"}, "model")
-        for name in ("vocab_size", "d_model"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model: {name} is {getattr(self, name)}, expected at least 1")
+        for name, least in (("vocab_size", 0), ("d_model", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"model: {name} is {getattr(self, name)}, expected at least {least}")
         if not 0 < self.norm_eps < math.inf:
             raise ConfigError(f"model: norm_eps is {self.norm_eps}, expected a small positive number")
         for letter, parts in self.parts.items():

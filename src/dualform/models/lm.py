@@ -1,7 +1,6 @@
 """The language model: a Recurrence from tokens to logits, made of Recurrences."""
 
 import os
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dualform.core.errors import ArgumentError
-from dualform.core.packing import check_cu_seqlens, pack, sequence_ids, unpack
+from dualform.core.errors import ConfigError
+from dualform.core.packing import pack, sequence_ids, unpack
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors, wide
-from dualform.core.tree import leaves
-from dualform.models.block import Block
+from dualform.models.backbone import Backbone
 from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
 from dualform.models.tokenizer import Tokenizer
@@ -23,38 +21,24 @@ IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_
 _LOGITS_AT_ONCE = 2**24  # the loss holds at most this many logits: 64 MiB in float32
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Backbone):
     """Tokens ``(B, T)`` -> logits ``(B, T, V)``: embedding, one block per letter of the pattern, RMS norm, head.
 
-    The state is a tuple with the state of each block. The blocks of a shared letter are one module, with a state per
-    use. The residual stream is float32 or wider whatever the dtype of the weights, as Mamba's ``residual_in_fp32``.
+    For the state, the residual stream and the initialisation see :class:`~dualform.models.backbone.Backbone`. Built
+    under ``torch.device("meta")`` it costs no memory and can count its parameters.
 
-    Initialised as Mamba: the embedding normal with deviation 0.02, biases of linear maps zero, what each sub-layer
-    adds to the stream divided by the root of their number; everything else is the layers' own. Built under
-    ``torch.device("meta")`` it costs no memory and can count its parameters.
+    Raises:
+        ConfigError: for a bidirectional part: it would see the token that it is to predict.
     """
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        shared = {letter: self._block(letter) for letter in config.shared}
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(
-            shared[letter] if letter in shared else self._block(letter) for letter in config.pattern
-        )
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        super().__init__(config)
+        if not self.causal:
+            raise ConfigError(
+                "LanguageModel: a part is bidirectional, and would see the token that it is to predict",
+                hint="bidirectional parts are for SequenceClassifier and SequenceRegressor",
+            )
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        residual_parts = sum(len(config.parts[letter]) for letter in config.pattern)
-        for block in dict.fromkeys(self._stack()):  # a shared block once
-            block.initialise(residual_parts)
-
-    def _block(self, letter: str) -> Block:
-        return Block(self.config.parts[letter], self.config.d_model, self.config.norm_eps)
-
-    def init_state(self, batch: int, *, max_len: int = 0) -> State:
-        """The state before the first token; ``max_len`` is the capacity of caches that grow with the context."""
-        return tuple(block.init_state(batch, max_len=max_len) for block in self._stack())
 
     def forward(
         self,
@@ -68,7 +52,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: int32 or int64, 0 to V - 1. Values are checked where reading them costs nothing, on the CPU.
-            state: what came before; None is :meth:`init_state`.
+            state: what came before; None is ``init_state``.
             cu_seqlens: borders of packed sequences; then B is 1 and the state has one row per sequence.
             attention_mask: ``(B, T)``, 1 for a token and 0 for padding, left, right or anywhere. Padding changes
                 nothing: logits there are 0, and each row's state is that of its tokens alone.
@@ -81,30 +65,14 @@ class LanguageModel(nn.Module):
         h, state = self.features(tokens, state, cu_seqlens=cu_seqlens)
         return self.logits(h), state
 
-    def features(
-        self, tokens: Int[Tensor, "B T"], state: State | None = None, *, cu_seqlens: Int[Tensor, " n"] | None = None
-    ) -> tuple[Float[Tensor, "B T D"], State]:
-        """What the head reads: the stream after the final norm, in the dtype of the weights."""
-        self._check_tokens("tokens", tokens, "B T")
-        rows = len(tokens) if cu_seqlens is None else check_cu_seqlens("LanguageModel", cu_seqlens, *tokens.shape)
-        h, new = self._embed(tokens), []
-        for block, old in zip(self._stack(), self._states(state, rows), strict=True):
-            h, left = block(h, old, cu_seqlens=cu_seqlens)
-            new.append(left)
-        return self._final(h), tuple(new)
-
     def logits(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """The head: :meth:`features` to logits."""
         return F.linear(h, self.embed.weight if self.head is None else self.head.weight)
 
     def step(self, tokens: Int[Tensor, " B"], state: State) -> tuple[Float[Tensor, "B V"], State]:
         """One token per row."""
-        self._check_tokens("tokens", tokens, "B")
-        h, new = self._embed(tokens), []
-        for block, old in zip(self._stack(), self._states(state, len(tokens)), strict=True):
-            h, left = block.step(h, old)
-            new.append(left)
-        return self.logits(self._final(h)), tuple(new)
+        h, state = self._step_features(tokens, state)
+        return self.logits(h), state
 
     def loss(
         self,
@@ -147,10 +115,6 @@ class LanguageModel(nn.Module):
             total = torch.stack(parts).sum()
         return total / (targets != IGNORED).sum().clamp(min=1)
 
-    def parameter_count(self) -> int:
-        """Number of parameters; tied and shared ones count once."""
-        return sum(p.numel() for p in self.parameters())
-
     def save(self, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
         """Write ``config.json``, ``model.safetensors`` and, if given, ``tokenizer.json``; see :func:`dualform.load`.
 
@@ -158,16 +122,6 @@ class LanguageModel(nn.Module):
             CheckpointError: when the disk refuses; what was saved there before still loads.
         """
         write_model(folder, self.config, self, tokenizer)
-
-    def _stack(self) -> list[Block]:
-        return cast("list[Block]", list(self.blocks))
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens)
-        return h.to(wide(h))
-
-    def _final(self, h: Tensor) -> Tensor:
-        return self.norm(h.to(self.norm.weight.dtype))
 
     def _nats(self, h: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(h)
@@ -177,44 +131,9 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, mask: Tensor
     ) -> tuple[Tensor, State]:
         """Padding becomes packing."""
-        if cu_seqlens is not None:
-            raise ArgumentError("LanguageModel: give cu_seqlens or attention_mask, not both")
-        self._check_tokens("tokens", tokens, "B T")
-        check_tensors("LanguageModel", tokens=(tokens, "B T"), attention_mask=(mask, "B T"))
-        keep = mask != 0
-        if not torch.equal(keep.to(mask.dtype), mask):
-            raise ArgumentError("LanguageModel: attention_mask has values other than 0 and 1")
+        keep = self._keep(tokens, cu_seqlens, mask)
         if keep.all():
             return self.forward(tokens, state)
         packed, borders = pack(tokens, keep)
         logits, state = self.forward(packed, state, cu_seqlens=borders)
         return unpack(logits, keep), state
-
-    def _states(self, state: State | None, rows: int) -> tuple[State | None, ...]:
-        if state is None:
-            return (None,) * len(self.blocks)
-        if not isinstance(state, tuple) or len(state) != len(self.blocks):
-            raise ArgumentError(
-                f"LanguageModel: state is not a tuple of {len(self.blocks)}, one per block",
-                hint="a state comes from init_state, forward or step of the same model",
-            )
-        for leaf in leaves(state):
-            if len(leaf) != rows:
-                raise ArgumentError(f"LanguageModel: state has {len(leaf)} rows, expected {rows}")
-        return state
-
-    def _check_tokens(self, name: str, tokens: Tensor, letters: str, ignored: int = 0) -> None:
-        check_tensors("LanguageModel", embedding=(self.embed.weight, "V D"), **{name: (tokens, letters)})
-        if tokens.dtype not in (torch.int32, torch.int64):
-            hint = "text becomes tokens with a tokenizer's encode" if tokens.is_floating_point() else f"{name}.long()"
-            raise ArgumentError(f"LanguageModel: {name} is {tokens.dtype}, expected int32 or int64", hint=hint)
-        if torch.compiler.is_compiling() or tokens.device.type != "cpu" or not tokens.numel():
-            return
-        outside = (tokens < 0) | (tokens >= self.config.vocab_size)
-        if ignored:
-            outside &= tokens != ignored
-        if outside.any():
-            raise ArgumentError(
-                f"LanguageModel: {name} holds {int(tokens[outside][0])}, expected 0 to {self.config.vocab_size - 1}",
-                hint="is this the tokenizer of this model?",
-            )

@@ -37,7 +37,7 @@ def _bytes(pattern: str, **parts: tuple[PartConfig, ...]) -> ModelConfig:
     return ModelConfig(256, 128, parts, pattern)
 
 
-_SMALL_MAMBA2 = Mamba2Config(d_state=64, d_head=32)
+_SMALL_MAMBA2 = Mamba2Config(d_state=32, d_head=64)
 
 PRESETS: dict[str, ModelConfig] = {
     "mamba-130m": _mamba(24, 768),

@@ -196,8 +196,9 @@ def _function(op: Op) -> type[torch.autograd.Function]:
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            kept, tensors = list(ctx.saved_tensors[: ctx.kept]), iter(ctx.saved_tensors[ctx.kept :])
+        def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+            kept, tensors = list(saved[: ctx.kept]), iter(saved[ctx.kept :])
             args = [next(tensors) if a is None else a[0] for a in ctx.plain]
             found = iter(op._backward(ctx.forced, [g.contiguous() for g in grads], kept, *args))
             has = [isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) for a in args]

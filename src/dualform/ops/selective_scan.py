@@ -1,7 +1,7 @@
 """The selective scan of Mamba: a diagonal recurrence whose step, input and output maps depend on the input."""
 
 from bisect import bisect_left
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ from dualform.ops.linear_scan import as_grad, scan
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import initial
 
-_CPU_SPAN = 3 * 2**16  # elements of (K, B, D, N) that stay in a core's cache while the states are computed
+_CPU_SPAN = 3 * 2**18  # elements of (K, B, N, D) held at a time: few enough for a cache, enough to share out
 _GPU_SPAN = 2**23  # elsewhere launches cost more than cache misses
-_SAVE_EVERY = 16  # spans on a CPU between the states that the backward starts from
+_SAVE_EVERY = 4  # spans on a CPU between the states that the backward starts from
 
 
 def selective_scan(
@@ -239,7 +239,7 @@ def _over_channels(h: Tensor, x: Tensor, groups: int) -> Tensor:
     return (h.unflatten(3, (groups, -1)).transpose(2, 3) @ x)[..., 0]
 
 
-def _run(keep: bool, *args: Tensor) -> list[Tensor]:
+def _run(keep: bool, *args: Any) -> list[Tensor]:
     u, dt, A, B, C, h0, cu_seqlens = args
     A, h0 = A.T.contiguous(), h0.transpose(1, 2).contiguous()
     borders, (size, save_every) = _Borders(cu_seqlens), _span_sizes(h0, len(u))
@@ -261,11 +261,11 @@ def _run(keep: bool, *args: Tensor) -> list[Tensor]:
     return [y.mul_(scale).to(u.dtype), final.transpose(1, 2).clone(memory_format=torch.contiguous_format), *saved]
 
 
-def _forward(*args: Tensor) -> list[Tensor]:
+def _forward(*args: Any) -> list[Tensor]:
     return _run(True, *args)
 
 
-def _infer(*args: Tensor) -> list[Tensor]:
+def _infer(*args: Any) -> list[Tensor]:
     return _run(False, *args)
 
 

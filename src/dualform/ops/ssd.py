@@ -1,7 +1,7 @@
 """State space duality: Mamba-2's scan with one decay per head, a recurrence that is also a masked matrix product."""
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -234,7 +234,7 @@ def _carry(
     return enter, h
 
 
-def _run(keep: bool, *args: Tensor) -> list[Tensor]:
+def _run(keep: bool, *args: Any) -> list[Tensor]:
     x, dt, A, B, C, h0, cu_seqlens, chunk = args
     chunks = _Chunks(x, cu_seqlens, chunk)
     heads = x.shape[2]
@@ -253,11 +253,11 @@ def _run(keep: bool, *args: Tensor) -> list[Tensor]:
     return [y, final, *([torch.stack(saved) if saved else h.new_empty(0, *h.shape)] if keep else [])]
 
 
-def _forward(*args: Tensor) -> list[Tensor]:
+def _forward(*args: Any) -> list[Tensor]:
     return _run(True, *args)
 
 
-def _infer(*args: Tensor) -> list[Tensor]:
+def _infer(*args: Any) -> list[Tensor]:
     return _run(False, *args)
 
 

@@ -1,0 +1,312 @@
+"""Hyena: long convolutions with implicit filters between gates, over the whole history."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dualform.core.errors import ConfigError
+from dualform.core.modal import fit_modes
+from dualform.core.packing import check_cu_seqlens
+from dualform.core.shapes import check_tensors, wide
+from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
+from dualform.layers.hyena_operator import HyenaOperator
+from dualform.layers.implicit_filter import ImplicitFilter
+from dualform.layers.ring import held, write
+from dualform.ops.fft_conv import fft_conv
+
+
+@dataclass(frozen=True)
+class HyenaConfig:
+    """Sizes and initialisation of a :class:`Hyena`.
+
+    Args:
+        order: N, gates; ``N - 1`` long convolutions per channel.
+        l_max: K, taps of a long filter, the length of training sequences; the filter is zero beyond.
+        d_conv: W, width of the short convolution.
+        d_embed: positional features of the filters' network, odd: time, and pairs of cosine and sine.
+        d_filter: width of that network.
+        filter_layers: maps between its first and its last.
+        frequency: of its sine activation at the start; higher ones start with rougher filters.
+        window: ``(slow, fast, floor)``: windows decay to a hundredth over ``slow`` to ``fast`` times l_max, from the
+            first channel to the last, and tend to ``floor``.
+    """
+
+    order: int = 2
+    l_max: int = 1024
+    d_conv: int = 3
+    d_embed: int = 33
+    d_filter: int = 64
+    filter_layers: int = 2
+    frequency: float = 10.0
+    window: tuple[float, float, float] = (1.5, 0.3, 0.05)
+
+    def build(self, d_model: int) -> "Hyena":
+        """The layer, freshly initialised."""
+        return Hyena(self, d_model)
+
+
+class HyenaState(NamedTuple):
+    """Grows with the context up to ``l_max - 1`` tokens, which is all that a filter sees.
+
+    The capacity S is ``max_len``, doubled whenever it is exceeded, at most ``l_max - 1``; position p lies in slot
+    ``p mod S``. Slots that hold nothing yet are zero.
+    """
+
+    conv: Tensor  # (B, (N + 1) D, W - 1), the last inputs of the short convolution
+    past: Tensor  # (B, S, N - 1, D), inputs of the long convolutions
+    length: Tensor  # (B,) int64, tokens each row has seen
+
+
+class Distillation(NamedTuple):
+    """A finite-state approximation of a :class:`Hyena` and how far its filters are from the exact ones."""
+
+    mixer: HyenaModal
+    error: Tensor  # (N - 1, D), |k - k'| / |k| over the l_max taps, Euclidean norms
+    tail: Tensor  # (N - 1, D), |k'| / |k| for the taps k' from l_max to 4 l_max, where the exact filter is zero
+
+
+class Hyena(HyenaOperator):
+    """``v, x_0 .. x_{N-1} = conv(in(u))``; ``v <- k_n * (x_n v) + D_n x_n v`` from n = N - 1 to 1; ``y = out(x_0 v)``.
+
+    ``k_n * u`` is the causal convolution with a filter of ``l_max`` taps per channel, made by a small network, see
+    :class:`~dualform.layers.implicit_filter.ImplicitFilter`. It is zero from l_max on: the network was never asked
+    for later times, so that a longer sequence is convolved with the same filter, and nothing is extrapolated.
+
+    There is no state of fixed size. The exact ``step`` keeps the inputs of the long convolutions, up to ``l_max - 1``
+    tokens of them, and costs a product with each: its memory and its time grow with the context until then. For
+    streaming in constant memory, see :meth:`distill`.
+
+    Raises:
+        ConfigError: for an order below 2, sizes below 1, an even ``d_embed`` or a window that does not decay.
+
+    References:
+        Poli, Massaroli, Nguyen, Fu, Dao, Baccus, Bengio, Ermon and Re (2023), "Hyena hierarchy", arXiv:2302.10866:
+        definition 3.1 (operator), section 3.3 (filters), algorithms 1 to 3.
+    """
+
+    def __init__(self, config: HyenaConfig, d_model: int):
+        c = config
+        if min(c.l_max, c.d_filter, c.filter_layers + 1) < 1:
+            raise ConfigError(
+                f"hyena: l_max is {c.l_max}, d_filter {c.d_filter} and filter_layers {c.filter_layers}, expected at "
+                "least 1, 1 and 0"
+            )
+        if c.d_embed < 3 or c.d_embed % 2 == 0:
+            raise ConfigError(f"hyena: d_embed is {c.d_embed}, expected an odd number from 3 on: time and pairs")
+        if not 0 < c.window[1] <= c.window[0]:
+            raise ConfigError(f"hyena: window is {c.window}, expected (slow, fast, floor) with 0 < fast <= slow")
+        super().__init__("hyena", c.order, c.d_conv, d_model)
+        self.config = config
+        self.filter = ImplicitFilter(
+            c.order - 1,
+            d_model,
+            c.l_max,
+            d_embed=c.d_embed,
+            d_filter=c.d_filter,
+            hidden=c.filter_layers,
+            frequency=c.frequency,
+            window=c.window,
+        )
+
+    def init_state(self, batch: int, *, max_len: int = 0) -> HyenaState:
+        """An empty history, with room for ``max_len`` tokens, at most ``l_max - 1``."""
+        new, dtype = self.D.new_zeros, wide(self.D)
+        return HyenaState(
+            conv=new(self._conv_shape(batch), dtype=dtype),
+            past=new(batch, min(max_len, self._reach), self.order - 1, self.d_model, dtype=dtype),
+            length=new(batch, dtype=torch.int64),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: HyenaState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " n"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], HyenaState]:
+        """The parallel form: one FFT convolution per filter over the history and the new tokens."""
+        check_tensors("hyena", x=(x, f"B T {self.d_model}"))
+        rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens("hyena", cu_seqlens, *x.shape[:2])
+        start, state = state, self._state(x, state, rows)
+        if x.numel() == 0:
+            return x, state
+        p, conv = self._short(x, state.conv, cu_seqlens)
+        new = _layout(x, cu_seqlens)
+        before, capacity = (0, min(new.longest, self._reach)) if start is None else self._extent(state, new)
+        past = _grow(state.past, capacity)
+        history = _history(past, state.length, before)
+        k, inputs = self.filter.taps(before + new.longest), []
+
+        def convolve(n: int, u: Tensor) -> Tensor:
+            inputs.append(u)
+            return _by_rows(lambda u, rows: _long(u, history[rows][:, :, n], k[:, n].T), u, new)
+
+        y, length = self._gate(p, convolve, x), state.length + new.added
+        return y, HyenaState(conv, _turn(past, torch.stack(inputs, 2), state.length, length, new.begin), length)
+
+    def step(self, x: Float[Tensor, "B D"], state: HyenaState) -> tuple[Float[Tensor, "B D"], HyenaState]:
+        """The recurrent form: a product of the filters with the history, which grows by one token."""
+        check_tensors("hyena", x=(x, f"B {self.d_model}"))
+        state = self._state(x, state, len(x))
+        p, conv = self._short_step(x, state.conv)
+        before, capacity = self._extent(state, _layout(x[:, None], None))
+        past = _grow(state.past, capacity)
+        seen, k, inputs = past[:, :before], self.filter.taps(before + 1), []
+        at = held(state.length, past.shape[1])[:, :before]
+        weights = k[(state.length[:, None] - at).clamp(max=len(k) - 1)] * (at >= 0)[..., None, None]
+
+        def convolve(n: int, u: Tensor) -> Tensor:
+            inputs.append(u)
+            return (weights[:, :, n] * seen[:, :, n]).sum(1) + k[0, n] * u
+
+        y = self._gate(p, convolve, x)
+        if past.shape[1]:
+            place = torch.arange(len(x), device=x.device), state.length % past.shape[1]
+            past = write(past, place, torch.stack(inputs, 1))
+        return y, HyenaState(conv, past, state.length + 1)
+
+    def kernel(self, length: int) -> Float[Tensor, "n D K"]:
+        """The long filters of every channel, without the skips D; zero from l_max on."""
+        k = self.filter.taps(length).permute(1, 2, 0)
+        return F.pad(k, (0, length - k.shape[2]))
+
+    @torch.no_grad()
+    def distill(self, order: int) -> Distillation:
+        """A layer of constant state: every long filter replaced by a diagonal system of ``order`` real states.
+
+        Poles come from the filter's Hankel matrix, residues by least squares over the ``l_max`` taps, see
+        :func:`dualform.core.modal.fit_modes`; everything else is copied, the first tap exactly. Beyond l_max, where
+        the exact filter is zero, the approximation dies out at its own pace. It is a layer of its own, which trains,
+        and a part of a model, :class:`~dualform.layers.hyena_modal.HyenaModalConfig`.
+
+        Args:
+            order: states per filter, even; smooth filters need few, those of high ``frequency`` many.
+
+        Returns:
+            The layer, on the device and in the dtype of this one, and its measured errors, one per filter.
+
+        Raises:
+            ConfigError: for an order that is odd or below 2.
+        """
+        c = self.config
+        mixer = HyenaModalConfig(order=c.order, d_state=order, d_conv=c.d_conv).build(self.d_model)
+        mixer.to(self.D.device, self.D.dtype)
+        weights = self.state_dict()
+        mixer.load_state_dict({n: weights.get(n, w) for n, w in mixer.state_dict().items()})
+        exact = self.filter(c.l_max).permute(1, 2, 0).to("cpu", torch.float64)
+        poles, residues = fit_modes(exact[..., 1:].flatten(0, 1), order // 2)
+        mixer.set_modes(poles.unflatten(0, exact.shape[:2]), (residues / poles).unflatten(0, exact.shape[:2]))
+        mixer.D += exact[..., 0].to(mixer.D) - mixer.kernel(1)[..., 0].to(mixer.D)
+        found = mixer.kernel(4 * c.l_max).to(exact)
+        found[..., 0] = exact[..., 0]
+        size = exact.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+        error = (found[..., : c.l_max] - exact).norm(dim=-1) / size
+        return Distillation(mixer, error, found[..., c.l_max :].norm(dim=-1) / size)
+
+    @property
+    def _reach(self) -> int:
+        """How many earlier tokens a filter sees."""
+        return self.config.l_max - 1
+
+    def _extent(self, state: HyenaState, new: "_Layout") -> tuple[int, int]:
+        """How much history the longest row has, and the capacity that the new tokens ask for."""
+        capacity, reach = state.past.shape[1], self._reach
+        if torch.compiler.is_compiling() or state.past.device.type == "meta":
+            if capacity < reach:
+                fits = (state.length + new.added).max() <= capacity
+                torch.ops.aten._assert_async.msg(fits, "hyena: a compiled layer cannot grow its state: raise max_len")
+            return capacity, capacity
+        high, end = torch.stack([state.length.max(), (state.length + new.added).max()]).tolist()
+        need = min(end, reach)
+        return min(high, reach), capacity if need <= capacity else min(max(need, 2 * capacity), reach)
+
+    def _state(self, x: Tensor, state: HyenaState | None, rows: int) -> HyenaState:
+        if state is None:
+            return self.init_state(rows)
+        dtype = wide(self.D)
+        expected = {
+            "state.conv": (state.conv, " ".join(map(str, self._conv_shape(rows)))),
+            "state.past": (state.past, f"{rows} S {self.order - 1} {self.d_model}"),
+            "state.length": (state.length, f"{rows}"),
+        }
+        check_tensors("hyena", x=(x, "* ..."), **expected)
+        return HyenaState(state.conv.to(dtype), state.past.to(dtype), state.length)
+
+
+class _Layout(NamedTuple):
+    """Where the new tokens ``(B, T)`` belong."""
+
+    begin: Tensor  # (rows,), place of a row's first token among the B * T
+    added: Tensor  # (rows,), how many tokens a row receives
+    longest: int
+    groups: list[tuple[Tensor, Tensor, Tensor]] | None  # of packed rows: (rows, places of their tokens, which exist)
+
+
+def _layout(x: Tensor, cu_seqlens: Tensor | None) -> _Layout:
+    """Packed sequences of like length share a group, so that padding at most doubles their size."""
+    (batch, length), device = x.shape[:2], x.device
+    if cu_seqlens is None:
+        rows = torch.arange(batch, device=device)
+        return _Layout(rows * length, torch.full_like(rows, length), length, None)
+    borders = cu_seqlens.to(device, torch.int64)
+    added, alike = borders.diff(), {}
+    lengths: list[int] = added.tolist()
+    for i, n in enumerate(lengths):
+        if n:
+            alike.setdefault((n - 1).bit_length(), []).append(i)
+    groups = []
+    for group in alike.values():
+        rows, at = torch.tensor(group, device=device), torch.arange(max(lengths[i] for i in group), device=device)
+        groups.append((rows, (borders[rows, None] + at).clamp(max=length - 1), at < added[rows, None]))
+    return _Layout(borders[:-1], added, max(lengths), groups)
+
+
+def _by_rows(run: Callable[[Tensor, slice | Tensor], Tensor], u: Tensor, new: _Layout) -> Tensor:
+    """``run(u, rows)`` on tokens ``(rows, T, D)`` that lie apart, zeros after the last."""
+    if new.groups is None:
+        return run(u, slice(None))
+    out = [run(torch.where(keep[..., None], u[0, place], 0), rows)[keep] for rows, place, keep in new.groups]
+    order = torch.cat([place[keep] for _, place, keep in new.groups])
+    return torch.cat(out)[order.argsort()][None]
+
+
+def _long(u: Tensor, history: Tensor, k: Tensor) -> Tensor:
+    """The convolution of ``history`` ``(B, P, D)`` and ``u`` ``(B, T, D)`` behind it with ``k`` ``(D, K)``, at u.
+
+    A sequence much longer than the filter is cut into frames, each behind the ``K - 1`` inputs that it needs: what
+    lies further apart then does not meet, not even as rounding errors. The FFT is of double precision where there is
+    one: that of single precision spreads rounding errors over all times, to earlier outputs too.
+    """
+    (batch, length, width), reach, dtype = u.shape, k.shape[1] - 1, u.dtype
+    line, hop, double = torch.cat([history, u], 1), 4 * reach, dtype if u.device.type == "mps" else torch.float64
+    line, k = line.to(double), k.to(double)
+    if reach == 0 or length <= hop:
+        return fft_conv(line, k)[:, history.shape[1] :].to(dtype)
+    count = -(-length // hop)
+    line = F.pad(line, (0, 0, reach - history.shape[1], count * hop - length))
+    frames = line.unfold(1, reach + hop, hop).transpose(2, 3).flatten(0, 1)
+    return fft_conv(frames, k)[:, reach:].reshape(batch, count * hop, width)[:, :length].to(dtype)
+
+
+def _history(past: Tensor, length: Tensor, count: int) -> Tensor:
+    """The last ``count`` entries of every row in their order, zeros before the first, ``(B, count, N - 1, D)``."""
+    at = length[:, None] - count + torch.arange(count, device=past.device)
+    rows, slots = torch.arange(len(past), device=past.device), at.clamp(min=0) % max(past.shape[1], 1)
+    return torch.where((at >= 0)[..., None, None], past[rows[:, None], slots], 0)
+
+
+def _grow(past: Tensor, capacity: int) -> Tensor:
+    more = capacity - past.shape[1]
+    return F.pad(past, (0, 0, 0, 0, 0, more)) if more else past
+
+
+def _turn(past: Tensor, new: Tensor, before: Tensor, after: Tensor, begin: Tensor) -> Tensor:
+    """``past`` with the tokens ``new`` ``(B, T, N - 1, D)``, which may turn it more than once; never in place."""
+    since = held(after, past.shape[1]) - before[:, None]  # >= 0: the slot holds a new token
+    token = (begin[:, None] + since).clamp(min=0)
+    return torch.where((since >= 0)[..., None, None], new.flatten(0, 1)[token], past)

@@ -1,0 +1,163 @@
+"""What every model shares: an entrance for tokens or features, blocks from a pattern, a final norm."""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dualform.core.errors import ArgumentError, ConfigError
+from dualform.core.packing import check_cu_seqlens
+from dualform.core.recurrence import State
+from dualform.core.shapes import check_floating, check_tensors, wide
+from dualform.core.tree import leaves
+from dualform.layers.mixer import Mixer
+from dualform.models.block import Block
+from dualform.models.config import ModelConfig
+
+
+class Backbone(nn.Module):
+    """Tokens ``(B, T)`` or features ``(B, T, inputs)`` -> ``(B, T, D)``: entrance, blocks, RMS norm.
+
+    The state is a tuple with the state of each block. The blocks of a shared letter are one module, with a state per
+    use. The residual stream is float32 or wider whatever the dtype of the weights, as Mamba's ``residual_in_fp32``.
+
+    Initialised as Mamba: the embedding normal with deviation 0.02, biases of linear maps zero, what each sub-layer
+    adds to the stream divided by the root of their number; everything else is the layers' own. The map of features
+    keeps PyTorch's initialisation with its bias: without one the first norm would leave of a single input its sign.
+
+    Args:
+        config: the blocks, and the vocabulary if tokens are read.
+        inputs: width of the features; None reads tokens.
+
+    Raises:
+        ConfigError: for a config without a vocabulary where tokens are read, or a width below 1.
+    """
+
+    def __init__(self, config: ModelConfig, inputs: int | None = None):
+        super().__init__()
+        self.config, self.inputs = config, inputs
+        if inputs is None and config.vocab_size < 1:
+            raise ConfigError(f"{self._name}: vocab_size is 0, expected at least 1 for a model that reads tokens")
+        if inputs is not None and inputs < 1:
+            raise ConfigError(f"{self._name}: inputs is {inputs}, expected at least 1")
+        shared = {letter: self._block(letter) for letter in config.shared}
+        if inputs is None:
+            self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        else:
+            self.embed = nn.Linear(inputs, config.d_model)
+        self.blocks = nn.ModuleList(
+            shared[letter] if letter in shared else self._block(letter) for letter in config.pattern
+        )
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        if inputs is None:
+            nn.init.normal_(self.embed.weight, std=0.02)
+        residual_parts = sum(len(config.parts[letter]) for letter in config.pattern)
+        for block in dict.fromkeys(self._stack()):  # a shared block once
+            block.initialise(residual_parts)
+
+    def _block(self, letter: str) -> Block:
+        return Block(self.config.parts[letter], self.config.d_model, self.config.norm_eps)
+
+    def init_state(self, batch: int, *, max_len: int = 0) -> State:
+        """The state before the first element; ``max_len`` is the capacity of caches that grow with the context."""
+        return tuple(block.init_state(batch, max_len=max_len) for block in self._stack())
+
+    @property
+    def causal(self) -> bool:
+        """Whether no output depends on a later input: true unless a mixer is bidirectional."""
+        return all(part.causal for block in self._stack() for part in block.parts if isinstance(part, Mixer))
+
+    def features(
+        self, x: Tensor, state: State | None = None, *, cu_seqlens: Int[Tensor, " n"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """What a head reads: the stream after the final norm, in the dtype of the weights.
+
+        Args:
+            x: tokens ``(B, T)``, or features ``(B, T, inputs)``.
+            state: what came before; None is the state before the first element.
+            cu_seqlens: borders of packed sequences; then B is 1 and the state has one row per sequence.
+
+        Raises:
+            ArgumentError: names the argument, what came and what was expected.
+        """
+        self._check_inputs(x, "B T")
+        rows = len(x) if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
+        h, new = self._embed(x), []
+        for block, old in zip(self._stack(), self._states(state, rows), strict=True):
+            h, left = block(h, old, cu_seqlens=cu_seqlens)
+            new.append(left)
+        return self._final(h), tuple(new)
+
+    def parameter_count(self) -> int:
+        """Number of parameters; tied and shared ones count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _step_features(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        self._check_inputs(x, "B")
+        h, new = self._embed(x), []
+        for block, old in zip(self._stack(), self._states(state, len(x)), strict=True):
+            h, left = block.step(h, old)
+            new.append(left)
+        return self._final(h), tuple(new)
+
+    def _stack(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        h = self.embed(x if self.inputs is None else x.to(self.embed.weight.dtype))
+        return h.to(wide(h))
+
+    def _final(self, h: Tensor) -> Tensor:
+        return self.norm(h.to(self.norm.weight.dtype))
+
+    def _states(self, state: State | None, rows: int) -> tuple[State | None, ...]:
+        if state is None:
+            return (None,) * len(self.blocks)
+        if not isinstance(state, tuple) or len(state) != len(self.blocks):
+            raise ArgumentError(
+                f"{self._name}: state is not a tuple of {len(self.blocks)}, one per block",
+                hint="a state comes from init_state, forward or step of the same model",
+            )
+        for leaf in leaves(state):
+            if len(leaf) != rows:
+                raise ArgumentError(f"{self._name}: state has {len(leaf)} rows, expected {rows}")
+        return state
+
+    def _keep(self, x: Tensor, cu_seqlens: Tensor | None, mask: Tensor) -> Tensor:
+        """The bool mask of an ``attention_mask``."""
+        if cu_seqlens is not None:
+            raise ArgumentError(f"{self._name}: give cu_seqlens or attention_mask, not both")
+        self._check_inputs(x, "B T")
+        check_tensors(self._name, x=(x, "B T ..."), attention_mask=(mask, "B T"))
+        keep = mask != 0
+        if not torch.equal(keep.to(mask.dtype), mask):
+            raise ArgumentError(f"{self._name}: attention_mask has values other than 0 and 1")
+        return keep
+
+    def _check_inputs(self, x: Tensor, axes: str) -> None:
+        if self.inputs is None:
+            self._check_tokens("tokens", x, axes)
+        else:
+            check_tensors(self._name, entrance=(self.embed.weight, "D *"), x=(x, f"{axes} {self.inputs}"))
+            check_floating(self._name, x=x)
+
+    def _check_tokens(self, name: str, tokens: Tensor, letters: str, ignored: int = 0) -> None:
+        check_tensors(self._name, embedding=(self.embed.weight, "V D"), **{name: (tokens, letters)})
+        if tokens.dtype not in (torch.int32, torch.int64):
+            hint = "text becomes tokens with a tokenizer's encode" if tokens.is_floating_point() else f"{name}.long()"
+            raise ArgumentError(f"{self._name}: {name} is {tokens.dtype}, expected int32 or int64", hint=hint)
+        if torch.compiler.is_compiling() or tokens.device.type != "cpu" or not tokens.numel():
+            return
+        outside = (tokens < 0) | (tokens >= self.config.vocab_size)
+        if ignored:
+            outside &= tokens != ignored
+        if outside.any():
+            raise ArgumentError(
+                f"{self._name}: {name} holds {int(tokens[outside][0])}, expected 0 to {self.config.vocab_size - 1}",
+                hint="is this the tokenizer of this model?",
+            )
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__

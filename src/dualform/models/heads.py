@@ -1,0 +1,249 @@
+"""Models that say one thing about a whole sequence: a class, or some numbers."""
+
+import os
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dualform.core.errors import ArgumentError, ConfigError
+from dualform.core.packing import check_cu_seqlens, pack, sequence_ids
+from dualform.core.recurrence import State
+from dualform.core.shapes import check_tensors, wide
+from dualform.models.backbone import Backbone
+from dualform.models.checkpoint import write_model
+from dualform.models.config import ModelConfig
+
+POOLINGS = ("mean", "last", "max")
+
+
+class PooledState(NamedTuple):
+    """What a pooled model knows of a sequence so far."""
+
+    blocks: State
+    pooled: Tensor  # (B, D), float32 or wider: the sum, last or greatest of the features so far
+    seen: Tensor  # (B,), int64, elements so far
+
+
+class PooledModel(Backbone):
+    """``W pool(features) + b``: a sequence of tokens or of features -> one vector ``(B, outputs)``.
+
+    Outputs are those of everything read so far: over a sequence in pieces, the last piece's outputs are those of the
+    whole, and ``step`` gives the outputs after one more element, in constant memory. Where a mixer is bidirectional
+    there is no state: ``forward`` reads whole sequences and returns ``()`` in its place.
+
+    Args:
+        config: the blocks; ``tie_embeddings`` plays no part, and ``vocab_size`` none where features are read.
+        outputs: width of the output.
+        inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
+        pooling: ``mean``, ``last`` or ``max`` over time.
+
+    Raises:
+        ConfigError: for an unknown pooling, listing those that exist, or a size that is out of range.
+    """
+
+    least_outputs: ClassVar[int] = 1
+
+    def __init__(self, config: ModelConfig, outputs: int, *, inputs: int | None = None, pooling: str = "mean"):
+        if pooling not in POOLINGS:
+            raise ConfigError(f"{self._name}: pooling {pooling!r} is unknown", hint=f"one of {', '.join(POOLINGS)}")
+        if outputs < self.least_outputs:
+            raise ConfigError(f"{self._name}: {outputs} outputs, expected at least {self.least_outputs}")
+        super().__init__(config, inputs)
+        self.outputs, self.pooling = outputs, pooling
+        self.head = nn.Linear(config.d_model, outputs)
+
+    def init_state(self, batch: int, *, max_len: int = 0) -> PooledState:
+        """The state before the first element; ``max_len`` is the capacity of caches that grow with the context.
+
+        Raises:
+            ArgumentError: for a bidirectional model, which has none.
+        """
+        self._check_causal()
+        return PooledState(super().init_state(batch, max_len=max_len), *self._nothing(batch))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: PooledState | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " n"] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "B outputs"], Any]:
+        """One output per sequence, and the state after its last element.
+
+        Args:
+            x: tokens ``(B, T)``, int32 or int64, or features ``(B, T, inputs)``.
+            state: what came before; None is :meth:`init_state`.
+            cu_seqlens: borders of packed sequences; then the batch axis of x is 1, and outputs and state have one row
+                per sequence. Of a sequence without elements the pooled features are 0.
+            attention_mask: ``(B, T)``, 1 for an element and 0 for padding, left, right or anywhere. Padding changes
+                nothing.
+
+        Raises:
+            ArgumentError: names the argument, what came and what was expected.
+        """
+        if attention_mask is not None:
+            keep = self._keep(x, cu_seqlens, attention_mask)
+            if not keep.all():
+                x, cu_seqlens = pack(x, keep)
+        self._check_inputs(x, "B T")
+        rows = len(x) if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
+        old = self._split(state, rows)
+        h, blocks = self.features(x, old and old.blocks, cu_seqlens=cu_seqlens)
+        pooled, seen = old[1:] if old else self._nothing(rows)
+        if cu_seqlens is None:
+            h, lengths = h.to(pooled.dtype), torch.full_like(seen, h.shape[1])
+            pooled = self._pool(h, pooled)
+        else:
+            borders = cu_seqlens.to(h.device, torch.int64)
+            lengths = borders.diff()
+            pooled = self._pool_packed(h[0].to(pooled.dtype), borders, pooled)
+        seen = seen + lengths
+        return self._read(pooled, seen), PooledState(blocks, pooled, seen) if self.causal else ()
+
+    def step(self, x: Tensor, state: PooledState) -> tuple[Float[Tensor, "B outputs"], PooledState]:
+        """The outputs after one more element: tokens ``(B,)`` or features ``(B, inputs)``."""
+        self._check_inputs(x, "B")
+        old = self._split(state, len(x))
+        assert old is not None
+        h, blocks = self._step_features(x, old.blocks)
+        pooled, seen = self._pool(h[:, None].to(old.pooled.dtype), old.pooled), old.seen + 1
+        return self._read(pooled, seen), PooledState(blocks, pooled, seen)
+
+    def head_options(self) -> dict[str, Any]:
+        """What beside the config it takes to build this model again, as JSON values."""
+        return {"kind": self._name, "outputs": self.outputs, "inputs": self.inputs, "pooling": self.pooling}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors``; read them by ``dualform.load(folder, kind=type(model))``.
+
+        Raises:
+            CheckpointError: when the disk refuses; what was saved there before still loads.
+        """
+        write_model(folder, self.config, self, head=self.head_options())
+
+    def _pool(self, h: Tensor, pooled: Tensor) -> Tensor:
+        if h.shape[1] == 0:
+            return pooled
+        if self.pooling == "mean":
+            return pooled + h.sum(1)
+        return h[:, -1] if self.pooling == "last" else torch.maximum(pooled, h.amax(1))
+
+    def _pool_packed(self, h: Tensor, borders: Tensor, pooled: Tensor) -> Tensor:
+        """``h`` ``(total, D)``, ``pooled`` ``(n, D)``."""
+        if self.pooling == "last":
+            some = borders.diff() > 0
+            return pooled.index_put((some,), h[borders[1:][some] - 1])
+        ids = sequence_ids(borders, len(h))
+        if self.pooling == "mean":
+            return pooled.index_add(0, ids, h)
+        return pooled.scatter_reduce(0, ids[:, None].expand_as(h), h, "amax")
+
+    def _read(self, pooled: Tensor, seen: Tensor) -> Tensor:
+        if self.pooling == "mean":
+            pooled = pooled / seen.clamp(min=1)[:, None]
+        pooled = torch.where(seen[:, None] > 0, pooled, 0)
+        return self.head(pooled.to(self.head.weight.dtype))
+
+    def _nothing(self, rows: int) -> tuple[Tensor, Tensor]:
+        weight, empty = self.head.weight, -torch.inf if self.pooling == "max" else 0.0
+        pooled = torch.full((rows, weight.shape[1]), empty, dtype=wide(weight), device=weight.device)
+        return pooled, torch.zeros(rows, dtype=torch.int64, device=weight.device)
+
+    def _split(self, state: PooledState | None, rows: int) -> PooledState | None:
+        if state is None:
+            return None
+        self._check_causal()
+        if not isinstance(state, PooledState):
+            raise ArgumentError(
+                f"{self._name}: state is {type(state).__name__}, expected a PooledState",
+                hint="a state comes from init_state, forward or step of the same model",
+            )
+        width = self.config.d_model
+        check_tensors(self._name, pooled=(state.pooled, f"{rows} {width}"), seen=(state.seen, f"{rows}"))
+        return state
+
+    def _check_causal(self) -> None:
+        if not self.causal:
+            raise ArgumentError(
+                f"{self._name}: a bidirectional model has no state and no step: it reads whole sequences",
+                hint="call forward on whole sequences, without a state",
+            )
+
+
+class SequenceClassifier(PooledModel):
+    """A sequence of tokens or of features -> logits of its classes, ``(B, classes)``; see :class:`PooledModel`.
+
+    Args:
+        config: the blocks.
+        classes: number of classes, at least 2.
+        inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
+        pooling: ``mean``, ``last`` or ``max`` over time.
+
+    Raises:
+        ConfigError: for an unknown pooling, listing those that exist, or a size that is out of range.
+
+    Example:
+        >>> import torch, dualform as df
+        >>> config = df.ModelConfig(0, 32, {"S": (df.layers.MIXERS["s4d"](bidirectional=True),)}, "SS")
+        >>> logits, _ = df.SequenceClassifier(config, 10, inputs=1)(torch.randn(4, 64, 1))
+    """
+
+    least_outputs: ClassVar[int] = 2
+
+    def __init__(self, config: ModelConfig, classes: int, *, inputs: int | None = None, pooling: str = "mean"):
+        super().__init__(config, classes, inputs=inputs, pooling=pooling)
+
+    def loss(
+        self,
+        x: Tensor,
+        labels: Int[Tensor, " B"],
+        *,
+        cu_seqlens: Int[Tensor, " n"] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean cross-entropy in nats of ``labels`` ``(B,)``, 0 to classes - 1.
+
+        Raises:
+            ArgumentError: names the argument, what came and what was expected.
+        """
+        logits, _ = self.forward(x, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        check_tensors(self._name, logits=(logits, "B classes"), labels=(labels, "B"))
+        return F.cross_entropy(logits.to(wide(logits)), labels.long())
+
+
+class SequenceRegressor(PooledModel):
+    """A sequence of tokens or of features -> some numbers, ``(B, targets)``; see :class:`PooledModel`.
+
+    Args:
+        config: the blocks.
+        targets: how many numbers.
+        inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
+        pooling: ``mean``, ``last`` or ``max`` over time.
+
+    Raises:
+        ConfigError: for an unknown pooling, listing those that exist, or a size that is out of range.
+    """
+
+    def __init__(self, config: ModelConfig, targets: int, *, inputs: int | None = None, pooling: str = "mean"):
+        super().__init__(config, targets, inputs=inputs, pooling=pooling)
+
+    def loss(
+        self,
+        x: Tensor,
+        targets: Float[Tensor, "B outputs"],
+        *,
+        cu_seqlens: Int[Tensor, " n"] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean squared error against ``targets`` ``(B, targets)``.
+
+        Raises:
+            ArgumentError: names the argument, what came and what was expected.
+        """
+        y, _ = self.forward(x, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        check_tensors(self._name, outputs=(y, "B outputs"), targets=(targets, "B outputs"))
+        return F.mse_loss(y.to(wide(y)), targets.to(wide(y)))
