@@ -10,6 +10,7 @@ from torch import Tensor
 from dualform.core.packing import from_lengths
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d
+from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.fft_conv import fft_conv
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.selective_scan import selective_scan
@@ -132,6 +133,14 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
             "dt": -decay(5),
         }
 
+    def diagonal(batch: int, states: int) -> dict[str, Tensor]:
+        return {
+            "u": normal(batch, length, 5),
+            "Abar": torch.exp(torch.complex(0.3 * decay(5, 6), normal(5, 6))),
+            "CB": normal(5, 6, complex=True),
+            "initial_state": normal(states, 5, 6, complex=True),
+        }
+
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
     runs = {"cu_seqlens": packed}
     return [
@@ -149,6 +158,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("causal_conv1d packed", "causal_conv1d", causal_conv1d, conv(1, rows), runs),
         OpCase("cauchy_kernel complex", "cauchy_kernel", cauchy_kernel, low_rank(1), {"length": length}),
         OpCase("cauchy_kernel complex rank 2", "cauchy_kernel", cauchy_kernel, low_rank(2), {"length": length}),
+        OpCase("diagonal_ssm complex", "diagonal_ssm", diagonal_ssm, diagonal(3, 3)),
+        OpCase("diagonal_ssm complex packed", "diagonal_ssm", diagonal_ssm, diagonal(1, rows), runs),
         OpCase("fft_conv", "fft_conv", fft_conv, long(length)),
         OpCase("fft_conv short filter", "fft_conv", fft_conv, long(3)),
         OpCase("fft_conv long filter", "fft_conv", fft_conv, long(2 * length + 1)),

@@ -11,6 +11,7 @@ from dualform.core.packing import each_alone, sequence_ids
 from dualform.core.shapes import check_floating, check_tensors, wide
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import initial
+from dualform.ops.step import fast_step
 
 _ACTIVATIONS = {None: None, "silu": F.silu, "swish": F.silu}
 
@@ -69,6 +70,9 @@ def causal_conv1d_update(
         y ``(B, D)`` and the next state.
     """
     act = _activation("causal_conv1d_update", activation, weight.shape[1])
+    fast = fast_step("causal_conv1d_update", x, state, weight, bias, act is not None)
+    if fast is not None:
+        return fast
     window = torch.cat([state, x[..., None].to(state.dtype)], -1)
     y = (window * weight).sum(-1)
     y = (y if bias is None else y + bias).to(x.dtype)

@@ -168,6 +168,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str:
+    """The name of the backend that was asked for; empty for the best."""
+    return _forced
+
+
 def differentiable(args: tuple[Any, ...]) -> list[Tensor]:
     """The arguments that have a gradient: the floating and complex tensors."""
     return [a for a in args if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())]

@@ -13,6 +13,7 @@ from dualform.core.shapes import check_floating, check_tensors, wide
 from dualform.ops.linear_scan import as_grad, scan
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import initial
+from dualform.ops.step import fast_step
 
 _CPU_SPAN = 3 * 2**18  # elements of (K, B, N, D) held at a time: few enough for a cache, enough to share out
 _GPU_SPAN = 2**23  # elsewhere launches cost more than cache misses
@@ -139,6 +140,9 @@ def selective_state_update(
     References:
         Gu & Dao (2023), arXiv:2312.00752, equation 2 with the discretisation of section 3.2.
     """
+    fast = fast_step("selective_state_update", state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    if fast is not None:
+        return fast
     dt = dt.to(state.dtype) if dt_bias is None else dt.to(state.dtype) + dt_bias
     dt = F.softplus(dt) if dt_softplus else dt
     heads, by_head = state.shape[1], state.dim() == 4

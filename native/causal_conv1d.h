@@ -1,0 +1,165 @@
+// y_t = bias + sum_j weight_j x_{t - (W-1) + j} per channel, and its backward. The inputs of a piece of a tile lie on a
+// line behind the W - 1 inputs before them, whether those belong to the sequence or to its initial state.
+#pragma once
+
+#include "tile.h"
+
+namespace DUALFORM_ISA {
+namespace conv {
+
+constexpr int64_t TILE = 32;
+
+// Weights (W, lanes) of every slice of a slab, one after the other.
+template <class T>
+INLINE void gather_weights(const CausalConv1d& s, const Slab& slab, T* to) {
+  for (int64_t i = 0; i < slab.count; i++) {
+    const Slice& slice = slab.slices[i];
+    gather(static_cast<const T*>(s.weight) + slice.first * s.taps, s.taps, to + i * s.taps * LANES<T>, s.taps,
+           slice.count);
+  }
+}
+
+// Rows [begin, end) of states (sequences, D, W - 1) for a panel of channels, and back.
+template <class T>
+INLINE void read_history(const CausalConv1d& s, const void* from, int64_t sequence, const Window& w, T* rows) {
+  const int64_t back = s.taps - 1;
+  const T* state = static_cast<const T*>(from) + (sequence * s.width + w.first) * back;
+  for (int64_t j = 0; j < back; j++)
+    for (int64_t i = 0; i < w.width; i++) rows[j * w.width + i] = i < w.count ? state[i * back + j] : T(0);
+}
+template <class T>
+INLINE void write_history(const CausalConv1d& s, const T* rows, void* to, int64_t sequence, const Window& w) {
+  const int64_t back = s.taps - 1;
+  T* state = static_cast<T*>(to) + (sequence * s.width + w.first) * back;
+  for (int64_t i = 0; i < w.count; i++)
+    for (int64_t j = 0; j < back; j++) state[i * back + j] = rows[j * w.width + i];
+}
+
+template <class T>
+int64_t forward(const CausalConv1d& s, const Task& task) {
+  constexpr int L = LANES<T>, W = PANEL * L;
+  const Slab& slab = *task.slab;
+  const int64_t T_ = s.sequences.length, back = s.taps - 1;
+  Arena arena(task.memory);
+  T *weights = arena.take<T>(slab.count * s.taps * L), *histories = arena.take<T>((slab.count + PANEL) * back * L);
+  T *line = arena.take<T>((back + TILE) * W), *y_copy = arena.take<T>(TILE * W);
+  if (!task.memory) return arena.used(task.memory);
+
+  gather_weights(s, slab, weights);
+  for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
+    for (int64_t begin = 0, next; begin < T_; begin = next) {
+      Piece piece = first_piece(s.sequences, row, begin, least((begin / TILE + 1) * TILE, T_));
+      next = piece.end;
+      for (int64_t i = 0; i < slab.count; i += PANEL) {
+        Window w = {row, piece.begin, piece.end, slab.slices[i].first, panel_width<T>(slab, i), W};
+        T* history = histories + i * back * L;
+        if (piece.starts)
+          read_history(s, s.h0, piece.sequence, w, line);
+        else
+          memcpy(line, history, sizeof(T) * back * W);
+        copy(s.x, w, line + back * W);
+        Rows<T> y = target(s.y, w, y_copy);
+        const int64_t steps = piece.end - piece.begin;
+        for (int64_t p = 0; p * L < w.count; p++) {
+          const T* weight = weights + (i + p) * s.taps * L;
+          T lanes[L] = {};
+          const int64_t first = w.first + p * L;
+          if (s.bias) memcpy(lanes, static_cast<const T*>(s.bias) + first, sizeof(T) * least(L, s.width - first));
+          vec<T> bias = load(lanes);
+          for (int64_t t = 0; t < steps; t++) {
+            vec<T> sum = bias;
+            for (int64_t j = 0; j < s.taps; j++) sum = fma(load(weight + j * L), load(line + (t + j) * W + p * L), sum);
+            store(y[t] + p * L, sum);
+          }
+        }
+        write(s.y, w, y);
+        const T* last = line + steps * W;
+        if (piece.ends)
+          write_history(s, last, s.final, piece.sequence, w);
+        else
+          memcpy(history, last, sizeof(T) * back * W);
+      }
+    }
+  end_stream();
+  return 0;
+}
+
+// From the last piece to the first. The gradient of an input is complete when its own step has been visited; those of
+// the W - 1 inputs before it are pending. At the start of a sequence what is pending belongs to the initial state.
+template <class T>
+int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
+  constexpr int L = LANES<T>, W = PANEL * L;
+  const Slab& slab = *task.slab;
+  const int64_t T_ = s.sequences.length, back = s.taps - 1;
+  Arena arena(task.memory);
+  T *weights = arena.take<T>(slab.count * s.taps * L), *dweights = arena.take<T>(slab.count * s.taps * L);
+  T *dbias = arena.take<T>(slab.count * L), *pending = arena.take<T>((slab.count + PANEL) * back * L);
+  T *line = arena.take<T>((back + TILE) * W), *dline = arena.take<T>((back + TILE) * W);
+  T* dy = arena.take<T>(TILE * W);
+  if (!task.memory) return arena.used(task.memory);
+
+  gather_weights(s, slab, weights);
+  memset(dweights, 0, sizeof(T) * slab.count * s.taps * L);
+  memset(dbias, 0, sizeof(T) * slab.count * L);
+  for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
+    for (int64_t end = T_, next; end > 0; end = next) {
+      Piece piece = last_piece(s.sequences, row, (end - 1) / TILE * TILE, end);
+      next = piece.begin;
+      const int64_t start = whole(s.sequences, row, piece.begin).begin;
+      const int64_t steps = piece.end - piece.begin;
+      for (int64_t i = 0; i < slab.count; i += PANEL) {
+        Window w = {row, piece.begin, piece.end, slab.slices[i].first, panel_width<T>(slab, i), W};
+        if (piece.begin - start < back) read_history(s, s.h0, piece.sequence, w, dline);  // only borrowed
+        for (int64_t j = 0; j < back; j++) {
+          const int64_t at = piece.begin - back + j;
+          Window one = w;
+          one.begin = at, one.end = at + 1;
+          if (at >= start)
+            copy(s.x, one, line + j * W);
+          else
+            memcpy(line + j * W, dline + (at - start + back) * W, sizeof(T) * W);
+        }
+        copy(s.x, w, line + back * W);
+        copy(s.dy, w, dy);
+        memset(dline, 0, sizeof(T) * steps * W);
+        if (piece.ends)
+          read_history(s, s.dfinal, piece.sequence, w, dline + steps * W);
+        else
+          memcpy(dline + steps * W, pending + i * back * L, sizeof(T) * back * W);
+        for (int64_t p = 0; p * L < w.count; p++) {
+          const T* weight = weights + (i + p) * s.taps * L;
+          for (int64_t r = 0; r < back + steps; r++) {
+            vec<T> sum = load(dline + r * W + p * L);
+            for (int64_t j = most(0, r - steps + 1); j <= least(back, r); j++)
+              sum = fma(load(weight + j * L), load(dy + (r - j) * W + p * L), sum);
+            store(dline + r * W + p * L, sum);
+          }
+          for (int64_t j = 0; j < s.taps; j++) {
+            T* to = dweights + ((i + p) * s.taps + j) * L;
+            vec<T> sum = load(to);
+            for (int64_t t = 0; t < steps; t++) sum = fma(load(line + (t + j) * W + p * L), load(dy + t * W + p * L), sum);
+            store(to, sum);
+          }
+          vec<T> sum = load(dbias + (i + p) * L);
+          for (int64_t t = 0; t < steps; t++) sum += load(dy + t * W + p * L);
+          store(dbias + (i + p) * L, sum);
+        }
+        write(s.dx, w, Rows<T>{dline + back * W, W});
+        if (piece.starts)
+          write_history(s, dline, s.dh0, piece.sequence, w);
+        else
+          memcpy(pending + i * back * L, dline, sizeof(T) * back * W);
+      }
+    }
+  for (int64_t i = 0; i < slab.count; i++) {
+    const Slice& slice = slab.slices[i];
+    const int64_t channel = task.row * s.width + slice.first;
+    scatter(dweights + i * s.taps * L, static_cast<T*>(parts.da) + channel * s.taps, s.taps, s.taps, slice.count);
+    memcpy(static_cast<T*>(parts.dc) + channel, dbias + i * L, sizeof(T) * slice.count);
+  }
+  end_stream();
+  return 0;
+}
+
+}  // namespace conv
+}  // namespace DUALFORM_ISA

@@ -1,0 +1,160 @@
+// The interface of the library: plain C, so that one build serves every Python and every PyTorch.
+//
+// Tensors are pointers with strides in elements. Every field has 64 bits: a caller fills a structure from a flat list.
+// Index arithmetic is in 64 bits.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DUALFORM_VERSION 1  // of this interface
+
+typedef struct {
+  uint16_t bits;
+} bfloat16;
+
+enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2 };
+
+// (rows, T, ...): the innermost axes are contiguous.
+typedef struct {
+  void* data;
+  int64_t row, time;  // strides
+  int64_t dtype;
+} View;
+
+// Where sequences begin and end. Unpacked, each of the rows is one; packed, there is one row, and `count` sequences lie
+// on it end to end. States have one row per sequence.
+typedef struct {
+  int64_t rows, length;
+  int64_t count;
+  const int64_t* borders;  // (count + 1), or null
+} Sequences;
+
+#define SELECTIVE_SCAN_TILE 32  // steps between the states that the backward of selective_scan starts from
+
+// h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = C_t h_t. States, A and their gradients are float, or double.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of the state
+  Sequences sequences;
+  int64_t width, states, groups_b, groups_c;
+  View u, dt;      // (rows, T, D)
+  View b, c;       // (rows, T, G, N)
+  const void* a;   // (D, N)
+  const void* h0;  // (sequences, D, N)
+  View y;          // (rows, T, D)
+  void* final;     // (sequences, D, N); rows of empty sequences are left alone
+  void* saved;     // (rows, ceil(T / SELECTIVE_SCAN_TILE), N, D), the states entering each tile; or null
+  // Backward only.
+  View dy;             // (rows, T, D)
+  const void* dfinal;  // (sequences, D, N)
+  View du, ddt;        // (rows, T, D)
+  View db, dc;         // (rows, T, G, N)
+  void* da;            // (D, N)
+  void* dh0;           // (sequences, D, N); rows of empty sequences are left alone
+} SelectiveScan;
+
+#define DIAGONAL_SSM_TILE 64  // steps between the states that the backward of diagonal_ssm starts from
+
+// h_t = A h_{t-1} + u_t, y_t = 2 Re sum_n C_n h_n; A, C and states are complex, as pairs of numbers.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of the parts of the state
+  Sequences sequences;
+  int64_t width, states;
+  View u;          // (rows, T, D)
+  const void* a;   // (D, N, 2)
+  const void* c;   // (D, N, 2)
+  const void* h0;  // (sequences, D, N, 2)
+  View y;          // (rows, T, D)
+  void* final;     // (sequences, D, N, 2); rows of empty sequences are left alone
+  void* saved;     // (rows, ceil(T / DIAGONAL_SSM_TILE), N, 2, D), the states entering each tile; or null
+  // Backward only.
+  View dy;             // (rows, T, D)
+  const void* dfinal;  // (sequences, D, N, 2)
+  View du;             // (rows, T, D)
+  void *da, *dc;       // (D, N, 2)
+  void* dh0;           // (sequences, D, N, 2); rows of empty sequences are left alone
+} DiagonalSSM;
+
+// h_t = a_t h_{t-1} + b_t elementwise, or with `reverse` a_t h_{t+1} + b_t. Complex tensors are given as twice as many
+// numbers.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of the parts of the state
+  int64_t complex, reverse;
+  Sequences sequences;
+  int64_t width;
+  View a, b;       // (rows, T, D)
+  const void* h0;  // (sequences, D)
+  View h;          // (rows, T, D); to be read by the backward
+  void* final;     // (sequences, D); rows of empty sequences are left alone
+  // Backward only.
+  View dh;             // (rows, T, D)
+  const void* dfinal;  // (sequences, D)
+  View da, db;         // (rows, T, D)
+  void* dh0;           // (sequences, D); rows of empty sequences are left alone
+} LinearScan;
+
+// y_t = bias + sum_j weight_j x_{t - (W-1) + j}; a state holds the W - 1 inputs before the first, oldest first.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of the state, the weights and their gradients
+  Sequences sequences;
+  int64_t width, taps;
+  View x;              // (rows, T, D)
+  const void* weight;  // (D, W)
+  const void* bias;    // (D), or null
+  const void* h0;      // (sequences, D, W - 1)
+  View y;              // (rows, T, D)
+  void* final;         // (sequences, D, W - 1); rows of empty sequences are left alone
+  // Backward only.
+  View dy;             // (rows, T, D)
+  const void* dfinal;  // (sequences, D, W - 1)
+  View dx;             // (rows, T, D)
+  void *dweight, *dbias;  // (D, W) and (D)
+  void* dh0;           // (sequences, D, W - 1); rows of empty sequences are left alone
+} CausalConv1d;
+
+// One step of SelectiveScan: h' = exp(dt A) h + dt x B, y = (C h' + D x) silu(z) with dt = softplus(dt + dt_bias). Views
+// are (rows, 1, ...).
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of the state, A, D and dt_bias
+  int64_t rows, width, states, groups_b, groups_c;
+  int64_t per;       // neighbouring channels that share a step size
+  int64_t matrix;    // whether A is (D, N); otherwise (D / per), with one step size each
+  int64_t softplus;  // whether there is one
+  int64_t gated;     // whether there is a z
+  const void* h;     // (rows, D, N)
+  View x;            // (rows, 1, D)
+  View dt;           // (rows, 1, D / per)
+  const void* a;
+  View b, c;            // (rows, 1, G, N)
+  const void* d;        // (D), or null
+  View z;               // (rows, 1, D)
+  const void* dt_bias;  // (D / per), or null
+  View y;               // (rows, 1, D)
+  void* next;           // (rows, D, N)
+} SelectiveUpdate;
+
+// One step of CausalConv1d, with SiLU or without.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of the state and the weights
+  int64_t rows, width, taps;
+  int64_t silu;
+  View x;              // (rows, 1, D)
+  const void* h;       // (rows, D, W - 1)
+  const void* weight;  // (D, W)
+  const void* bias;    // (D), or null
+  View y;              // (rows, 1, D)
+  void* next;          // (rows, D, W - 1)
+} ConvUpdate;
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,33 @@
+// Compiled once for every instruction set, with its flags and its name in DUALFORM_ISA.
+#include "kernels.h"
+
+#include "causal_conv1d.h"
+#include "diagonal_ssm.h"
+#include "linear_scan.h"
+#include "selective_scan.h"
+#include "update.h"
+
+#define JOIN(a, b) a##b
+#define NAME(a, b) JOIN(a, b)
+#define STRING(a) #a
+#define QUOTED(a) STRING(a)
+
+namespace isa = DUALFORM_ISA;
+
+const Kernels NAME(kernels_, DUALFORM_ISA) = {
+    QUOTED(DUALFORM_ISA),
+    isa::WIDTH,
+    {isa::selective::forward<float>, isa::selective::forward<double>},
+    {isa::selective::backward<float>, isa::selective::backward<double>},
+    {isa::diagonal::forward<float>, isa::diagonal::forward<double>},
+    {isa::diagonal::backward<float>, isa::diagonal::backward<double>},
+    {{isa::linear::forward<float, false>, isa::linear::forward<float, true>},
+     {isa::linear::forward<double, false>, isa::linear::forward<double, true>}},
+    {{isa::linear::backward<float, false>, isa::linear::backward<float, true>},
+     {isa::linear::backward<double, false>, isa::linear::backward<double, true>}},
+    {isa::conv::forward<float>, isa::conv::forward<double>},
+    {isa::conv::backward<float>, isa::conv::backward<double>},
+    {isa::update::selective<float>, isa::update::selective<double>},
+    {isa::update::conv<float>, isa::update::conv<double>},
+    {isa::add_groups<float>, isa::add_groups<double>},
+};

@@ -1,0 +1,27 @@
+// The kernels of one instruction set.
+#pragma once
+
+#include "common.h"
+
+struct Kernels {
+  const char* name;
+  int64_t width;  // bytes of a vector
+  // Each for float and double states. They return the bytes of scratch memory they need if the task has none.
+  int64_t (*selective_scan[2])(const SelectiveScan&, const Task&);
+  int64_t (*selective_scan_backward[2])(const SelectiveScan&, const Task&, const Parts&);
+  int64_t (*diagonal_ssm[2])(const DiagonalSSM&, const Task&);
+  int64_t (*diagonal_ssm_backward[2])(const DiagonalSSM&, const Task&, const Parts&);
+  int64_t (*linear_scan[2][2])(const LinearScan&, const Task&);  // real and complex
+  int64_t (*linear_scan_backward[2][2])(const LinearScan&, const Task&);
+  int64_t (*causal_conv1d[2])(const CausalConv1d&, const Task&);
+  int64_t (*causal_conv1d_backward[2])(const CausalConv1d&, const Task&, const Parts&);
+  int64_t (*selective_update[2])(const SelectiveUpdate&, int64_t row, int64_t first, int64_t end, void* memory);
+  int64_t (*conv_update[2])(const ConvUpdate&, int64_t row, void* memory);
+  void (*add_groups[2])(const Groups&, int64_t row);
+};
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif

@@ -1,0 +1,259 @@
+// The plain C functions: they choose the instruction set, cut the work into tasks, and add up what tasks share.
+// They return 0, or 1 when there is no memory.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+const Kernels* find(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (!*name || !strcmp(name, kernels_avx512.name))) return &kernels_avx512;
+  if (avx2 && (!*name || !strcmp(name, kernels_avx2.name))) return &kernels_avx2;
+#endif
+  return !*name || !strcmp(name, kernels_baseline.name) ? &kernels_baseline : nullptr;
+}
+
+const Kernels* kernels = find("");
+
+constexpr int64_t WIDEST_SLAB = 64;        // slices; what a tile reads and writes of them stays in a core's cache
+constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications; waking a thread takes as long
+
+int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
+int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t lanes(int64_t dtype) { return kernels->width / (dtype == FLOAT64 ? 8 : 4); }
+
+// Run f(i, memory) for every i below `tasks`, in scratch memory of the size that f(i, nullptr) asks for.
+template <class F>
+void in_scratch(int64_t threads, int64_t tasks, const F& f) {
+  std::atomic<bool> failed{false};
+  parallel(threads, tasks, [&](int64_t i) {
+    void* memory = scratch(f(i, nullptr));
+    if (memory) {
+      NoDenormals here;
+      f(i, memory);
+    } else {
+      failed.store(true);
+    }
+  });
+  if (failed.load()) throw std::bad_alloc();
+}
+
+// Channels cut into slices that do not cross the borders of groups, slices into slabs, and the rows of the batch dealt
+// out to `strides` tasks for each slab.
+struct Cut {
+  int64_t strides;
+  std::vector<Slice> slices;
+  std::vector<Slab> slabs;
+  std::vector<int64_t> parts_b, parts_c;  // the group of every part
+
+  Cut(int64_t rows, int64_t width, int64_t dtype, int64_t tasks, int64_t groups_b = 1, int64_t groups_c = 1) {
+    int64_t each_b = at_least_one(width / groups_b), each_c = at_least_one(width / groups_c);
+    for (int64_t first = 0, next; first < width; first = next) {
+      int64_t b = first / each_b, c = first / each_c;
+      next = std::min({first + lanes(dtype), (b + 1) * each_b, (c + 1) * each_c});
+      slices.push_back({first, next - first, b, c});
+    }
+    int64_t count = static_cast<int64_t>(slices.size());
+    strides = std::min(rows, tasks);
+    int64_t wanted = std::min(std::max(over(tasks, at_least_one(strides)), over(count, WIDEST_SLAB)), count);
+    for (int64_t i = 0; i < wanted; i++) {
+      int64_t begin = count * i / wanted, end = count * (i + 1) / wanted;
+      const Slice &first = slices[begin], &last = slices[end - 1];
+      int64_t part_b = static_cast<int64_t>(parts_b.size()), part_c = static_cast<int64_t>(parts_c.size());
+      slabs.push_back({&slices[begin], end - begin, part_b - first.group_b, part_c - first.group_c});
+      for (int64_t g = first.group_b; g <= last.group_b; g++) parts_b.push_back(g);
+      for (int64_t g = first.group_c; g <= last.group_c; g++) parts_c.push_back(g);
+    }
+  }
+
+  // Run kernel(task) for every slab and stride.
+  template <class K>
+  void run(int64_t threads, const K& kernel) const {
+    in_scratch(threads, strides * static_cast<int64_t>(slabs.size()), [&](int64_t i, void* memory) {
+      return kernel({&slabs[i / strides], i % strides, strides, memory});
+    });
+  }
+};
+
+// Uninitialised memory.
+class Memory {
+ public:
+  Memory(int64_t count, int64_t dtype) : at(new char[count * (dtype == FLOAT64 ? 8 : 4)]) {}
+  void* get() const { return at.get(); }
+
+ private:
+  std::unique_ptr<char[]> at;
+};
+
+// The sum of `count` arrays of `size` numbers, in their order.
+template <class T>
+void add_up(const void* parts, int64_t count, int64_t size, void* out) {
+  const T* from = static_cast<const T*>(parts);
+  T* to = static_cast<T*>(out);
+  std::copy(from, from + size, to);
+  for (int64_t p = 1; p < count; p++)
+    for (int64_t i = 0; i < size; i++) to[i] += from[p * size + i];
+}
+
+void add_up(const Memory& parts, int64_t dtype, int64_t count, int64_t size, void* out) {
+  (dtype == FLOAT64 ? add_up<double> : add_up<float>)(parts.get(), count, size, out);
+}
+
+template <class F>
+int guarded(const F& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+int64_t threads_for(int64_t wanted, int64_t work) { return std::min(wanted, at_least_one(work / WORTH_A_THREAD)); }
+
+}  // namespace
+
+EXPORT int64_t dualform_version() { return DUALFORM_VERSION; }
+
+// The instruction set in use, after choosing the one of that name; the best one for an empty name. Null, and no change,
+// where this processor does not have it or the name is unknown.
+EXPORT const char* dualform_choose(const char* name) {
+  const Kernels* found = find(name);
+  if (!found) return nullptr;
+  kernels = found;
+  return found->name;
+}
+
+EXPORT int dualform_selective_scan(const SelectiveScan* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
+    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads, s->groups_b, s->groups_c);
+    auto kernel = kernels->selective_scan[s->dtype];
+    cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
+  });
+}
+
+EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
+    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 2 * threads, s->groups_b, s->groups_c);
+    int64_t size = q.rows * q.length * s->states;
+    Memory da(cut.strides * s->width * s->states, s->dtype);
+    Memory db(static_cast<int64_t>(cut.parts_b.size()) * size, s->dtype);
+    Memory dc(static_cast<int64_t>(cut.parts_c.size()) * size, s->dtype);
+    Parts parts = {da.get(), db.get(), dc.get()};
+    auto kernel = kernels->selective_scan_backward[s->dtype];
+    cut.run(threads, [&](const Task& task) { return kernel(*s, task, parts); });
+
+    auto add = kernels->add_groups[s->dtype];
+    Groups b = {s->db, db.get(), cut.parts_b.data(), static_cast<int64_t>(cut.parts_b.size()), q.rows, q.length, s->states};
+    Groups c = {s->dc, dc.get(), cut.parts_c.data(), static_cast<int64_t>(cut.parts_c.size()), q.rows, q.length, s->states};
+    parallel(threads, q.rows * 2, [&](int64_t i) { add(i % 2 ? b : c, i / 2); });
+    add_up(da, s->dtype, cut.strides, s->width * s->states, s->da);
+  });
+}
+
+EXPORT int dualform_diagonal_ssm(const DiagonalSSM* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
+    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads);
+    auto kernel = kernels->diagonal_ssm[s->dtype];
+    cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
+  });
+}
+
+EXPORT int dualform_diagonal_ssm_backward(const DiagonalSSM* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
+    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads);
+    int64_t size = s->width * s->states * 2;
+    Memory da(cut.strides * size, s->dtype), dc(cut.strides * size, s->dtype);
+    Parts parts = {da.get(), nullptr, dc.get()};
+    auto kernel = kernels->diagonal_ssm_backward[s->dtype];
+    cut.run(threads, [&](const Task& task) { return kernel(*s, task, parts); });
+    add_up(da, s->dtype, cut.strides, size, s->da);
+    add_up(dc, s->dtype, cut.strides, size, s->dc);
+  });
+}
+
+EXPORT int dualform_linear_scan(const LinearScan* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
+    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    auto kernel = kernels->linear_scan[s->dtype][s->complex];
+    cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
+  });
+}
+
+EXPORT int dualform_linear_scan_backward(const LinearScan* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
+    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    auto kernel = kernels->linear_scan_backward[s->dtype][s->complex];
+    cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
+  });
+}
+
+EXPORT int dualform_causal_conv1d(const CausalConv1d* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
+    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    auto kernel = kernels->causal_conv1d[s->dtype];
+    cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
+  });
+}
+
+EXPORT int dualform_causal_conv1d_backward(const CausalConv1d* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
+    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    Memory dweight(cut.strides * s->width * s->taps, s->dtype), dbias(cut.strides * s->width, s->dtype);
+    Parts parts = {dweight.get(), nullptr, dbias.get()};
+    auto kernel = kernels->causal_conv1d_backward[s->dtype];
+    cut.run(threads, [&](const Task& task) { return kernel(*s, task, parts); });
+    add_up(dweight, s->dtype, cut.strides, s->width * s->taps, s->dweight);
+    add_up(dbias, s->dtype, cut.strides, s->width, s->dbias);
+  });
+}
+
+EXPORT int dualform_selective_update(const SelectiveUpdate* s) {
+  return guarded([&] {
+    int64_t threads = threads_for(s->threads, s->rows * s->width * s->states);
+    int64_t sizes = s->width / s->per, parts = std::min(sizes, over(4 * threads, s->rows));
+    if (threads == 1) parts = 1;
+    auto kernel = kernels->selective_update[s->dtype];
+    in_scratch(threads, s->rows * parts, [&](int64_t i, void* memory) {
+      int64_t part = i % parts, first = sizes * part / parts * s->per, end = sizes * (part + 1) / parts * s->per;
+      return kernel(*s, i / parts, first, end, memory);
+    });
+  });
+}
+
+EXPORT int dualform_conv_update(const ConvUpdate* s) {
+  return guarded([&] {
+    auto kernel = kernels->conv_update[s->dtype];
+    in_scratch(threads_for(s->threads, s->rows * s->width * s->taps), s->rows,
+               [&](int64_t i, void* memory) { return kernel(*s, i, memory); });
+  });
+}

@@ -1,0 +1,125 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+
+namespace {
+
+constexpr int SPINS = 2000;  // looks for work, some tens of microseconds, before a thread sleeps
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// One job at a time. A worker joins a job while it is open; the caller closes it when no task is left, and waits for
+// those that joined only, never for a worker that has not woken up.
+class Pool {
+ public:
+  void run(int64_t threads, int64_t tasks, void (*f)(void*, int64_t), void* context) {
+    std::unique_lock<std::mutex> one(caller_, std::try_to_lock);
+    if (!one.owns_lock()) {
+      for (int64_t i = 0; i < tasks; i++) f(context, i);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> hold(mutex_);
+      f_ = f, context_ = context, tasks_ = tasks;
+      next_.store(0, std::memory_order_relaxed);
+      seats_ = (threads < tasks ? threads : tasks) - 1;
+      for (; workers_ < seats_; workers_++) std::thread([this] { work(); }).detach();
+      posted_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    help();
+    {
+      std::lock_guard<std::mutex> hold(mutex_);
+      seats_ = 0;
+    }
+    for (int i = 0; i < SPINS && busy_.load(std::memory_order_acquire) > 0; i++) relax();
+    if (busy_.load(std::memory_order_acquire) > 0) {
+      std::unique_lock<std::mutex> hold(mutex_);
+      done_.wait(hold, [this] { return busy_.load(std::memory_order_acquire) == 0; });
+    }
+  }
+
+ private:
+  void help() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) f_(context_, i);
+  }
+
+  [[noreturn]] void work() {
+    for (int64_t seen = 0;;) {
+      for (int i = 0; i < SPINS && posted_.load(std::memory_order_acquire) == seen; i++) relax();
+      {
+        std::unique_lock<std::mutex> hold(mutex_);
+        wake_.wait(hold, [&] { return posted_.load(std::memory_order_relaxed) != seen; });
+        seen = posted_.load(std::memory_order_relaxed);
+        if (seats_ == 0) continue;
+        seats_--;
+        busy_.fetch_add(1, std::memory_order_relaxed);
+      }
+      help();
+      std::lock_guard<std::mutex> hold(mutex_);
+      if (busy_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
+    }
+  }
+
+  std::mutex caller_, mutex_;
+  std::condition_variable wake_, done_;
+  void (*f_)(void*, int64_t) = nullptr;
+  void* context_ = nullptr;
+  int64_t tasks_ = 0, seats_ = 0, workers_ = 0;
+  std::atomic<int64_t> next_{0}, posted_{0}, busy_{0};
+};
+
+// Never destroyed: workers may outlive main. A fork leaves the child without the workers, so it makes a new pool.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+  static const int once = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+  (void)once;
+  Pool* found = current.load();
+  if (!found) {
+    Pool* fresh = new Pool;
+    if (current.compare_exchange_strong(found, fresh))
+      found = fresh;
+    else
+      delete fresh;
+  }
+  return *found;
+}
+
+struct Memory {
+  void* at = nullptr;
+  int64_t bytes = 0;
+  ~Memory() { std::free(at); }
+};
+thread_local Memory memory;
+
+}  // namespace
+
+void parallel(int64_t threads, int64_t tasks, void (*f)(void*, int64_t), void* context) {
+  if (threads > 1 && tasks > 1)
+    pool().run(threads, tasks, f, context);
+  else
+    for (int64_t i = 0; i < tasks; i++) f(context, i);
+}
+
+void* scratch(int64_t bytes) {
+  if (bytes > memory.bytes) {
+    std::free(memory.at);
+    memory.bytes = (bytes + 4095) / 4096 * 4096;
+    memory.at = std::aligned_alloc(4096, static_cast<size_t>(memory.bytes));
+    if (!memory.at) memory.bytes = 0;
+  }
+  return memory.at;
+}

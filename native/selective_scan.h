@@ -1,0 +1,289 @@
+// h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = C_t h_t, and its backward: channels in lanes, states in registers.
+//
+// A task runs through its slab of channels tile by tile, so that what a tile reads stays near. The backward goes from
+// the last tile to the first, recomputes the states of a tile from the one that entered it, and keeps the sums over
+// channels, dB and dC, as vectors over the lanes of all slices until the tile is done.
+#pragma once
+
+#include "tile.h"
+
+namespace DUALFORM_ISA {
+namespace selective {
+
+constexpr int64_t TILE = SELECTIVE_SCAN_TILE;
+// States in registers at once; the backward holds as many gradients of rates beside them.
+constexpr int FORWARD_BLOCK = WIDTH == 64 ? 16 : 4, BACKWARD_BLOCK = 4;
+
+template <class T>
+struct Inputs {
+  Rows<const T> u, dt, b, c, dy;
+};
+
+// States come in blocks; those that are not there stay 0.
+INLINE int64_t padded(int64_t states) { return (states + BACKWARD_BLOCK - 1) / BACKWARD_BLOCK * BACKWARD_BLOCK; }
+
+// A log2(e) of every slice of a slab, (slices, padded N, lanes).
+template <class T>
+INLINE void gather_rates(const SelectiveScan& s, const Slab& slab, T* rates) {
+  const int64_t size = padded(s.states) * LANES<T>;
+  memset(rates, 0, sizeof(T) * slab.count * size);
+  for (int64_t i = 0; i < slab.count; i++) {
+    const Slice& slice = slab.slices[i];
+    gather(static_cast<const T*>(s.a) + slice.first * s.states, s.states, rates + i * size, s.states, slice.count);
+  }
+  for (int64_t i = 0; i < slab.count * size; i++) rates[i] *= T(LOG2_E);
+}
+
+// B or C of one group in a tile, (steps, padded N).
+template <class T>
+INLINE Rows<const T> read_map(const SelectiveScan& s, const View& v, const Window& tile, int64_t group, T* scratch) {
+  return read(v, {tile.row, tile.begin, tile.end, group * s.states, s.states, padded(s.states)}, scratch);
+}
+
+// Where the states of a slice that enter tile k are kept.
+template <class T>
+INLINE T* saved_states(const SelectiveScan& s, int64_t row, int64_t k, const Slice& slice) {
+  int64_t tiles = (s.sequences.length + TILE - 1) / TILE;
+  return static_cast<T*>(s.saved) + (row * tiles + k) * s.states * s.width + slice.first;
+}
+// NB states through the steps of a piece; adds C h to y, which the first block begins.
+template <class T, int NB>
+INLINE void run(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Rows<T> y, int64_t begin, int64_t end) {
+  constexpr int L = LANES<T>;
+  vec<T> h[NB];
+#pragma GCC unroll 16
+  for (int i = 0; i < NB; i++) h[i] = load(h_memory + i * L);
+  for (int64_t t = begin; t < end; t++) {
+    vec<T> dt = load(in.dt[t]), x = dt * load(in.u[t]);
+    __builtin_prefetch(in.dt[t] + L);
+    __builtin_prefetch(in.u[t] + L);
+    const T *b = in.b[t] + n, *c = in.c[t] + n;
+    vec<T> sum = n == 0 ? vec<T>{} : load(y[t]);
+#pragma GCC unroll 16
+    for (int i = 0; i < NB; i++) {
+      h[i] = fma(exp2<T>(dt * load(a + i * L)), h[i], x * b[i]);
+      sum = fma(h[i], splat<T>(c[i]), sum);
+    }
+    store(y[t], sum);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < NB; i++) store(h_memory + i * L, h[i]);
+}
+
+template <class T>
+int64_t forward(const SelectiveScan& s, const Task& task) {
+  constexpr int L = LANES<T>;
+  const Slab& slab = *task.slab;
+  const int64_t N = s.states, M = padded(N), T_ = s.sequences.length, tiles = (T_ + TILE - 1) / TILE;
+  Arena arena(task.memory);
+  T *rates = arena.take<T>(slab.count * M * L), *states = arena.take<T>(slab.count * M * L);
+  T *u = arena.take<T>(TILE * L), *dt = arena.take<T>(TILE * L), *y = arena.take<T>(TILE * L);
+  T *b = arena.take<T>(TILE * M), *c = arena.take<T>(TILE * M);
+  if (!task.memory) return arena.used(task.memory);
+
+  gather_rates(s, slab, rates);
+  for (int64_t row = task.row; row < s.sequences.rows; row += task.stride) {
+    memset(states, 0, sizeof(T) * slab.count * M * L);
+    for (int64_t k = 0; k < tiles; k++) {
+      Window tile = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, L};
+      Inputs<T> in = {};
+      for (int64_t i = 0; i < slab.count; i++) {
+        const Slice& slice = slab.slices[i];
+        if (i == 0 || slice.group_b != slab.slices[i - 1].group_b) in.b = read_map(s, s.b, tile, slice.group_b, b);
+        if (i == 0 || slice.group_c != slab.slices[i - 1].group_c) in.c = read_map(s, s.c, tile, slice.group_c, c);
+        tile.first = slice.first, tile.count = slice.count;
+        in.u = read(s.u, tile, u);
+        in.dt = read(s.dt, tile, dt);
+        Rows<T> out = target(s.y, tile, y);
+        T *h = states + i * M * L, *a = rates + i * M * L;
+        if (s.saved) write_states(h, saved_states<T>(s, row, k, slice), s.width, N, slice.count);
+        for (int64_t t = tile.begin; t < tile.end;) {
+          Piece piece = first_piece(s.sequences, row, t, tile.end);
+          int64_t state = (piece.sequence * s.width + slice.first) * N;
+          if (piece.starts) gather(static_cast<const T*>(s.h0) + state, N, h, N, slice.count);
+          by_blocks<FORWARD_BLOCK, BACKWARD_BLOCK>(M, [&](auto block, int64_t n) {
+            run<T, decltype(block)::value>(h + n * L, a + n * L, in, n, out, t - tile.begin, piece.end - tile.begin);
+          });
+          if (piece.ends) scatter(h, static_cast<T*>(s.final) + state, N, N, slice.count);
+          t = piece.end;
+        }
+        write(s.y, tile, out);
+      }
+    }
+  }
+  end_stream();
+  return 0;
+}
+
+// What the backward of one block of states needs of the steps of a tile; vectors of NB states for each step.
+template <class T>
+struct Replay {
+  T *decay, *decayed;  // a_t, and a_t h_{t-1}
+};
+
+// Adds the sums over lanes of NB vectors to NB / Q vectors of sums.
+template <class T, int NB>
+INLINE void add_sums(T* to, const vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < NB / Q<T>; i++) store(to + i * LANES<T>, load(to + i * LANES<T>) + merge(v + i * Q<T>));
+}
+
+// The states of a piece again; dC += h dy.
+template <class T, int NB>
+INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Replay<T> out, Rows<T> dc, int64_t begin,
+                   int64_t end) {
+  constexpr int L = LANES<T>;
+  vec<T> h[NB];
+#pragma GCC unroll 16
+  for (int i = 0; i < NB; i++) h[i] = load(h_memory + i * L);
+  for (int64_t t = begin; t < end; t++) {
+    vec<T> dt = load(in.dt[t]), x = dt * load(in.u[t]), dy = load(in.dy[t]), products[NB];
+    const T* b = in.b[t] + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < NB; i++) {
+      vec<T> decay = exp2<T>(dt * load(a + i * L)), decayed = decay * h[i];
+      store(out.decay + (t * NB + i) * L, decay);
+      store(out.decayed + (t * NB + i) * L, decayed);
+      h[i] = fma(x, splat<T>(b[i]), decayed);
+      products[i] = h[i] * dy;
+    }
+    add_sums<T, NB>(dc[t] + n / Q<T> * L, products);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < NB; i++) store(h_memory + i * L, h[i]);
+}
+
+// With g_t = dL/dh_t in full, g_t = C_t dy_t + a_{t+1} g_{t+1}: from the last step of a piece to the first, `carry` being
+// a_{t+1} g_{t+1}. dB += g dt u; dA += g a h_{t-1} dt; over the states, dx += g B and dlog += g a h_{t-1} A log2(e).
+template <class T, int NB>
+INLINE void adjoint(T* carry_memory, const T* a, T* da_memory, const Inputs<T>& in, int64_t n, Replay<T> of, Rows<T> db,
+                    Rows<T> dx_rows, Rows<T> dlog_rows, int64_t begin, int64_t end) {
+  constexpr int L = LANES<T>;
+  vec<T> carry[NB], da[NB];
+#pragma GCC unroll 16
+  for (int i = 0; i < NB; i++) carry[i] = load(carry_memory + i * L), da[i] = load(da_memory + i * L);
+  for (int64_t t = end - 1; t >= begin; t--) {
+    vec<T> dt = load(in.dt[t]), x = dt * load(in.u[t]), dy = load(in.dy[t]), products[NB];
+    vec<T> dx = n == 0 ? vec<T>{} : load(dx_rows[t]), dlog = n == 0 ? vec<T>{} : load(dlog_rows[t]);
+    const T *b = in.b[t] + n, *c = in.c[t] + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < NB; i++) {
+      vec<T> g = fma(dy, splat<T>(c[i]), carry[i]);
+      vec<T> through = g * load(of.decayed + (t * NB + i) * L);
+      products[i] = g * x;
+      dx = fma(g, splat<T>(b[i]), dx);
+      dlog = fma(through, load(a + i * L), dlog);
+      da[i] = fma(through, dt, da[i]);
+      carry[i] = g * load(of.decay + (t * NB + i) * L);
+    }
+    add_sums<T, NB>(db[t] + n / Q<T> * L, products);
+    store(dx_rows[t], dx);
+    store(dlog_rows[t], dlog);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < NB; i++) store(carry_memory + i * L, carry[i]), store(da_memory + i * L, da[i]);
+}
+
+// The sums of one group in a tile, (steps, N), to part `part`, (rows, T, N).
+template <class T>
+INLINE void flush(const SelectiveScan& s, const Window& tile, Rows<T> sums, void* parts, int64_t part) {
+  const int64_t N = s.states;
+  T* to = static_cast<T*>(parts) + ((part * s.sequences.rows + tile.row) * s.sequences.length + tile.begin) * N;
+  for (int64_t t = 0; t < tile.end - tile.begin; t++)
+    for (int64_t n = 0; n < N; n++) {
+      const T* from = sums[t] + n / Q<T> * LANES<T> + n % Q<T>;
+      T x = 0;
+      for (int i = 0; i < LANES<T>; i += Q<T>) x += from[i];
+      to[t * N + n] = x;
+    }
+}
+
+template <class T>
+int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
+  constexpr int L = LANES<T>, NB = BACKWARD_BLOCK;
+  const Slab& slab = *task.slab;
+  const int64_t N = s.states, M = padded(N), T_ = s.sequences.length, tiles = (T_ + TILE - 1) / TILE;
+  Arena arena(task.memory);
+  T *rates = arena.take<T>(slab.count * M * L), *carries = arena.take<T>(slab.count * M * L);
+  T *drates = arena.take<T>(slab.count * M * L), *h = arena.take<T>(M * L);
+  const int64_t wide = TILE * PANEL * L;
+  T *u = arena.take<T>(wide), *dt = arena.take<T>(wide), *dy = arena.take<T>(wide);
+  T *b = arena.take<T>(TILE * M), *c = arena.take<T>(TILE * M);
+  Rows<T> du = {arena.take<T>(wide), PANEL * L}, ddt = {arena.take<T>(wide), PANEL * L};
+  Rows<T> dx = {arena.take<T>(TILE * L), L}, dlog = {arena.take<T>(TILE * L), L};
+  const int64_t sums = M / Q<T> * L;  // numbers of one step
+  Rows<T> db = {arena.take<T>(TILE * sums), sums}, dc = {arena.take<T>(TILE * sums), sums};
+  Replay<T> steps = {arena.take<T>(TILE * NB * L), arena.take<T>(TILE * NB * L)};
+  if (!task.memory) return arena.used(task.memory);
+
+  gather_rates(s, slab, rates);
+  memset(drates, 0, sizeof(T) * slab.count * M * L);
+  for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
+    for (int64_t k = tiles - 1; k >= 0; k--) {
+      Window tile = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, PANEL * L};
+      Inputs<T> in = {};
+      for (int64_t i = 0, panel = 0; i < slab.count; i++, panel++) {
+        const Slice &slice = slab.slices[i], *last = i == 0 ? nullptr : &slab.slices[i - 1];
+        if (!last || slice.group_b != last->group_b) {
+          if (last) flush(s, tile, db, parts.db, slab.part_b + last->group_b);
+          in.b = read_map(s, s.b, tile, slice.group_b, b);
+          memset(db.data, 0, sizeof(T) * TILE * sums);
+        }
+        if (!last || slice.group_c != last->group_c) {
+          if (last) flush(s, tile, dc, parts.dc, slab.part_c + last->group_c);
+          in.c = read_map(s, s.c, tile, slice.group_c, c);
+          memset(dc.data, 0, sizeof(T) * TILE * sums);
+        }
+        if (starts_panel<T>(slab, i, panel)) {
+          if (i > 0) write(s.du, tile, du), write(s.ddt, tile, ddt);
+          panel = 0, tile.first = slice.first, tile.count = panel_width<T>(slab, i);
+          copy(s.u, tile, u), copy(s.dt, tile, dt), copy(s.dy, tile, dy);
+        }
+        in.u = {u + panel * L, PANEL * L}, in.dt = {dt + panel * L, PANEL * L}, in.dy = {dy + panel * L, PANEL * L};
+        T *a = rates + i * M * L, *carry = carries + i * M * L, *da = drates + i * M * L;
+        read_states(saved_states<T>(s, row, k, slice), s.width, h, N, slice.count);
+        memset(h + N * L, 0, sizeof(T) * (M - N) * L);
+        for (int64_t n = 0; n < M; n += NB) {
+          const int64_t there = least(NB, N - n);
+          for (int64_t t = tile.begin; t < tile.end;) {
+            Piece piece = first_piece(s.sequences, row, t, tile.end);
+            int64_t state = (piece.sequence * s.width + slice.first) * N + n;
+            if (piece.starts) gather(static_cast<const T*>(s.h0) + state, N, h + n * L, there, slice.count);
+            replay<T, NB>(h + n * L, a + n * L, in, n, steps, dc, t - tile.begin, piece.end - tile.begin);
+            t = piece.end;
+          }
+          for (int64_t t = tile.end; t > tile.begin;) {
+            Piece piece = last_piece(s.sequences, row, tile.begin, t);
+            int64_t state = (piece.sequence * s.width + slice.first) * N + n;
+            if (piece.ends) {
+              memset(carry + n * L, 0, sizeof(T) * NB * L);
+              gather(static_cast<const T*>(s.dfinal) + state, N, carry + n * L, there, slice.count);
+            }
+            adjoint<T, NB>(carry + n * L, a + n * L, da + n * L, in, n, steps, db, dx, dlog, piece.begin - tile.begin,
+                           t - tile.begin);
+            if (piece.starts) scatter(carry + n * L, static_cast<T*>(s.dh0) + state, N, there, slice.count);
+            t = piece.begin;
+          }
+        }
+        for (int64_t t = 0; t < tile.end - tile.begin; t++) {
+          vec<T> through = load(dx[t]);
+          store(du[t] + panel * L, through * load(in.dt[t]));
+          store(ddt[t] + panel * L, fma(load(dlog[t]), splat<T>(LN_2), through * load(in.u[t])));
+        }
+      }
+      write(s.du, tile, du), write(s.ddt, tile, ddt);
+      const Slice& last = slab.slices[slab.count - 1];
+      flush(s, tile, db, parts.db, slab.part_b + last.group_b);
+      flush(s, tile, dc, parts.dc, slab.part_c + last.group_c);
+    }
+  for (int64_t i = 0; i < slab.count; i++) {
+    const Slice& slice = slab.slices[i];
+    T* to = static_cast<T*>(parts.da) + (task.row * s.width + slice.first) * N;
+    scatter(drates + i * M * L, to, N, N, slice.count);
+  }
+  end_stream();
+  return 0;
+}
+
+}  // namespace selective
+}  // namespace DUALFORM_ISA

@@ -1,0 +1,233 @@
+// How kernels see tensors: a slice of channels, as many as a vector has lanes, times a tile of time.
+#pragma once
+
+#include "common.h"
+#include "simd.h"
+
+namespace DUALFORM_ISA {
+
+template <class T>
+constexpr int64_t DTYPE = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
+
+// One row of numbers for every step of a tile: in the tensor itself, or in scratch memory.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  T* operator[](int64_t t) const { return data + t * stride; }
+};
+
+// Steps [begin, end) of one row of a batch; `first` is a channel, `count` channels are there and `width` are wanted.
+struct Window {
+  int64_t row, begin, end;
+  int64_t first, count, width;
+};
+
+template <class S>
+INLINE S* address(const View& v, const Window& w) {
+  return static_cast<S*>(v.data) + w.row * v.row + w.begin * v.time + w.first;
+}
+
+template <class T>
+INLINE void convert(Rows<const T> from, Rows<T> to, int64_t steps, int64_t count) {
+  for (int64_t t = 0; t < steps; t++) {
+    const T* source = from[t];
+    T* target = to[t];
+    int64_t i = 0;
+    for (; i + LANES<T> <= count; i += LANES<T>) {
+      __builtin_prefetch(source + count + i);
+      store(target + i, load(source + i));
+    }
+    for (; i < count; i++) target[i] = source[i];
+  }
+}
+
+template <class S, class D>
+INLINE void convert(Rows<const S> from, Rows<D> to, int64_t steps, int64_t count) {
+  for (int64_t t = 0; t < steps; t++) {
+    const S* source = from[t];
+    D* target = to[t];
+    for (int64_t i = 0; i < count; i++) put(target + i, number(source[i]));
+  }
+}
+
+// A copy of the tensor in the window, (steps, width). Channels that are not there are 0.
+template <class T>
+INLINE Rows<const T> copy(const View& v, const Window& w, T* scratch) {
+  int64_t steps = w.end - w.begin;
+  if (w.count < w.width) memset(scratch, 0, sizeof(T) * steps * w.width);
+  Rows<T> to = {scratch, w.width};
+  if (v.dtype == FLOAT32) convert(Rows<const float>{address<const float>(v, w), v.time}, to, steps, w.count);
+  if (v.dtype == FLOAT64) convert(Rows<const double>{address<const double>(v, w), v.time}, to, steps, w.count);
+  if (v.dtype == BFLOAT16) convert(Rows<const bfloat16>{address<const bfloat16>(v, w), v.time}, to, steps, w.count);
+  return {scratch, w.width};
+}
+
+// The tensor in the window, or a copy where its dtype or the width asks for one.
+template <class T>
+INLINE Rows<const T> read(const View& v, const Window& w, T* scratch) {
+  if (v.dtype == DTYPE<T> && w.count == w.width) return {address<const T>(v, w), v.time};
+  return copy(v, w, scratch);
+}
+
+// Where to compute what `write` will put into the tensor.
+template <class T>
+INLINE Rows<T> target(const View& v, const Window& w, T* scratch) {
+  if (v.dtype == DTYPE<T> && w.count == w.width) return {address<T>(v, w), v.time};
+  return {scratch, w.width};
+}
+
+// Before another thread reads: end_stream().
+template <class T>
+INLINE void write(const View& v, const Window& w, Rows<T> rows) {
+  if (rows.data == address<T>(v, w)) return;
+  int64_t steps = w.end - w.begin;
+  Rows<const T> from = {rows.data, rows.stride};
+  const bool lines = reinterpret_cast<uintptr_t>(v.data) % LINE == 0 &&
+                     (v.row | v.time | w.first | w.count) % (LINE / int(sizeof(T))) == 0;
+  if (v.dtype == DTYPE<T> && lines) {
+    T* to = address<T>(v, w);
+    for (int64_t t = 0; t < steps; t++)
+      for (int64_t i = 0; i < w.count; i += LANES<T>) stream(to + t * v.time + i, load(from[t] + i));
+    return;
+  }
+  if (v.dtype == FLOAT32) convert(from, Rows<float>{address<float>(v, w), v.time}, steps, w.count);
+  if (v.dtype == FLOAT64) convert(from, Rows<double>{address<double>(v, w), v.time}, steps, w.count);
+  if (v.dtype == BFLOAT16) convert(from, Rows<bfloat16>{address<bfloat16>(v, w), v.time}, steps, w.count);
+}
+
+// `count` rows of numbers, one per channel and `stride` apart <-> `states` vectors, one lane per channel; further lanes
+// are 0.
+template <class T>
+INLINE void gather(const T* from, int64_t stride, T* to, int64_t states, int64_t count) {
+  for (int64_t n = 0; n < states; n++) {
+    for (int64_t i = 0; i < count; i++) to[n * LANES<T> + i] = from[i * stride + n];
+    for (int64_t i = count; i < LANES<T>; i++) to[n * LANES<T> + i] = 0;
+  }
+}
+
+template <class T>
+INLINE void scatter(const T* from, T* to, int64_t stride, int64_t states, int64_t count) {
+  for (int64_t n = 0; n < states; n++)
+    for (int64_t i = 0; i < count; i++) to[i * stride + n] = from[n * LANES<T> + i];
+}
+
+// The states of one slice, (states, lanes), to and from a tensor (states, D) whose first channel is the slice's.
+template <class T>
+INLINE void write_states(const T* h, T* to, int64_t stride, int64_t states, int64_t count) {
+  constexpr int L = LANES<T>;
+  const bool lines = WIDTH == LINE && reinterpret_cast<uintptr_t>(to) % LINE == 0 && stride % L == 0 && count == L;
+  for (int64_t n = 0; n < states; n++)
+    if (lines)
+      stream(to + n * stride, load(h + n * L));
+    else if (count == L)
+      store(to + n * stride, load(h + n * L));
+    else
+      for (int64_t i = 0; i < count; i++) to[n * stride + i] = h[n * L + i];
+}
+template <class T>
+INLINE void read_states(const T* from, int64_t stride, T* h, int64_t states, int64_t count) {
+  constexpr int L = LANES<T>;
+  for (int64_t n = 0; n < states; n++)
+    if (count == L)
+      store(h + n * L, load(from + n * stride));
+    else
+      for (int64_t i = 0; i < L; i++) h[n * L + i] = i < count ? from[n * stride + i] : T(0);
+}
+
+// Slices that are copied together, because every row of a tile may lie in a page of its own; all but the last of them
+// are full.
+constexpr int64_t PANEL = 4;
+template <class T>
+INLINE bool starts_panel(const Slab& slab, int64_t i, int64_t panel) {
+  return i == 0 || panel == PANEL || slab.slices[i - 1].count < LANES<T>;
+}
+template <class T>
+INLINE int64_t panel_width(const Slab& slab, int64_t i) {
+  int64_t width = 0;
+  for (int64_t j = i; j < least(i + PANEL, slab.count); j++) {
+    width += slab.slices[j].count;
+    if (slab.slices[j].count < LANES<T>) break;
+  }
+  return width;
+}
+
+// The steps of one sequence inside a tile.
+struct Piece {
+  int64_t begin, end;
+  int64_t sequence;
+  bool starts, ends;  // whether the sequence does
+};
+
+// The sequence that step t of a row belongs to, and where it lies.
+INLINE Piece whole(const Sequences& s, int64_t row, int64_t t) {
+  if (!s.borders) return {0, s.length, row, true, true};
+  int64_t low = 0, high = s.count;  // the last border that is not after t
+  while (high - low > 1) {
+    int64_t middle = (low + high) / 2;
+    if (s.borders[middle] <= t)
+      low = middle;
+    else
+      high = middle;
+  }
+  return {s.borders[low], s.borders[low + 1], low, true, true};
+}
+
+// The piece of [begin, end) that begins, or ends, the interval.
+INLINE Piece first_piece(const Sequences& s, int64_t row, int64_t begin, int64_t end) {
+  Piece p = whole(s, row, begin);
+  return {begin, least(p.end, end), p.sequence, p.begin == begin, p.end <= end};
+}
+INLINE Piece last_piece(const Sequences& s, int64_t row, int64_t begin, int64_t end) {
+  Piece p = whole(s, row, end - 1);
+  return {most(p.begin, begin), end, p.sequence, p.begin >= begin, p.end == end};
+}
+
+// Call f(Count<K>(), first) until `states`, a multiple of LEAST, are covered, with the greatest K of MOST, MOST / 2 ..
+// LEAST that fits.
+template <int K>
+struct Count {
+  static constexpr int value = K;
+};
+template <int MOST, int LEAST, class F>
+INLINE void by_blocks(int64_t states, F f, int64_t first = 0) {
+  for (; states - first >= MOST; first += MOST) f(Count<MOST>(), first);
+  if constexpr (MOST > LEAST) by_blocks<MOST / 2, LEAST>(states, f, first);
+}
+
+// A bump allocator over the scratch memory of one thread; every array begins at a cache line.
+class Arena {
+ public:
+  explicit Arena(void* memory) : at(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* found = reinterpret_cast<T*>(at);
+    at += (count * int64_t(sizeof(T)) + LINE - 1) / LINE * LINE;
+    return found;
+  }
+  int64_t used(const void* memory) const { return at - static_cast<const char*>(memory); }
+
+ private:
+  char* at;
+};
+
+template <class T>
+void add_groups(const Groups& s, int64_t row) {
+  const int64_t N = s.states, size = s.rows * s.length * N;
+  for (int64_t p = 0, next; p < s.count; p = next) {
+    for (next = p + 1; next < s.count && s.group[next] == s.group[p];) next++;
+    for (int64_t t = 0; t < s.length; t++) {
+      const T* from = static_cast<const T*>(s.parts) + p * size + (row * s.length + t) * N;
+      for (int64_t n = 0; n < N; n++) {
+        T x = from[n];
+        for (int64_t q = 1; q < next - p; q++) x += from[q * size + n];
+        int64_t to = row * s.out.row + t * s.out.time + s.group[p] * N + n;
+        if (s.out.dtype == FLOAT32) put(static_cast<float*>(s.out.data) + to, x);
+        if (s.out.dtype == FLOAT64) put(static_cast<double*>(s.out.data) + to, x);
+        if (s.out.dtype == BFLOAT16) put(static_cast<bfloat16*>(s.out.data) + to, x);
+      }
+    }
+  }
+}
+
+}  // namespace DUALFORM_ISA

@@ -1,0 +1,239 @@
+"""A diagonal time-invariant state space model per channel: S4D, DSS and every system brought to diagonal form."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualform.core.errors import ArgumentError
+from dualform.core.packing import each_alone, from_lengths, sequence_ids
+from dualform.core.shapes import check_floating, check_tensors, wide
+from dualform.ops.linear_scan import linear_scan
+from dualform.ops.op import Backend, Op
+from dualform.ops.state import initial
+
+_CHUNK = 64  # tokens per matrix product: two real numbers per mode and channel then weigh as much as the tokens
+
+
+def diagonal_ssm(
+    u: Tensor,
+    Abar: Tensor,
+    CB: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run ``h_t = Abar h_{t-1} + u_t``, ``y_t = 2 Re sum_n CB_n h_{t,n}``, per channel.
+
+    One mode of each conjugate pair is given, hence the factor 2. The input vector is part of ``CB``, the product of
+    the output and the input map: a system whose state is ``Bbar h`` enters with ``state / Bbar`` and leaves with
+    ``Bbar final``.
+
+    Args:
+        u: ``(B, T, D)``, input.
+        Abar: ``(D, N)``, complex, decays of one step.
+        CB: ``(D, N)``, complex, ``C Bbar`` of the paper.
+        initial_state: ``(B, D, N)``, complex, zero by default; with ``cu_seqlens`` one row per sequence.
+        cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis; B is then 1.
+
+    Returns:
+        y ``(B, T, D)`` in the dtype of u, and the final state ``(B, D, N)``, complex64 or wider.
+
+    Raises:
+        ArgumentError: for shapes, dtypes or devices that do not fit together.
+
+    References:
+        Gu, Goel, Gupta and Re (2022), arXiv:2206.11893, equations 2 and 3.
+    """
+    where = "diagonal_ssm"
+    sizes = check_tensors(where, u=(u, "B T D"), Abar=(Abar, "D N"), CB=(CB, "D N"))
+    check_floating(where, u=u, Abar=Abar, CB=CB)
+    if u.is_complex():
+        raise ArgumentError(f"{where}: u is {u.dtype}, expected a real dtype")
+    dtype = torch.promote_types(wide(u, Abar, CB, initial_state), torch.complex64)
+    h0 = initial(where, initial_state, cu_seqlens, u, (sizes["D"], sizes["N"]), dtype)
+    y, final = diagonal_ssm_op(u, Abar.to(dtype), CB.to(dtype), h0, cu_seqlens)
+    return y, final
+
+
+def _reference(
+    u: Tensor, Abar: Tensor, CB: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    def run(u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        ys = []
+        for t in range(u.shape[1]):
+            h = Abar * h + u[:, t, :, None]
+            ys.append(2 * (CB * h).sum(-1).real)
+        return torch.stack(ys, 1) if ys else u * CB.real.sum(-1), h.clone()
+
+    y, final = each_alone(run, cu_seqlens, initial_state, u)
+    return y.to(u.dtype), final
+
+
+class _Chunks:
+    """Every sequence cut into chunks of K tokens, all side by side: M chunks, the last of a sequence perhaps shorter.
+
+    Args:
+        u: ``(B, T, D)``.
+        cu_seqlens: or None; then every row is a sequence.
+    """
+
+    def __init__(self, u: Tensor, cu_seqlens: Tensor | None):
+        (batch, length), device = u.shape[:2], u.device
+        if cu_seqlens is None:
+            self.borders = torch.arange(batch + 1, device=device) * length
+        else:
+            self.borders = cu_seqlens.long()
+        lengths = self.borders.diff()
+        self.size = max(1, min(_CHUNK, int(lengths.max())))
+        self.cu_chunks = from_lengths((lengths + self.size - 1) // self.size)
+        owner = sequence_ids(self.cu_chunks, int(self.cu_chunks[-1]))
+        index = torch.arange(len(owner), device=device) - self.cu_chunks[owner]
+        self.begin = self.borders[owner] + index * self.size
+        self.count = torch.minimum(self.borders[owner + 1] - self.begin, torch.full_like(owner, self.size))
+        self.full = self.cu_chunks.diff() > 0  # the sequences that have chunks
+
+    def left(self, x: Tensor) -> Tensor:
+        """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk tokens first, zeros last."""
+        at = torch.arange(self.size, device=x.device)
+        return self._take(x, self.begin[:, None] + at, at < self.count[:, None])
+
+    def right(self, x: Tensor) -> Tensor:
+        """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk zeros first, tokens last."""
+        at = torch.arange(self.size, device=x.device) - self.size
+        return self._take(x, (self.begin + self.count)[:, None] + at, at + self.count[:, None] >= 0)
+
+    def tokens(self, left: Tensor, right: Tensor | None = None) -> Tensor:
+        """The inverse of :meth:`left`, plus that of :meth:`right`: ``(D, M, K)`` -> ``(B T, D)``."""
+        at = torch.arange(self.size, device=left.device)
+        found = left[:, at < self.count[:, None]]
+        if right is not None:
+            found = found + right[:, at >= self.size - self.count[:, None]]
+        return found.T
+
+    def before(self, after: Tensor, start: Tensor) -> Tensor:
+        """From the states after every chunk ``(1, M, ...)`` those before: of the first of a sequence, its start."""
+        return after[0].roll(1, 0).index_put((self.cu_chunks[:-1][self.full],), start[self.full])
+
+    def after(self, before: Tensor, end: Tensor) -> Tensor:
+        """From what is known before every chunk ``(1, M, ...)`` the same after: of the last of a sequence, its end."""
+        return before[0].roll(-1, 0).index_put((self.cu_chunks[1:][self.full] - 1,), end[self.full])
+
+    def _take(self, x: Tensor, token: Tensor, there: Tensor) -> Tensor:
+        x = x.flatten(0, 1)
+        found = x[token.clamp(0, max(0, len(x) - 1))].masked_fill(~there[..., None], 0)
+        return found.permute(2, 0, 1).contiguous()
+
+
+class _Tables(NamedTuple):
+    """What a chunk of K tokens needs, per channel; a complex number is two real ones, the real parts first."""
+
+    powers: Tensor  # (D, N, K + 1), complex, Abar^0 .. Abar^K
+    within: Tensor  # (D, K, K), from K tokens to K outputs
+    after: Tensor  # (D, 2 N, K), from the state before them to K outputs
+    into: Tensor  # (D, K, 2 N), from K tokens to what they add to the state after them
+
+    @classmethod
+    def of(cls, Abar: Tensor, CB: Tensor, size: int) -> "_Tables":
+        powers = _powers(Abar, size)
+        z = 2 * CB[..., None] * powers
+        kernel = z[..., :size].real.sum(1)
+        later = torch.arange(size, device=Abar.device)
+        within = F.pad(kernel, (size, 0))[:, size + later - later[:, None]]
+        after = torch.cat([z[..., 1:].real, -z[..., 1:].imag], 1)
+        return cls(powers, within, after, _real(powers[..., :-1].flip(-1).mT))
+
+
+def _powers(a: Tensor, last: int) -> Tensor:
+    """``a^0 .. a^last`` on a new last axis, by doubling, so that rounding grows with the logarithm."""
+    p = torch.stack([torch.ones_like(a), a], -1)
+    while p.shape[-1] <= last:
+        p = torch.cat([p, p[..., 1:] * p[..., -1:]], -1)
+    return p[..., : last + 1]
+
+
+def _diagonals(m: Tensor) -> Tensor:
+    """The sums of ``m_{i, i + l}`` over i, ``(D, K, K)`` -> ``(D, K)``: the gradient of a kernel's taps."""
+    size = m.shape[-1]
+    shifted = F.pad(F.pad(m, (0, size)).flatten(1), (0, size))
+    return shifted.unflatten(1, (size, 2 * size + 1))[..., :size].sum(1)
+
+
+def _real(z: Tensor) -> Tensor:
+    """``(..., N)`` complex -> ``(..., 2 N)``."""
+    return torch.cat([z.real, z.imag], -1)
+
+
+def _complex(x: Tensor) -> Tensor:
+    """The inverse of :func:`_real`."""
+    return torch.complex(*x.chunk(2, -1))
+
+
+def _states(chunks: _Chunks, u: Tensor, tables: _Tables, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The states before every chunk ``(M, D, N)``, the final ones, and the decay of every chunk ``(1, M, D, N)``."""
+    decay = tables.powers.permute(2, 0, 1)[chunks.count][None]
+    added = _complex(torch.bmm(chunks.right(u), tables.into)).transpose(0, 1)[None]
+    after, final = linear_scan(decay, added, h0, cu_seqlens=chunks.cu_chunks)
+    return chunks.before(after, h0), final, decay
+
+
+def _forward(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Within a chunk one product maps the tokens and the state before them to outputs; between chunks states scan."""
+    if u.numel() == 0 or h0.numel() == 0:
+        return [torch.zeros_like(u, memory_format=torch.contiguous_format), h0.clone()]
+    with _exactly(u.device.type):
+        chunks, x = _Chunks(u, cu_seqlens), u.to(h0.real.dtype)
+        tables = _Tables.of(Abar, CB, chunks.size)
+        before, final, _ = _states(chunks, x, tables, h0)
+        y = torch.baddbmm(torch.bmm(chunks.left(x), tables.within), _real(before).transpose(0, 1), tables.after)
+        return [chunks.tokens(y).reshape(u.shape).to(u.dtype).contiguous(), final]
+
+
+def _backward(
+    grads: list[Tensor],
+    kept: list[Tensor],
+    u: Tensor,
+    Abar: Tensor,
+    CB: Tensor,
+    h0: Tensor,
+    cu_seqlens: Tensor | None,
+) -> list[Tensor]:
+    """With ``g`` the gradient of the states before chunks, ``g_m = dbefore_m + conj(decay_m) g_{m+1}``: a scan back."""
+    if u.numel() == 0 or h0.numel() == 0:
+        return [torch.zeros_like(u), torch.zeros_like(Abar), torch.zeros_like(CB), grads[1].clone()]
+    with _exactly(u.device.type):
+        chunks, x, dy = _Chunks(u, cu_seqlens), u.to(h0.real.dtype), grads[0].to(h0.real.dtype)
+        tables = _Tables.of(Abar, CB, chunks.size)
+        powers, size = tables.powers, chunks.size
+        before, _, decay = _states(chunks, x, tables, h0)
+        left, right, out = chunks.left(x), chunks.right(x), chunks.left(dy)
+        dbefore = _complex(torch.bmm(out, tables.after.mT)).transpose(0, 1)[None]
+        g, dh0 = linear_scan(decay.conj(), dbefore, grads[1], cu_seqlens=chunks.cu_chunks, reverse=True)
+        g = chunks.after(g, grads[1])
+        carried = _real(g).transpose(0, 1)
+        du = chunks.tokens(torch.bmm(out, tables.within.mT), torch.bmm(carried, tables.into.mT))
+
+        re, im = torch.bmm(_real(before).permute(1, 2, 0), out).chunk(2, 1)
+        dz = 2 * F.pad(torch.complex(re, -im), (1, 0))
+        dz[..., :size] += 2 * _diagonals(torch.bmm(left.mT, out))[:, None]
+        dpowers = dz * CB.conj()[..., None]
+        dpowers[..., :size] += _complex(torch.bmm(right.mT, carried)).mT.flip(-1)
+        dpowers.index_add_(2, chunks.count, (g * before.conj()).permute(1, 2, 0))
+        steps = torch.arange(1, size + 1, device=u.device)
+        dAbar = (dpowers[..., 1:] * (steps * powers[..., :-1]).conj()).sum(-1)
+        dCB = (dz * powers.conj()).sum(-1)
+        return [du.reshape(u.shape).to(u.dtype).contiguous(), dAbar, dCB, dh0]
+
+
+def _exactly(device: str) -> torch.autocast:
+    """Matrix products in the dtype of their factors, autocast or not."""
+    return torch.autocast(device, enabled=False)
+
+
+def _fake(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    return [u.new_empty(u.shape), h0.new_empty(h0.shape)]
+
+
+diagonal_ssm_op = Op("diagonal_ssm", _reference, fake=_fake)
+diagonal_ssm_op.add(Backend("torch", _forward, _backward))
