@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, compiled at first use: only speed lives here."""

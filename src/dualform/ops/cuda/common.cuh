@@ -1,0 +1,186 @@
+// What the kernels share: numbers of several types, four neighbours at a time; exponentials; sums across lanes.
+//
+// Compiled at run time, for the GPU at hand, without any header of CUDA. Where DUALFORM_EMULATED is defined, a host
+// compiler runs the same source for the tests, and the few machine instructions are spelled in C++.
+#pragma once
+
+typedef long long int64;
+
+#define METHOD __device__ __forceinline__
+#define DEVICE static METHOD
+#define UNROLL _Pragma("unroll")
+
+struct bfloat16 {
+  unsigned short bits;
+};
+struct float16 {
+  unsigned short bits;
+};
+
+#if defined(DUALFORM_EMULATED)
+#define SHARED_MEMORY(name) char* const name = emulator::shared_memory
+DEVICE float exp2_of(float x) { return exp2f(x); }
+DEVICE float log2_of(float x) { return log2f(x); }
+DEVICE float reciprocal(float x) { return 1 / x; }
+DEVICE float from_bits(unsigned x) { return __builtin_bit_cast(float, x); }
+DEVICE float half_to_float(unsigned short x) { return float(__builtin_bit_cast(_Float16, x)); }
+DEVICE unsigned short float_to_half(float x) { return __builtin_bit_cast(unsigned short, _Float16(x)); }
+DEVICE unsigned pack_bfloat16(float low, float high) {
+  auto round = [](float x) {
+    unsigned word = __builtin_bit_cast(unsigned, x);
+    return x == x ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : 0x7fffu;
+  };
+  return round(low) | round(high) << 16;
+}
+DEVICE unsigned pack_float16(float low, float high) { return float_to_half(low) | unsigned(float_to_half(high)) << 16; }
+#else
+#define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
+DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float log2_of(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float from_bits(unsigned x) { return __uint_as_float(x); }
+DEVICE float half_to_float(unsigned short x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+DEVICE unsigned pack_bfloat16(float low, float high) {
+  unsigned y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+DEVICE unsigned pack_float16(float low, float high) {
+  unsigned y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+#endif
+
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+
+// log(1 + e^x); the logarithm of a number near 1 loses what a series keeps.
+DEVICE float softplus(float x) {
+  float e = exp2_of(-fabsf(x) * LOG2_E);
+  float series = e * (1 + e * (-0.5f + e * (0.33333333f + e * (-0.25f + e * (0.2f - e * 0.16666667f)))));
+  return fmaxf(x, 0) + (e < 0.0625f ? series : log2_of(1 + e) * LN_2);
+}
+DEVICE float sigmoid(float x) { return reciprocal(1 + exp2_of(-x * LOG2_E)); }
+
+// Four neighbours of a tensor.
+template <class T>
+struct Four {
+  unsigned pair[2];
+};
+template <>
+struct Four<float> {
+  float one[4];
+};
+
+DEVICE void unpack(const Four<float>& f, float* x) {
+  UNROLL for (int i = 0; i < 4; i++) x[i] = f.one[i];
+}
+DEVICE void unpack(const Four<bfloat16>& f, float* x) {
+  UNROLL for (int i = 0; i < 2; i++) x[2 * i] = from_bits(f.pair[i] << 16), x[2 * i + 1] = from_bits(f.pair[i] & 0xffff0000u);
+}
+DEVICE void unpack(const Four<float16>& f, float* x) {
+  UNROLL for (int i = 0; i < 4; i++) x[i] = half_to_float((unsigned short)(f.pair[i / 2] >> (i % 2 * 16)));
+}
+DEVICE void pack(Four<float>& f, const float* x) {
+  UNROLL for (int i = 0; i < 4; i++) f.one[i] = x[i];
+}
+DEVICE void pack(Four<bfloat16>& f, const float* x) {
+  UNROLL for (int i = 0; i < 2; i++) f.pair[i] = pack_bfloat16(x[2 * i], x[2 * i + 1]);
+}
+DEVICE void pack(Four<float16>& f, const float* x) {
+  UNROLL for (int i = 0; i < 2; i++) f.pair[i] = pack_float16(x[2 * i], x[2 * i + 1]);
+}
+
+// The first `count` of four elements, the others zero. With `WHOLE` all four are there and may be read at once, or none.
+template <bool WHOLE, class T>
+DEVICE Four<T> load_four(const T* p, int64 count) {
+  Four<T> f = {};
+  if constexpr (WHOLE && sizeof(T) == 4) {
+    if (count > 0) {
+      float4 v = *reinterpret_cast<const float4*>(p);
+      f.one[0] = v.x, f.one[1] = v.y, f.one[2] = v.z, f.one[3] = v.w;
+    }
+  } else if constexpr (WHOLE) {
+    if (count > 0) {
+      uint2 v = *reinterpret_cast<const uint2*>(p);
+      f.pair[0] = v.x, f.pair[1] = v.y;
+    }
+  } else if constexpr (sizeof(T) == 4) {
+    UNROLL for (int i = 0; i < 4; i++) if (i < count) f.one[i] = p[i];
+  } else {
+    UNROLL for (int i = 0; i < 4; i++) if (i < count) f.pair[i / 2] |= unsigned(p[i].bits) << (i % 2 * 16);
+  }
+  return f;
+}
+template <bool WHOLE, class T>
+DEVICE void store_four(T* p, const float* x, int64 count) {
+  Four<T> f;
+  pack(f, x);
+  if constexpr (WHOLE && sizeof(T) == 4) {
+    if (count > 0) *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+  } else if constexpr (WHOLE) {
+    if (count > 0) *reinterpret_cast<uint2*>(p) = make_uint2(f.pair[0], f.pair[1]);
+  } else if constexpr (sizeof(T) == 4) {
+    UNROLL for (int i = 0; i < 4; i++) if (i < count) p[i] = x[i];
+  } else {
+    UNROLL for (int i = 0; i < 4; i++) if (i < count) p[i].bits = (unsigned short)(f.pair[i / 2] >> (i % 2 * 16));
+  }
+}
+
+// COUNT floats of shared memory, as few accesses as their alignment allows.
+template <int COUNT>
+DEVICE void read_shared(const float* p, float* x) {
+  if constexpr (COUNT % 4 == 0) {
+    UNROLL for (int i = 0; i < COUNT; i += 4) {
+      float4 v = *reinterpret_cast<const float4*>(p + i);
+      x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+    }
+  } else if constexpr (COUNT % 2 == 0) {
+    UNROLL for (int i = 0; i < COUNT; i += 2) {
+      float2 v = *reinterpret_cast<const float2*>(p + i);
+      x[i] = v.x, x[i + 1] = v.y;
+    }
+  } else {
+    UNROLL for (int i = 0; i < COUNT; i++) x[i] = p[i];
+  }
+}
+template <int COUNT>
+DEVICE void write_shared(float* p, const float* x) {
+  if constexpr (COUNT % 4 == 0) {
+    UNROLL for (int i = 0; i < COUNT; i += 4)
+      *reinterpret_cast<float4*>(p + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+  } else if constexpr (COUNT % 2 == 0) {
+    UNROLL for (int i = 0; i < COUNT; i += 2) *reinterpret_cast<float2*>(p + i) = make_float2(x[i], x[i + 1]);
+  } else {
+    UNROLL for (int i = 0; i < COUNT; i++) p[i] = x[i];
+  }
+}
+
+DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+
+// COUNT values in each of two lanes whose numbers differ by `distance` -> the lower lane has the sums of the first half,
+// the upper lane those of the second, in the first COUNT / 2 places.
+template <int COUNT>
+DEVICE void share_sums(float* x, int distance, int lane) {
+  const bool upper = lane & distance;
+  UNROLL for (int i = 0; i < COUNT / 2; i++) {
+    float mine = upper ? x[COUNT / 2 + i] : x[i], other = upper ? x[i] : x[COUNT / 2 + i];
+    x[i] = mine + from_lane(other, distance);
+  }
+}

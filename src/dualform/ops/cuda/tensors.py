@@ -1,0 +1,43 @@
+"""How kernels see tensors: an address, and strides in elements."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NO_VIEW = (0, 0, 0)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of the first element; 0 for no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def readable(tensor: Tensor, inner: int = 1) -> Tensor:
+    """The tensor in a dtype that kernels read, its last ``inner`` axes contiguous."""
+    tensor = tensor if tensor.dtype in TYPES else tensor.float()
+    stride = 1
+    for axis in range(tensor.dim() - 1, tensor.dim() - 1 - inner, -1):
+        if tensor.shape[axis] != 1 and tensor.stride(axis) != stride:
+            return tensor.contiguous()
+        stride *= tensor.shape[axis]
+    return tensor
+
+
+def view(tensor: Tensor) -> tuple[int, int, int]:
+    """``View``: a tensor ``(B, T, ...)`` whose axes after time are contiguous."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def aligned(size: int, *tensors: Tensor | None) -> bool:
+    """Whether four neighbours on a last axis of ``size`` can always be read at once."""
+    return size % 4 == 0 and all(
+        x is None
+        or (x.data_ptr() % (4 * x.element_size()) == 0 and all(stride % 4 == 0 for stride in x.stride()[:2]))
+        for x in tensors
+    )
+
+
+def alive(*tensors: Any) -> None:
+    """Names the tensors once more after a launch, so that their memory is not given back before it is queued."""

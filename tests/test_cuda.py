@@ -1,0 +1,128 @@
+"""The CUDA kernels, run thread by thread on the CPU and compared with the definition; compiled for real GPUs besides."""
+
+import ctypes
+import hashlib
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualform.ops import backend, selective_scan
+from dualform.ops.cuda import compiler
+from dualform.ops.cuda import selective_scan as scan_kernels
+
+HERE = Path(__file__).parent
+SOURCES = Path(compiler.__file__).parent
+HARNESS = """
+#include "{emulator}"
+#include "{source}"
+template <class P>
+void run(void (*kernel)(P), unsigned grid, unsigned threads, const void* p) {{
+  emulator::launch(grid, threads, [&] {{ kernel(*static_cast<const std::remove_const_t<P>*>(p)); }});
+}}
+"""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture
+def emulated(monkeypatch, folder):
+    """Launches run on the CPU, one thread after another, with shared memory full of NaN."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+
+    def launch(file, kernel, defines, grid, threads, shared, fields):
+        text = HARNESS.format(emulator=HERE / "cuda_emulator.h", source=SOURCES / file)
+        text += f'extern "C" void go(unsigned grid, unsigned threads, const void* p) {{ run({kernel}, grid, threads, p); }}'
+        flags = [f"-D{name}={compiler._macro(value)}" for name, value in defines.items()]
+        name = hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:16]
+        library = folder / f"{name}.so"
+        if not library.exists():
+            (folder / f"{name}.cpp").write_text(text)
+            flags += ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{SOURCES}"]
+            subprocess.run(["g++", *flags, str(folder / f"{name}.cpp"), "-o", str(library)], check=True)
+        assert shared <= 227 * 1024
+        ctypes.CDLL(str(library)).go(grid, threads, struct.pack(f"{len(fields)}q", *fields))
+
+    monkeypatch.setattr(compiler, "launch", launch)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def arguments(batch, length, width, states, groups=(1, 1), dtype=torch.float32, gated=True, softplus=True, borders=None):
+    """As the kernels take them; halves of one projection, as the layers hand them over."""
+    rows = batch if borders is None else len(borders) - 1
+    u, z = normal(batch, length, 2 * width, dtype=dtype).chunk(2, -1)
+    delta = normal(batch, length, width, dtype=dtype) if softplus else torch.rand(batch, length, width).to(dtype)
+    A = -torch.rand(width, states) * 2
+    B, C = (normal(batch, length, g, states, dtype=dtype) for g in groups)
+    D, bias = (normal(width), normal(width) - 1) if gated else (None, None)
+    cu_seqlens = None if borders is None else torch.tensor(borders)
+    h0 = normal(rows, width, states)
+    return [u, delta, A, B, C, D, z if gated else None, bias, softplus, h0, cu_seqlens]
+
+
+def double(x):
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def reference(args, weights):
+    leaves = [double(x).detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+    u, delta, A, B, C, D, z, bias, softplus, h0, cu_seqlens = leaves
+    with backend("reference"):
+        out = selective_scan(
+            u, delta, A, B, C, D, z,
+            delta_bias=bias, delta_softplus=softplus, initial_state=h0, cu_seqlens=cu_seqlens,
+        )
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    return [*(y.detach() for y in out), *torch.autograd.grad(out, wanted, [double(w) for w in weights])]
+
+
+def close(got, want, tolerance):
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape, i
+        error = float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)) if b.numel() else 0.0
+        assert error <= tolerance, f"result {i}: {error:.3g}"
+
+
+CASES = {
+    "one": dict(batch=1, length=1, width=1, states=1),
+    "odd": dict(batch=2, length=65, width=17, states=5),
+    "plain": dict(batch=2, length=63, width=16, states=16, gated=False, softplus=False),
+    "tiles": dict(batch=2, length=200, width=48, states=16),
+    "bfloat16": dict(batch=1, length=130, width=64, states=16, dtype=torch.bfloat16),
+    "groups": dict(batch=2, length=70, width=48, states=8, groups=(3, 1)),
+    "packed": dict(batch=1, length=150, width=24, states=16, borders=[0, 1, 1, 40, 41, 150]),
+    "float16 wide states": dict(batch=1, length=66, width=20, states=20, dtype=torch.float16),
+}
+PLANS = [(1, 1, 1, 64), (2, 1, 4, 128), (1, 2, 1, 64), (2, 4, 2, 64)]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_scan_is_the_definition(case, plan, emulated, poison, monkeypatch):
+    channels, forward, warps, span = plan
+    args = arguments(**CASES[case])
+    per_group = args[0].shape[2] // max(args[3].shape[2], args[4].shape[2])
+    if max(args[3].shape[2], args[4].shape[2]) > 1 and per_group % (8 * channels * warps):
+        channels, warps = 1, 1
+    monkeypatch.setattr(scan_kernels, "plan_forward", lambda *a: scan_kernels.Plan(channels, forward, 1))
+    monkeypatch.setattr(scan_kernels, "plan_backward", lambda *a: (scan_kernels.Plan(channels, warps, 1), 4, span))
+    y, final, *saved = scan_kernels._forward(*args)
+    weights = [normal(*y.shape, dtype=y.dtype), normal(*final.shape)]
+    found = scan_kernels._backward(weights, saved, *args)
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}[y.dtype]
+    close([y, final, *found], reference(args, weights), tolerance)
+    plain = scan_kernels._infer(*args)
+    assert torch.equal(plain[0], y)
+    assert torch.equal(plain[1], final)
