@@ -12,6 +12,7 @@ constexpr int WIDTH = 8 * CH;             // channels of a warp
 constexpr int K = 32 / (WIDTH / 4);       // steps of a warp, one of which a lane reads
 constexpr int NP = 4 * S;                 // states of a channel, those beyond N stay zero
 constexpr int MAPS = (K * S + 31) / 32;   // reads of four numbers that bring K steps of B or C
+constexpr bool PADDED = !FULL;              // some of NP are not there
 constexpr int TILE = 64;                  // steps between the states that the backward starts from
 
 struct View {  // (rows, T, ...), strides in elements, the last axes contiguous
@@ -42,26 +43,28 @@ struct Scan {
 
 // A sequence: where it begins on the time axis of which row of the tensors, and its first tile and span.
 struct Row {
-  int64 begin, length, batch, tile, span;
+  int64 begin, batch, tile, span;
+  int length;
 };
 
 DEVICE int64 over(int64 a, int64 b) { return (a + b - 1) / b; }
 
 DEVICE Row find_row(const Scan& p, int64 r) {
-  if (!p.borders) return {0, p.length, r, r * over(p.length, TILE), r * over(p.length, p.span)};
-  int64 begin = p.borders[r];
-  return {begin, p.borders[r + 1] - begin, 0, begin / TILE + r, begin / p.span + r};
+  if (!p.borders) return {0, r, r * over(p.length, TILE), r * over(p.length, p.span), int(p.length)};
+  const int64 begin = p.borders[r];
+  return {begin, 0, begin / TILE + r, begin / p.span + r, int(p.borders[r + 1] - begin)};
 }
 
 // What one lane is to its warp.
 struct Lane {
   int lane, group, part;  // its channels are CH group .., its states S part ..
   int step, four;         // it reads channels four .. of step
-  int64 first, width;     // of the warp's channels, and how many there are
+  int64 first;            // of the warp's channels
+  int width;              // how many of them there are
   METHOD Lane(const Scan& p, int64 block)
-      : lane(threadIdx.x % 32), group(lane / 4), part(lane % 4), step(lane / (WIDTH / 4)), four(lane % (WIDTH / 4) * 4),
-        first(block * WIDTH), width(p.width - first) {}
-  METHOD int64 count() const { return width - four; }  // channels to read
+      : lane(threadIdx.x % 32), group(lane / 4), part(lane % 4), step(lane / (WIDTH / 4)),
+        four(lane % (WIDTH / 4) * 4), first(block * WIDTH), width(int(least(p.width - first, int64(WIDTH)))) {}
+  METHOD int count() const { return width - four; }  // channels to read
   METHOD int64 channel(int c) const { return first + group * CH + c; }
   METHOD bool has(int c) const { return group * CH + c < width; }
 };
@@ -70,14 +73,14 @@ struct Lane {
 DEVICE void load_states(const Scan& p, const Lane& l, const float* from, float* h) {
   UNROLL for (int c = 0; c < CH; c++)
     UNROLL for (int s = 0; s < S; s++) {
-      int64 n = l.part * S + s;
+      const int64 n = l.part * S + s;
       h[c * S + s] = l.has(c) && n < p.states ? from[l.channel(c) * p.states + n] : 0;
     }
 }
 DEVICE void store_states(const Scan& p, const Lane& l, float* to, const float* h) {
   UNROLL for (int c = 0; c < CH; c++)
     UNROLL for (int s = 0; s < S; s++) {
-      int64 n = l.part * S + s;
+      const int64 n = l.part * S + s;
       if (l.has(c) && n < p.states) to[l.channel(c) * p.states + n] = h[c * S + s];
     }
 }
@@ -88,34 +91,46 @@ DEVICE void load_rates(const Scan& p, const Lane& l, float* a) {
   UNROLL for (int i = 0; i < CH * S; i++) a[i] *= LOG2_E;
 }
 
-// Four channels of one step.
+// Four channels of any step of a sequence. Steps beyond the end repeat the last one, and channels beyond the width those
+// before: nothing becomes of either, and a read that asks no question is the fastest.
 template <class T>
-DEVICE Four<T> load_input(const View& v, const Lane& l, const Row& row, int64 t) {
-  if (t >= row.length) return {};
-  return load_four<INPUT_ALIGNED, T>(
-      static_cast<const T*>(v.data) + row.batch * v.row + (row.begin + t) * v.time + l.first + l.four, l.count());
-}
+struct Input {
+  const T* from;
+  int time, last, count;
+  METHOD Input(const View& v, const Scan& p, const Lane& l, const Row& row)
+      : from(static_cast<const T*>(v.data) + row.batch * v.row + row.begin * v.time +
+             (INPUT_ALIGNED ? least(l.first + l.four, p.width - 4) : l.first + l.four)),
+        time(int(v.time)), last(row.length - 1), count(l.count()) {}
+  METHOD Four<T> operator[](int t) const { return load_four<INPUT_ALIGNED>(from + int64(least(t, last)) * time, count); }
+};
 template <class T>
-DEVICE void store_output(const Scan& p, void* to, const Lane& l, const Row& row, int64 t, const float* x) {
-  if (t >= row.length) return;
-  store_four<INPUT_ALIGNED>(static_cast<T*>(to) + (row.batch * p.length + row.begin + t) * p.width + l.first + l.four, x,
-                      l.count());
-}
+struct Output {
+  T* to;
+  int time, last, count;
+  METHOD Output(void* data, const Scan& p, const Lane& l, const Row& row)
+      : to(static_cast<T*>(data) + (row.batch * p.length + row.begin) * p.width + l.first + l.four),
+        time(int(p.width)), last(row.length - 1), count(l.count()) {}
+  METHOD void put(int t, const float* x) const {
+    if (t <= last && count > 0) store_four<INPUT_ALIGNED>(to + int64(t) * time, x, count);
+  }
+};
 
 // B or C of one group for K steps from t, as it lies in memory, and its way to (K, NP) floats.
 struct Map {
-  Four<MAP> four[MAPS];
-  METHOD void load(const View& v, const Lane& l, const Row& row, int64 t, int64 states, int64 group) {
-    UNROLL for (int i = 0; i < MAPS; i++) {
-      int step = (i * 32 + l.lane) / S, n = (i * 32 + l.lane) % S * 4;
-      four[i] = {};
-      if (step < K && t + step < row.length)
-        four[i] = load_four<MAP_ALIGNED>(
-            static_cast<const MAP*>(v.data) + row.batch * v.row + (row.begin + t + step) * v.time + group * states + n,
-            states - n);
-    }
+  const MAP* from;
+  int step, count, time, last;
+  METHOD Map(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group)
+      : from(static_cast<const MAP*>(v.data) + row.batch * v.row + row.begin * v.time + group * p.states + l.lane % S * 4),
+        step(least(l.lane / S, K - 1)), count(int(p.states) - l.lane % S * 4), time(int(v.time)), last(row.length - 1) {}
+  METHOD void load(int t, Four<MAP>* four) const {
+    UNROLL for (int i = 0; i < MAPS; i++)
+      four[i] = load_map(from + int64(least(t + step + i * (32 / S), last)) * time, count);
   }
-  METHOD void write(const Lane& l, float* to) const {
+  static METHOD Four<MAP> load_map(const MAP* at, int count) {
+    if (MAP_ALIGNED && PADDED && count <= 0) return {};
+    return load_four<MAP_ALIGNED>(at, count);
+  }
+  static METHOD void write(const Lane& l, const Four<MAP>* four, float* to) {
     UNROLL for (int i = 0; i < MAPS; i++) {
       float x[4];
       unpack(four[i], x);
@@ -125,28 +140,49 @@ struct Map {
 };
 
 // The step sizes of four channels, zero beyond the end of the sequence: nothing decays there and nothing enters.
-DEVICE void step_sizes(const Four<DELTA>& delta, const float* bias, bool inside, float* raw, float* dt) {
-  unpack(delta, raw);
+DEVICE void step_sizes(const Four<DELTA>& delta, const float* biases, bool inside, float* dt) {
+  float bias[4];
+  unpack(delta, dt);
+  read_shared<4>(biases, bias);
   UNROLL for (int i = 0; i < 4; i++) {
-    raw[i] += bias[i];
-    dt[i] = inside ? (SOFTPLUS ? softplus(raw[i]) : raw[i]) : 0;
+    dt[i] += bias[i];
+    dt[i] = SOFTPLUS ? softplus(inside ? dt[i] : -1e30f) : inside ? dt[i] : 0;
   }
-}
-DEVICE void load_channels(const float* from, const Lane& l, float* x) {
-  UNROLL for (int i = 0; i < 4; i++) x[i] = from && i < l.count() ? from[l.first + l.four + i] : 0;
 }
 
-// Sums over the states of a channel, of parts in four lanes, for COUNT steps: to (COUNT, WIDTH).
-template <int COUNT>
-DEVICE void sum_states(const float (*parts)[CH], const Lane& l, float* to) {
-  UNROLL for (int q = 0; q < COUNT / 4; q++) {
-    float found[CH];
-    UNROLL for (int c = 0; c < CH; c++) {
-      float x[4] = {parts[4 * q][c], parts[4 * q + 1][c], parts[4 * q + 2][c], parts[4 * q + 3][c]};
-      share_sums<4>(x, 2, l.lane);
-      share_sums<2>(x, 1, l.lane);
-      found[c] = x[0];
+// What is the same at every step: the bias and D.
+struct Channels {
+  float bias[WIDTH], skip[WIDTH];
+  METHOD void load(const Scan& p, const Lane& l) {
+    UNROLL for (int i = l.lane; i < WIDTH; i += 32) {
+      bias[i] = p.bias && i < l.width ? p.bias[l.first + i] : 0;
+      skip[i] = p.d && i < l.width ? p.d[l.first + i] : 0;
     }
-    write_shared<CH>(to + (4 * q + l.part) * WIDTH + l.group * CH, found);
   }
-}
+};
+
+// For K steps and the channels of a warp, pairs of numbers.
+struct Pairs {
+  float two[K][WIDTH][2];
+  METHOD void put(const Lane& l, const float* x, const float* y) {
+    UNROLL for (int i = 0; i < 4; i += 2) {
+      const float pairs[4] = {x[i], y[i], x[i + 1], y[i + 1]};
+      write_shared<4>(two[l.step][l.four + i], pairs);
+    }
+  }
+};
+
+// Sums over the states of a channel: what the four lanes of a channel have found, for K steps.
+struct Sums {
+  float parts[4][K * WIDTH + 8];  // 8: the banks of the parts differ
+  METHOD void put(const Lane& l, int t, const float* x) { write_shared<CH>(parts[l.part] + t * WIDTH + l.group * CH, x); }
+  METHOD void get(const Lane& l, int t, float* x) const { read_shared<CH>(parts[l.part] + t * WIDTH + l.group * CH, x); }
+  METHOD void read(const Lane& l, float* x) const {
+    read_shared<4>(parts[0] + l.lane * 4, x);
+    UNROLL for (int part = 1; part < 4; part++) {
+      float more[4];
+      read_shared<4>(parts[part] + l.lane * 4, more);
+      UNROLL for (int i = 0; i < 4; i++) x[i] += more[i];
+    }
+  }
+};

@@ -55,7 +55,7 @@ def _run(keep: bool, *args: Tensor) -> list[Tensor]:
     states = defines["STATES"]
     line, steps = 8 * plan.channels, 16 // plan.channels
     defines |= {"CHANNELS": plan.channels, "WARPS": plan.warps, "BLOCKS": plan.blocks, "SAVE": keep}
-    shared = plan.warps * 4 * (3 * steps * line + 2 * steps * 4 * states)
+    shared = plan.warps * 4 * (2 * steps * line + 4 * (steps * line + 8) + 2 * steps * 4 * states + 2 * line)
     if plan.warps > 1:
         shared += 4 * (4 * plan.warps + 2) * 32 * plan.channels * states
     compiler.launch(
@@ -143,9 +143,9 @@ def _backward(
         compiler.launch("selective_scan_backward.cu", kernel, defines, grid, threads, shared, fields)
 
     if packed or span < length:
-        launch("selective_scan_carry", spans * blocks, 32 * plan.warps, plan.warps * 4 * steps * (2 * line + padded))
+        launch("selective_scan_carry", spans * blocks, 32 * plan.warps, plan.warps * 4 * (steps * (2 * line + padded) + 2 * line))
         launch("selective_scan_join", rows * -(-width * states // 256), 256, 0)
-    of_warp = steps * line * 6 + (TILE // steps) * 32 * plan.channels * defines["STATES"] + 2 * line + 256
+    of_warp = 3 * steps * line + 3 * 4 * (steps * line + 8) + (TILE // steps) * 32 * plan.channels * defines["STATES"] + 2 * line + 256
     shared = 4 * (plan.warps * of_warp + 2 * TILE * padded + 4 * plan.warps * steps * padded)
     launch("selective_scan_backward", spans * blocks, 32 * plan.warps, shared)
     alive((given, kept, carry, seconds))
@@ -180,14 +180,15 @@ def _fields(
     z = None if z is None else readable(z.to(u.dtype))
     u, delta, B, C = readable(u), readable(delta), readable(B, 2), readable(C, 2)
     A, D, bias = (x if x is None else x.float().contiguous() for x in (A, D, bias))
-    h0 = h0.contiguous()
+    h0, states = h0.contiguous(), next(s for s in (2, 4, 8) if 4 * s >= h0.shape[2])
     fields = (
         *(len(h0), u.shape[1], *h0.shape[1:], B.shape[2], C.shape[2], pointer(cu_seqlens)),
         *(*view(u), *view(delta), *(NO_VIEW if z is None else view(z)), *view(B), *view(C)),
         *(pointer(x) for x in (A, D, bias, h0)),
     )
     defines = {
-        "STATES": next(s for s in (2, 4, 8) if 4 * s >= h0.shape[2]),
+        "STATES": states,
+        "FULL": 4 * states == h0.shape[2],
         "INPUT": TYPES[u.dtype],
         "DELTA": TYPES[delta.dtype],
         "MAP": TYPES[B.dtype],

@@ -11,7 +11,8 @@ constexpr int SUBS = TILE / K;
 // The span of time that a block runs through, of the sequence that it belongs to.
 struct Span {
   Row row;
-  int64 r, begin, end, slot;
+  int64 r, slot;
+  int begin, end;
   METHOD Span(const Scan& p, int64 slot) : slot(slot) {
     if (p.borders) {
       int64 low = 0, high = p.rows;  // the last sequence whose first slot is not beyond this one
@@ -24,18 +25,18 @@ struct Span {
       r = slot / over(p.length, p.span);
     }
     row = find_row(p, r);
-    begin = (slot - row.span) * p.span;
-    end = begin + p.span < row.length ? begin + p.span : row.length;
+    begin = int(least((slot - row.span) * p.span, int64(row.length)));
+    end = int(least(begin + p.span, int64(row.length)));
   }
 };
 
-// One step of the states, from (WIDTH, 2) of dt and dt u, and from (NP) of B.
+// One step of the states, from pairs of dt and dt u, and from (NP) of B.
 DEVICE void advance(const float (*steps)[2], const float* map, const Lane& l, const float* a, float* h) {
-  float step[2 * CH], bs[S];
+  float step[2 * CH], b[S];
   read_shared<2 * CH>(steps[l.group * CH], step);
-  read_shared<S>(map + l.part * S, bs);
+  read_shared<S>(map + l.part * S, b);
   UNROLL for (int i = 0; i < CH * S; i++)
-    h[i] = exp2_of(step[i / S * 2] * a[i]) * h[i] + step[i / S * 2 + 1] * bs[i % S];
+    h[i] = exp2_of(step[i / S * 2] * a[i]) * h[i] + step[i / S * 2 + 1] * b[i % S];
 }
 
 // Sums over the channels of a warp of (HELD, S) numbers in every lane: to (HELD, NP).
@@ -50,17 +51,19 @@ DEVICE void sum_channels(float* x, const Lane& l, float* to) {
 }
 
 // What reaches the state from the output of four channels: the gradient of y before its gate.
-DEVICE void before_gate(const Four<INPUT>& dy, const Four<INPUT>& z, float* given, float* gate, float* found) {
-  unpack(dy, given);
+DEVICE void before_gate(const Four<INPUT>& dy, const Four<INPUT>& z, bool inside, float* found) {
+  float gate[4];
+  unpack(dy, found);
   if (GATED) unpack(z, gate);
-  UNROLL for (int i = 0; i < 4; i++) found[i] = GATED ? given[i] * gate[i] * sigmoid(gate[i]) : given[i];
+  UNROLL for (int i = 0; i < 4; i++) found[i] = inside ? GATED ? found[i] * gate[i] * sigmoid(gate[i]) : found[i] : 0;
 }
 
 // What a span adds to the gradient of the state before it, and the sum of its steps.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(const __grid_constant__ Scan p) {
   struct Shared {
-    float steps[K][WIDTH][2];  // dt and dy
-    float map[K][NP];          // C
+    Pairs steps;       // dt and dy
+    float map[K][NP];  // C
+    Channels channels;
   };
   SHARED_MEMORY(memory);
   Shared& shared = reinterpret_cast<Shared*>(memory)[threadIdx.x / 32];
@@ -68,41 +71,40 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
   const Lane l(p, blockIdx.x % blocks * WARPS + threadIdx.x / 32);
   const Span span(p, blockIdx.x / blocks);
   const Row& row = span.row;
-  if (l.width <= 0 || span.begin >= row.length) return;
-  const int64 group = l.first / (p.width / p.groups_c);
-  float a[CH * S], g[CH * S] = {}, total[CH] = {}, bias[4];
+  if (l.width <= 0 || span.begin >= span.end) return;
+  float a[CH * S], g[CH * S] = {}, total[CH] = {};
   load_rates(p, l, a);
-  load_channels(p.bias, l, bias);
+  shared.channels.load(p, l);
 
+  const Input<INPUT> dys(p.dy, p, l, row), zs(p.z, p, l, row);
+  const Input<DELTA> deltas(p.delta, p, l, row);
+  const Map cs(p.c, p, l, row, l.first / (p.width / p.groups_c));
   Four<INPUT> dy, z = {};
   Four<DELTA> delta;
-  Map c;
-  auto load = [&](int64 t) {
-    if (t < span.begin) return;
-    delta = load_input<DELTA>(p.delta, l, row, t + l.step);
-    dy = load_input<INPUT>(p.dy, l, row, t + l.step);
-    if (GATED) z = load_input<INPUT>(p.z, l, row, t + l.step);
-    c.load(p.c, l, row, t, p.states, group);
+  Four<MAP> c[MAPS];
+  auto load = [&](int t) {
+    dy = dys[t + l.step], delta = deltas[t + l.step];
+    if (GATED) z = zs[t + l.step];
+    cs.load(t, c);
   };
-  int64 t0 = span.begin + over(span.end - span.begin, K) * K - K;
+  int t0 = span.begin + (span.end - span.begin - 1) / K * K;
   load(t0);
+  __syncwarp();
   for (; t0 >= span.begin; t0 -= K) {
-    float raw[4], dt[4], given[4], gate[4], of[4];
-    step_sizes(delta, bias, t0 + l.step < row.length, raw, dt);
-    before_gate(dy, z, given, gate, of);
-    UNROLL for (int i = 0; i < 4; i += 2) {
-      float pairs[4] = {dt[i], of[i], dt[i + 1], of[i + 1]};
-      write_shared<4>(shared.steps[l.step][l.four + i], pairs);
-    }
-    c.write(l, shared.map[0]);
+    float dt[4], of[4];
+    const bool inside = t0 + l.step < row.length && l.count() > 0;
+    step_sizes(delta, shared.channels.bias + l.four, inside, dt);
+    before_gate(dy, z, inside, of);
+    shared.steps.put(l, dt, of);
+    Map::write(l, c, shared.map[0]);
     __syncwarp();
-    load(t0 - K);
+    load(t0 > 0 ? t0 - K : 0);
     UNROLL for (int t = K - 1; t >= 0; t--) {
-      float step[2 * CH], cs[S];
-      read_shared<2 * CH>(shared.steps[t][l.group * CH], step);
-      read_shared<S>(&shared.map[t][l.part * S], cs);
+      float step[2 * CH], c[S];
+      read_shared<2 * CH>(shared.steps.two[t][l.group * CH], step);
+      read_shared<S>(&shared.map[t][l.part * S], c);
       UNROLL for (int i = 0; i < CH * S; i++)
-        g[i] = exp2_of(step[i / S * 2] * a[i]) * (g[i] + step[i / S * 2 + 1] * cs[i % S]);
+        g[i] = exp2_of(step[i / S * 2] * a[i]) * (g[i] + step[i / S * 2 + 1] * c[i % S]);
       UNROLL for (int ch = 0; ch < CH; ch++) total[ch] += step[2 * ch];
     }
     __syncwarp();
@@ -129,12 +131,12 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_backward(const __grid_constant__ Scan p) {
   struct Shared {
-    float steps[K][WIDTH][2];     // dt and dt u
-    float dy[K][WIDTH];           // before the gate
-    float sums[3][K][WIDTH];      // over the states of a channel: y, and the gradients of dt u and of log2 a
+    Pairs steps;                      // dt and dt u
+    Sums y, dx, dlog;                 // of y, and of the gradients of dt u and of the logarithm of the decay
+    float dy[K][WIDTH];               // before the gate
     float states[SUBS][CH * S * 32];  // before every K steps of a tile
-    float channels[2][WIDTH];     // the bias and D
-    float totals[2][32][4];       // what lanes have found of the gradients of D and of the bias
+    Channels channels;
+    float totals[2][32][4];           // what lanes have found of the gradients of D and of the bias
   };
   SHARED_MEMORY(memory);
   const int warp = threadIdx.x / 32;
@@ -142,69 +144,59 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
   float(*maps)[NP] = reinterpret_cast<float(*)[NP]>(memory + WARPS * sizeof(Shared));  // (2, TILE), of B and C
   float(*given)[WARPS][2][K][NP] = reinterpret_cast<float(*)[WARPS][2][K][NP]>(maps + 2 * TILE);  // (2), to B and C
 
-  const int64 blocks = over(p.width, WARPS * WIDTH), block = blockIdx.x % blocks;
+  const int64 blocks = over(p.width, WARPS * WIDTH), block = blockIdx.x % blocks, first = block * WARPS * WIDTH;
   const Lane l(p, block * WARPS + warp);
   const Span span(p, blockIdx.x / blocks);
   const Row& row = span.row;
-  const int64 size = p.width * p.states, first = block * WARPS * WIDTH;
-  const int64 group_b = first / (p.width / p.groups_b), group_c = first / (p.width / p.groups_c);
+  const int64 size = p.width * p.states;
   float a[CH * S], da[CH * S] = {}, g[CH * S];
   load_rates(p, l, a);
+  load_states(p, l, span.end < row.length ? p.carry + span.slot * size : p.dfinal + span.r * size, g);
   {
-    float bias[4], skip[4], zero[4] = {};
-    load_channels(p.bias, l, bias);
-    load_channels(p.d, l, skip);
-    if (l.step == 0) write_shared<4>(shared.channels[0] + l.four, bias), write_shared<4>(shared.channels[1] + l.four, skip);
+    const float zero[4] = {};
     write_shared<4>(shared.totals[0][l.lane], zero);
     write_shared<4>(shared.totals[1][l.lane], zero);
   }
-  load_states(p, l, span.end < row.length ? p.carry + span.slot * size : p.dfinal + span.r * size, g);
-
+  shared.channels.load(p, l);
+  const Input<INPUT> us(p.u, p, l, row), dys(p.dy, p, l, row), zs(p.z, p, l, row);
+  const Input<DELTA> deltas(p.delta, p, l, row);
+  const Output<INPUT> dus(p.du, p, l, row), dzs(p.dz, p, l, row);
+  const Output<DELTA> ddeltas(p.ddelta, p, l, row);
   __syncwarp();
+
   int turn = 0;
-  for (int64 tile = over(span.end, TILE) - 1; tile * TILE >= span.begin && span.begin < span.end; tile--) {
+  for (int begin = (span.end - 1) / TILE * TILE; begin >= span.begin && span.begin < span.end; begin -= TILE) {
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * TILE * S; i += 32 * WARPS) {
-      const int64 step = i / S % TILE, t = tile * TILE + step, n = i % S * 4;
-      const bool is_c = i / S >= TILE;
-      const View& v = is_c ? p.c : p.b;
-      Four<MAP> four = {};
-      if (t < row.length)
-        four = load_four<MAP_ALIGNED>(static_cast<const MAP*>(v.data) + row.batch * v.row + (row.begin + t) * v.time +
-                                          (is_c ? group_c : group_b) * p.states + n,
-                                      p.states - n);
+      const int t = least(begin + i / S % TILE, row.length - 1), n = i % S * 4;
+      const View& v = i / S < TILE ? p.b : p.c;
+      const int64 group = first / (p.width / (i / S < TILE ? p.groups_b : p.groups_c));
+      const MAP* from = static_cast<const MAP*>(v.data) + row.batch * v.row + (row.begin + t) * v.time;
       float x[4];
-      unpack(four, x);
+      unpack(Map::load_map(from + group * p.states + n, int(p.states) - n), x);
       write_shared<4>(&maps[i / S][n], x);
     }
     __syncthreads();
 
     // The states before every K steps.
-    const int subs = int(over((row.length - tile * TILE < TILE ? row.length - tile * TILE : TILE), K));
+    const int subs = (least(row.length - begin, TILE) + K - 1) / K;
     float h[CH * S];
-    load_states(p, l, p.saved + (row.tile + tile) * size, h);
+    load_states(p, l, p.saved + (row.tile + begin / TILE) * size, h);
     {
-      Four<INPUT> u;
-      Four<DELTA> delta;
-      auto load = [&](int sub) {
-        u = load_input<INPUT>(p.u, l, row, tile * TILE + sub * K + l.step);
-        delta = load_input<DELTA>(p.delta, l, row, tile * TILE + sub * K + l.step);
-      };
-      load(0);
+      Four<INPUT> u = us[begin + l.step];
+      Four<DELTA> delta = deltas[begin + l.step];
       for (int sub = 0; sub < subs; sub++) {
         write_shared<CH * S>(shared.states[sub] + l.lane * CH * S, h);
         if (sub == subs - 1) break;
-        float in[4], raw[4], dt[4], bias[4];
+        float in[4], dt[4];
         unpack(u, in);
-        read_shared<4>(shared.channels[0] + l.four, bias);
-        step_sizes(delta, bias, true, raw, dt);
-        UNROLL for (int i = 0; i < 4; i += 2) {
-          float pairs[4] = {dt[i], dt[i] * in[i], dt[i + 1], dt[i + 1] * in[i + 1]};
-          write_shared<4>(shared.steps[l.step][l.four + i], pairs);
-        }
+        step_sizes(delta, shared.channels.bias + l.four, true, dt);
+        UNROLL for (int i = 0; i < 4; i++) in[i] *= dt[i];
+        shared.steps.put(l, dt, in);
         __syncwarp();
-        load(sub + 1);
-        UNROLL for (int t = 0; t < K; t++) advance(shared.steps[t], maps[sub * K + t], l, a, h);
+        const int next = begin + (sub + 1) * K + l.step;
+        u = us[next], delta = deltas[next];
+        UNROLL for (int t = 0; t < K; t++) advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
         __syncwarp();
       }
     }
@@ -212,118 +204,113 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
     Four<INPUT> u, dy, z = {};
     Four<DELTA> delta;
     auto load = [&](int sub) {
-      const int64 t = tile * TILE + sub * K + l.step;
-      u = load_input<INPUT>(p.u, l, row, t);
-      delta = load_input<DELTA>(p.delta, l, row, t);
-      dy = load_input<INPUT>(p.dy, l, row, t);
-      if (GATED) z = load_input<INPUT>(p.z, l, row, t);
+      const int t = begin + sub * K + l.step;
+      u = us[t], delta = deltas[t], dy = dys[t];
+      if (GATED) z = zs[t];
     };
     load(subs - 1);
     for (int sub = subs - 1; sub >= 0; sub--, turn ^= 1) {
-      const int64 t0 = tile * TILE + sub * K;
-      const bool inside = t0 + l.step < row.length;
+      const int t0 = begin + sub * K;
+      const bool inside = t0 + l.step < row.length && l.count() > 0;
       {
-        float in[4], raw[4], dt[4], out[4], gate[4], of[4], bias[4];
+        float in[4], dt[4], of[4];
         unpack(u, in);
-        read_shared<4>(shared.channels[0] + l.four, bias);
-        step_sizes(delta, bias, inside, raw, dt);
-        before_gate(dy, z, out, gate, of);
-        UNROLL for (int i = 0; i < 4; i += 2) {
-          float pairs[4] = {dt[i], dt[i] * in[i], dt[i + 1], dt[i + 1] * in[i + 1]};
-          write_shared<4>(shared.steps[l.step][l.four + i], pairs);
-        }
+        step_sizes(delta, shared.channels.bias + l.four, inside, dt);
+        before_gate(dy, z, inside, of);
+        UNROLL for (int i = 0; i < 4; i++) in[i] *= dt[i];
+        shared.steps.put(l, dt, in);
         write_shared<4>(&shared.dy[l.step][l.four], of);
       }
       __syncwarp();
-      if (sub > 0) load(sub - 1);
-
+      load(sub > 0 ? sub - 1 : 0);
 #pragma unroll 1
       for (int from = K - HELD; from >= 0; from -= HELD) {
         float decay[HELD][CH * S], decayed[HELD][CH * S];  // a_t, and a_t h_{t-1}
         read_shared<CH * S>(shared.states[sub] + l.lane * CH * S, h);
 #pragma unroll 4
-        for (int t = 0; t < from; t++) advance(shared.steps[t], maps[sub * K + t], l, a, h);
-        float y[HELD][CH], to_c[HELD * S];
+        for (int t = 0; t < from; t++) advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
+        float to_c[HELD * S], to_b[HELD * S];
         UNROLL for (int t = 0; t < HELD; t++) {
-          float step[2 * CH], dys[CH], bs[S], cs[S];
-          read_shared<2 * CH>(shared.steps[from + t][l.group * CH], step);
-          read_shared<CH>(&shared.dy[from + t][l.group * CH], dys);
-          read_shared<S>(&maps[sub * K + from + t][l.part * S], bs);
-          read_shared<S>(&maps[TILE + sub * K + from + t][l.part * S], cs);
+          float step[2 * CH], dy[CH], b[S], c[S], y[CH];
+          read_shared<2 * CH>(shared.steps.two[from + t][l.group * CH], step);
+          read_shared<CH>(&shared.dy[from + t][l.group * CH], dy);
+          read_shared<S>(&maps[sub * K + from + t][l.part * S], b);
+          read_shared<S>(&maps[TILE + sub * K + from + t][l.part * S], c);
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
             decay[t][i] = exp2_of(step[2 * ch] * a[i]);
             decayed[t][i] = decay[t][i] * h[i];
-            h[i] = decayed[t][i] + step[2 * ch + 1] * bs[s];
-            y[t][ch] = (s ? y[t][ch] : 0) + h[i] * cs[s];
-            to_c[t * S + s] = (ch ? to_c[t * S + s] : 0) + h[i] * dys[ch];
+            h[i] = decayed[t][i] + step[2 * ch + 1] * b[s];
+            y[ch] = (s ? y[ch] : 0) + h[i] * c[s];
+            to_c[t * S + s] = (ch ? to_c[t * S + s] : 0) + h[i] * dy[ch];
           }
+          if (GATED) shared.y.put(l, from + t, y);
         }
-        if (GATED) sum_states<HELD>(y, l, shared.sums[0][from]);
         sum_channels(to_c, l, &given[turn][warp][1][from][0]);
-        float dx[HELD][CH], dlog[HELD][CH], to_b[HELD * S];
         UNROLL for (int t = HELD - 1; t >= 0; t--) {
-          float step[2 * CH], dys[CH], bs[S], cs[S];
-          read_shared<2 * CH>(shared.steps[from + t][l.group * CH], step);
-          read_shared<CH>(&shared.dy[from + t][l.group * CH], dys);
-          read_shared<S>(&maps[sub * K + from + t][l.part * S], bs);
-          read_shared<S>(&maps[TILE + sub * K + from + t][l.part * S], cs);
+          float step[2 * CH], dy[CH], b[S], c[S], dx[CH], dlog[CH];
+          read_shared<2 * CH>(shared.steps.two[from + t][l.group * CH], step);
+          read_shared<CH>(&shared.dy[from + t][l.group * CH], dy);
+          read_shared<S>(&maps[sub * K + from + t][l.part * S], b);
+          read_shared<S>(&maps[TILE + sub * K + from + t][l.part * S], c);
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
-            g[i] += dys[ch] * cs[s];
+            g[i] += dy[ch] * c[s];
             const float through = g[i] * decayed[t][i];
-            dlog[t][ch] = (s ? dlog[t][ch] : 0) + through * a[i];
+            dlog[ch] = (s ? dlog[ch] : 0) + through * a[i];
             da[i] += through * step[2 * ch];
-            dx[t][ch] = (s ? dx[t][ch] : 0) + g[i] * bs[s];
+            dx[ch] = (s ? dx[ch] : 0) + g[i] * b[s];
             to_b[t * S + s] = (ch ? to_b[t * S + s] : 0) + g[i] * step[2 * ch + 1];
             g[i] *= decay[t][i];
           }
+          shared.dx.put(l, from + t, dx);
+          shared.dlog.put(l, from + t, dlog);
         }
-        sum_states<HELD>(dx, l, shared.sums[1][from]);
-        sum_states<HELD>(dlog, l, shared.sums[2][from]);
         sum_channels(to_b, l, &given[turn][warp][0][from][0]);
       }
       __syncthreads();
       for (int i = threadIdx.x; i < K * 2 * NP; i += 32 * WARPS) {
         float sum = 0;
         UNROLL for (int w = 0; w < WARPS; w++) sum += (&given[turn][w][0][0][0])[i];
-        const int64 t = t0 + i / NP % K, batches = p.borders ? 1 : p.rows, of_map = i / (NP * K) * blocks + block;
+        const int t = t0 + i / NP % K;
+        const int64 batches = p.borders ? 1 : p.rows, of_map = i / (NP * K) * blocks + block;
         if (t < row.length)
           p.dmaps[((of_map * batches + row.batch) * p.length + row.begin + t) * NP + i % NP] = sum;
       }
 
       float in[4], raw[4], steps[8], of[4], dx[4], dlog[4], bias[4], skip[4], dd[4], dbias[4], du[4], ddelta[4], dz[4];
-      unpack(load_input<INPUT>(p.u, l, row, t0 + l.step), in);
-      unpack(load_input<DELTA>(p.delta, l, row, t0 + l.step), raw);
-      read_shared<8>(shared.steps[l.step][l.four], steps);
+      unpack(us[t0 + l.step], in);
+      unpack(deltas[t0 + l.step], raw);
+      read_shared<8>(shared.steps.two[l.step][l.four], steps);
       read_shared<4>(&shared.dy[l.step][l.four], of);
-      read_shared<4>(&shared.sums[1][l.step][l.four], dx);
-      read_shared<4>(&shared.sums[2][l.step][l.four], dlog);
-      read_shared<4>(shared.channels[0] + l.four, bias);
-      read_shared<4>(shared.channels[1] + l.four, skip);
+      shared.dx.read(l, dx);
+      shared.dlog.read(l, dlog);
+      read_shared<4>(shared.channels.bias + l.four, bias);
+      read_shared<4>(shared.channels.skip + l.four, skip);
       read_shared<4>(shared.totals[0][l.lane], dd);
       read_shared<4>(shared.totals[1][l.lane], dbias);
       UNROLL for (int i = 0; i < 4; i++) {
         du[i] = dx[i] * steps[2 * i] + skip[i] * of[i];
-        ddelta[i] = inside ? (dx[i] * in[i] + dlog[i] * LN_2) * (SOFTPLUS ? sigmoid(raw[i] + bias[i]) : 1) : 0;
+        const float of_step = dx[i] * in[i] + dlog[i] * LN_2;
+        ddelta[i] = inside ? SOFTPLUS ? of_step * sigmoid(raw[i] + bias[i]) : of_step : 0;
         dd[i] += of[i] * in[i];
         dbias[i] += ddelta[i];
       }
       write_shared<4>(shared.totals[0][l.lane], dd);
       write_shared<4>(shared.totals[1][l.lane], dbias);
+      dus.put(t0 + l.step, du);
+      ddeltas.put(t0 + l.step, ddelta);
       if (GATED) {
         float out[4], gate[4], y[4];
-        unpack(load_input<INPUT>(p.dy, l, row, t0 + l.step), out);
-        unpack(load_input<INPUT>(p.z, l, row, t0 + l.step), gate);
-        read_shared<4>(&shared.sums[0][l.step][l.four], y);
+        unpack(dys[t0 + l.step], out);
+        unpack(zs[t0 + l.step], gate);
+        shared.y.read(l, y);
         UNROLL for (int i = 0; i < 4; i++) {
           const float open = sigmoid(gate[i]);
           dz[i] = out[i] * (y[i] + skip[i] * in[i]) * open * (1 + gate[i] * (1 - open));
         }
+        dzs.put(t0 + l.step, dz);
       }
-      store_output<INPUT>(p, p.du, l, row, t0 + l.step, du);
-      store_output<DELTA>(p, p.ddelta, l, row, t0 + l.step, ddelta);
-      if (GATED) store_output<INPUT>(p, p.dz, l, row, t0 + l.step, dz);
       __syncwarp();
     }
   }
