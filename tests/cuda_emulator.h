@@ -48,7 +48,7 @@ struct Thread {
 
 static std::vector<Thread> threads;
 static std::vector<Barrier> warps;
-static Barrier block;
+static Barrier block, named[16];
 static ucontext_t scheduler;
 static unsigned current;
 static float exchange[1024];
@@ -64,6 +64,15 @@ inline void wait(Barrier& b, unsigned count) {
   while (b.turn == turn) yield();
 }
 
+inline void arrive(int barrier, unsigned count) {
+  Barrier& b = named[barrier];
+  if (++b.arrived == count) {
+    b.arrived = 0;
+    b.turn++;
+  }
+}
+inline void sync(int barrier, unsigned count) { wait(named[barrier], count); }
+
 template <class F>
 void launch(unsigned grid, unsigned size, const F& kernel) {
   static const F* body;
@@ -73,6 +82,7 @@ void launch(unsigned grid, unsigned size, const F& kernel) {
   for (unsigned b = 0; b < grid; b++) {
     warps.assign((size + 31) / 32, {});
     block = {};
+    for (Barrier& b : named) b = {};
     memset(shared_memory, 0xff, sizeof shared_memory);  // NaN
     for (unsigned t = 0; t < size; t++) {
       Thread& thread = threads[t];

@@ -105,18 +105,18 @@ CASES = {
     "packed": dict(batch=1, length=150, width=24, states=16, borders=[0, 1, 1, 40, 41, 150]),
     "float16 wide states": dict(batch=1, length=66, width=20, states=20, dtype=torch.float16),
 }
-PLANS = [(1, 1, 1, 64), (2, 1, 4, 128), (1, 2, 1, 64), (2, 4, 2, 64)]
+PLANS = [(1, 1, 3, 1, 64), (2, 1, 1, 4, 128), (1, 2, 2, 1, 64), (2, 4, 1, 2, 64)]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_the_scan_is_the_definition(case, plan, emulated, poison, monkeypatch):
-    channels, forward, warps, span = plan
+    channels, forward, teams, warps, span = plan
     args = arguments(**CASES[case])
     per_group = args[0].shape[2] // max(args[3].shape[2], args[4].shape[2])
     if max(args[3].shape[2], args[4].shape[2]) > 1 and per_group % (8 * channels * warps):
-        channels, warps = 1, 1
-    monkeypatch.setattr(scan_kernels, "plan_forward", lambda *a: scan_kernels.Plan(channels, forward, 1))
+        channels, warps, teams = 1, 1, 1
+    monkeypatch.setattr(scan_kernels, "plan_forward", lambda *a: scan_kernels.Plan(channels, forward, 1, teams))
     monkeypatch.setattr(scan_kernels, "plan_backward", lambda *a: (scan_kernels.Plan(channels, warps, 1), 4, span))
     y, final, *saved = scan_kernels._forward(*args)
     weights = [normal(*y.shape, dtype=y.dtype), normal(*final.shape)]

@@ -33,7 +33,12 @@ DEVICE unsigned pack_bfloat16(float low, float high) {
   return round(low) | round(high) << 16;
 }
 DEVICE unsigned pack_float16(float low, float high) { return float_to_half(low) | unsigned(float_to_half(high)) << 16; }
+// A barrier of two warps: one says that it has come by and goes on, the other waits for it.
+DEVICE void signal(int barrier) { emulator::arrive(barrier, 64); }
+DEVICE void await(int barrier) { emulator::sync(barrier, 64); }
 #else
+DEVICE void signal(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
+DEVICE void await(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 DEVICE float exp2_of(float x) {
   float y;
@@ -142,9 +147,9 @@ DEVICE void store_four(T* p, const float* x, int count) {
   }
 }
 
-// COUNT floats of shared memory, as few accesses as their alignment allows.
+// COUNT floats that lie together, aligned as much as their number allows.
 template <int COUNT>
-DEVICE void read_shared(const float* p, float* x) {
+DEVICE void read_floats(const float* p, float* x) {
   if constexpr (COUNT % 4 == 0) {
     UNROLL for (int i = 0; i < COUNT; i += 4) {
       float4 v = *reinterpret_cast<const float4*>(p + i);
@@ -160,7 +165,7 @@ DEVICE void read_shared(const float* p, float* x) {
   }
 }
 template <int COUNT>
-DEVICE void write_shared(float* p, const float* x) {
+DEVICE void write_floats(float* p, const float* x) {
   if constexpr (COUNT % 4 == 0) {
     UNROLL for (int i = 0; i < COUNT; i += 4)
       *reinterpret_cast<float4*>(p + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);

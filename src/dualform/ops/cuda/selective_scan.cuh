@@ -71,18 +71,21 @@ struct Lane {
 
 // CH x S numbers of this lane, from (.., D, N), and back.
 DEVICE void load_states(const Scan& p, const Lane& l, const float* from, float* h) {
-  UNROLL for (int c = 0; c < CH; c++)
-    UNROLL for (int s = 0; s < S; s++) {
-      const int64 n = l.part * S + s;
-      h[c * S + s] = l.has(c) && n < p.states ? from[l.channel(c) * p.states + n] : 0;
-    }
+  UNROLL for (int c = 0; c < CH; c++) {
+    const float* at = from + l.channel(c) * p.states + l.part * S;
+    UNROLL for (int s = 0; s < S; s++) h[c * S + s] = l.has(c) && (FULL || l.part * S + s < p.states) ? at[s] : 0;
+  }
 }
 DEVICE void store_states(const Scan& p, const Lane& l, float* to, const float* h) {
-  UNROLL for (int c = 0; c < CH; c++)
-    UNROLL for (int s = 0; s < S; s++) {
-      const int64 n = l.part * S + s;
-      if (l.has(c) && n < p.states) to[l.channel(c) * p.states + n] = h[c * S + s];
+  UNROLL for (int c = 0; c < CH; c++) {
+    if (!l.has(c)) continue;
+    float* at = to + l.channel(c) * p.states + l.part * S;
+    if constexpr (FULL) {
+      write_floats<S>(at, h + c * S);
+    } else {
+      UNROLL for (int s = 0; s < S; s++) if (l.part * S + s < p.states) at[s] = h[c * S + s];
     }
+  }
 }
 
 // Rates in units of log2: a step decays by exp2(dt A).
@@ -134,7 +137,7 @@ struct Map {
     UNROLL for (int i = 0; i < MAPS; i++) {
       float x[4];
       unpack(four[i], x);
-      if (K * S % 32 == 0 || i * 32 + l.lane < K * S) write_shared<4>(to + (i * 32 + l.lane) * 4, x);
+      if (K * S % 32 == 0 || i * 32 + l.lane < K * S) write_floats<4>(to + (i * 32 + l.lane) * 4, x);
     }
   }
 };
@@ -143,7 +146,7 @@ struct Map {
 DEVICE void step_sizes(const Four<DELTA>& delta, const float* biases, bool inside, float* dt) {
   float bias[4];
   unpack(delta, dt);
-  read_shared<4>(biases, bias);
+  read_floats<4>(biases, bias);
   UNROLL for (int i = 0; i < 4; i++) {
     dt[i] += bias[i];
     dt[i] = SOFTPLUS ? softplus(inside ? dt[i] : -1e30f) : inside ? dt[i] : 0;
@@ -167,7 +170,7 @@ struct Pairs {
   METHOD void put(const Lane& l, const float* x, const float* y) {
     UNROLL for (int i = 0; i < 4; i += 2) {
       const float pairs[4] = {x[i], y[i], x[i + 1], y[i + 1]};
-      write_shared<4>(two[l.step][l.four + i], pairs);
+      write_floats<4>(two[l.step][l.four + i], pairs);
     }
   }
 };
@@ -175,13 +178,12 @@ struct Pairs {
 // Sums over the states of a channel: what the four lanes of a channel have found, for K steps.
 struct Sums {
   float parts[4][K * WIDTH + 8];  // 8: the banks of the parts differ
-  METHOD void put(const Lane& l, int t, const float* x) { write_shared<CH>(parts[l.part] + t * WIDTH + l.group * CH, x); }
-  METHOD void get(const Lane& l, int t, float* x) const { read_shared<CH>(parts[l.part] + t * WIDTH + l.group * CH, x); }
+  METHOD void put(const Lane& l, int t, const float* x) { write_floats<CH>(parts[l.part] + t * WIDTH + l.group * CH, x); }
   METHOD void read(const Lane& l, float* x) const {
-    read_shared<4>(parts[0] + l.lane * 4, x);
+    read_floats<4>(parts[0] + l.lane * 4, x);
     UNROLL for (int part = 1; part < 4; part++) {
       float more[4];
-      read_shared<4>(parts[part] + l.lane * 4, more);
+      read_floats<4>(parts[part] + l.lane * 4, more);
       UNROLL for (int i = 0; i < 4; i++) x[i] += more[i];
     }
   }

@@ -15,11 +15,13 @@ _MOST_STATES = 32
 
 
 class Plan(NamedTuple):
-    """How a call is cut: channels of a lane, warps of a block, blocks that share a multiprocessor."""
+    """How a call is cut: channels of a lane, warps of a block (forward: those that share one row's time, then the teams
+    of them in a block), and blocks that share a multiprocessor."""
 
     channels: int
     warps: int
     blocks: int
+    teams: int = 1
 
 
 def plan_forward(rows: int, length: int, width: int, per_group: int) -> Plan:
@@ -54,16 +56,16 @@ def _run(keep: bool, *args: Tensor) -> list[Tensor]:
     given, fields, defines = _fields(*args)
     states = defines["STATES"]
     line, steps = 8 * plan.channels, 16 // plan.channels
-    defines |= {"CHANNELS": plan.channels, "WARPS": plan.warps, "BLOCKS": plan.blocks, "SAVE": keep}
-    shared = plan.warps * 4 * (2 * steps * line + 4 * (steps * line + 8) + 2 * steps * 4 * states + 2 * line)
-    if plan.warps > 1:
-        shared += 4 * (4 * plan.warps + 2) * 32 * plan.channels * states
+    defines |= {"CHANNELS": plan.channels, "WARPS": plan.warps, "TEAMS": plan.teams, "BLOCKS": plan.blocks}
+    defines["SAVE"] = keep
+    of_warp = 6 * steps * line + 32 + 2 * steps * 4 * states + 2 * line + 32 * plan.channels * states
+    shared = plan.teams * plan.warps * (4 * of_warp + 2 * 32 * 4 * u.element_size())
     compiler.launch(
         "selective_scan_forward.cu",
         "selective_scan_forward",
         defines,
-        rows * -(-u.shape[2] // line),
-        32 * plan.warps,
+        rows * -(-u.shape[2] // (plan.teams * line)),
+        32 * plan.teams * plan.warps,
         shared,
         (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, *[0] * 15),
     )
@@ -147,6 +149,7 @@ def _backward(
         launch("selective_scan_join", rows * -(-width * states // 256), 256, 0)
     of_warp = 3 * steps * line + 3 * 4 * (steps * line + 8) + (TILE // steps) * 32 * plan.channels * defines["STATES"] + 2 * line + 256
     shared = 4 * (plan.warps * of_warp + 2 * TILE * padded + 4 * plan.warps * steps * padded)
+    shared += plan.warps * 32 * 4 * (3 * u.element_size() + delta.element_size())
     launch("selective_scan_backward", spans * blocks, 32 * plan.warps, shared)
     alive((given, kept, carry, seconds))
     maps = [

@@ -33,8 +33,8 @@ struct Span {
 // One step of the states, from pairs of dt and dt u, and from (NP) of B.
 DEVICE void advance(const float (*steps)[2], const float* map, const Lane& l, const float* a, float* h) {
   float step[2 * CH], b[S];
-  read_shared<2 * CH>(steps[l.group * CH], step);
-  read_shared<S>(map + l.part * S, b);
+  read_floats<2 * CH>(steps[l.group * CH], step);
+  read_floats<S>(map + l.part * S, b);
   UNROLL for (int i = 0; i < CH * S; i++)
     h[i] = exp2_of(step[i / S * 2] * a[i]) * h[i] + step[i / S * 2 + 1] * b[i % S];
 }
@@ -101,8 +101,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
     load(t0 > 0 ? t0 - K : 0);
     UNROLL for (int t = K - 1; t >= 0; t--) {
       float step[2 * CH], c[S];
-      read_shared<2 * CH>(shared.steps.two[t][l.group * CH], step);
-      read_shared<S>(&shared.map[t][l.part * S], c);
+      read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
+      read_floats<S>(&shared.map[t][l.part * S], c);
       UNROLL for (int i = 0; i < CH * S; i++)
         g[i] = exp2_of(step[i / S * 2] * a[i]) * (g[i] + step[i / S * 2 + 1] * c[i % S]);
       UNROLL for (int ch = 0; ch < CH; ch++) total[ch] += step[2 * ch];
@@ -137,6 +137,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
     float states[SUBS][CH * S * 32];  // before every K steps of a tile
     Channels channels;
     float totals[2][32][4];           // what lanes have found of the gradients of D and of the bias
+    Four<INPUT> kept[3][32];          // u, dy and z, as read
+    Four<DELTA> kept_delta[32];
   };
   SHARED_MEMORY(memory);
   const int warp = threadIdx.x / 32;
@@ -154,8 +156,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
   load_states(p, l, span.end < row.length ? p.carry + span.slot * size : p.dfinal + span.r * size, g);
   {
     const float zero[4] = {};
-    write_shared<4>(shared.totals[0][l.lane], zero);
-    write_shared<4>(shared.totals[1][l.lane], zero);
+    write_floats<4>(shared.totals[0][l.lane], zero);
+    write_floats<4>(shared.totals[1][l.lane], zero);
   }
   shared.channels.load(p, l);
   const Input<INPUT> us(p.u, p, l, row), dys(p.dy, p, l, row), zs(p.z, p, l, row);
@@ -174,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
       const MAP* from = static_cast<const MAP*>(v.data) + row.batch * v.row + (row.begin + t) * v.time;
       float x[4];
       unpack(Map::load_map(from + group * p.states + n, int(p.states) - n), x);
-      write_shared<4>(&maps[i / S][n], x);
+      write_floats<4>(&maps[i / S][n], x);
     }
     __syncthreads();
 
@@ -186,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
       Four<INPUT> u = us[begin + l.step];
       Four<DELTA> delta = deltas[begin + l.step];
       for (int sub = 0; sub < subs; sub++) {
-        write_shared<CH * S>(shared.states[sub] + l.lane * CH * S, h);
+        write_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
         if (sub == subs - 1) break;
         float in[4], dt[4];
         unpack(u, in);
@@ -219,23 +221,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
         before_gate(dy, z, inside, of);
         UNROLL for (int i = 0; i < 4; i++) in[i] *= dt[i];
         shared.steps.put(l, dt, in);
-        write_shared<4>(&shared.dy[l.step][l.four], of);
+        write_floats<4>(&shared.dy[l.step][l.four], of);
+        shared.kept[0][l.lane] = u, shared.kept_delta[l.lane] = delta;
+        if (GATED) shared.kept[1][l.lane] = dy, shared.kept[2][l.lane] = z;
       }
       __syncwarp();
       load(sub > 0 ? sub - 1 : 0);
 #pragma unroll 1
       for (int from = K - HELD; from >= 0; from -= HELD) {
         float decay[HELD][CH * S], decayed[HELD][CH * S];  // a_t, and a_t h_{t-1}
-        read_shared<CH * S>(shared.states[sub] + l.lane * CH * S, h);
+        read_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
 #pragma unroll 4
         for (int t = 0; t < from; t++) advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
         float to_c[HELD * S], to_b[HELD * S];
         UNROLL for (int t = 0; t < HELD; t++) {
           float step[2 * CH], dy[CH], b[S], c[S], y[CH];
-          read_shared<2 * CH>(shared.steps.two[from + t][l.group * CH], step);
-          read_shared<CH>(&shared.dy[from + t][l.group * CH], dy);
-          read_shared<S>(&maps[sub * K + from + t][l.part * S], b);
-          read_shared<S>(&maps[TILE + sub * K + from + t][l.part * S], c);
+          read_floats<2 * CH>(shared.steps.two[from + t][l.group * CH], step);
+          read_floats<CH>(&shared.dy[from + t][l.group * CH], dy);
+          read_floats<S>(&maps[sub * K + from + t][l.part * S], b);
+          read_floats<S>(&maps[TILE + sub * K + from + t][l.part * S], c);
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
             decay[t][i] = exp2_of(step[2 * ch] * a[i]);
@@ -249,10 +253,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
         sum_channels(to_c, l, &given[turn][warp][1][from][0]);
         UNROLL for (int t = HELD - 1; t >= 0; t--) {
           float step[2 * CH], dy[CH], b[S], c[S], dx[CH], dlog[CH];
-          read_shared<2 * CH>(shared.steps.two[from + t][l.group * CH], step);
-          read_shared<CH>(&shared.dy[from + t][l.group * CH], dy);
-          read_shared<S>(&maps[sub * K + from + t][l.part * S], b);
-          read_shared<S>(&maps[TILE + sub * K + from + t][l.part * S], c);
+          read_floats<2 * CH>(shared.steps.two[from + t][l.group * CH], step);
+          read_floats<CH>(&shared.dy[from + t][l.group * CH], dy);
+          read_floats<S>(&maps[sub * K + from + t][l.part * S], b);
+          read_floats<S>(&maps[TILE + sub * K + from + t][l.part * S], c);
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
             g[i] += dy[ch] * c[s];
@@ -279,16 +283,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
       }
 
       float in[4], raw[4], steps[8], of[4], dx[4], dlog[4], bias[4], skip[4], dd[4], dbias[4], du[4], ddelta[4], dz[4];
-      unpack(us[t0 + l.step], in);
-      unpack(deltas[t0 + l.step], raw);
-      read_shared<8>(shared.steps.two[l.step][l.four], steps);
-      read_shared<4>(&shared.dy[l.step][l.four], of);
+      unpack(shared.kept[0][l.lane], in);
+      unpack(shared.kept_delta[l.lane], raw);
+      read_floats<8>(shared.steps.two[l.step][l.four], steps);
+      read_floats<4>(&shared.dy[l.step][l.four], of);
       shared.dx.read(l, dx);
       shared.dlog.read(l, dlog);
-      read_shared<4>(shared.channels.bias + l.four, bias);
-      read_shared<4>(shared.channels.skip + l.four, skip);
-      read_shared<4>(shared.totals[0][l.lane], dd);
-      read_shared<4>(shared.totals[1][l.lane], dbias);
+      read_floats<4>(shared.channels.bias + l.four, bias);
+      read_floats<4>(shared.channels.skip + l.four, skip);
+      read_floats<4>(shared.totals[0][l.lane], dd);
+      read_floats<4>(shared.totals[1][l.lane], dbias);
       UNROLL for (int i = 0; i < 4; i++) {
         du[i] = dx[i] * steps[2 * i] + skip[i] * of[i];
         const float of_step = dx[i] * in[i] + dlog[i] * LN_2;
@@ -296,14 +300,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
         dd[i] += of[i] * in[i];
         dbias[i] += ddelta[i];
       }
-      write_shared<4>(shared.totals[0][l.lane], dd);
-      write_shared<4>(shared.totals[1][l.lane], dbias);
+      write_floats<4>(shared.totals[0][l.lane], dd);
+      write_floats<4>(shared.totals[1][l.lane], dbias);
       dus.put(t0 + l.step, du);
       ddeltas.put(t0 + l.step, ddelta);
       if (GATED) {
         float out[4], gate[4], y[4];
-        unpack(dys[t0 + l.step], out);
-        unpack(zs[t0 + l.step], gate);
+        unpack(shared.kept[1][l.lane], out);
+        unpack(shared.kept[2][l.lane], gate);
         shared.y.read(l, y);
         UNROLL for (int i = 0; i < 4; i++) {
           const float open = sigmoid(gate[i]);
@@ -318,8 +322,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
   if (span.begin == 0 && row.length > 0) store_states(p, l, p.dh0 + span.r * size, g);
   store_states(p, l, p.da + span.slot * size, da);
   float dd[4], dbias[4];
-  read_shared<4>(shared.totals[0][l.lane], dd);
-  read_shared<4>(shared.totals[1][l.lane], dbias);
+  read_floats<4>(shared.totals[0][l.lane], dd);
+  read_floats<4>(shared.totals[1][l.lane], dbias);
   UNROLL for (int i = 0; i < 4; i++) {
     UNROLL for (int distance = WIDTH / 4; distance < 32; distance *= 2) {
       dd[i] += from_lane(dd[i], distance);
