@@ -36,7 +36,10 @@ DEVICE unsigned pack_float16(float low, float high) { return float_to_half(low) 
 // A barrier of two warps: one says that it has come by and goes on, the other waits for it.
 DEVICE void signal(int barrier) { emulator::arrive(barrier, 64); }
 DEVICE void await(int barrier) { emulator::sync(barrier, 64); }
+DEVICE void prefetch(const void*) {}
 #else
+// Asks for a line of memory long before it is needed.
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEVICE void signal(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
 DEVICE void await(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]

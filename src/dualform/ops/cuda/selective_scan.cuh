@@ -104,7 +104,8 @@ struct Input {
       : from(static_cast<const T*>(v.data) + row.batch * v.row + row.begin * v.time +
              (INPUT_ALIGNED ? least(l.first + l.four, p.width - 4) : l.first + l.four)),
         time(int(v.time)), last(row.length - 1), count(l.count()) {}
-  METHOD Four<T> operator[](int t) const { return load_four<INPUT_ALIGNED>(from + int64(least(t, last)) * time, count); }
+  METHOD const T* at(int t) const { return from + int64(least(t, last)) * time; }
+  METHOD Four<T> operator[](int t) const { return load_four<INPUT_ALIGNED>(at(t), count); }
 };
 template <class T>
 struct Output {
@@ -125,9 +126,9 @@ struct Map {
   METHOD Map(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group)
       : from(static_cast<const MAP*>(v.data) + row.batch * v.row + row.begin * v.time + group * p.states + l.lane % S * 4),
         step(least(l.lane / S, K - 1)), count(int(p.states) - l.lane % S * 4), time(int(v.time)), last(row.length - 1) {}
+  METHOD const MAP* at(int t) const { return from + int64(least(t + step, last)) * time; }
   METHOD void load(int t, Four<MAP>* four) const {
-    UNROLL for (int i = 0; i < MAPS; i++)
-      four[i] = load_map(from + int64(least(t + step + i * (32 / S), last)) * time, count);
+    UNROLL for (int i = 0; i < MAPS; i++) four[i] = load_map(at(t + i * (32 / S)), count);
   }
   static METHOD Four<MAP> load_map(const MAP* at, int count) {
     if (MAP_ALIGNED && PADDED && count <= 0) return {};

@@ -58,8 +58,9 @@ def _run(keep: bool, *args: Tensor) -> list[Tensor]:
     line, steps = 8 * plan.channels, 16 // plan.channels
     defines |= {"CHANNELS": plan.channels, "WARPS": plan.warps, "TEAMS": plan.teams, "BLOCKS": plan.blocks}
     defines["SAVE"] = keep
-    of_warp = 6 * steps * line + 32 + 2 * steps * 4 * states + 2 * line + 32 * plan.channels * states
-    shared = plan.teams * plan.warps * (4 * of_warp + 2 * 32 * 4 * u.element_size())
+    buffers = 2 * (6 * steps * line + 32 + 2 * steps * 4 * states)
+    of_warp = 4 * (buffers + 2 * line + 32 * plan.channels * states) + 4 * 32 * 4 * u.element_size()
+    shared = plan.teams * plan.warps * of_warp
     compiler.launch(
         "selective_scan_forward.cu",
         "selective_scan_forward",

@@ -39,6 +39,17 @@ DEVICE void advance(const float (*steps)[2], const float* map, const Lane& l, co
     h[i] = exp2_of(step[i / S * 2] * a[i]) * h[i] + step[i / S * 2 + 1] * b[i % S];
 }
 
+// What a lane needs of one step.
+struct Step {
+  float dt[2 * CH], dy[CH], b[S], c[S];  // dt and dt u in turn
+  METHOD void read(const Pairs& steps, const float (*dys)[WIDTH], const float (*maps)[NP], const Lane& l, int t, int of_tile) {
+    read_floats<2 * CH>(steps.two[t][l.group * CH], dt);
+    read_floats<CH>(dys[t] + l.group * CH, dy);
+    read_floats<S>(maps[of_tile] + l.part * S, b);
+    read_floats<S>(maps[TILE + of_tile] + l.part * S, c);
+  }
+};
+
 // Sums over the channels of a warp of (HELD, S) numbers in every lane: to (HELD, NP).
 DEVICE void sum_channels(float* x, const Lane& l, float* to) {
   share_sums<HELD * S>(x, 16, l.lane);
@@ -234,37 +245,37 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
 #pragma unroll 4
         for (int t = 0; t < from; t++) advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
         float to_c[HELD * S], to_b[HELD * S];
+        Step steps[HELD], again[HELD];  // each read a step before it is needed, ahead of what the last one writes
+        auto read = [&](Step& step, int t) { step.read(shared.steps, shared.dy, maps, l, from + t, sub * K + from + t); };
+        read(steps[0], 0);
         UNROLL for (int t = 0; t < HELD; t++) {
-          float step[2 * CH], dy[CH], b[S], c[S], y[CH];
-          read_floats<2 * CH>(shared.steps.two[from + t][l.group * CH], step);
-          read_floats<CH>(&shared.dy[from + t][l.group * CH], dy);
-          read_floats<S>(&maps[sub * K + from + t][l.part * S], b);
-          read_floats<S>(&maps[TILE + sub * K + from + t][l.part * S], c);
+          if (t + 1 < HELD) read(steps[t + 1], t + 1);
+          const Step& of = steps[t];
+          float y[CH] = {};
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
-            decay[t][i] = exp2_of(step[2 * ch] * a[i]);
+            decay[t][i] = exp2_of(of.dt[2 * ch] * a[i]);
             decayed[t][i] = decay[t][i] * h[i];
-            h[i] = decayed[t][i] + step[2 * ch + 1] * b[s];
-            y[ch] = (s ? y[ch] : 0) + h[i] * c[s];
-            to_c[t * S + s] = (ch ? to_c[t * S + s] : 0) + h[i] * dy[ch];
+            h[i] = decayed[t][i] + of.dt[2 * ch + 1] * of.b[s];
+            y[ch] += h[i] * of.c[s];
+            to_c[t * S + s] = (ch ? to_c[t * S + s] : 0) + h[i] * of.dy[ch];
           }
           if (GATED) shared.y.put(l, from + t, y);
         }
+        read(again[HELD - 1], HELD - 1);
         sum_channels(to_c, l, &given[turn][warp][1][from][0]);
         UNROLL for (int t = HELD - 1; t >= 0; t--) {
-          float step[2 * CH], dy[CH], b[S], c[S], dx[CH], dlog[CH];
-          read_floats<2 * CH>(shared.steps.two[from + t][l.group * CH], step);
-          read_floats<CH>(&shared.dy[from + t][l.group * CH], dy);
-          read_floats<S>(&maps[sub * K + from + t][l.part * S], b);
-          read_floats<S>(&maps[TILE + sub * K + from + t][l.part * S], c);
+          if (t > 0) read(again[t - 1], t - 1);
+          const Step& of = again[t];
+          float dx[CH] = {}, dlog[CH] = {};
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
-            g[i] += dy[ch] * c[s];
+            g[i] += of.dy[ch] * of.c[s];
             const float through = g[i] * decayed[t][i];
-            dlog[ch] = (s ? dlog[ch] : 0) + through * a[i];
-            da[i] += through * step[2 * ch];
-            dx[ch] = (s ? dx[ch] : 0) + g[i] * b[s];
-            to_b[t * S + s] = (ch ? to_b[t * S + s] : 0) + g[i] * step[2 * ch + 1];
+            dlog[ch] += through * a[i];
+            da[i] += through * of.dt[2 * ch];
+            dx[ch] += g[i] * of.b[s];
+            to_b[t * S + s] = (ch ? to_b[t * S + s] : 0) + g[i] * of.dt[2 * ch + 1];
             g[i] *= decay[t][i];
           }
           shared.dx.put(l, from + t, dx);

@@ -1,26 +1,43 @@
-// The forward. A warp carries its states on from tile to tile; TEAMS of them lie in a block side by side. Where rows and channels are too few to fill the chip,
-// the WARPS of a team take turns: each runs K steps from a state of zero, keeping their decays, until the warp before it hands it
-// the state that it should have started from; it hands on its own at once, and runs its steps again, this time for good.
+// The forward. A warp carries its states on from tile to tile; TEAMS of them lie in a block side by side. Where rows and
+// channels are too few to fill the chip, the WARPS of a team take turns: each runs K steps from a state of zero, keeping
+// their decays, until the warp before it hands it the state that it should have started from; it hands on its own at
+// once, and runs its steps again, this time for good.
+//
+// While a tile is computed, the next one is made ready and the last one is finished: three chains of instructions that
+// do not wait for each other. Reads come before writes wherever they can, as the compiler keeps their order.
 #include "selective_scan.cuh"
 
-struct Shared {
-  Pairs steps;             // dt, and dt u
+struct Buffer {
+  Pairs steps;           // dt, and dt u
+  float maps[2][K][NP];  // B and C
   Sums y;
-  float maps[2][K][NP];    // B and C
-  Four<INPUT> kept[2][32];  // u and z, as read
+};
+struct Shared {
+  Buffer buffers[2];
+  Four<INPUT> kept[2][2][32];  // u and z, as read
   Channels channels;
-  float carried[32][CH * S];  // the states that the warp before hands on
+  float carried[32][CH * S];   // the states that the warp before hands on
 };
 
-// C h of one step, to be summed.
-DEVICE void output(Shared& shared, const Lane& l, int t, const float* h) {
-  float c[S], y[CH] = {};
-  read_floats<S>(&shared.maps[1][t][l.part * S], c);
-  UNROLL for (int i = 0; i < CH * S; i++) y[i / S] += h[i] * c[i % S];
-  shared.y.put(l, t, y);
-}
+// What a lane needs of one step.
+struct Step {
+  float dt[2 * CH], b[S], c[S];  // dt and dt u in turn
+  METHOD void read(const Buffer& from, const Lane& l, int t, bool with_c) {
+    read_floats<2 * CH>(from.steps.two[t][l.group * CH], dt);
+    read_floats<S>(&from.maps[0][t][l.part * S], b);
+    if (with_c) read_floats<S>(&from.maps[1][t][l.part * S], c);
+  }
+  METHOD void output(Buffer& to, const Lane& l, int t, const float* h) const {
+    float y[CH] = {};
+    UNROLL for (int i = 0; i < CH * S; i++) y[i / S] += h[i] * c[i % S];
+    to.y.put(l, t, y);
+  }
+};
+constexpr int FAR = 4;    // tiles that memory is asked for before they are read
+constexpr int AHEAD = 2;  // steps that are read before they are needed
 
-extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS) selective_scan_forward(const __grid_constant__ Scan p) {
+extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
+    selective_scan_forward(const __grid_constant__ Scan p) {
   SHARED_MEMORY(memory);
   const int team = threadIdx.x / (32 * WARPS), warp = threadIdx.x / 32 % WARPS, next = (warp + 1) % WARPS;
   Shared *all = reinterpret_cast<Shared*>(memory) + team * WARPS, &shared = all[warp];
@@ -28,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS) selecti
   const int64 blocks = over(p.width, TEAMS * WIDTH), r = blockIdx.x / blocks, size = p.width * p.states;
   const Lane l(p, blockIdx.x % blocks * TEAMS + team);
   const Row row = find_row(p, r);
-  if (row.length == 0 || l.width <= 0) return;
+  if (warp * K >= row.length || l.width <= 0) return;
   float a[CH * S], h[CH * S];
   load_rates(p, l, a);
   load_states(p, l, p.h0 + r * size, h);
@@ -45,47 +62,65 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS) selecti
     u = us[t + l.step], delta = deltas[t + l.step];
     if (GATED) z = zs[t + l.step];
     bs.load(t, b), cs.load(t, c);
+    const int far = t + FAR * WARPS * K;
+    prefetch(us.at(far + l.step)), prefetch(deltas.at(far + l.step));
+    if (GATED) prefetch(zs.at(far + l.step));
+    if (WARPS == 1) prefetch(bs.at(far)), prefetch(cs.at(far));
   };
-  load(warp * K);
-  __syncwarp();
-  for (int t0 = warp * K; t0 < row.length; t0 += WARPS * K) {
-    {
-      float in[4], dt[4];
-      unpack(u, in);
-      step_sizes(delta, shared.channels.bias + l.four, t0 + l.step < row.length, dt);
-      UNROLL for (int i = 0; i < 4; i++) in[i] *= dt[i];
-      shared.steps.put(l, dt, in);
-      shared.kept[0][l.lane] = u;
-      if (GATED) shared.kept[1][l.lane] = z;
+  auto prepare = [&](int t, int turn) {
+    Buffer& to = shared.buffers[turn];
+    float in[4], dt[4];
+    unpack(u, in);
+    step_sizes(delta, shared.channels.bias + l.four, t + l.step < row.length, dt);
+    UNROLL for (int i = 0; i < 4; i++) in[i] *= dt[i];
+    shared.kept[turn][0][l.lane] = u;
+    if (GATED) shared.kept[turn][1][l.lane] = z;
+    to.steps.put(l, dt, in);
+    Map::write(l, b, to.maps[0][0]);
+    Map::write(l, c, to.maps[1][0]);
+  };
+  auto finish = [&](int t, int turn) {
+    float in[4], gate[4], out[4], skip[4];
+    unpack(shared.kept[turn][0][l.lane], in);
+    if (GATED) unpack(shared.kept[turn][1][l.lane], gate);
+    read_floats<4>(shared.channels.skip + l.four, skip);
+    shared.buffers[turn].y.read(l, out);
+    UNROLL for (int i = 0; i < 4; i++) {
+      out[i] += skip[i] * in[i];
+      if (GATED) out[i] *= gate[i] * sigmoid(gate[i]);
     }
-    Map::write(l, b, shared.maps[0][0]);
-    Map::write(l, c, shared.maps[1][0]);
-    __syncwarp();
-    if (WARPS == 1) load(t0 + K);
+    ys.put(t + l.step, out);
+  };
 
-    if (WARPS == 1 && SAVE && t0 % TILE == 0) store_states(p, l, p.saved + (row.tile + t0 / TILE) * size, h);
+  __syncwarp();
+  int t0 = warp * K, turn = 0;
+  load(t0);
+  prepare(t0, 0);
+  load(t0 + WARPS * K);
+  for (; t0 < row.length; t0 += WARPS * K, turn ^= 1) {
+    __syncwarp();
+    if (t0 >= WARPS * K) finish(t0 - WARPS * K, turn ^ 1);
+    Buffer& buffer = shared.buffers[turn];
+    Step steps[K];
+    UNROLL for (int t = 0; t < AHEAD; t++) steps[t].read(buffer, l, t, WARPS == 1);
     if constexpr (WARPS == 1) {
+      if (SAVE && t0 % TILE == 0) store_states(p, l, p.saved + (row.tile + t0 / TILE) * size, h);
       UNROLL for (int t = 0; t < K; t++) {
-        float step[2 * CH], b[S];
-        read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
-        read_floats<S>(&shared.maps[0][t][l.part * S], b);
+        if (t + AHEAD < K) steps[t + AHEAD].read(buffer, l, t + AHEAD, true);
         UNROLL for (int i = 0; i < CH * S; i++)
-          h[i] = exp2_of(step[i / S * 2] * a[i]) * h[i] + step[i / S * 2 + 1] * b[i % S];
-        output(shared, l, t, h);
+          h[i] = exp2_of(steps[t].dt[i / S * 2] * a[i]) * h[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
+        steps[t].output(buffer, l, t, h);
       }
     } else {
       float decay[K][CH * S], total[CH] = {}, after[CH * S] = {};
       UNROLL for (int t = 0; t < K; t++) {
-        float step[2 * CH], b[S];
-        read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
-        read_floats<S>(&shared.maps[0][t][l.part * S], b);
+        if (t + AHEAD < K) steps[t + AHEAD].read(buffer, l, t + AHEAD, false);
         UNROLL for (int i = 0; i < CH * S; i++) {
-          decay[t][i] = exp2_of(step[i / S * 2] * a[i]);
-          after[i] = decay[t][i] * after[i] + step[i / S * 2 + 1] * b[i % S];
+          decay[t][i] = exp2_of(steps[t].dt[i / S * 2] * a[i]);
+          after[i] = decay[t][i] * after[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
         }
-        UNROLL for (int ch = 0; ch < CH; ch++) total[ch] += step[2 * ch];
+        UNROLL for (int ch = 0; ch < CH; ch++) total[ch] += steps[t].dt[2 * ch];
       }
-      load(t0 + WARPS * K);
       if (t0 > 0) {
         await(team * WARPS + warp);
         read_floats<CH * S>(shared.carried[l.lane], h);
@@ -96,26 +131,19 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS) selecti
         signal(team * WARPS + next);
       }
       if (SAVE && t0 % TILE == 0) store_states(p, l, p.saved + (row.tile + t0 / TILE) * size, h);
+      UNROLL for (int t = 0; t < AHEAD; t++) steps[t].read(buffer, l, t, true);
       UNROLL for (int t = 0; t < K; t++) {
-        float step[2 * CH], b[S];
-        read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
-        read_floats<S>(&shared.maps[0][t][l.part * S], b);
-        UNROLL for (int i = 0; i < CH * S; i++) h[i] = decay[t][i] * h[i] + step[i / S * 2 + 1] * b[i % S];
-        output(shared, l, t, h);
+        if (t + AHEAD < K) steps[t + AHEAD].read(buffer, l, t + AHEAD, true);
+        UNROLL for (int i = 0; i < CH * S; i++)
+          h[i] = decay[t][i] * h[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
+        steps[t].output(buffer, l, t, h);
       }
-      if (t0 + K >= row.length) store_states(p, l, p.final + r * size, h);
     }
-    __syncwarp();
-    float in[4], gate[4], out[4], skip[4];
-    unpack(shared.kept[0][l.lane], in);
-    if (GATED) unpack(shared.kept[1][l.lane], gate);
-    read_floats<4>(shared.channels.skip + l.four, skip);
-    shared.y.read(l, out);
-    UNROLL for (int i = 0; i < 4; i++) {
-      out[i] += skip[i] * in[i];
-      if (GATED) out[i] *= gate[i] * sigmoid(gate[i]);
-    }
-    ys.put(t0 + l.step, out);
+    prepare(t0 + WARPS * K, turn ^ 1);
+    load(t0 + 2 * WARPS * K);
   }
-  if (WARPS == 1) store_states(p, l, p.final + r * size, h);
+  __syncwarp();
+  t0 -= WARPS * K;
+  finish(t0, turn ^ 1);
+  if (t0 + K >= row.length) store_states(p, l, p.final + r * size, h);
 }
