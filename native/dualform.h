@@ -10,13 +10,17 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 1  // of this interface
+#define DUALFORM_VERSION 2  // of this interface
 
 typedef struct {
   uint16_t bits;
 } bfloat16;
 
-enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2 };
+typedef struct {
+  uint16_t bits;
+} float16;  // IEEE 754
+
+enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
 
 // (rows, T, ...): the innermost axes are contiguous.
 typedef struct {

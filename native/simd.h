@@ -205,7 +205,8 @@ INLINE vec<T> exp2(vec<T> x) {
 #endif
 }
 
-// What a tensor holds, as numbers to compute with, and back; to bfloat16 by rounding to nearest, ties to even.
+// What a tensor holds, as numbers to compute with, and back; to 16 bits by rounding to nearest, ties to even. No number
+// in between is a denormal float or double, which count as 0 while kernels run.
 INLINE float number(float x) { return x; }
 INLINE double number(double x) { return x; }
 INLINE float number(bfloat16 x) {
@@ -224,6 +225,32 @@ INLINE void put(bfloat16* p, float value) {
   p->bits = uint16_t(value == value ? rounded : 0x7fc0);
 }
 INLINE void put(bfloat16* p, double x) { put(p, float(x)); }
+INLINE float number(float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fff, sign = uint32_t(x.bits >> 15) << 31;
+  uint32_t word = (magnitude << 13) + (magnitude < 0x7c00 ? uint32_t(127 - 15) << 23 : uint32_t(255 - 31) << 23);
+  if (magnitude < 0x0400) {
+    float small = float(magnitude) * 0x1p-24f;
+    memcpy(&word, &small, 4);
+  }
+  word |= sign;
+  float value;
+  memcpy(&value, &word, 4);
+  return value;
+}
+INLINE void put(float16* p, float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  const uint32_t sign = word >> 16 & 0x8000, magnitude = word & 0x7fffffff;
+  uint32_t rounded = (magnitude + 0xfff + (magnitude >> 13 & 1) - (uint32_t(127 - 15) << 23)) >> 13;
+  if (magnitude < 0x38800000) {  // below 2^-14: in steps of 2^-24, which are those of floats in [1/2, 1)
+    float small = (value < 0 ? -value : value) + 0.5f;
+    memcpy(&rounded, &small, 4);
+    rounded -= 0x3f000000;
+  }
+  if (magnitude >= 0x477ff000) rounded = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  p->bits = uint16_t(sign | rounded);
+}
+INLINE void put(float16* p, double x) { put(p, float(x)); }
 
 // log(1 + x) / x = c_0 + c_1 x + ... on [0, 1], of least relative error: 4.7e-9 and 9.1e-18.
 template <class T>

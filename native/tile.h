@@ -60,6 +60,7 @@ INLINE Rows<const T> copy(const View& v, const Window& w, T* scratch) {
   if (v.dtype == FLOAT32) convert(Rows<const float>{address<const float>(v, w), v.time}, to, steps, w.count);
   if (v.dtype == FLOAT64) convert(Rows<const double>{address<const double>(v, w), v.time}, to, steps, w.count);
   if (v.dtype == BFLOAT16) convert(Rows<const bfloat16>{address<const bfloat16>(v, w), v.time}, to, steps, w.count);
+  if (v.dtype == FLOAT16) convert(Rows<const float16>{address<const float16>(v, w), v.time}, to, steps, w.count);
   return {scratch, w.width};
 }
 
@@ -94,6 +95,7 @@ INLINE void write(const View& v, const Window& w, Rows<T> rows) {
   if (v.dtype == FLOAT32) convert(from, Rows<float>{address<float>(v, w), v.time}, steps, w.count);
   if (v.dtype == FLOAT64) convert(from, Rows<double>{address<double>(v, w), v.time}, steps, w.count);
   if (v.dtype == BFLOAT16) convert(from, Rows<bfloat16>{address<bfloat16>(v, w), v.time}, steps, w.count);
+  if (v.dtype == FLOAT16) convert(from, Rows<float16>{address<float16>(v, w), v.time}, steps, w.count);
 }
 
 // `count` rows of numbers, one per channel and `stride` apart <-> `states` vectors, one lane per channel; further lanes
@@ -225,6 +227,7 @@ void add_groups(const Groups& s, int64_t row) {
         if (s.out.dtype == FLOAT32) put(static_cast<float*>(s.out.data) + to, x);
         if (s.out.dtype == FLOAT64) put(static_cast<double*>(s.out.data) + to, x);
         if (s.out.dtype == BFLOAT16) put(static_cast<bfloat16*>(s.out.data) + to, x);
+        if (s.out.dtype == FLOAT16) put(static_cast<float16*>(s.out.data) + to, x);
       }
     }
   }

@@ -142,12 +142,7 @@ def _fields(
 
 
 def _refuses(*args: Any) -> str | None:
-    u, delta, A, B, C, _, z = args[:7]
-    if A.is_complex():
-        return "A is complex"
-    if any(m is not None and m.dtype == torch.float16 for m in (u, delta, B, C, z)):
-        return "float16"
-    return None
+    return "A is complex" if args[2].is_complex() else None
 
 
 selective_scan_op.add(
