@@ -277,13 +277,30 @@ struct Log1p<double> {
       0x1.a4187b4c4aac1p-16};
 };
 
-// log(1 + e^x), and x / (1 + e^-x).
+// A function at x, and its derivative there.
 template <class T>
-INLINE vec<T> softplus(vec<T> x) {
+struct Curve {
+  vec<T> value, slope;
+};
+
+// log(1 + e^x).
+template <class T>
+INLINE Curve<T> softplus_curve(vec<T> x) {
   vec<T> t = exp2<T>((x > 0 ? -x : x) * T(LOG2_E)), p = splat(Log1p<T>::C[Log1p<T>::TERMS - 1]);
 #pragma GCC unroll 32
   for (int i = Log1p<T>::TERMS - 2; i >= 0; i--) p = fma(p, t, splat(Log1p<T>::C[i]));
-  return fma(p, t, x > 0 ? x : vec<T>{});
+  return {fma(p, t, x > 0 ? x : vec<T>{}), (x > 0 ? splat(T(1)) : t) / (t + T(1))};
+}
+template <class T>
+INLINE vec<T> softplus(vec<T> x) {
+  return softplus_curve<T>(x).value;
+}
+
+// x / (1 + e^-x).
+template <class T>
+INLINE Curve<T> silu_curve(vec<T> x) {
+  vec<T> sigmoid = T(1) / (exp2<T>(x * T(-LOG2_E)) + T(1)), value = x * sigmoid;
+  return {value, fma(value, T(1) - sigmoid, sigmoid)};
 }
 template <class T>
 INLINE vec<T> silu(vec<T> x) {

@@ -9,6 +9,20 @@ namespace DUALFORM_ISA {
 template <class T>
 constexpr int64_t DTYPE = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
 
+// `count` numbers, at most a vector; the other lanes are 0.
+template <class T>
+INLINE vec<T> load_some(const T* p, int64_t count) {
+  if (count >= LANES<T>) return load(p);
+  T lanes[LANES<T>] = {};
+  for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+INLINE void store_some(T* p, vec<T> v, int64_t count) {
+  if (count >= LANES<T>) return store(p, v);
+  for (int64_t i = 0; i < count; i++) p[i] = v[i];
+}
+
 // One row of numbers for every step of a tile: in the tensor itself, or in scratch memory.
 template <class T>
 struct Rows {
