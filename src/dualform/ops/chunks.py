@@ -42,11 +42,9 @@ class Chunks:
         self.index = torch.arange(self.total, device=device) - self.cu_chunks[owner]  # of a chunk in its sequence
         begin = borders[owner] + self.index * size
         self.count = torch.minimum(borders[owner + 1] - begin, torch.full_like(owner, size))  # tokens of a chunk
-        every = torch.arange(len(lengths), device=device)
-        self.full = (
-            every[: batch * min(1, length)] if cu_seqlens is None else every[lengths > 0]
-        )  # sequences with chunks
-        self.last = self.cu_chunks[1:][self.full] - 1  # the last chunk of each of them
+        every = torch.arange(len(lengths), device=device)  # sequences; the full ones have chunks
+        self.full = every[: batch * min(1, length)] if cu_seqlens is None else every[lengths > 0]
+        self.last = self.cu_chunks[1:][self.full] - 1  # the last chunks of those sequences
         self.shape, self.packed = (batch, length), cu_seqlens is not None
         self.places: tuple[Tensor, Tensor] | None = None  # of tokens in the line of chunks, left and right
         if self.total * size != batch * length:

@@ -145,11 +145,8 @@ def _backward(
     if u.numel() == 0 or h0.numel() == 0:
         return [torch.zeros_like(u), torch.zeros_like(Abar), torch.zeros_like(CB), grads[1].clone()]
     with _exactly(u.device.type):
-        chunks, x, dy = (
-            Chunks(u, cu_seqlens, chunk_size(u, cu_seqlens)),
-            u.to(h0.real.dtype),
-            grads[0].to(h0.real.dtype),
-        )
+        chunks, dtype = Chunks(u, cu_seqlens, chunk_size(u, cu_seqlens)), h0.real.dtype
+        x, dy = u.to(dtype), grads[0].to(dtype)
         tables = _Tables.of(Abar, CB, chunks.size)
         powers, size = tables.powers, chunks.size
         before, _, decay = _states(chunks, x, tables, h0)

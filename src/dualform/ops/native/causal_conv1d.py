@@ -5,18 +5,18 @@ from torch import Tensor
 
 from dualform.ops.causal_conv1d import causal_conv1d_op
 from dualform.ops.native import library
-from dualform.ops.native.library import NO_VIEW, readable, sequences, view
+from dualform.ops.native.library import NO_VIEW, readable, sequences, view, writable
 from dualform.ops.op import Backend
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    y, final = x.new_empty(x.shape), state.clone(memory_format=torch.contiguous_format)
+    y, final = writable(x), state.clone(memory_format=torch.contiguous_format)
     if y.numel() == 0:
-        return [y, final]
+        return [y.to(x.dtype), final]
     given, fields = _fields(x, weight, bias, state, cu_seqlens)
     library.call("causal_conv1d", *fields, *view(y), final.data_ptr(), *NO_VIEW, 0, *NO_VIEW, 0, 0, 0)
     del given
-    return [y, final]
+    return [y.to(x.dtype), final]
 
 
 def _backward(
@@ -28,7 +28,7 @@ def _backward(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    dx, dstate = x.new_empty(x.shape), grads[1].clone()
+    dx, dstate, dy = writable(x), grads[1].clone(), readable(grads[0])
     dweight, dbias = state.new_zeros(weight.shape), state.new_zeros(len(weight))
     if x.numel() > 0:
         given, fields = _fields(x, weight, bias, state, cu_seqlens)
@@ -37,7 +37,7 @@ def _backward(
             *fields,
             *NO_VIEW,
             0,
-            *view(grads[0]),
+            *view(dy),
             grads[1].data_ptr(),
             *view(dx),
             dweight.data_ptr(),
@@ -45,7 +45,7 @@ def _backward(
             dstate.data_ptr(),
         )
         del given
-    return [dx, dweight.to(weight.dtype), *([] if bias is None else [dbias.to(bias.dtype)]), dstate]
+    return [dx.to(x.dtype), dweight.to(weight.dtype), *([] if bias is None else [dbias.to(bias.dtype)]), dstate]
 
 
 def _fields(

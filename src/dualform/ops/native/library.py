@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_VERSION = 1  # of the interface, DUALFORM_VERSION in native/dualform.h
+_VERSION = 2  # of the interface, DUALFORM_VERSION in native/dualform.h
 _FILE = Path(__file__).parent / "kernels.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
@@ -68,6 +68,12 @@ def readable(tensor: Tensor, inner: int = 1) -> Tensor:
             return tensor.contiguous()
         stride *= tensor.shape[axis]
     return tensor
+
+
+def writable(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of that shape, in a dtype, that of ``like`` by default; float32 if kernels do not write it."""
+    dtype = like.dtype if dtype is None else dtype
+    return like.new_empty(like.shape, dtype=dtype if dtype in DTYPES or dtype.is_complex else torch.float32)
 
 
 def view(tensor: Tensor) -> tuple[int, int, int, int]:

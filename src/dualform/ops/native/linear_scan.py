@@ -5,22 +5,22 @@ from torch import Tensor
 
 from dualform.ops.linear_scan import as_grad, linear_scan_op
 from dualform.ops.native import library
-from dualform.ops.native.library import NO_VIEW, readable, sequences, view
+from dualform.ops.native.library import NO_VIEW, readable, sequences, view, writable
 from dualform.ops.op import Backend
 
 
 def _forward(a: Tensor, b: Tensor, h0: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> list[Tensor]:
     out = torch.promote_types(a.dtype, b.dtype)
     out = torch.promote_types(out, h0.dtype) if h0.is_complex() else out
-    h = b.new_empty(b.shape, dtype=out)
+    h = writable(b, out)
     final = h0.clone(memory_format=torch.contiguous_format)
     if h.numel() == 0:
-        return [h, final]
+        return [h.to(out), final]
     given, fields = _fields(a, b, h0, cu_seqlens, reverse)
     kept = _flat(h, h0)
     library.call("linear_scan", *fields, *view(kept), final.data_ptr(), *NO_VIEW, 0, *NO_VIEW, *NO_VIEW, 0)
     del given
-    return [h, final]
+    return [h.to(out), final]
 
 
 def _backward(
@@ -29,7 +29,7 @@ def _backward(
     dh0 = grads[1].clone()
     if b.numel() == 0:
         return [torch.zeros_like(a), torch.zeros_like(b), dh0]
-    da, db = (h0.new_empty(b.shape, dtype=_grad_dtype(x, h0)) for x in (a, b))
+    da, db = (writable(b, h0.dtype if h0.is_complex() else x.dtype) for x in (a, b))
     given, fields = _fields(a, b, h0, cu_seqlens, reverse)
     h, dh = (_flat(x, h0) for x in (kept[0], grads[0]))
     library.call(
@@ -72,10 +72,6 @@ def _flat(x: Tensor, state: Tensor) -> Tensor:
         x = torch.view_as_real(x.to(state.dtype).resolve_conj())
     x = readable(x, x.dim() - 2)
     return x.flatten(2) if x.dim() > 2 else x[..., None]
-
-
-def _grad_dtype(x: Tensor, state: Tensor) -> torch.dtype:
-    return state.dtype if state.is_complex() else x.dtype
 
 
 linear_scan_op.add(Backend("native", _forward, _backward, devices=("cpu",), missing=library.missing))
