@@ -91,7 +91,7 @@ class DiagonalMixer(Structured):
         intervals: Real[Tensor, "B T"] | None = None,
         rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], Any]:
-        """The parallel form. States are held once per 64 tokens, never for every token."""
+        """The parallel form. States are never held for every token."""
         intervals = check_intervals(self._name, x, intervals, wide(self.log_dt))
         return self._forward(x, state, cu_seqlens, rate, *(() if intervals is None else (intervals,)))
 

@@ -69,7 +69,7 @@ class H3(Mixer):
 
     Shapes:
         ``(B, T, d_model) -> (B, T, d_model)``; inside, H = d_model / P heads of width P. The parallel form holds
-        ``(B, T, d_model * P)`` numbers, and states once per 64 tokens.
+        ``(B, T, d_model * P)`` numbers, and never the states of every token.
 
     Raises:
         ConfigError: for an odd ``d_state``, an unknown ``init`` or ``rule``, step sizes that are not positive, or a
@@ -169,7 +169,7 @@ class H3(Mixer):
             begin = length * torch.arange(products, device=k.device)[:, None] + cu_seqlens[:-1]
             borders = torch.cat([begin.flatten(), begin.new_full((1,), products * length)])
         z, last = self._system().run(u, _fold(h), borders, self._C())
-        z = torch.addcmul(z, u, self.D.to(u.dtype)).view(kv.shape)
+        z = z.addcmul_(u, self.D.to(u.dtype)).view(kv.shape)
         return torch.einsum("bthi,ijbth->bthj", q, z), _unfold(last, h)
 
     def _system(self) -> Poles:
