@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 3  // of this interface
+#define DUALFORM_VERSION 4  // of this interface
 
 typedef struct {
   uint16_t bits;
@@ -67,8 +67,6 @@ typedef struct {
   void* dh0;             // (sequences, D, N); rows of empty sequences are left alone
 } SelectiveScan;
 
-#define DIAGONAL_SSM_TILE 64  // steps between the states that the backward of diagonal_ssm starts from
-
 // h_t = A h_{t-1} + u_t, y_t = 2 Re sum_n C_n h_n; A, C and states are complex, as pairs of numbers.
 typedef struct {
   int64_t threads;
@@ -81,7 +79,6 @@ typedef struct {
   const void* h0;  // (sequences, D, N, 2)
   View y;          // (rows, T, D)
   void* final;     // (sequences, D, N, 2); rows of empty sequences are left alone
-  void* saved;     // (rows, ceil(T / DIAGONAL_SSM_TILE), N, 2, D), the states entering each tile; or null
   // Backward only.
   View dy;             // (rows, T, D)
   const void* dfinal;  // (sequences, D, N, 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_VERSION = 3  # of the interface, DUALFORM_VERSION in native/dualform.h
+_VERSION = 4  # of the interface, DUALFORM_VERSION in native/dualform.h
 _FILE = Path(__file__).parent / "kernels.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
