@@ -20,7 +20,8 @@ if not library.missing:
     for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
         import_module(f"dualform.ops.native.{_name}")
 if torch.version.cuda:
-    import_module("dualform.ops.cuda.selective_scan")
+    for _name in ("causal_conv1d", "selective_scan"):
+        import_module(f"dualform.ops.cuda.{_name}")
 
 __all__ = [
     "OPS",
