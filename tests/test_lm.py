@@ -16,7 +16,7 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
-from dualform.models import lm
+from dualform.models import linear_loss
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 
@@ -259,7 +259,7 @@ def test_loss_in_pieces_is_the_same_with_the_same_gradients(model, monkeypatch, 
     x = tokens(2, 6)
     results = []
     for size in (2**24, at_once):
-        monkeypatch.setattr(lm, "_LOGITS_AT_ONCE", size)
+        monkeypatch.setitem(linear_loss.LOGITS_AT_ONCE, "cpu", size)
         model.zero_grad()
         loss = model.loss(x)
         loss.backward()
@@ -270,12 +270,24 @@ def test_loss_in_pieces_is_the_same_with_the_same_gradients(model, monkeypatch, 
 
 
 def test_loss_never_holds_all_logits(monkeypatch):
-    model, largest = build("M"), []
-    monkeypatch.setattr(lm, "_LOGITS_AT_ONCE", 5 * V)
-    head = model.logits
-    monkeypatch.setattr(model, "logits", lambda h: largest.append(len(h)) or head(h))
+    model, sizes, slope = build("M"), [], linear_loss._slope
+    monkeypatch.setitem(linear_loss.LOGITS_AT_ONCE, "cpu", 5 * V)
+    monkeypatch.setattr(linear_loss, "_slope", lambda x, targets: sizes.append(x.numel()) or slope(x, targets))
     model.loss(tokens(2, 16)).backward()
-    assert max(largest) == 5 and len(largest) == 2 * 7  # once forward, once again for the gradient
+    assert max(sizes) <= 5 * V and sum(sizes) == 32 * V  # each once, and never all
+
+
+@pytest.mark.parametrize("frozen", ["embed", "blocks"])
+def test_loss_with_frozen_parts(frozen):
+    model, x = build("M"), tokens(2, 6)
+    model.loss(x).backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    getattr(model, frozen).requires_grad_(False)
+    model.loss(x).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            close(p.grad, want[name])
 
 
 # --- errors ---
