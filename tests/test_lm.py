@@ -19,6 +19,7 @@ from dualform.layers.mlp import MLPConfig
 from dualform.models import linear_loss
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
+from dualform.ops import backend
 
 V = 19
 PARTS = {
@@ -52,6 +53,48 @@ def tokens(*shape):
 
 def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def gradients(model, text, state, cu_seqlens):
+    """Loss gradients by parameter, and the bytes that the forward kept for them."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        h, final = model.features(text, state, cu_seqlens=cu_seqlens)
+    loss = h.square().mean() + sum(leaf.square().sum() for leaf in leaves(final) if leaf.is_floating_point())
+    loss.backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()], sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["", "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputing_changes_memory_and_nothing_else(model, name, packed, monkeypatch):
+    text = tokens(1, 60) if packed else tokens(3, 20)
+    borders = from_lengths(torch.tensor([11, 49])) if packed else None
+    with torch.no_grad():
+        state = model.features(tokens(2 if packed else 3, 5))[1]
+    with backend(name):
+        want, whole = gradients(model, text, state, borders)
+        monkeypatch.setattr(model, "recompute", True)
+        got, less = gradients(model, text, state, borders)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert less < whole / 3
+
+
+def test_recomputing_keeps_the_forced_backend(model, monkeypatch):
+    """The backward, which may run outside of ``backend(...)``, computes with the backend of the forward."""
+    monkeypatch.setattr(model, "recompute", True)
+    with backend("reference"):
+        inside = model.loss(tokens(2, 9))
+        want = torch.autograd.grad(inside, model.embed.weight)
+        loss = model.loss(tokens(2, 9))
+    assert torch.equal(torch.autograd.grad(loss, model.embed.weight)[0], want[0])
 
 
 def prefix(mine, other):

@@ -99,6 +99,7 @@ class _Run:
         self.recipe, self.accelerator, self.dataset, self.tokenizer = recipe, accelerator, dataset, tokenizer
         self.out, self.device = Path(recipe.out), accelerator.device
         self.model = model.to(self.device)
+        self.model.recompute = recipe.recompute
         self.bfloat16 = uses_bfloat16(recipe, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         at, self.changed = Position(), list[str]()
