@@ -108,7 +108,7 @@ struct Steps {
         bytes(int(time) * int(sizeof(INPUT))), last(last), count(of.count) {}
   METHOD Steps(const View& v, const Piece& piece, const Channels& of, int last)
       : Steps(v.data, v.row, v.time, piece, of, last) {}
-  METHOD INPUT* at(int t) const { return (INPUT*)(from + int64(t) * bytes); }
+  METHOD INPUT* at(int t) const { return (INPUT*)(from + product(t, bytes)); }
   METHOD Group operator[](int t) const { return load_group(at(least(t, last)), count); }
   METHOD void put(int t, const float* x) const { store_group(at(t), x, count); }
 };
