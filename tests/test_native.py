@@ -1,37 +1,397 @@
-"""The CPU kernels, where they have been built: every instruction set is the definition, forward and backward."""
+"""The CPU kernels: every operator on every instruction set that this processor has, against the float64 reference."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, bfloat16, complex64, complex128, float16, float32, float64
 
-from dualform.check.op_cases import op_cases
-from dualform.check.run import compare
 from dualform.core.errors import BackendError
-from dualform.ops import OPS
+from dualform.ops import OPS, backend, causal_conv1d_update, selective_scan, selective_state_update
 from dualform.ops.native import library
 
-pytestmark = pytest.mark.skipif(bool(library.missing), reason="the CPU kernels are not built")
-NAMES = [
-    case.name for case in op_cases(3) if case.op in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan")
-]
+pytestmark = pytest.mark.skipif(bool(library.missing), reason=library.missing)
+
+INSTRUCTIONS = [name for name in ("avx512", "avx2", "baseline") if library.choose(name) == name]
+library.choose()
+TOLERANCE = {float32: 5e-6, float64: 2e-14, bfloat16: 1e-2, float16: 2e-3}
+SHORT = [0, 0, 1, 3, 3, 4, 8, 41, 41, 42, 130, 130]  # borders of sequences, empty ones among them
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def instructions(request):
-    if not library.choose(request.param):
-        pytest.skip(f"this processor has no {request.param}")
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    library.choose(request.param)
     yield request.param
     library.choose()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_kernels_are_the_definition(name, dtype, instructions, poison):
-    case = next(c for c in op_cases(67) if c.name == name)
-    assert any(b.name == "native" for b in OPS[case.op].backends)
-    for backward in (False, True):
-        try:
-            found, allowed = compare(case, "native", torch.device("cpu"), dtype, backward=backward)
-        except BackendError as error:
-            assert "complex" in str(error)
-            continue
-        assert found.error <= allowed, found
+def normal(*shape: int, dtype: torch.dtype = float32) -> Tensor:
+    if dtype.is_complex:
+        return torch.view_as_complex(torch.randn(*shape, 2, dtype=float64)).to(dtype)
+    return torch.randn(*shape, dtype=float64).to(dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, float32)
+
+
+def packed(borders: list[int] | None) -> Tensor | None:
+    return None if borders is None else torch.tensor(borders, dtype=torch.int32)
+
+
+def rows(batch: int, borders: list[int] | None) -> int:
+    return batch if borders is None else len(borders) - 1
+
+
+def scan(batch, length, width, states, groups=(1, 1), dtype=float32, borders=None, around=""):
+    """``around`` the recurrence: "D" a skip, "z" a gate, "b" a bias and "s" a softplus of the step."""
+    real = wide(dtype)
+    step = 2 * torch.randn(batch, length, width) - 2 if "s" in around else torch.rand(batch, length, width) * 0.5
+    return (
+        normal(batch, length, width, dtype=dtype),
+        step.to(dtype),
+        (-3 * torch.rand(width, states)).to(real),
+        normal(batch, length, groups[0], states, dtype=dtype),
+        normal(batch, length, groups[1], states, dtype=dtype),
+        normal(width, dtype=dtype) if "D" in around else None,
+        normal(batch, length, width, dtype=dtype) if "z" in around else None,
+        torch.rand(width).to(real) if "b" in around else None,
+        "s" in around,
+        normal(rows(batch, borders), width, states, dtype=real),
+        packed(borders),
+    )
+
+
+def linear(batch, length, shape, dtypes=(float32, float32), borders=None, alike="", reverse=False):
+    """``alike``: whether a is the same at all times ("t") or along the last axis ("c")."""
+    sizes = (1, 1, *shape) if alike == "t" else (batch, length, *shape)
+    sizes = (*sizes[:-1], 1) if alike == "c" else sizes
+    a = torch.rand(sizes) * 1.6 - 0.8
+    a = (torch.polar(a.abs(), 3 * a) if dtypes[0].is_complex else a).to(dtypes[0])
+    b = normal(batch, length, *shape, dtype=dtypes[1])
+    state = torch.promote_types(wide(dtypes[0]), wide(dtypes[1]))
+    return a.expand_as(b), b, normal(rows(batch, borders), *shape, dtype=state), packed(borders), reverse
+
+
+def diagonal(batch, length, width, modes, dtype=float32, borders=None):
+    state = torch.promote_types(wide(dtype), complex64)
+    decay = torch.polar(torch.rand(width, modes) * 0.4 + 0.6, torch.rand(width, modes) * 6).to(state)
+    return (
+        normal(batch, length, width, dtype=dtype),
+        decay,
+        normal(width, modes, dtype=state),
+        normal(rows(batch, borders), width, modes, dtype=state),
+        packed(borders),
+    )
+
+
+def conv(batch, length, width, taps, dtype=float32, borders=None, bias=True, silu=False):
+    return (
+        normal(batch, length, width, dtype=dtype),
+        normal(width, taps, dtype=dtype),
+        normal(width, dtype=dtype) if bias else None,
+        silu,
+        normal(rows(batch, borders), width, taps - 1, dtype=wide(dtype)),
+        packed(borders),
+    )
+
+
+# Widths beside and across the lanes of every vector, lengths beside and across tiles.
+CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
+    "scan one": ("selective_scan", lambda: scan(1, 1, 1, 1)),
+    "scan odd": ("selective_scan", lambda: scan(2, 65, 17, 3, around="D")),
+    "scan step": ("selective_scan", lambda: scan(2, 65, 17, 3, around="bs")),
+    "scan gate": ("selective_scan", lambda: scan(2, 65, 17, 3, around="z")),
+    "scan three rows": ("selective_scan", lambda: scan(3, 33, 48, 16, around="Dzbs")),
+    "scan groups": ("selective_scan", lambda: scan(1, 100, 40, 20, (2, 4), around="Dzs")),
+    "scan groups of one": ("selective_scan", lambda: scan(1, 64, 12, 5, (3, 12), float64, around="Dzb")),
+    "scan packed": ("selective_scan", lambda: scan(1, 130, 33, 16, (1, 3), float32, SHORT, "Dzbs")),
+    "scan packed bfloat16": ("selective_scan", lambda: scan(1, 130, 35, 17, (1, 1), bfloat16, SHORT, "Dzbs")),
+    "scan wide bfloat16": ("selective_scan", lambda: scan(2, 70, 300, 16, (1, 2), bfloat16, around="Dzbs")),
+    "scan float64": ("selective_scan", lambda: scan(5, 40, 130, 31, (1, 1), float64, around="Dzbs")),
+    "linear one": ("linear_scan", lambda: linear(1, 1, (1,))),
+    "linear no axes": ("linear_scan", lambda: linear(4, 64, ())),
+    "linear odd": ("linear_scan", lambda: linear(2, 65, (17,))),
+    "linear mixed": ("linear_scan", lambda: linear(3, 33, (130,), (float32, bfloat16))),
+    "linear axes": ("linear_scan", lambda: linear(2, 70, (3, 5), (float64, float64))),
+    "linear packed": ("linear_scan", lambda: linear(1, 130, (33,), borders=SHORT)),
+    "linear packed back": ("linear_scan", lambda: linear(1, 130, (70,), (float64, float64), SHORT, reverse=True)),
+    "linear complex": ("linear_scan", lambda: linear(1, 130, (70,), (complex64, complex64), SHORT)),
+    "linear complex back": ("linear_scan", lambda: linear(2, 100, (9,), (complex128, complex128), reverse=True)),
+    "linear complex alike": ("linear_scan", lambda: linear(2, 64, (100,), (complex64, complex64), alike="t")),
+    "linear real decay": ("linear_scan", lambda: linear(2, 40, (21,), (float32, complex64))),
+    "linear alike": ("linear_scan", lambda: linear(2, 50, (64,), (bfloat16, bfloat16), alike="t")),
+    "linear channels alike": ("linear_scan", lambda: linear(2, 33, (6, 4), (float64, float64), alike="c")),
+    "diagonal one": ("diagonal_ssm", lambda: diagonal(1, 1, 1, 1)),
+    "diagonal odd": ("diagonal_ssm", lambda: diagonal(2, 65, 17, 3)),
+    "diagonal three rows": ("diagonal_ssm", lambda: diagonal(3, 200, 48, 32)),
+    "diagonal packed": ("diagonal_ssm", lambda: diagonal(1, 130, 33, 16, float32, SHORT)),
+    "diagonal wide bfloat16": ("diagonal_ssm", lambda: diagonal(2, 70, 300, 5, bfloat16)),
+    "diagonal float64": ("diagonal_ssm", lambda: diagonal(1, 300, 64, 4, float64, [0, 70, 299, 300])),
+    "conv one": ("causal_conv1d", lambda: conv(1, 1, 1, 4)),
+    "conv odd": ("causal_conv1d", lambda: conv(2, 65, 17, 4, silu=True)),
+    "conv without bias": ("causal_conv1d", lambda: conv(3, 33, 130, 3, bias=False, silu=True)),
+    "conv width 1": ("causal_conv1d", lambda: conv(2, 40, 21, 1)),
+    "conv short": ("causal_conv1d", lambda: conv(2, 2, 5, 4, float64)),
+    "conv packed": ("causal_conv1d", lambda: conv(1, 130, 33, 4, float32, SHORT, silu=True)),
+    "conv packed width 6": ("causal_conv1d", lambda: conv(1, 12, 20, 6, float64, [0, 2, 3, 5, 5, 12], silu=True)),
+    "conv wide bfloat16": ("causal_conv1d", lambda: conv(2, 70, 300, 4, bfloat16, silu=True)),
+}
+
+
+def differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def double(x: Any) -> Any:
+    """In float64 or complex128, if it is a tensor of numbers."""
+    return x.to(torch.promote_types(x.dtype, float64)) if differentiable(x) else x
+
+
+def leaves(args: tuple[Any, ...]) -> list[Any]:
+    return [x.detach().requires_grad_() if differentiable(x) else x for x in args]
+
+
+def evaluate(op: str, args: tuple[Any, ...], name: str, weights: list[Tensor]) -> list[Tensor]:
+    """The outputs, and the gradients of their sum with weights by every argument."""
+    args = tuple(leaves(args))
+    with backend(name):
+        out = OPS[op](*args)
+        weights = [w.to(y.dtype) for w, y in zip(weights, out, strict=True)]
+        found = torch.autograd.grad(out, [x for x in args if differentiable(x)], weights)
+    return [*(y.detach() for y in out), *found]
+
+
+def weights_for(op: str, args: tuple[Any, ...]) -> list[Tensor]:
+    with torch.no_grad(), backend("torch"):
+        return [normal(*y.shape, dtype=y.dtype) for y in OPS[op](*args)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_every_kernel_is_the_definition(case, count, instructions, poison, threads):
+    threads(count)
+    op, make = CASES[case]
+    args = make()
+    weights = weights_for(op, args)
+    got = evaluate(op, args, "native", weights)
+    want = evaluate(op, tuple(double(x) for x in args), "reference", [double(w) for w in weights])
+    tolerance = max(TOLERANCE[x.dtype.to_real()] for x in args if differentiable(x))
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape
+        error = float((double(a) - b).abs().max() / b.abs().max().clamp(min=1e-30)) if b.numel() else 0.0
+        assert error <= tolerance, f"result {i}: {error:.3g}"
+
+
+@pytest.mark.parametrize("case", ["scan groups", "linear complex", "diagonal three rows", "conv wide bfloat16"])
+def test_two_runs_are_alike_to_the_last_bit(case, instructions, threads):
+    threads(2)
+    op, make = CASES[case]
+    args = make()
+    weights = weights_for(op, args)
+    first, second = (evaluate(op, args, "native", weights) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("case", ["scan packed", "diagonal packed"])
+def test_inference_gives_the_same(case, instructions):
+    op, make = CASES[case]
+    args = make()
+    with backend("native"):
+        kept = OPS[op](*leaves(args))
+        with torch.no_grad():
+            plain = OPS[op](*args)
+    assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    "op, state", [("selective_scan", 9), ("linear_scan", 2), ("diagonal_ssm", 3), ("causal_conv1d", 4)]
+)
+@pytest.mark.parametrize("batch, length", [(2, 0), (0, 3)])
+def test_nothing_to_do(op, state, batch, length):
+    args = {
+        "selective_scan": lambda: scan(batch, length, 5, 3, around="Dzbs"),
+        "linear_scan": lambda: linear(batch, length, (5,)),
+        "diagonal_ssm": lambda: diagonal(batch, length, 5, 3),
+        "causal_conv1d": lambda: conv(batch, length, 5, 4, silu=True),
+    }[op]()
+    args = leaves(args)
+    with backend("native"):
+        y, final = OPS[op](*args)
+    (y.sum() + final.real.sum()).backward()
+    assert y.shape[:2] == (batch, length)
+    assert torch.equal(final, args[state])
+    assert torch.equal(args[state].grad, torch.ones_like(final))
+    assert torch.equal(args[1].grad, torch.zeros_like(args[1]))
+
+
+def test_strided_inputs():
+    """Halves of one projection, and maps cut from another, as the layers hand them over."""
+    both, maps = normal(2, 40, 2 * 24, dtype=float64), normal(2, 40, 4 + 2 * 8, dtype=float64)
+    dt, A = torch.rand(2, 40, 24, dtype=float64), -torch.rand(24, 8, dtype=float64)
+    _, B, C = maps.split([4, 8, 8], -1)
+    args = both[..., 24:], dt, A, B.unsqueeze(2), C.unsqueeze(2)
+    with backend("native"):
+        got = selective_scan(*args)
+    with backend("reference"):
+        want = selective_scan(*(x.contiguous() for x in args))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_slow_decay_is_as_exact_as_a_loop(instructions):
+    """Rounding of decays near 1 accumulates over thousands of steps, in the kernel no more than in a float32 loop."""
+    u, dt = normal(1, 3000, 16), torch.rand(1, 3000, 16) * 1e-3
+    maps, plain = normal(2, 1, 3000, 1, 8), (None, None, None, False)
+    args = u, dt, -torch.rand(16, 8), *maps, *plain, torch.zeros(1, 16, 8), None
+    with backend("reference"):
+        exact, loop = OPS["selective_scan"](*(double(x) for x in args))[0], OPS["selective_scan"](*args)[0]
+    with backend("native"):
+        y = OPS["selective_scan"](*args)[0]
+    assert (y - exact).norm() <= 2 * (loop - exact).norm()
+
+
+@pytest.mark.parametrize("step, state", [(0.0, 1.0), (1e4, 0.0), (3e38, 0.0), (float("nan"), float("nan"))])
+def test_extreme_steps(step, state, instructions):
+    """One that forgets nothing, some that forget everything, and one that is not a number."""
+    one, dt = torch.zeros(1, 1, 1), torch.full((1, 1, 1), step)
+    with backend("native"):
+        _, h = selective_scan(one, dt, -torch.ones(1, 1), one[None], one[None], initial_state=torch.ones(1, 1, 1))
+    assert float(h) == pytest.approx(state, abs=1e-37, nan_ok=True)
+
+
+def test_a_fading_state_becomes_zero(instructions):
+    """Not a denormal number, which would never reach zero and slow every step."""
+    with backend("native"):
+        h, final = OPS["linear_scan"](
+            torch.full((1, 400, 3), 0.75), torch.zeros(1, 400, 3), torch.ones(1, 3), None, False
+        )
+    assert torch.equal(final, torch.zeros(1, 3))
+    assert float(h[0, 200].min()) > 0
+
+
+@pytest.mark.parametrize("dtype", [float32, float64, bfloat16], ids=str)
+@pytest.mark.parametrize("shape, states, groups", [((17,), 5, 1), ((12,), 20, 3), ((6, 5), 7, 2), ((1, 64), 32, 1)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_step(dtype, shape, states, groups, gated, instructions, threads):
+    """With a rate for every state, and with one for every head; inputs are halves of a projection."""
+    threads(2)
+    real, heads = wide(dtype), len(shape) == 2
+    x, z = normal(3, 2, *shape, dtype=dtype).unbind(1)
+    one = (shape[0], 1) if heads else shape
+    dt, A = 4 * normal(3, *one, dtype=dtype), -torch.rand(*one, 1 if heads else states).to(real)
+    args = normal(3, *shape, states, dtype=real), x, dt, A, *normal(2, 3, groups, states, dtype=dtype)
+    more = {"D": normal(*one, dtype=real), "z": z, "dt_bias": normal(*one, dtype=real)} if gated else {}
+    with torch.no_grad():
+        got = selective_state_update(*args, **more, dt_softplus=gated)
+        with backend("torch"):
+            more = {name: double(m) for name, m in more.items()}
+            want = selective_state_update(*(double(a) for a in args), **more, dt_softplus=gated)
+    assert got[0].dtype == dtype and got[1].dtype == real
+    for a, b in zip(got, want, strict=True):
+        assert (double(a) - b).abs().max() <= TOLERANCE[dtype] * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [float32, float64, bfloat16], ids=str)
+@pytest.mark.parametrize("width, taps, activation", [(17, 4, "silu"), (5, 2, None), (9, 1, None)])
+def test_one_step_of_the_convolution(dtype, width, taps, activation, instructions):
+    x, state = normal(3, 2 * width, dtype=dtype)[:, :width], normal(3, width, taps - 1, dtype=wide(dtype))
+    args = x, state, normal(width, taps, dtype=dtype), normal(width, dtype=dtype)
+    with torch.no_grad():
+        got = causal_conv1d_update(*args, activation=activation)
+        with backend("torch"):
+            want = causal_conv1d_update(*(double(a) for a in args), activation=activation)
+    assert got[1].shape == want[1].shape
+    for a, b in zip(got, want, strict=True):
+        assert not b.numel() or (double(a) - b).abs().max() <= TOLERANCE[dtype] * b.abs().max()
+
+
+def test_softplus_and_silu_everywhere(instructions):
+    """Relative to the value, far into both tails."""
+    dt, z = torch.linspace(-600, 100, 2001, dtype=float64), torch.linspace(-100, 100, 2001, dtype=float64)
+    one, x = torch.ones(1, 1, 1, dtype=float64), torch.ones(1, 2001, dtype=float64)
+    with torch.no_grad():
+        h, A = torch.zeros(1, 2001, 1, dtype=float64), torch.zeros(2001, 1, dtype=float64)
+        y, _ = selective_state_update(h, x, dt[None], A, one, one, z=z[None], dt_softplus=True)
+    want = torch.where(dt > 30, dt, torch.log1p(torch.exp(dt))) * F.silu(z)
+    torch.testing.assert_close(y[0], want, rtol=1e-12, atol=0)
+
+
+def test_a_step_that_is_differentiated_runs_in_pytorch():
+    h = normal(1, 3, 2).requires_grad_()
+    y, _ = selective_state_update(h, normal(1, 3), normal(1, 3), -torch.rand(3, 2), *normal(2, 1, 1, 2))
+    assert torch.autograd.grad(y.sum(), h)[0].abs().sum() > 0
+
+
+def test_complex_rates_are_refused_with_the_reason():
+    u, dt, A, B, C, *_ = scan(1, 3, 2, 2)
+    with backend("native"), pytest.raises(BackendError, match="native: A is complex"):
+        selective_scan(u, dt, torch.complex(A, A), B, C)
+
+
+def test_without_a_library_it_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "_FILE", tmp_path / "kernels.so")
+    found, missing = library._load()
+    assert found is None
+    assert "install a C++ compiler" in missing
+    (tmp_path / "kernels.so").write_text("not a library")
+    assert "reinstall" in library._load()[1]
+
+
+def test_an_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("DUALFORM_NATIVE_ISA", "mmx")
+    assert "DUALFORM_NATIVE_ISA=mmx" in library._load()[1]
+    assert library.choose("mmx") == ""
+    assert library.choose() == INSTRUCTIONS[0]
+
+
+def test_calls_from_several_python_threads(threads):
+    threads(2)
+    args, results = scan(2, 200, 64, 16), []
+    with backend("native"), torch.no_grad():
+        want, _ = OPS["selective_scan"](*args)
+
+        def work() -> None:
+            with torch.no_grad():
+                results.extend(OPS["selective_scan"](*args)[0] for _ in range(10))
+
+        callers = [threading.Thread(target=work) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    assert len(results) == 30
+    assert all(torch.equal(found, want) for found in results)
+
+
+FORK = """
+import os, torch
+from dualform.ops import backend, linear_scan
+torch.set_num_threads(2)
+a, b = torch.rand(2, 300, 300), torch.rand(2, 300, 300)
+with backend("native"):
+    want, _ = linear_scan(a, b)
+    child = os.fork()
+    same = torch.equal(linear_scan(a, b)[0], want)
+    if child == 0:
+        os._exit(0 if same else 1)
+    assert same and os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_threads_survive_a_fork():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)

@@ -24,8 +24,8 @@ def case_of(name: str, length: int) -> OpCase:
 @pytest.fixture
 def short_spans(monkeypatch):
     """Spans of a few steps, so that short sequences cross several."""
-    monkeypatch.setattr(sys.modules["dualform.ops.selective_scan"], "_CPU_SPAN", 200)
-    monkeypatch.setattr(sys.modules["dualform.ops.selective_scan"], "_SAVE_EVERY", 2)
+    monkeypatch.setattr(sys.modules["dualform.ops.selective_scan_chunked"], "_CPU_SPAN", 200)
+    monkeypatch.setattr(sys.modules["dualform.ops.selective_scan_chunked"], "_SAVE_EVERY", 2)
     monkeypatch.setattr(sys.modules["dualform.ops.ssd"], "_SPAN_ELEMENTS", 2000)
 
 
@@ -121,6 +121,21 @@ def test_bfloat16_in_float32_inside(name):
         assert error < 2e-2, f"relative error {error:.3g}"
     if len(got) == 2:
         assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", ""])
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_pointwise_work_inside_rounds_once(op, name):
+    """Skip, gate and activation are applied before the output is rounded to the dtype of the input."""
+    case = case_of(op, 65)
+    given = case.cast("cpu", torch.bfloat16)
+    with backend("reference"):
+        exact, _ = case.call({k: t.double() for k, t in given.items()})
+    with backend(name):
+        y, _ = case.call(given)
+    assert y.dtype == torch.bfloat16
+    half_a_unit = 2**-8 * exact.abs()
+    assert ((y.double() - exact).abs() <= 1.001 * half_a_unit + 1e-5).all()
 
 
 def test_reference_differentiates_twice():
@@ -299,7 +314,7 @@ def test_states_of_all_times_are_never_held_at_once(form):
     """The portable scan's largest tensor is a fraction of ``(B, T, D, N)``."""
     length, width, states = 8192, 96, 16
     x, B = torch.rand(1, length, width), torch.rand(1, length, 1, states)
-    args = (x, x, -torch.rand(width, states), B, B, torch.zeros(1, width, states), None)
+    args = (x, x, -torch.rand(width, states), B, B, None, x, None, True, torch.zeros(1, width, states), None)
     portable = next(b for b in OPS["selective_scan"].backends if b.name == "torch")
     with torch.no_grad(), LargestTensor() as largest:
         if form == "infer":

@@ -84,9 +84,11 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
             "initial_state": normal(states, 5, complex=complex),
         }
 
-    def selective(batch: int, states: int, groups: int = 3, complex: bool = False) -> dict[str, Tensor]:
+    def selective(
+        batch: int, states: int, groups: int = 3, complex: bool = False, without: tuple[str, ...] = ()
+    ) -> dict[str, Tensor]:
         A = decay(6, 5)
-        return {
+        found = {
             "u": normal(batch, length, 6),
             "delta": normal(batch, length, 6) - 1,
             "A": torch.complex(A, normal(6, 5)) if complex else A,
@@ -97,6 +99,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
             "delta_bias": normal(6),
             "initial_state": normal(states, 6, 5, complex=complex),
         }
+        return {name: tensor for name, tensor in found.items() if name not in without}
 
     def dual(batch: int, states: int, groups: int = 3, skip: tuple[int, ...] = (6,)) -> dict[str, Tensor]:
         return {
@@ -142,7 +145,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         }
 
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
-    runs = {"cu_seqlens": packed}
+    runs, silu = {"cu_seqlens": packed}, {"activation": "silu"}
     return [
         OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
         OpCase("linear_scan complex", "linear_scan", linear_scan, scan_(3, 3, True)),
@@ -150,12 +153,19 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("selective_scan", "selective_scan", selective_scan, selective(3, 3), soft),
         OpCase("selective_scan complex", "selective_scan", selective_scan, selective(3, 3, 1, True), soft),
         OpCase("selective_scan packed", "selective_scan", selective_scan, selective(1, rows), {**soft, **runs}),
+        OpCase(
+            "selective_scan plain",
+            "selective_scan",
+            selective_scan,
+            selective(3, 3, 1, without=("D", "z", "delta_bias")),
+        ),
+        OpCase("selective_scan no gate", "selective_scan", selective_scan, selective(3, 3, 2, without=("z",)), soft),
         OpCase("ssd", "ssd", ssd, dual(3, 3), soft2),
         OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),
         OpCase("ssd packed", "ssd", ssd, dual(1, rows), {**soft2, **runs, "chunk": 13}),
-        OpCase("causal_conv1d", "causal_conv1d", causal_conv1d, conv(3, 3), {"activation": "silu"}),
+        OpCase("causal_conv1d", "causal_conv1d", causal_conv1d, conv(3, 3), silu),
         OpCase("causal_conv1d width 1", "causal_conv1d", causal_conv1d, conv(3, 3, 1)),
-        OpCase("causal_conv1d packed", "causal_conv1d", causal_conv1d, conv(1, rows), runs),
+        OpCase("causal_conv1d packed", "causal_conv1d", causal_conv1d, conv(1, rows), {**silu, **runs}),
         OpCase("cauchy_kernel complex", "cauchy_kernel", cauchy_kernel, low_rank(1), {"length": length}),
         OpCase("cauchy_kernel complex rank 2", "cauchy_kernel", cauchy_kernel, low_rank(2), {"length": length}),
         OpCase("diagonal_ssm complex", "diagonal_ssm", diagonal_ssm, diagonal(3, 3)),

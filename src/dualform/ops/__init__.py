@@ -13,6 +13,7 @@ from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 
+import_module("dualform.ops.selective_scan_chunked")
 if not library.missing:
     for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
         import_module(f"dualform.ops.native.{_name}")

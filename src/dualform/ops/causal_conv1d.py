@@ -1,7 +1,5 @@
 """The short depthwise causal convolution in front of Mamba's scans, with its last inputs as state."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +11,7 @@ from dualform.ops.op import Backend, Op
 from dualform.ops.state import initial
 from dualform.ops.step import fast_step
 
-_ACTIVATIONS = {None: None, "silu": F.silu, "swish": F.silu}
+_ACTIVATIONS = {None: False, "silu": True, "swish": True}  # whether there is a SiLU
 
 
 def causal_conv1d(
@@ -48,10 +46,10 @@ def causal_conv1d(
     where = "causal_conv1d"
     sizes = check_tensors(where, x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
     check_floating(where, x=x, weight=weight, bias=bias)
-    act = _activation(where, activation, sizes["W"])
+    silu = _silu(where, activation, sizes["W"])
     h0 = initial(where, initial_state, cu_seqlens, x, (sizes["D"], sizes["W"] - 1), wide(x))
-    y, final = causal_conv1d_op(x, weight, bias, h0, cu_seqlens)
-    return y if act is None else act(y), final
+    y, final = causal_conv1d_op(x, weight, bias, silu, h0, cu_seqlens)
+    return y, final
 
 
 def causal_conv1d_update(
@@ -69,17 +67,17 @@ def causal_conv1d_update(
     Returns:
         y ``(B, D)`` and the next state.
     """
-    act = _activation("causal_conv1d_update", activation, weight.shape[1])
-    fast = fast_step("causal_conv1d_update", x, state, weight, bias, act is not None)
+    silu = _silu("causal_conv1d_update", activation, weight.shape[1])
+    fast = fast_step("causal_conv1d_update", x, state, weight, bias, silu)
     if fast is not None:
         return fast
     window = torch.cat([state, x[..., None].to(state.dtype)], -1)
     y = (window * weight).sum(-1)
-    y = (y if bias is None else y + bias).to(x.dtype)
-    return y if act is None else act(y), window[..., 1:]
+    y = y if bias is None else y + bias
+    return (F.silu(y) if silu else y).to(x.dtype), window[..., 1:]
 
 
-def _activation(where: str, name: str | None, width: int) -> Callable[[Tensor], Tensor] | None:
+def _silu(where: str, name: str | None, width: int) -> bool:
     if name not in _ACTIVATIONS:
         raise ArgumentError(f"{where}: activation is {name!r}, expected None or 'silu'")
     if width < 1:
@@ -88,7 +86,7 @@ def _activation(where: str, name: str | None, width: int) -> Callable[[Tensor], 
 
 
 def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     taps = weight.shape[1]
 
@@ -98,7 +96,8 @@ def _reference(
         return y[:, : x.shape[1]], seen[:, x.shape[1] :].transpose(1, 2)
 
     y, final = each_alone(run, cu_seqlens, initial_state, x)
-    return (y if bias is None else y + bias).to(x.dtype), final.contiguous()
+    y = y if bias is None else y + bias
+    return (F.silu(y) if silu else y).to(x.dtype), final.contiguous()
 
 
 class _Line:
@@ -129,17 +128,25 @@ class _Line:
         return found.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    line = _Line(x, state, cu_seqlens)
-    full, weight = line.lay(x, state), weight.to(state.dtype)
+def _before_silu(line: _Line, full: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``bias + sum_j weight_j x_{t - (W-1) + j}`` all along the line, ``(B, L - (W-1), D)``."""
     out = full.shape[1] - line.back
     y = full[:, :out] * weight[:, 0]
     if bias is not None:
         y += bias
     for j in range(1, weight.shape[1]):
         y.addcmul_(full[:, j : j + out], weight[:, j])
+    return y
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    line = _Line(x, state, cu_seqlens)
+    full = line.lay(x, state)
+    y = _before_silu(line, full, weight.to(state.dtype), bias)
     y = y[:, line.tokens - line.back] if line.packed else y
-    return [y.to(x.dtype), line.tail(full)]
+    return [(F.silu(y, inplace=True) if silu else y).to(x.dtype), line.tail(full)]
 
 
 def _backward(
@@ -148,6 +155,7 @@ def _backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    silu: bool,
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
@@ -157,6 +165,8 @@ def _backward(
     if line.packed:
         dy, dense = full.new_zeros(1, out, x.shape[2]), dy
         dy[:, line.tokens - line.back] = dense
+    if silu:
+        dy = torch.ops.aten.silu_backward(dy, _before_silu(line, full, w, bias))
     dfull, dweight = torch.zeros_like(full), torch.empty_like(w)
     for j in range(w.shape[1]):
         dfull[:, j : j + out].addcmul_(dy, w[:, j])
@@ -172,7 +182,9 @@ def _backward(
     return [dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), *dbias, dstate.transpose(1, 2).contiguous()]
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None
+) -> list[Tensor]:
     return [x.new_empty(x.shape), state.new_empty(state.shape)]
 
 

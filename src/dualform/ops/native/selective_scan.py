@@ -1,6 +1,9 @@
 """The selective scan on a CPU."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.ops.native import library
@@ -8,13 +11,44 @@ from dualform.ops.native.library import NO_VIEW, readable, sequences, view
 from dualform.ops.op import Backend
 from dualform.ops.selective_scan import selective_scan_op
 
+# What the kernels are given: u, the step after softplus, A, B, C, the initial state and cu_seqlens.
+_Core = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 _TILE = 32  # SELECTIVE_SCAN_TILE in native/dualform.h
 
 
-def _run(keep: bool, *args: Tensor) -> list[Tensor]:
-    u, dt, A, B, C, h0, cu_seqlens = args
-    y, final = u.new_empty(u.shape), h0.clone(memory_format=torch.contiguous_format)
-    saved = _saved(*args) if keep else []
+def _step(delta: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return delta.to(dtype) if bias is None else delta.to(dtype) + bias.to(dtype)
+
+
+def _core(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    h0: Tensor,
+    cu_seqlens: Tensor | None,
+) -> _Core:
+    step = _step(delta, delta_bias, h0.dtype)
+    return u, F.softplus(step) if delta_softplus else step, A, B, C, h0, cu_seqlens
+
+
+def _run(keep: bool, *args: Any) -> list[Tensor]:
+    u, D, z = args[0], args[5], args[6]
+    y, *more = _scan(keep, _core(*args))
+    y = y if D is None else y.addcmul_(D.to(y.dtype), u.to(y.dtype))
+    y = y if z is None else y.mul_(F.silu(z.to(y.dtype)))
+    return [y.to(u.dtype), *more]
+
+
+def _scan(keep: bool, core: _Core) -> list[Tensor]:
+    u, dt, A, B, C, h0, cu_seqlens = core
+    y, final = u.new_empty(u.shape, dtype=h0.dtype), h0.clone(memory_format=torch.contiguous_format)
+    saved = [_states(u, h0)] if keep else []
     if h0.numel() == 0 or u.shape[1] == 0:
         return [y.zero_(), final, *saved]
     given, fields = _fields(u, dt, A, B, C, h0, cu_seqlens)
@@ -24,34 +58,47 @@ def _run(keep: bool, *args: Tensor) -> list[Tensor]:
     return [y, final, *saved]
 
 
-def _forward(*args: Tensor) -> list[Tensor]:
+def _forward(*args: Any) -> list[Tensor]:
     return _run(True, *args)
 
 
-def _infer(*args: Tensor) -> list[Tensor]:
+def _infer(*args: Any) -> list[Tensor]:
     return _run(False, *args)
 
 
-def _saved(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, cu_seqlens: Tensor | None
-) -> list[Tensor]:
-    return [h0.new_empty(u.shape[0], -(-u.shape[1] // _TILE), h0.shape[2], h0.shape[1])]
+def _saved(*args: Any) -> list[Tensor]:
+    return [_states(args[0], args[9])]
 
 
-def _backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, A, B, C)]
-    du, ddt, dA, dB, dC = found
-    dh0 = grads[1].clone()
+def _states(u: Tensor, h0: Tensor) -> Tensor:
+    return h0.new_empty(u.shape[0], -(-u.shape[1] // _TILE), h0.shape[2], h0.shape[1])
+
+
+def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
+    u, delta, A, B, C, D, z, bias, softplus, h0, _ = args
+    core, dy = _core(*args), grads[0].to(h0.dtype)
+    dD = dz = dbias = None
+    if z is not None:
+        y, gate = _scan(False, core)[0], z.to(h0.dtype)
+        y = y if D is None else y.addcmul_(D.to(y.dtype), u.to(y.dtype))
+        dz = torch.ops.aten.silu_backward(dy * y, gate)
+        dy = dy * F.silu(gate)
+    du, ddt, dA, dB, dC, dh0 = _scan_backward(dy, grads[1], kept[0], core)
+    if D is not None:
+        du, dD = du + D.to(dy.dtype) * dy, (dy * u).sum((0, 1))
+    if softplus:
+        ddt = torch.ops.aten.softplus_backward(ddt, _step(delta, bias, h0.dtype), 1, 20)
+    if bias is not None:
+        dbias = ddt.sum((0, 1))
+    found = zip((du, ddt, dA, dB, dC, dD, dz, dbias, dh0), (u, delta, A, B, C, D, z, bias, h0), strict=True)
+    return [g.to(m.dtype) for g, m in found if g is not None and m is not None]
+
+
+def _scan_backward(dy: Tensor, dfinal: Tensor, saved: Tensor, core: _Core) -> list[Tensor]:
+    u, dt, A, B, C, h0, cu_seqlens = core
+    du, ddt = (torch.empty_like(dy, memory_format=torch.contiguous_format) for _ in range(2))
+    dA, dB, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (A, B, C))
+    found, dh0 = [du, ddt, dA, dB, dC], dfinal.clone()
     if h0.numel() == 0 or u.shape[1] == 0:
         return [*(g.zero_() for g in found), dh0]
     given, fields = _fields(u, dt, A, B, C, h0, cu_seqlens)
@@ -60,9 +107,9 @@ def _backward(
         *fields,
         *NO_VIEW,
         0,
-        kept[0].data_ptr(),
-        *view(grads[0]),
-        grads[1].data_ptr(),
+        saved.data_ptr(),
+        *view(dy),
+        dfinal.data_ptr(),
         *view(du),
         *view(ddt),
         *view(dB),
@@ -94,12 +141,11 @@ def _fields(
     return (u, dt, A, B, C, h0, cu_seqlens), fields
 
 
-def _refuses(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, cu_seqlens: Tensor | None
-) -> str | None:
+def _refuses(*args: Any) -> str | None:
+    u, delta, A, B, C, _, z = args[:7]
     if A.is_complex():
         return "A is complex"
-    if torch.float16 in (u.dtype, dt.dtype, B.dtype, C.dtype):
+    if any(m is not None and m.dtype == torch.float16 for m in (u, delta, B, C, z)):
         return "float16"
     return None
 

@@ -1,0 +1,242 @@
+"""The portable selective scan: spans of time, whose states are recomputed in the backward instead of being stored."""
+
+from bisect import bisect_left
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualform.ops.linear_scan import as_grad, scan
+from dualform.ops.op import Backend
+from dualform.ops.selective_scan import selective_scan_op
+
+_CPU_SPAN = 3 * 2**18  # elements of (K, B, N, D) held at a time: few enough for a cache, enough to share out
+_GPU_SPAN = 2**23  # elsewhere launches cost more than cache misses
+_SAVE_EVERY = 4  # spans on a CPU between the states that the backward starts from
+
+
+class _Borders:
+    """Where packed sequences begin and end inside a span of time; an unpacked batch has no borders."""
+
+    def __init__(self, cu_seqlens: Tensor | None):
+        self.packed = cu_seqlens is not None
+        if cu_seqlens is not None:
+            full = cu_seqlens.diff() > 0
+            self.rows = full.nonzero()[:, 0]
+            self.first, self.last = cu_seqlens[:-1][full].long(), cu_seqlens[1:][full].long() - 1
+            self._sorted = self.first.tolist(), self.last.tolist()
+
+    def starts(self, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """``(steps, rows)`` of the sequences that begin in the span, counted from ``begin``; None if none does."""
+        return self._within(0, begin, end)
+
+    def ends(self, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """``(steps, rows)`` of the sequences whose last element lies in the span; None if none does."""
+        return self._within(1, begin, end)
+
+    def _within(self, which: int, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        if not self.packed:
+            return None
+        i, j = bisect_left(self._sorted[which], begin), bisect_left(self._sorted[which], end)
+        return None if i == j else ((self.first, self.last)[which][i:j] - begin, self.rows[i:j])
+
+
+def _span_sizes(h0: Tensor, batch: int) -> tuple[int, int]:
+    """Steps whose states ``(K, B, N, D)`` are held at once by the forward, and by the backward."""
+    on_cpu = h0.device.type in ("cpu", "meta")
+    size = max(1, (_CPU_SPAN if on_cpu else _GPU_SPAN) // max(1, batch * h0.shape[1] * h0.shape[2]))
+    return size, size * (_SAVE_EVERY if on_cpu else 1)
+
+
+def _spans(size: int, length: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
+
+
+class _Inputs(NamedTuple):
+    """What every span is computed from, batch first; rates ``(N, D)`` and the initial state ``(rows, N, D)``."""
+
+    u: Tensor  # (B, T, D)
+    delta: Tensor  # (B, T, D)
+    B: Tensor  # (B, T, G, N)
+    C: Tensor  # (B, T, J, N)
+    A: Tensor
+    D: Tensor | None
+    z: Tensor | None  # (B, T, D)
+    bias: Tensor | None
+    softplus: bool
+    h0: Tensor
+
+    @property
+    def scale(self) -> int:
+        """What ``Re(C h)`` is multiplied by: complex states stand for conjugate pairs."""
+        return 2 if self.A.is_complex() else 1
+
+    def part(self, m: Tensor, times: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """One span of an input, time first, in the real dtype of the states or another one."""
+        return m[:, times].transpose(0, 1).to(dtype or self.h0.dtype.to_real())
+
+
+class _Span(NamedTuple):
+    """One span of the recurrence, time first and channels last: ``h_t = a_t h_{t-1} + dt_t u_t B_t``."""
+
+    step: Tensor  # (K, B, D), the step before softplus
+    dt: Tensor  # (K, B, D)
+    u: Tensor  # (K, B, D)
+    B: Tensor  # (K, B, G, N)
+    C: Tensor  # (K, B, J, N)
+    a: Tensor  # (K, B, N, D), the decays, 0 where a sequence begins
+    first: Tensor | None  # the decays of steps that begin a sequence
+    h: Tensor  # (K, B, N, D), the states
+
+    @classmethod
+    def run(cls, times: slice, of: _Inputs, h: Tensor, starts: tuple[Tensor, Tensor] | None) -> "_Span":
+        """The states of one span, which ``h`` ``(B, N, D)`` enters."""
+        u, step = of.part(of.u, times), of.part(of.delta, times).contiguous()
+        B, C = (of.part(m, times, h.dtype) for m in (of.B, of.C))
+        step = step if of.bias is None else step + of.bias.to(step.dtype)
+        dt = F.softplus(step) if of.softplus else step
+        a = torch.mul(dt[:, :, None], of.A).exp_()
+        b = _outer(B, dt * u)
+        first = None
+        if starts is not None:
+            steps, rows = starts
+            first = a[steps, 0]
+            b[steps, 0] += first * of.h0[rows]
+            a[steps, 0] = 0
+        return cls(step, dt, u, B, C, a, first, scan(a, b, h, dim=0, overwrite=True))
+
+    def output(self, of: _Inputs) -> Tensor:
+        """``C h + D u``, before the gate."""
+        out = _over_states(self.C, self.h)
+        out = 2 * out.real if of.scale == 2 else out
+        return out if of.D is None else out.addcmul_(of.D.to(out.dtype), self.u)
+
+
+def _outer(m: Tensor, x: Tensor) -> Tensor:
+    """``m`` ``(K, B, G, N)`` times ``x`` ``(K, B, D)`` -> ``(K, B, N, D)``."""
+    return (m.transpose(2, 3)[..., None] * x.unflatten(2, (m.shape[2], -1))[:, :, None]).flatten(3)
+
+
+def _over_states(m: Tensor, h: Tensor) -> Tensor:
+    """``sum_n m h``: ``(K, B, G, N)`` and ``(K, B, N, D)`` -> ``(K, B, D)``."""
+    return (m[..., None, :] @ h.unflatten(3, (m.shape[2], -1)).transpose(2, 3)).flatten(2)
+
+
+def _over_channels(h: Tensor, x: Tensor, groups: int) -> Tensor:
+    """``sum_d h x`` over the channels of a group: ``(K, B, N, D)`` and ``(K, B, D)`` -> ``(K, B, G, N)``."""
+    x = x.unflatten(2, (groups, -1))[..., None].to(h.dtype)
+    return (h.unflatten(3, (groups, -1)).transpose(2, 3) @ x)[..., 0]
+
+
+def _inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    h0: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[_Inputs, _Borders]:
+    rates, start = A.T.contiguous(), h0.transpose(1, 2).contiguous()
+    return _Inputs(u, delta, B, C, rates, D, z, delta_bias, delta_softplus, start), _Borders(cu_seqlens)
+
+
+def _run(keep: bool, *args: Any) -> list[Tensor]:
+    of, borders = _inputs(*args)
+    size, save_every = _span_sizes(args[9], len(of.u))
+    y, final = of.u.new_empty(of.u.shape), of.h0.clone()
+    h = torch.zeros_like(of.h0[: len(of.u)]) if borders.packed else of.h0
+    entering = []
+    for begin, end in _spans(size, of.u.shape[1]):
+        if keep and begin % save_every == 0:
+            entering.append(h)
+        times = slice(begin, end)
+        span = _Span.run(times, of, h, borders.starts(begin, end))
+        out = span.output(of)
+        out = out if of.z is None else out.mul_(F.silu(of.part(of.z, times)))
+        y[:, times] = out.transpose(0, 1)
+        if (ends := borders.ends(begin, end)) is not None:
+            final[ends[1]] = span.h[ends[0], 0]
+        h = span.h[-1].clone()
+    final = final if borders.packed else h
+    saved = [torch.stack(entering) if entering else of.h0.new_empty(0, *h.shape)] if keep else []
+    return [y, final.transpose(1, 2).clone(memory_format=torch.contiguous_format), *saved]
+
+
+def _forward(*args: Any) -> list[Tensor]:
+    return _run(True, *args)
+
+
+def _infer(*args: Any) -> list[Tensor]:
+    return _run(False, *args)
+
+
+def _saved(*args: Any) -> list[Tensor]:
+    u, h0 = args[0], args[9]
+    _, size = _span_sizes(h0, u.shape[0])
+    return [h0.new_empty(-(-u.shape[1] // size), u.shape[0], h0.shape[2], h0.shape[1])]
+
+
+def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
+    """Spans from last to first, states recomputed from the one that entered.
+
+    With ``g_t = dL/dh_t`` in full, ``g_t = conj(C_t) dy_t + conj(a_{t+1}) g_{t+1}``, and everything else is a product.
+    """
+    (of, borders), (entering,) = _inputs(*args), kept
+    real = of.h0.dtype.to_real()
+    dfinal = grads[1].transpose(1, 2).contiguous()
+    du, ddelta = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (of.u, of.delta))
+    dB, dC = (torch.empty_like(m, dtype=of.A.dtype, memory_format=torch.contiguous_format) for m in (of.B, of.C))
+    dz = None if of.z is None else torch.empty_like(of.z, memory_format=torch.contiguous_format)
+    dA, dh0 = torch.zeros_like(of.A), dfinal.clone()
+    dD, dbias = torch.zeros(2, of.u.shape[2], dtype=real, device=of.u.device)
+    carry = torch.zeros_like(of.h0[: len(of.u)]) if borders.packed else dfinal
+    for i, (begin, end) in reversed(list(enumerate(_spans(_span_sizes(args[9], len(of.u))[1], of.u.shape[1])))):
+        times, starts = slice(begin, end), borders.starts(begin, end)
+        s, dy = _Span.run(times, of, entering[i], starts), of.part(grads[0], times)
+        if of.z is not None and dz is not None:
+            z = of.part(of.z, times)
+            dz[:, times] = torch.ops.aten.silu_backward(dy * s.output(of), z).transpose(0, 1)
+            dy = dy * F.silu(z)
+        dys = of.scale * dy
+        dC[:, times] = _over_channels(s.h.conj(), dys, of.C.shape[2]).transpose(0, 1)
+        g = _outer(s.C.conj(), dys)
+        if (ends := borders.ends(begin, end)) is not None:
+            g[ends[0], 0] += dfinal[ends[1]]
+        g[-1] += carry
+        after = torch.cat([s.a[1:], torch.zeros_like(s.a[:1])]).conj()
+        g = scan(after, g, torch.zeros_like(carry), dim=0, reverse=True, overwrite=True)
+        carry = s.a[0].conj() * g[0]
+        before, a = torch.cat([entering[i][None], s.h[:-1]]), s.a
+        if starts is not None and s.first is not None:
+            steps, rows = starts
+            dh0[rows] = s.first.conj() * g[steps, 0]
+            before[steps, 0], a[steps, 0] = of.h0[rows], s.first
+        dlog = before.mul_(a).conj() * g  # dL/d(dt A)
+        dB[:, times] = _over_channels(g, s.dt * s.u, of.B.shape[2]).transpose(0, 1)
+        dinput, dstep = _over_states(s.B.conj(), g), (dlog * of.A.conj()).sum(2)
+        dinput, dstep = (dinput.real, dstep.real) if of.scale == 2 else (dinput, dstep)
+        dx, dstep = dinput * s.dt, dstep + dinput * s.u
+        if of.softplus:
+            dstep = torch.ops.aten.softplus_backward(dstep, s.step, 1, 20)
+        dA += (dlog * s.dt[:, :, None]).sum((0, 1))
+        dD += (dy * s.u).sum((0, 1))
+        dbias += dstep.sum((0, 1))
+        du[:, times] = (dx if of.D is None else dx.addcmul_(of.D.to(real), dy)).transpose(0, 1)
+        ddelta[:, times] = dstep.transpose(0, 1)
+    dh0 = dh0 if borders.packed else carry
+    u, delta, A, B, C, D, z, bias, _, h0, _ = args
+    found = (du, ddelta, dA.T, dB, dC, dD, dz, dbias, dh0.transpose(1, 2))
+    return [
+        as_grad(g, m)
+        for g, m in zip(found, (u, delta, A, B, C, D, z, bias, h0), strict=True)
+        if m is not None and g is not None
+    ]
+
+
+selective_scan_op.add(Backend("torch", _forward, _backward, infer=_infer, saved=_saved))
