@@ -1,4 +1,4 @@
-// y_t = bias + sum_j weight_j x_{t - (W-1) + j} per channel, and its backward. The inputs of a piece of a tile lie on a
+// y_t = act(bias + sum_j weight_j x_{t - (W-1) + j}) per channel, and its backward. The inputs of a piece of a tile lie on a
 // line behind the W - 1 inputs before them, whether those belong to the sequence or to its initial state.
 #pragma once
 
@@ -35,6 +35,81 @@ INLINE void write_history(const CausalConv1d& s, const T* rows, void* to, int64_
     for (int64_t j = 0; j < back; j++) state[i * back + j] = rows[j * w.width + i];
 }
 
+// What one slice is convolved with; a line has a stride of PANEL vectors.
+template <class T>
+struct Filter {
+  const T* weight;  // (W, lanes)
+  vec<T> bias;
+  int64_t taps;
+
+  Filter(const CausalConv1d& s, const T* weights, int64_t first)
+      : weight(weights), bias{}, taps(s.taps) {
+    if (s.bias) bias = load_some(static_cast<const T*>(s.bias) + first, s.width - first);
+  }
+};
+
+// One output before its activation; TAPS is the number of weights, or 0 for any.
+template <class T, int TAPS>
+INLINE vec<T> convolve(const Filter<T>& f, const T* line) {
+  vec<T> sum = f.bias;
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < (TAPS ? TAPS : f.taps); j++)
+    sum = fma(load(f.weight + j * LANES<T>), load(line + j * PANEL * LANES<T>), sum);
+  return sum;
+}
+
+template <class T, int TAPS>
+INLINE void run(const Filter<T>& f, bool activate, const T* line, Rows<T> y, int64_t column, int64_t steps) {
+  for (int64_t t = 0; t < steps; t++) {
+    vec<T> sum = convolve<T, TAPS>(f, line + t * PANEL * LANES<T>);
+    store(y[t] + column, activate ? silu<T>(sum) : sum);
+  }
+}
+
+// dy becomes the gradient before the activation; with it dbias += dy, dweight_j += x_{t - (W-1) + j} dy.
+template <class T, int TAPS>
+INLINE void gather_gradients(const Filter<T>& f, bool activate, const T* line, T* dy, T* dweight, T* dbias, int64_t steps) {
+  constexpr int L = LANES<T>, W = PANEL * L;
+  vec<T> sums[TAPS ? TAPS : 1], bias = load(dbias);
+#pragma GCC unroll 4
+  for (int j = 0; j < TAPS; j++) sums[j] = load(dweight + j * L);
+  for (int64_t t = 0; t < steps; t++) {
+    vec<T> g = load(dy + t * W);
+    if (activate) {
+      g *= silu_curve<T>(convolve<T, TAPS>(f, line + t * W)).slope;
+      store(dy + t * W, g);
+    }
+    bias += g;
+#pragma GCC unroll 4
+    for (int j = 0; j < TAPS; j++) sums[j] = fma(load(line + (t + j) * W), g, sums[j]);
+    for (int64_t j = 0; !TAPS && j < f.taps; j++)
+      store(dweight + j * L, fma(load(line + (t + j) * W), g, load(dweight + j * L)));
+  }
+  store(dbias, bias);
+#pragma GCC unroll 4
+  for (int j = 0; j < TAPS; j++) store(dweight + j * L, sums[j]);
+}
+
+// dx_r += sum_j weight_j dy_{r-j} along a line of W - 1 + steps inputs.
+template <class T, int TAPS>
+INLINE void spread(const Filter<T>& f, const T* dy, T* dline, int64_t steps) {
+  constexpr int L = LANES<T>, W = PANEL * L;
+  const int64_t back = f.taps - 1;
+  for (int64_t r = 0; r < back + steps; r++) {
+    vec<T> sum = load(dline + r * W);
+    if (TAPS && r >= back && r < steps) {
+#pragma GCC unroll 4
+      for (int j = 0; j < TAPS; j++) sum = fma(load(f.weight + j * L), load(dy + (r - j) * W), sum);
+    } else {
+      for (int64_t j = most(0, r - steps + 1); j <= least(back, r); j++)
+        sum = fma(load(f.weight + j * L), load(dy + (r - j) * W), sum);
+    }
+    store(dline + r * W, sum);
+  }
+}
+
+constexpr int USUAL = 4;  // the width that has code of its own
+
 template <class T>
 int64_t forward(const CausalConv1d& s, const Task& task) {
   constexpr int L = LANES<T>, W = PANEL * L;
@@ -61,16 +136,11 @@ int64_t forward(const CausalConv1d& s, const Task& task) {
         Rows<T> y = target(s.y, w, y_copy);
         const int64_t steps = piece.end - piece.begin;
         for (int64_t p = 0; p * L < w.count; p++) {
-          const T* weight = weights + (i + p) * s.taps * L;
-          T lanes[L] = {};
-          const int64_t first = w.first + p * L;
-          if (s.bias) memcpy(lanes, static_cast<const T*>(s.bias) + first, sizeof(T) * least(L, s.width - first));
-          vec<T> bias = load(lanes);
-          for (int64_t t = 0; t < steps; t++) {
-            vec<T> sum = bias;
-            for (int64_t j = 0; j < s.taps; j++) sum = fma(load(weight + j * L), load(line + (t + j) * W + p * L), sum);
-            store(y[t] + p * L, sum);
-          }
+          const Filter<T> f(s, weights + (i + p) * s.taps * L, w.first + p * L);
+          if (s.taps == USUAL)
+            run<T, USUAL>(f, s.silu, line + p * L, y, p * L, steps);
+          else
+            run<T, 0>(f, s.silu, line + p * L, y, p * L, steps);
         }
         write(s.y, w, y);
         const T* last = line + steps * W;
@@ -127,22 +197,15 @@ int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
         else
           memcpy(dline + steps * W, pending + i * back * L, sizeof(T) * back * W);
         for (int64_t p = 0; p * L < w.count; p++) {
-          const T* weight = weights + (i + p) * s.taps * L;
-          for (int64_t r = 0; r < back + steps; r++) {
-            vec<T> sum = load(dline + r * W + p * L);
-            for (int64_t j = most(0, r - steps + 1); j <= least(back, r); j++)
-              sum = fma(load(weight + j * L), load(dy + (r - j) * W + p * L), sum);
-            store(dline + r * W + p * L, sum);
+          const Filter<T> f(s, weights + (i + p) * s.taps * L, w.first + p * L);
+          T *dweight = dweights + (i + p) * s.taps * L, *db = dbias + (i + p) * L;
+          if (s.taps == USUAL) {
+            gather_gradients<T, USUAL>(f, s.silu, line + p * L, dy + p * L, dweight, db, steps);
+            spread<T, USUAL>(f, dy + p * L, dline + p * L, steps);
+          } else {
+            gather_gradients<T, 0>(f, s.silu, line + p * L, dy + p * L, dweight, db, steps);
+            spread<T, 0>(f, dy + p * L, dline + p * L, steps);
           }
-          for (int64_t j = 0; j < s.taps; j++) {
-            T* to = dweights + ((i + p) * s.taps + j) * L;
-            vec<T> sum = load(to);
-            for (int64_t t = 0; t < steps; t++) sum = fma(load(line + (t + j) * W + p * L), load(dy + t * W + p * L), sum);
-            store(to, sum);
-          }
-          vec<T> sum = load(dbias + (i + p) * L);
-          for (int64_t t = 0; t < steps; t++) sum += load(dy + t * W + p * L);
-          store(dbias + (i + p) * L, sum);
         }
         write(s.dx, w, Rows<T>{dline + back * W, W});
         if (piece.starts)

@@ -54,7 +54,7 @@ struct Task {
 
 // Gradients that several tasks share, before they are added up.
 struct Parts {
-  void *da, *db, *dc;
+  void *da, *db, *dc, *dd = nullptr, *dbias = nullptr;
 };
 
 // Sums over slabs: `out` (rows, T, G, N) from `parts` (count, rows, T, N), whose groups ascend.

@@ -1,5 +1,6 @@
 // h_t = A h_{t-1} + u_t, y_t = 2 Re sum_n C_n h_n with complex A, C and h, and its backward: channels in lanes, a few
-// modes in registers. A complex number is two vectors, real and imaginary part, one after the other.
+// modes in registers. A complex number is two vectors, real and imaginary part, one after the other. No state is kept
+// for the backward.
 #pragma once
 
 #include "tile.h"
@@ -7,8 +8,9 @@
 namespace DUALFORM_ISA {
 namespace diagonal {
 
-constexpr int64_t TILE = DIAGONAL_SSM_TILE;
-constexpr int BLOCK = 4;  // modes in registers at once
+constexpr int64_t TILE = 64;                   // steps
+constexpr int BLOCK = 4;                       // modes in registers at once, forward
+constexpr int BACK = WIDTH == LINE ? 2 : 1;    // and backward, where a mode has more numbers
 
 INLINE int64_t padded(int64_t modes) { return (modes + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -23,12 +25,6 @@ INLINE void gather_coefficients(const DiagonalSSM& s, const Slab& slab, const vo
            slice.count);
   }
   for (int64_t i = 0; i < slab.count * size; i++) to[i] *= i / LANES<T> % 2 ? imaginary : real;
-}
-
-template <class T>
-INLINE T* saved_states(const DiagonalSSM& s, int64_t row, int64_t k, const Slice& slice) {
-  int64_t tiles = (s.sequences.length + TILE - 1) / TILE;
-  return static_cast<T*>(s.saved) + (row * tiles + k) * s.states * 2 * s.width + slice.first;
 }
 
 // BLOCK modes through the steps of a piece; adds 2 Re C h to y, which the first block begins. `c` is (2, -2) C.
@@ -80,7 +76,6 @@ int64_t forward(const DiagonalSSM& s, const Task& task) {
           copy(s.u, tile, u);
         }
         T* h = states + i * size;
-        if (s.saved) write_states(h, saved_states<T>(s, row, k, slice), s.width, 2 * N, slice.count);
         for (int64_t t = tile.begin; t < tile.end;) {
           Piece piece = first_piece(s.sequences, row, t, tile.end);
           int64_t state = (piece.sequence * s.width + slice.first) * 2 * N;
@@ -101,90 +96,97 @@ int64_t forward(const DiagonalSSM& s, const Task& task) {
   return 0;
 }
 
-// The states of a piece again: h_{t-1} to `before`, (steps, BLOCK, 2, lanes); dC += (2, -2) dy h.
+// What the backward carries from step to step for every mode: arrays (modes, 2, lanes). See `adjoint`.
 template <class T>
-INLINE void replay(T* h_memory, const T* a, T* dc_memory, Rows<const T> u, Rows<const T> dy, T* before, int64_t begin,
-                   int64_t end) {
-  constexpr int L = LANES<T>;
-  vec<T> re[BLOCK], im[BLOCK], dc_re[BLOCK], dc_im[BLOCK];
-#pragma GCC unroll 16
-  for (int i = 0; i < BLOCK; i++) {
-    re[i] = load(h_memory + 2 * i * L), im[i] = load(h_memory + (2 * i + 1) * L);
-    dc_re[i] = load(dc_memory + 2 * i * L), dc_im[i] = load(dc_memory + (2 * i + 1) * L);
-  }
-  for (int64_t t = begin; t < end; t++) {
-    vec<T> in = load(u[t]), out = load(dy[t]) * T(2);
-    T* to = before + t * BLOCK * 2 * L;
-#pragma GCC unroll 16
-    for (int i = 0; i < BLOCK; i++) {
-      vec<T> a_re = load(a + 2 * i * L), a_im = load(a + (2 * i + 1) * L);
-      store(to + 2 * i * L, re[i]), store(to + (2 * i + 1) * L, im[i]);
-      vec<T> next = fma(a_re, re[i], in) - a_im * im[i];
-      im[i] = fma(a_re, im[i], a_im * re[i]);
-      re[i] = next;
-      dc_re[i] = fma(out, re[i], dc_re[i]);
-      dc_im[i] = dc_im[i] - out * im[i];
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < BLOCK; i++) {
-    store(h_memory + 2 * i * L, re[i]), store(h_memory + (2 * i + 1) * L, im[i]);
-    store(dc_memory + 2 * i * L, dc_re[i]), store(dc_memory + (2 * i + 1) * L, dc_im[i]);
-  }
-}
+struct Adjoint {
+  T *p, *q, *up, *uq;
+  Adjoint at(int64_t offset) const { return {p + offset, q + offset, up + offset, uq + offset}; }
+};
 
-// With g_t = dL/dh_t in full, g_t = 2 conj(C) dy_t + conj(A) g_{t+1}: from the last step of a piece to the first, `carry`
-// being conj(A) g_{t+1}. du = sum_n Re g; dA += g conj(h_{t-1}). `c` is (2, -2) C.
-template <class T>
-INLINE void adjoint(T* carry_memory, const T* a, const T* c, T* da_memory, Rows<const T> dy, const T* before, Rows<T> du,
+// From the last step of a piece to the first, without the states: with
+//     p_t = dy_t + conj(A) p_{t+1},   q_t = p_{t+1} + conj(A) q_{t+1}
+// the gradient of h_t is g_t = 2 conj(C) p_t, and those of the input, of C and of A are Re g_t and the sums over time of
+// 2 u p and 2 conj(C) u q, since q is the derivative of p by conj(A). DRIVEN: as written, `c` being 2 C; otherwise the
+// share of the final state's gradient, of which p and g are the same and dy is 0.
+// On entry and on return `p` is conj(A) p_{t+1} and `q` is q_t, of the step before; the sums are added to.
+template <class T, bool DRIVEN>
+INLINE void adjoint(const Adjoint<T>& m, const T* a, const T* c, Rows<const T> u, Rows<const T> dy, Rows<T> du,
                     bool first, int64_t begin, int64_t end) {
   constexpr int L = LANES<T>;
-  vec<T> re[BLOCK], im[BLOCK], da_re[BLOCK], da_im[BLOCK];
+  vec<T> p_re[BACK], p_im[BACK], q_re[BACK], q_im[BACK], up_re[BACK], up_im[BACK], uq_re[BACK], uq_im[BACK];
 #pragma GCC unroll 16
-  for (int i = 0; i < BLOCK; i++) {
-    re[i] = load(carry_memory + 2 * i * L), im[i] = load(carry_memory + (2 * i + 1) * L);
-    da_re[i] = load(da_memory + 2 * i * L), da_im[i] = load(da_memory + (2 * i + 1) * L);
+  for (int i = 0; i < BACK; i++) {
+    const int re = 2 * i * L, im = re + L;
+    p_re[i] = load(m.p + re), p_im[i] = load(m.p + im), q_re[i] = load(m.q + re), q_im[i] = load(m.q + im);
+    if (DRIVEN) up_re[i] = load(m.up + re), up_im[i] = load(m.up + im);
+    uq_re[i] = load(m.uq + re), uq_im[i] = load(m.uq + im);
   }
   for (int64_t t = end - 1; t >= begin; t--) {
-    vec<T> out = load(dy[t]), sum = first ? vec<T>{} : load(du[t]);
-    const T* h = before + t * BLOCK * 2 * L;
+    vec<T> in = load(u[t]), sum = first ? vec<T>{} : load(du[t]), out = {};
+    if (DRIVEN) out = load(dy[t]);
 #pragma GCC unroll 16
-    for (int i = 0; i < BLOCK; i++) {
-      vec<T> a_re = load(a + 2 * i * L), a_im = load(a + (2 * i + 1) * L);
-      vec<T> h_re = load(h + 2 * i * L), h_im = load(h + (2 * i + 1) * L);
-      vec<T> g_re = fma(out, load(c + 2 * i * L), re[i]), g_im = fma(out, load(c + (2 * i + 1) * L), im[i]);
-      sum += g_re;
-      da_re[i] = fma(g_re, h_re, fma(g_im, h_im, da_re[i]));
-      da_im[i] = fma(g_im, h_re, da_im[i]) - g_re * h_im;
-      re[i] = fma(a_re, g_re, a_im * g_im);
-      im[i] = a_re * g_im - a_im * g_re;
+    for (int i = 0; i < BACK; i++) {
+      const int re = 2 * i * L, im = re + L;
+      vec<T> a_re = load(a + re), a_im = load(a + im), now_re = p_re[i] + out, now_im = p_im[i];
+      uq_re[i] = fma(in, q_re[i], uq_re[i]), uq_im[i] = fma(in, q_im[i], uq_im[i]);
+      if (DRIVEN) {
+        up_re[i] = fma(in, now_re, up_re[i]), up_im[i] = fma(in, now_im, up_im[i]);
+        sum = fma(load(c + re), now_re, fma(load(c + im), now_im, sum));
+      } else {
+        sum += now_re;
+      }
+      vec<T> next = fma(a_re, q_re[i], fma(a_im, q_im[i], now_re));
+      q_im[i] = fma(a_re, q_im[i], now_im) - a_im * q_re[i], q_re[i] = next;
+      p_re[i] = fma(a_re, now_re, a_im * now_im), p_im[i] = a_re * now_im - a_im * now_re;
     }
     store(du[t], sum);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < BLOCK; i++) {
-    store(carry_memory + 2 * i * L, re[i]), store(carry_memory + (2 * i + 1) * L, im[i]);
-    store(da_memory + 2 * i * L, da_re[i]), store(da_memory + (2 * i + 1) * L, da_im[i]);
+  for (int i = 0; i < BACK; i++) {
+    const int re = 2 * i * L, im = re + L;
+    store(m.p + re, p_re[i]), store(m.p + im, p_im[i]), store(m.q + re, q_re[i]), store(m.q + im, q_im[i]);
+    if (DRIVEN) store(m.up + re, up_re[i]), store(m.up + im, up_im[i]);
+    store(m.uq + re, uq_re[i]), store(m.uq + im, uq_im[i]);
   }
+}
+
+// to = conj(x) y + plus, of BACK modes.
+template <class T>
+INLINE void conjugate_times(const T* x, const T* y, const T* plus, T* to) {
+  constexpr int L = LANES<T>;
+#pragma GCC unroll 16
+  for (int re = 0; re < 2 * BACK * L; re += 2 * L) {
+    const int im = re + L;
+    vec<T> x_re = load(x + re), x_im = load(x + im), y_re = load(y + re), y_im = load(y + im);
+    store(to + re, fma(x_re, y_re, fma(x_im, y_im, load(plus + re))));
+    store(to + im, fma(x_re, y_im, load(plus + im)) - x_im * y_re);
+  }
+}
+
+template <class T>
+INLINE bool any(const T* x, int64_t count) {
+  bool found = false;
+  for (int64_t i = 0; i < count; i++) found |= x[i] != 0;
+  return found;
 }
 
 template <class T>
 int64_t backward(const DiagonalSSM& s, const Task& task, const Parts& parts) {
   constexpr int L = LANES<T>;
+  constexpr int64_t BLOCK_SIZE = BACK * 2 * L;
   const Slab& slab = *task.slab;
   const int64_t N = s.states, size = padded(N) * 2 * L, T_ = s.sequences.length, tiles = (T_ + TILE - 1) / TILE;
   Arena arena(task.memory);
   T *a = arena.take<T>(slab.count * size), *c = arena.take<T>(slab.count * size);
-  T *da = arena.take<T>(slab.count * size), *dc = arena.take<T>(slab.count * size);
-  T *carries = arena.take<T>(slab.count * size), *h = arena.take<T>(size), *before = arena.take<T>(TILE * BLOCK * 2 * L);
-  T *u = arena.take<T>(TILE * PANEL * L), *dy = arena.take<T>(TILE * PANEL * L);
+  T* carried = arena.take<T>(slab.count * size * 8);
+  T *u = arena.take<T>(TILE * PANEL * L), *dy = arena.take<T>(TILE * PANEL * L), *h = arena.take<T>(BLOCK_SIZE);
   Rows<T> du = {arena.take<T>(TILE * PANEL * L), PANEL * L};
   if (!task.memory) return arena.used(task.memory);
 
   gather_coefficients<T>(s, slab, s.a, a, 1, 1);
-  gather_coefficients<T>(s, slab, s.c, c, 2, -2);
-  memset(da, 0, sizeof(T) * slab.count * size);
-  memset(dc, 0, sizeof(T) * slab.count * size);
+  gather_coefficients<T>(s, slab, s.c, c, 2, 2);
+  memset(carried, 0, sizeof(T) * slab.count * size * 8);
+  auto of = [&](int64_t array, int64_t i) { return carried + (i * 8 + array) * size; };
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t k = tiles - 1; k >= 0; k--) {
       Window tile = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, PANEL * L};
@@ -197,27 +199,31 @@ int64_t backward(const DiagonalSSM& s, const Task& task, const Parts& parts) {
         }
         Rows<const T> u_rows = {u + panel * L, PANEL * L}, dy_rows = {dy + panel * L, PANEL * L};
         Rows<T> du_rows = {du.data + panel * L, PANEL * L};
-        read_states(saved_states<T>(s, row, k, slice), s.width, h, 2 * N, slice.count);
-        memset(h + 2 * N * L, 0, sizeof(T) * (size - 2 * N * L));
-        for (int64_t n = 0; n < N; n += BLOCK) {
-          const int64_t here = 2 * n * L, at = i * size + here, there = 2 * least(BLOCK, N - n);
-          for (int64_t t = tile.begin; t < tile.end;) {
-            Piece piece = first_piece(s.sequences, row, t, tile.end);
-            int64_t state = ((piece.sequence * s.width + slice.first) * N + n) * 2;
-            if (piece.starts) gather(static_cast<const T*>(s.h0) + state, 2 * N, h + here, there, slice.count);
-            replay<T>(h + here, a + at, dc + at, u_rows, dy_rows, before, t - tile.begin, piece.end - tile.begin);
-            t = piece.end;
-          }
+        for (int64_t n = 0; n < N; n += BACK) {
+          const int64_t here = 2 * n * L, at = i * size + here, numbers = 2 * least(BACK, N - n);
+          Adjoint<T> driven = Adjoint<T>{of(0, i), of(1, i), of(2, i), of(3, i)}.at(here);
+          Adjoint<T> final = Adjoint<T>{of(4, i), of(5, i), nullptr, of(6, i)}.at(here);
           for (int64_t t = tile.end; t > tile.begin;) {
             Piece piece = last_piece(s.sequences, row, tile.begin, t);
-            int64_t state = ((piece.sequence * s.width + slice.first) * N + n) * 2;
+            const int64_t first = piece.begin - tile.begin, end = t - tile.begin;
+            const int64_t state = ((piece.sequence * s.width + slice.first) * N + n) * 2;
             if (piece.ends) {
-              memset(carries + at, 0, sizeof(T) * BLOCK * 2 * L);
-              gather(static_cast<const T*>(s.dfinal) + state, 2 * N, carries + at, there, slice.count);
+              T* const carries[] = {driven.p, driven.q, final.p, final.q};
+              for (T* x : carries) memset(x, 0, sizeof(T) * BLOCK_SIZE);
+              gather(static_cast<const T*>(s.dfinal) + state, 2 * N, final.p, numbers, slice.count);
             }
-            adjoint<T>(carries + at, a + at, c + at, da + at, dy_rows, before, du_rows, n == 0,
-                       piece.begin - tile.begin, t - tile.begin);
-            if (piece.starts) scatter(carries + at, static_cast<T*>(s.dh0) + state, 2 * N, there, slice.count);
+            adjoint<T, true>(driven, a + at, c + at, u_rows, dy_rows, du_rows, n == 0, first, end);
+            if (any(final.p, BLOCK_SIZE) || any(final.q, BLOCK_SIZE))
+              adjoint<T, false>(final, a + at, c + at, u_rows, dy_rows, du_rows, false, first, end);
+            if (piece.starts) {
+              memset(h, 0, sizeof(T) * BLOCK_SIZE);
+              gather(static_cast<const T*>(s.h0) + state, 2 * N, h, numbers, slice.count);
+              conjugate_times(h, driven.p, driven.up, driven.up);
+              conjugate_times(h, driven.q, driven.uq, driven.uq);
+              conjugate_times(h, final.q, final.uq, final.uq);
+              conjugate_times(c + at, driven.p, final.p, h);
+              scatter(h, static_cast<T*>(s.dh0) + state, 2 * N, numbers, slice.count);
+            }
             t = piece.begin;
           }
         }
@@ -227,8 +233,11 @@ int64_t backward(const DiagonalSSM& s, const Task& task, const Parts& parts) {
   for (int64_t i = 0; i < slab.count; i++) {
     const Slice& slice = slab.slices[i];
     const int64_t to = (task.row * s.width + slice.first) * 2 * N;
-    scatter(da + i * size, static_cast<T*>(parts.da) + to, 2 * N, 2 * N, slice.count);
-    scatter(dc + i * size, static_cast<T*>(parts.dc) + to, 2 * N, 2 * N, slice.count);
+    for (int64_t at = 0; at < size; at += BLOCK_SIZE)
+      conjugate_times(c + i * size + at, of(3, i) + at, of(6, i) + at, of(7, i) + at);
+    for (int64_t j = 0; j < size; j++) of(2, i)[j] *= 2;
+    scatter(of(7, i), static_cast<T*>(parts.da) + to, 2 * N, 2 * N, slice.count);
+    scatter(of(2, i), static_cast<T*>(parts.dc) + to, 2 * N, 2 * N, slice.count);
   }
   end_stream();
   return 0;

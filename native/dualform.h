@@ -10,13 +10,17 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 1  // of this interface
+#define DUALFORM_VERSION 4  // of this interface
 
 typedef struct {
   uint16_t bits;
 } bfloat16;
 
-enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2 };
+typedef struct {
+  uint16_t bits;
+} float16;  // IEEE 754
+
+enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
 
 // (rows, T, ...): the innermost axes are contiguous.
 typedef struct {
@@ -35,29 +39,33 @@ typedef struct {
 
 #define SELECTIVE_SCAN_TILE 32  // steps between the states that the backward of selective_scan starts from
 
-// h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = C_t h_t. States, A and their gradients are float, or double.
+// h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t h_t + D u_t) silu(z_t), where dt = softplus(delta + bias). States,
+// A, D, bias and their gradients are float, or double.
 typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state
   Sequences sequences;
   int64_t width, states, groups_b, groups_c;
-  View u, dt;      // (rows, T, D)
-  View b, c;       // (rows, T, G, N)
-  const void* a;   // (D, N)
-  const void* h0;  // (sequences, D, N)
-  View y;          // (rows, T, D)
-  void* final;     // (sequences, D, N); rows of empty sequences are left alone
-  void* saved;     // (rows, ceil(T / SELECTIVE_SCAN_TILE), N, D), the states entering each tile; or null
+  int64_t softplus;  // whether there is one
+  View u, delta;     // (rows, T, D)
+  View b, c;         // (rows, T, G, N)
+  View z;            // (rows, T, D), or null
+  const void* a;     // (D, N)
+  const void* d;     // (D), or null
+  const void* bias;  // (D), or null
+  const void* h0;    // (sequences, D, N)
+  View y;            // (rows, T, D)
+  void* final;       // (sequences, D, N); rows of empty sequences are left alone
+  void* saved;       // (rows, ceil(T / SELECTIVE_SCAN_TILE), N, D), the states entering each tile; or null
   // Backward only.
-  View dy;             // (rows, T, D)
-  const void* dfinal;  // (sequences, D, N)
-  View du, ddt;        // (rows, T, D)
-  View db, dc;         // (rows, T, G, N)
-  void* da;            // (D, N)
-  void* dh0;           // (sequences, D, N); rows of empty sequences are left alone
+  View dy;               // (rows, T, D)
+  const void* dfinal;    // (sequences, D, N)
+  View du, ddelta;       // (rows, T, D)
+  View db, dc;           // (rows, T, G, N)
+  View dz;               // (rows, T, D), if there is a z
+  void *da, *dd, *dbias; // (D, N), (D) and (D)
+  void* dh0;             // (sequences, D, N); rows of empty sequences are left alone
 } SelectiveScan;
-
-#define DIAGONAL_SSM_TILE 64  // steps between the states that the backward of diagonal_ssm starts from
 
 // h_t = A h_{t-1} + u_t, y_t = 2 Re sum_n C_n h_n; A, C and states are complex, as pairs of numbers.
 typedef struct {
@@ -71,7 +79,6 @@ typedef struct {
   const void* h0;  // (sequences, D, N, 2)
   View y;          // (rows, T, D)
   void* final;     // (sequences, D, N, 2); rows of empty sequences are left alone
-  void* saved;     // (rows, ceil(T / DIAGONAL_SSM_TILE), N, 2, D), the states entering each tile; or null
   // Backward only.
   View dy;             // (rows, T, D)
   const void* dfinal;  // (sequences, D, N, 2)
@@ -99,12 +106,13 @@ typedef struct {
   void* dh0;           // (sequences, D); rows of empty sequences are left alone
 } LinearScan;
 
-// y_t = bias + sum_j weight_j x_{t - (W-1) + j}; a state holds the W - 1 inputs before the first, oldest first.
+// y_t = bias + sum_j weight_j x_{t - (W-1) + j}, with SiLU or without; a state holds the W - 1 inputs before the first, oldest first.
 typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state, the weights and their gradients
   Sequences sequences;
   int64_t width, taps;
+  int64_t silu;
   View x;              // (rows, T, D)
   const void* weight;  // (D, W)
   const void* bias;    // (D), or null

@@ -156,7 +156,8 @@ EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
     Memory da(cut.strides * s->width * s->states, s->dtype);
     Memory db(static_cast<int64_t>(cut.parts_b.size()) * size, s->dtype);
     Memory dc(static_cast<int64_t>(cut.parts_c.size()) * size, s->dtype);
-    Parts parts = {da.get(), db.get(), dc.get()};
+    Memory dd(cut.strides * s->width, s->dtype), dbias(cut.strides * s->width, s->dtype);
+    Parts parts = {da.get(), db.get(), dc.get(), dd.get(), dbias.get()};
     auto kernel = kernels->selective_scan_backward[s->dtype];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task, parts); });
 
@@ -165,6 +166,8 @@ EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
     Groups c = {s->dc, dc.get(), cut.parts_c.data(), static_cast<int64_t>(cut.parts_c.size()), q.rows, q.length, s->states};
     parallel(threads, q.rows * 2, [&](int64_t i) { add(i % 2 ? b : c, i / 2); });
     add_up(da, s->dtype, cut.strides, s->width * s->states, s->da);
+    if (s->d) add_up(dd, s->dtype, cut.strides, s->width, s->dd);
+    if (s->bias) add_up(dbias, s->dtype, cut.strides, s->width, s->dbias);
   });
 }
 

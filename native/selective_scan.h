@@ -1,4 +1,5 @@
-// h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = C_t h_t, and its backward: channels in lanes, states in registers.
+// h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t h_t + D u_t) silu(z_t) with dt = softplus(delta + bias), and its
+// backward: channels in lanes, states in registers; the pointwise work is done on what is near anyway.
 //
 // A task runs through its slab of channels tile by tile, so that what a tile reads stays near. The backward goes from
 // the last tile to the first, recomputes the states of a tile from the one that entered it, and keeps the sums over
@@ -46,6 +47,43 @@ INLINE T* saved_states(const SelectiveScan& s, int64_t row, int64_t k, const Sli
   int64_t tiles = (s.sequences.length + TILE - 1) / TILE;
   return static_cast<T*>(s.saved) + (row * tiles + k) * s.states * s.width + slice.first;
 }
+
+// One number of every channel of a slice; 0 where there are none.
+template <class T>
+INLINE vec<T> of_channels(const void* numbers, const Slice& slice) {
+  return numbers ? load_some(static_cast<const T*>(numbers) + slice.first, slice.count) : vec<T>{};
+}
+
+// dt = softplus(delta + bias) of a slice: the tensor itself, or in scratch memory.
+template <class T>
+INLINE Rows<const T> read_steps(const SelectiveScan& s, const Window& tile, const Slice& slice, T* scratch) {
+  constexpr int L = LANES<T>;
+  const Rows<const T> delta = read(s.delta, tile, scratch);
+  if (!s.softplus && !s.bias) return delta;
+  const vec<T> bias = of_channels<T>(s.bias, slice);
+  for (int64_t t = 0; t < tile.end - tile.begin; t++) {
+    __builtin_prefetch(delta[t] + L);
+    vec<T> x = load(delta[t]) + bias;
+    store(scratch + t * L, s.softplus ? softplus<T>(x) : x);
+  }
+  return {scratch, L};
+}
+
+// y = (y + D u) silu(z) of a slice.
+template <class T>
+INLINE void finish(const SelectiveScan& s, const Window& tile, const Slice& slice, Rows<const T> u, Rows<T> y, T* scratch) {
+  if (!s.d && !s.z.data) return;
+  const vec<T> skip = of_channels<T>(s.d, slice);
+  const Rows<const T> z = s.z.data ? read(s.z, tile, scratch) : u;
+  for (int64_t t = 0; t < tile.end - tile.begin; t++) {
+    __builtin_prefetch(z[t] + LANES<T>);
+    vec<T> v = load(y[t]);
+    if (s.d) v = fma(skip, load(u[t]), v);
+    if (s.z.data) v *= silu<T>(load(z[t]));
+    store(y[t], v);
+  }
+}
+
 // NB states through the steps of a piece; adds C h to y, which the first block begins.
 template <class T, int NB>
 INLINE void run(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Rows<T> y, int64_t begin, int64_t end) {
@@ -77,7 +115,8 @@ int64_t forward(const SelectiveScan& s, const Task& task) {
   const int64_t N = s.states, M = padded(N), T_ = s.sequences.length, tiles = (T_ + TILE - 1) / TILE;
   Arena arena(task.memory);
   T *rates = arena.take<T>(slab.count * M * L), *states = arena.take<T>(slab.count * M * L);
-  T *u = arena.take<T>(TILE * L), *dt = arena.take<T>(TILE * L), *y = arena.take<T>(TILE * L);
+  T *u = arena.take<T>(TILE * L), *dt = arena.take<T>(TILE * L), *z = arena.take<T>(TILE * L);
+  T* y = arena.take<T>(TILE * L);
   T *b = arena.take<T>(TILE * M), *c = arena.take<T>(TILE * M);
   if (!task.memory) return arena.used(task.memory);
 
@@ -93,7 +132,7 @@ int64_t forward(const SelectiveScan& s, const Task& task) {
         if (i == 0 || slice.group_c != slab.slices[i - 1].group_c) in.c = read_map(s, s.c, tile, slice.group_c, c);
         tile.first = slice.first, tile.count = slice.count;
         in.u = read(s.u, tile, u);
-        in.dt = read(s.dt, tile, dt);
+        in.dt = read_steps(s, tile, slice, dt);
         Rows<T> out = target(s.y, tile, y);
         T *h = states + i * M * L, *a = rates + i * M * L;
         if (s.saved) write_states(h, saved_states<T>(s, row, k, slice), s.width, N, slice.count);
@@ -107,6 +146,7 @@ int64_t forward(const SelectiveScan& s, const Task& task) {
           if (piece.ends) scatter(h, static_cast<T*>(s.final) + state, N, N, slice.count);
           t = piece.end;
         }
+        finish(s, tile, slice, in.u, out, z);
         write(s.y, tile, out);
       }
     }
@@ -128,17 +168,18 @@ INLINE void add_sums(T* to, const vec<T>* v) {
   for (int i = 0; i < NB / Q<T>; i++) store(to + i * LANES<T>, load(to + i * LANES<T>) + merge(v + i * Q<T>));
 }
 
-// The states of a piece again; dC += h dy.
-template <class T, int NB>
-INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Replay<T> out, Rows<T> dc, int64_t begin,
-                   int64_t end) {
+// The states of a piece again; dC += h dy, and where there is a gate, y += C h.
+template <class T, int NB, bool GATED>
+INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Replay<T> out, Rows<T> dc, Rows<T> y,
+                   int64_t begin, int64_t end) {
   constexpr int L = LANES<T>;
   vec<T> h[NB];
 #pragma GCC unroll 16
   for (int i = 0; i < NB; i++) h[i] = load(h_memory + i * L);
   for (int64_t t = begin; t < end; t++) {
     vec<T> dt = load(in.dt[t]), x = dt * load(in.u[t]), dy = load(in.dy[t]), products[NB];
-    const T* b = in.b[t] + n;
+    const T *b = in.b[t] + n, *c = in.c[t] + n;
+    vec<T> sum = GATED && n > 0 ? load(y[t]) : vec<T>{};
 #pragma GCC unroll 16
     for (int i = 0; i < NB; i++) {
       vec<T> decay = exp2<T>(dt * load(a + i * L)), decayed = decay * h[i];
@@ -146,7 +187,9 @@ INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Repl
       store(out.decayed + (t * NB + i) * L, decayed);
       h[i] = fma(x, splat<T>(b[i]), decayed);
       products[i] = h[i] * dy;
+      if (GATED) sum = fma(h[i], splat<T>(c[i]), sum);
     }
+    if (GATED) store(y[t], sum);
     add_sums<T, NB>(dc[t] + n / Q<T> * L, products);
   }
 #pragma GCC unroll 16
@@ -198,6 +241,37 @@ INLINE void flush(const SelectiveScan& s, const Window& tile, Rows<T> sums, void
     }
 }
 
+// What the backward reads of a panel of slices and turns in place, (steps, PANEL lanes): delta into dt, dy into the
+// gradient before the gate, and z into what dz is per output before the gate. `ddelta` becomes d(dt) / d(delta).
+template <class T>
+struct Panel {
+  T *u, *dt, *dy, *dz, *du, *ddelta;
+
+  void read(const SelectiveScan& s, const Window& tile, const Slice* slices) const {
+    constexpr int L = LANES<T>;
+    copy(s.u, tile, u), copy(s.delta, tile, dt), copy(s.dy, tile, dy);
+    if (s.z.data) copy(s.z, tile, dz);
+    for (int64_t p = 0; p * L < tile.count; p++) {
+      const vec<T> bias = of_channels<T>(s.bias, slices[p]);
+      for (int64_t t = 0, at = p * L; t < tile.end - tile.begin; t++, at += PANEL * L) {
+        Curve<T> step = {load(dt + at) + bias, splat(T(1))};
+        if (s.softplus) step = softplus_curve<T>(step.value);
+        store(dt + at, step.value), store(ddelta + at, step.slope);
+        if (!s.z.data) continue;
+        const Curve<T> gate = silu_curve<T>(load(dz + at));
+        const vec<T> g = load(dy + at);
+        store(dy + at, g * gate.value), store(dz + at, g * gate.slope);
+      }
+    }
+  }
+
+  void write(const SelectiveScan& s, const Window& tile) const {
+    DUALFORM_ISA::write(s.du, tile, Rows<T>{du, PANEL * LANES<T>});
+    DUALFORM_ISA::write(s.ddelta, tile, Rows<T>{ddelta, PANEL * LANES<T>});
+    if (s.z.data) DUALFORM_ISA::write(s.dz, tile, Rows<T>{dz, PANEL * LANES<T>});
+  }
+};
+
 template <class T>
 int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
   constexpr int L = LANES<T>, NB = BACKWARD_BLOCK;
@@ -206,11 +280,12 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
   Arena arena(task.memory);
   T *rates = arena.take<T>(slab.count * M * L), *carries = arena.take<T>(slab.count * M * L);
   T *drates = arena.take<T>(slab.count * M * L), *h = arena.take<T>(M * L);
+  T *dskips = arena.take<T>(slab.count * L), *dbiases = arena.take<T>(slab.count * L);
   const int64_t wide = TILE * PANEL * L;
-  T *u = arena.take<T>(wide), *dt = arena.take<T>(wide), *dy = arena.take<T>(wide);
+  const Panel<T> all = {arena.take<T>(wide), arena.take<T>(wide), arena.take<T>(wide),
+                        arena.take<T>(wide), arena.take<T>(wide), arena.take<T>(wide)};
   T *b = arena.take<T>(TILE * M), *c = arena.take<T>(TILE * M);
-  Rows<T> du = {arena.take<T>(wide), PANEL * L}, ddt = {arena.take<T>(wide), PANEL * L};
-  Rows<T> dx = {arena.take<T>(TILE * L), L}, dlog = {arena.take<T>(TILE * L), L};
+  Rows<T> dx = {arena.take<T>(TILE * L), L}, dlog = {arena.take<T>(TILE * L), L}, y = {arena.take<T>(TILE * L), L};
   const int64_t sums = M / Q<T> * L;  // numbers of one step
   Rows<T> db = {arena.take<T>(TILE * sums), sums}, dc = {arena.take<T>(TILE * sums), sums};
   Replay<T> steps = {arena.take<T>(TILE * NB * L), arena.take<T>(TILE * NB * L)};
@@ -218,6 +293,8 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
 
   gather_rates(s, slab, rates);
   memset(drates, 0, sizeof(T) * slab.count * M * L);
+  memset(dskips, 0, sizeof(T) * slab.count * L);
+  memset(dbiases, 0, sizeof(T) * slab.count * L);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t k = tiles - 1; k >= 0; k--) {
       Window tile = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, PANEL * L};
@@ -235,11 +312,12 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
           memset(dc.data, 0, sizeof(T) * TILE * sums);
         }
         if (starts_panel<T>(slab, i, panel)) {
-          if (i > 0) write(s.du, tile, du), write(s.ddt, tile, ddt);
+          if (i > 0) all.write(s, tile);
           panel = 0, tile.first = slice.first, tile.count = panel_width<T>(slab, i);
-          copy(s.u, tile, u), copy(s.dt, tile, dt), copy(s.dy, tile, dy);
+          all.read(s, tile, &slice);
         }
-        in.u = {u + panel * L, PANEL * L}, in.dt = {dt + panel * L, PANEL * L}, in.dy = {dy + panel * L, PANEL * L};
+        in.u = {all.u + panel * L, PANEL * L}, in.dt = {all.dt + panel * L, PANEL * L};
+        in.dy = {all.dy + panel * L, PANEL * L};
         T *a = rates + i * M * L, *carry = carries + i * M * L, *da = drates + i * M * L;
         read_states(saved_states<T>(s, row, k, slice), s.width, h, N, slice.count);
         memset(h + N * L, 0, sizeof(T) * (M - N) * L);
@@ -249,7 +327,10 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
             Piece piece = first_piece(s.sequences, row, t, tile.end);
             int64_t state = (piece.sequence * s.width + slice.first) * N + n;
             if (piece.starts) gather(static_cast<const T*>(s.h0) + state, N, h + n * L, there, slice.count);
-            replay<T, NB>(h + n * L, a + n * L, in, n, steps, dc, t - tile.begin, piece.end - tile.begin);
+            if (s.z.data)
+              replay<T, NB, true>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, piece.end - tile.begin);
+            else
+              replay<T, NB, false>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, piece.end - tile.begin);
             t = piece.end;
           }
           for (int64_t t = tile.end; t > tile.begin;) {
@@ -265,21 +346,29 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
             t = piece.begin;
           }
         }
-        for (int64_t t = 0; t < tile.end - tile.begin; t++) {
-          vec<T> through = load(dx[t]);
-          store(du[t] + panel * L, through * load(in.dt[t]));
-          store(ddt[t] + panel * L, fma(load(dlog[t]), splat<T>(LN_2), through * load(in.u[t])));
+        const vec<T> skip = of_channels<T>(s.d, slice);
+        vec<T> dskip = load(dskips + i * L), dbias = load(dbiases + i * L);
+        for (int64_t t = 0, at = panel * L; t < tile.end - tile.begin; t++, at += PANEL * L) {
+          vec<T> through = load(dx[t]), u = load(all.u + at), dy = load(all.dy + at);
+          vec<T> ddelta = fma(load(dlog[t]), splat<T>(LN_2), through * u) * load(all.ddelta + at);
+          store(all.du + at, fma(skip, dy, through * load(all.dt + at)));
+          store(all.ddelta + at, ddelta);
+          if (s.z.data) store(all.dz + at, load(all.dz + at) * fma(skip, u, load(y[t])));
+          dskip = fma(dy, u, dskip), dbias += ddelta;
         }
+        store(dskips + i * L, dskip), store(dbiases + i * L, dbias);
       }
-      write(s.du, tile, du), write(s.ddt, tile, ddt);
+      all.write(s, tile);
       const Slice& last = slab.slices[slab.count - 1];
       flush(s, tile, db, parts.db, slab.part_b + last.group_b);
       flush(s, tile, dc, parts.dc, slab.part_c + last.group_c);
     }
   for (int64_t i = 0; i < slab.count; i++) {
     const Slice& slice = slab.slices[i];
-    T* to = static_cast<T*>(parts.da) + (task.row * s.width + slice.first) * N;
-    scatter(drates + i * M * L, to, N, N, slice.count);
+    const int64_t channel = task.row * s.width + slice.first;
+    scatter(drates + i * M * L, static_cast<T*>(parts.da) + channel * N, N, N, slice.count);
+    store_some(static_cast<T*>(parts.dd) + channel, load(dskips + i * L), slice.count);
+    store_some(static_cast<T*>(parts.dbias) + channel, load(dbiases + i * L), slice.count);
   }
   end_stream();
   return 0;

@@ -205,7 +205,8 @@ INLINE vec<T> exp2(vec<T> x) {
 #endif
 }
 
-// What a tensor holds, as numbers to compute with, and back; to bfloat16 by rounding to nearest, ties to even.
+// What a tensor holds, as numbers to compute with, and back; to 16 bits by rounding to nearest, ties to even. No number
+// in between is a denormal float or double, which count as 0 while kernels run.
 INLINE float number(float x) { return x; }
 INLINE double number(double x) { return x; }
 INLINE float number(bfloat16 x) {
@@ -224,6 +225,32 @@ INLINE void put(bfloat16* p, float value) {
   p->bits = uint16_t(value == value ? rounded : 0x7fc0);
 }
 INLINE void put(bfloat16* p, double x) { put(p, float(x)); }
+INLINE float number(float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fff, sign = uint32_t(x.bits >> 15) << 31;
+  uint32_t word = (magnitude << 13) + (magnitude < 0x7c00 ? uint32_t(127 - 15) << 23 : uint32_t(255 - 31) << 23);
+  if (magnitude < 0x0400) {
+    float small = float(magnitude) * 0x1p-24f;
+    memcpy(&word, &small, 4);
+  }
+  word |= sign;
+  float value;
+  memcpy(&value, &word, 4);
+  return value;
+}
+INLINE void put(float16* p, float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  const uint32_t sign = word >> 16 & 0x8000, magnitude = word & 0x7fffffff;
+  uint32_t rounded = (magnitude + 0xfff + (magnitude >> 13 & 1) - (uint32_t(127 - 15) << 23)) >> 13;
+  if (magnitude < 0x38800000) {  // below 2^-14: in steps of 2^-24, which are those of floats in [1/2, 1)
+    float small = (value < 0 ? -value : value) + 0.5f;
+    memcpy(&rounded, &small, 4);
+    rounded -= 0x3f000000;
+  }
+  if (magnitude >= 0x477ff000) rounded = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  p->bits = uint16_t(sign | rounded);
+}
+INLINE void put(float16* p, double x) { put(p, float(x)); }
 
 // log(1 + x) / x = c_0 + c_1 x + ... on [0, 1], of least relative error: 4.7e-9 and 9.1e-18.
 template <class T>
@@ -250,13 +277,30 @@ struct Log1p<double> {
       0x1.a4187b4c4aac1p-16};
 };
 
-// log(1 + e^x), and x / (1 + e^-x).
+// A function at x, and its derivative there.
 template <class T>
-INLINE vec<T> softplus(vec<T> x) {
+struct Curve {
+  vec<T> value, slope;
+};
+
+// log(1 + e^x).
+template <class T>
+INLINE Curve<T> softplus_curve(vec<T> x) {
   vec<T> t = exp2<T>((x > 0 ? -x : x) * T(LOG2_E)), p = splat(Log1p<T>::C[Log1p<T>::TERMS - 1]);
 #pragma GCC unroll 32
   for (int i = Log1p<T>::TERMS - 2; i >= 0; i--) p = fma(p, t, splat(Log1p<T>::C[i]));
-  return fma(p, t, x > 0 ? x : vec<T>{});
+  return {fma(p, t, x > 0 ? x : vec<T>{}), (x > 0 ? splat(T(1)) : t) / (t + T(1))};
+}
+template <class T>
+INLINE vec<T> softplus(vec<T> x) {
+  return softplus_curve<T>(x).value;
+}
+
+// x / (1 + e^-x).
+template <class T>
+INLINE Curve<T> silu_curve(vec<T> x) {
+  vec<T> sigmoid = T(1) / (exp2<T>(x * T(-LOG2_E)) + T(1)), value = x * sigmoid;
+  return {value, fma(value, T(1) - sigmoid, sigmoid)};
 }
 template <class T>
 INLINE vec<T> silu(vec<T> x) {

@@ -9,6 +9,20 @@ namespace DUALFORM_ISA {
 template <class T>
 constexpr int64_t DTYPE = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
 
+// `count` numbers, at most a vector; the other lanes are 0.
+template <class T>
+INLINE vec<T> load_some(const T* p, int64_t count) {
+  if (count >= LANES<T>) return load(p);
+  T lanes[LANES<T>] = {};
+  for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+INLINE void store_some(T* p, vec<T> v, int64_t count) {
+  if (count >= LANES<T>) return store(p, v);
+  for (int64_t i = 0; i < count; i++) p[i] = v[i];
+}
+
 // One row of numbers for every step of a tile: in the tensor itself, or in scratch memory.
 template <class T>
 struct Rows {
@@ -60,6 +74,7 @@ INLINE Rows<const T> copy(const View& v, const Window& w, T* scratch) {
   if (v.dtype == FLOAT32) convert(Rows<const float>{address<const float>(v, w), v.time}, to, steps, w.count);
   if (v.dtype == FLOAT64) convert(Rows<const double>{address<const double>(v, w), v.time}, to, steps, w.count);
   if (v.dtype == BFLOAT16) convert(Rows<const bfloat16>{address<const bfloat16>(v, w), v.time}, to, steps, w.count);
+  if (v.dtype == FLOAT16) convert(Rows<const float16>{address<const float16>(v, w), v.time}, to, steps, w.count);
   return {scratch, w.width};
 }
 
@@ -94,6 +109,7 @@ INLINE void write(const View& v, const Window& w, Rows<T> rows) {
   if (v.dtype == FLOAT32) convert(from, Rows<float>{address<float>(v, w), v.time}, steps, w.count);
   if (v.dtype == FLOAT64) convert(from, Rows<double>{address<double>(v, w), v.time}, steps, w.count);
   if (v.dtype == BFLOAT16) convert(from, Rows<bfloat16>{address<bfloat16>(v, w), v.time}, steps, w.count);
+  if (v.dtype == FLOAT16) convert(from, Rows<float16>{address<float16>(v, w), v.time}, steps, w.count);
 }
 
 // `count` rows of numbers, one per channel and `stride` apart <-> `states` vectors, one lane per channel; further lanes
@@ -225,6 +241,7 @@ void add_groups(const Groups& s, int64_t row) {
         if (s.out.dtype == FLOAT32) put(static_cast<float*>(s.out.data) + to, x);
         if (s.out.dtype == FLOAT64) put(static_cast<double*>(s.out.data) + to, x);
         if (s.out.dtype == BFLOAT16) put(static_cast<bfloat16*>(s.out.data) + to, x);
+        if (s.out.dtype == FLOAT16) put(static_cast<float16*>(s.out.data) + to, x);
       }
     }
   }

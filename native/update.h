@@ -7,20 +7,6 @@
 namespace DUALFORM_ISA {
 namespace update {
 
-// `count` numbers, at most a vector; the other lanes are 0.
-template <class T>
-INLINE vec<T> load_some(const T* p, int64_t count) {
-  if (count >= LANES<T>) return load(p);
-  T lanes[LANES<T>] = {};
-  for (int64_t i = 0; i < count; i++) lanes[i] = p[i];
-  return load(lanes);
-}
-template <class T>
-INLINE void store_some(T* p, vec<T> v, int64_t count) {
-  if (count >= LANES<T>) return store(p, v);
-  for (int64_t i = 0; i < count; i++) p[i] = v[i];
-}
-
 // The first of a run of channels that share their B and C.
 template <class T>
 struct States {

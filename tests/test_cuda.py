@@ -1,4 +1,4 @@
-"""The CUDA kernels, run thread by thread on the CPU and compared with the definition; compiled for real GPUs besides."""
+"""The CUDA kernels, run thread by thread on the CPU and compared with the definition."""
 
 import ctypes
 import hashlib
@@ -40,7 +40,9 @@ def emulated(monkeypatch, folder):
 
     def launch(file, kernel, defines, grid, threads, shared, fields):
         text = HARNESS.format(emulator=HERE / "cuda_emulator.h", source=SOURCES / file)
-        text += f'extern "C" void go(unsigned grid, unsigned threads, const void* p) {{ run({kernel}, grid, threads, p); }}'
+        text += (
+            f'extern "C" void go(unsigned grid, unsigned threads, const void* p) {{ run({kernel}, grid, threads, p); }}'
+        )
         flags = [f"-D{name}={compiler._macro(value)}" for name, value in defines.items()]
         name = hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:16]
         library = folder / f"{name}.so"
@@ -58,7 +60,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-def arguments(batch, length, width, states, groups=(1, 1), dtype=torch.float32, gated=True, softplus=True, borders=None):
+def arguments(
+    batch, length, width, states, groups=(1, 1), dtype=torch.float32, gated=True, softplus=True, borders=None
+):
     """As the kernels take them; halves of one projection, as the layers hand them over."""
     rows = batch if borders is None else len(borders) - 1
     u, z = normal(batch, length, 2 * width, dtype=dtype).chunk(2, -1)
@@ -71,17 +75,32 @@ def arguments(batch, length, width, states, groups=(1, 1), dtype=torch.float32, 
     return [u, delta, A, B, C, D, z if gated else None, bias, softplus, h0, cu_seqlens]
 
 
+def differentiable(x):
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
 def double(x):
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    return x.double() if differentiable(x) else x
 
 
 def reference(args, weights):
-    leaves = [double(x).detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+    leaves = [
+        double(x).detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
+    ]
     u, delta, A, B, C, D, z, bias, softplus, h0, cu_seqlens = leaves
     with backend("reference"):
         out = selective_scan(
-            u, delta, A, B, C, D, z,
-            delta_bias=bias, delta_softplus=softplus, initial_state=h0, cu_seqlens=cu_seqlens,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias=bias,
+            delta_softplus=softplus,
+            initial_state=h0,
+            cu_seqlens=cu_seqlens,
         )
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     return [*(y.detach() for y in out), *torch.autograd.grad(out, wanted, [double(w) for w in weights])]
@@ -106,6 +125,15 @@ CASES = {
     "float16 wide states": dict(batch=1, length=66, width=20, states=20, dtype=torch.float16),
 }
 PLANS = [(1, 1, 3, 1, 64), (2, 1, 1, 4, 128), (1, 2, 2, 1, 64), (2, 4, 1, 2, 64)]
+
+
+def test_plans_follow_the_shape(emulated):
+    """Small, with channels in groups that lie across no block; and what the plans choose by themselves."""
+    for case in ("odd", "groups", "packed"):
+        args = arguments(**CASES[case])
+        y, final, *saved = scan_kernels._forward(*args)
+        weights = [normal(*y.shape), normal(*final.shape)]
+        close([y, final, *scan_kernels._backward(weights, saved, *args)], reference(args, weights), 2e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError, ConfigError
-from dualform.layers import h3
 from dualform.layers.h3 import H3, H3Config, H3State
 from vectors import close, load
 
@@ -93,15 +92,6 @@ def test_packed(layer: H3, lengths: tuple[int, ...]) -> None:
     assert y.shape == x.shape
     if sum(lengths):
         close(y, want, 1e-12)
-
-
-def test_a_long_sequence_runs_in_spans(layer: H3, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, state = sample(layer, 2, 150)
-    want, want_last = layer(x, state)
-    monkeypatch.setattr(h3, "SPAN", 64)
-    y, last = layer(x, state)
-    close(y, want, 1e-12)
-    close(last.h, want_last.h, 1e-12)
 
 
 def golden(name: str, config: H3Config, dtype: torch.dtype) -> tuple[H3, dict[str, Tensor]]:

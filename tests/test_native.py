@@ -121,11 +121,13 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "scan packed": ("selective_scan", lambda: scan(1, 130, 33, 16, (1, 3), float32, SHORT, "Dzbs")),
     "scan packed bfloat16": ("selective_scan", lambda: scan(1, 130, 35, 17, (1, 1), bfloat16, SHORT, "Dzbs")),
     "scan wide bfloat16": ("selective_scan", lambda: scan(2, 70, 300, 16, (1, 2), bfloat16, around="Dzbs")),
+    "scan float16": ("selective_scan", lambda: scan(2, 20, 30, 4, (1, 1), float16, around="Dzbs")),
     "scan float64": ("selective_scan", lambda: scan(5, 40, 130, 31, (1, 1), float64, around="Dzbs")),
     "linear one": ("linear_scan", lambda: linear(1, 1, (1,))),
     "linear no axes": ("linear_scan", lambda: linear(4, 64, ())),
     "linear odd": ("linear_scan", lambda: linear(2, 65, (17,))),
     "linear mixed": ("linear_scan", lambda: linear(3, 33, (130,), (float32, bfloat16))),
+    "linear float16": ("linear_scan", lambda: linear(3, 33, (13,), (float16, float16))),
     "linear axes": ("linear_scan", lambda: linear(2, 70, (3, 5), (float64, float64))),
     "linear packed": ("linear_scan", lambda: linear(1, 130, (33,), borders=SHORT)),
     "linear packed back": ("linear_scan", lambda: linear(1, 130, (70,), (float64, float64), SHORT, reverse=True)),
@@ -140,6 +142,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "diagonal three rows": ("diagonal_ssm", lambda: diagonal(3, 200, 48, 32)),
     "diagonal packed": ("diagonal_ssm", lambda: diagonal(1, 130, 33, 16, float32, SHORT)),
     "diagonal wide bfloat16": ("diagonal_ssm", lambda: diagonal(2, 70, 300, 5, bfloat16)),
+    "diagonal float16": ("diagonal_ssm", lambda: diagonal(2, 20, 30, 5, float16)),
     "diagonal float64": ("diagonal_ssm", lambda: diagonal(1, 300, 64, 4, float64, [0, 70, 299, 300])),
     "conv one": ("causal_conv1d", lambda: conv(1, 1, 1, 4)),
     "conv odd": ("causal_conv1d", lambda: conv(2, 65, 17, 4, silu=True)),
@@ -149,6 +152,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "conv packed": ("causal_conv1d", lambda: conv(1, 130, 33, 4, float32, SHORT, silu=True)),
     "conv packed width 6": ("causal_conv1d", lambda: conv(1, 12, 20, 6, float64, [0, 2, 3, 5, 5, 12], silu=True)),
     "conv wide bfloat16": ("causal_conv1d", lambda: conv(2, 70, 300, 4, bfloat16, silu=True)),
+    "conv float16": ("causal_conv1d", lambda: conv(2, 20, 30, 4, float16, silu=True)),
 }
 
 
@@ -283,7 +287,7 @@ def test_a_fading_state_becomes_zero(instructions):
     assert float(h[0, 200].min()) > 0
 
 
-@pytest.mark.parametrize("dtype", [float32, float64, bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [float32, float64, bfloat16, float16], ids=str)
 @pytest.mark.parametrize("shape, states, groups", [((17,), 5, 1), ((12,), 20, 3), ((6, 5), 7, 2), ((1, 64), 32, 1)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_step(dtype, shape, states, groups, gated, instructions, threads):
@@ -305,7 +309,7 @@ def test_one_step(dtype, shape, states, groups, gated, instructions, threads):
         assert (double(a) - b).abs().max() <= TOLERANCE[dtype] * b.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [float32, float64, bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [float32, float64, bfloat16, float16], ids=str)
 @pytest.mark.parametrize("width, taps, activation", [(17, 4, "silu"), (5, 2, None), (9, 1, None)])
 def test_one_step_of_the_convolution(dtype, width, taps, activation, instructions):
     x, state = normal(3, 2 * width, dtype=dtype)[:, :width], normal(3, width, taps - 1, dtype=wide(dtype))
@@ -328,6 +332,15 @@ def test_softplus_and_silu_everywhere(instructions):
         y, _ = selective_state_update(h, x, dt[None], A, one, one, z=z[None], dt_softplus=True)
     want = torch.where(dt > 30, dt, torch.log1p(torch.exp(dt))) * F.silu(z)
     torch.testing.assert_close(y[0], want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 1 / 3, 1e-4])
+def test_every_float16_is_read_and_rounded(factor, instructions):
+    """Denormal numbers, infinities and NaN among them, and results that overflow or fall between two numbers."""
+    x, one = torch.arange(-(2**15), 2**15).to(torch.int16).view(float16).reshape(1, -1, 1), torch.zeros(1, 1, 0)
+    with backend("native"):
+        y = OPS["causal_conv1d"](x, torch.full((1, 1), factor), None, False, one, None)[0]
+    assert torch.equal(y.nan_to_num(nan=1.5), (x.float() * factor).half().nan_to_num(nan=1.5))
 
 
 def test_a_step_that_is_differentiated_runs_in_pytorch():

@@ -104,6 +104,15 @@ def test_many_chunks(layer: S4, length: int, small_chunks: None):
         close(got, expected, 1e-9)
 
 
+def test_a_long_sequence_runs_in_spans(layer: S4, small_chunks: None, monkeypatch: pytest.MonkeyPatch):
+    x, h = sample(layer, 2, 150)
+    want, want_last = layer(x, h)
+    monkeypatch.setattr(dplr, "SPAN", 64)
+    y, last = layer(x, h)
+    close(y, want, 1e-12)
+    close(last, want_last, 1e-12)
+
+
 @pytest.mark.parametrize("lengths", [(3, 0, 66, 64, 1), (0, 0), (45,), (4, 32), (0, 63, 65), (17, 18, 19, 2, 40)])
 def test_packed_in_many_chunks(layer: S4, lengths: tuple[int, ...], small_chunks: None):
     x, h = sample(layer, 1, sum(lengths), len(lengths))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError, ConfigError
-from dualform.layers import structured
+from dualform.layers.diagonal import Poles
 from dualform.layers.s4d import INITS, S4D, S4DConfig
 from dualform.ops.fft_conv import fft_conv
 from vectors import close, load
@@ -66,15 +66,6 @@ def test_oracle(layer: S4D, length: int) -> None:
     close(last, want_last, 1e-12)
     for got, expected in zip(gradients(layer, x, h, y, last), gradients(layer, x, h, want, want_last), strict=True):
         close(got, expected, 1e-10)
-
-
-def test_a_long_sequence_runs_in_spans(layer: S4D, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, h = sample(layer, 2, 150)
-    want, want_last = layer(x, h)
-    monkeypatch.setattr(structured, "SPAN", 64)
-    y, last = layer(x, h)
-    close(y, want, 1e-12)
-    close(last, want_last, 1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(70, 80), (64, 1, 85), (1, 149)])
@@ -241,6 +232,23 @@ def test_float32_stays_close_over_thousands_of_steps() -> None:
         close(state, h, 1e-4)
 
 
+def test_a_mode_that_the_input_does_not_reach() -> None:
+    """Its state only fades, and its input vector still has a gradient."""
+    a, C = torch.randn(2, 1, 3, dtype=torch.complex128) / 3
+    b = torch.tensor([[1e-3, 0, -3e-16]], dtype=torch.complex128, requires_grad=True)
+    system, u = Poles(a.log(), a, b), torch.randn(2, 9, 1, dtype=torch.float64)
+    h = torch.randn(2, 1, 3, dtype=torch.complex128)
+    for start in (torch.zeros_like(h), h):
+        y, last = system.run(u, start, None, C)
+        want = start
+        for t in range(9):
+            want = system.step(u[:, t], want)
+            close(y[:, t], 2 * (C * want).sum(-1).real, 1e-12)
+        close(last, want, 1e-12)
+        if start is not h:
+            close(*(torch.autograd.grad(torch.view_as_real(x).pow(2).sum(), b)[0] for x in (last, want)), 1e-10)
+
+
 def test_low_precision_is_computed_in_float32() -> None:
     torch.manual_seed(0)
     layer, x = S4DConfig(d_state=4).build(4), torch.randn(1, 80, 4)
@@ -251,6 +259,7 @@ def test_low_precision_is_computed_in_float32() -> None:
     close(y, want, 2e-2)
     y, h = layer.bfloat16()(x.bfloat16())
     assert (y.dtype, h.dtype) == (torch.bfloat16, torch.complex64)
+    assert layer._system(layer._dt(1.0)).run(x.bfloat16(), h, None, layer._C())[0].dtype == torch.bfloat16
     y_t, _ = layer.step(x[:, 0].bfloat16(), layer.init_state(1))
     close(y_t, y[:, 0], 2e-2)
 

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from dualform.check import long
 from dualform.check.cases import CASES, Case
 from dualform.check.op_cases import OpCase, op_cases
 from dualform.core.deviation import Worst, deviation
@@ -33,7 +34,7 @@ class Result:
     """What one check found.
 
     Args:
-        table: ``laws`` or ``backends``.
+        table: ``laws``, ``backends`` or ``long``.
         case: the row: a recurrence, or an operator with the name of its backend.
         law: the column.
         error: worst relative error; infinite for a wrong shape, a NaN or an exception; None where it does not apply.
@@ -88,6 +89,8 @@ def run_checks(
     on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Prove the contract: every law for every mixer, filter and model; every backend against its float64 reference.
+
+    On a GPU also: sequences of more than 2^31 elements against their pieces, where memory allows.
 
     TF32, to which cuDNN rounds by default, is off meanwhile: what is checked in float32 is float32.
 
@@ -149,7 +152,28 @@ def plan(
                     )
                     for law, b in (("forward", False), ("backward", True))
                 ]
+    if device.type == "cuda":
+        checks += [
+            Check("long", case.op, law, partial(_measure_long, case, device, dtype, backward=b))
+            for case in long.CASES
+            if names is None or case.op in names
+            for law, b in (("forward", False), ("backward", True))
+        ]
     return checks
+
+
+def _measure_long(
+    case: long.LongCase, device: torch.device, dtype: torch.dtype, *, backward: bool
+) -> tuple[Worst | None, float]:
+    """More elements than 32 bits count, where the memory for them is there."""
+    torch.cuda.empty_cache()
+    needed, free = case.bytes(dtype), torch.cuda.mem_get_info(device)[0]
+    if free < needed:
+        gib = f"needs {needed / 2**30:.0f} GiB of free memory, {free / 2**30:.0f} are there"
+        raise BackendError(f"{case.op} on more than 2^31 elements {gib}", hint="try --dtype bfloat16")
+    found = long.split_error(case, device, dtype, backward=backward, elements=long.ELEMENTS)
+    torch.cuda.empty_cache()
+    return found, (GRADIENT_TOLERANCE if backward else TOLERANCE)[dtype]
 
 
 def _measure_law(name: str, law: Law, trial: Callable[[], Trial], dtype: torch.dtype) -> tuple[Worst | None, float]:

@@ -22,6 +22,7 @@ EPILOG = """[bold]Examples[/bold]
 _TITLES = {
     "laws": "Laws: the greatest relative difference between two forms of one recurrence",
     "backends": "Backends: the greatest relative difference from the float64 reference",
+    "long": "More than 2^31 elements: the greatest relative difference between one call and two over its pieces",
 }
 
 

@@ -19,7 +19,7 @@ from dualform.inspect.systems import linear_parts, state_spaces
 from dualform.layers.mixer import Mixer
 
 _SHOWN = 4  # channels whose responses are drawn
-_SIGNAL, _WAVES = 8192, 22  # samples and greatest frequency of the signal that a memory remembers
+_SIGNAL, _WAVES = 100_000, 20  # samples and greatest frequency of the signal that a memory remembers
 _WINDOW = _SIGNAL / 4
 
 

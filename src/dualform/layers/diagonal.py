@@ -1,21 +1,18 @@
 """Structured layers with a diagonal state matrix: S4D and DSS."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor
 
 from dualform.core.discretize import held
-from dualform.core.dplr import as_complex, as_real
 from dualform.core.shapes import wide
-from dualform.layers.chunked import CHUNK, Tables, Transition, toeplitz
 from dualform.layers.mixer import check_intervals
 from dualform.layers.spans import in_spans
 from dualform.layers.structured import Structured
+from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.vandermonde import vandermonde_kernel
 
@@ -39,25 +36,25 @@ class Poles:
         a, weight = held(self.log_a, interval[:, None, None])
         return a * h + weight * self.b * u[..., None]
 
-    def tables(self, C: Tensor, D: Tensor, longest: int) -> Tables:
-        """What a chunk of sequences up to ``longest`` needs, for the outputs ``2 Re(C h) + D u``."""
-        chunk = min(CHUNK, longest)
-        powers = _powers(self.a, chunk)
-        kernel = 2 * torch.einsum("dn,dnk->dk", C * self.b, powers[..., :chunk]).real
-        after = 2 * C[..., None] * powers[..., 1:]
-        into = self.b[..., None] * powers[..., :-1].flip(-1)
-        after, into = (torch.stack(m, 2).flatten(1, 2) for m in ((after.real, -after.imag), (into.real, into.imag)))
-        return Tables(toeplitz(kernel + F.pad(D[:, None], (0, chunk - 1))), after, into.mT, Diagonal(powers))
+    def run(
+        self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None, C: Tensor, intervals: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``2 Re(C h)`` ``(B, T, D)`` and the final states ``(rows, D, N)``; ``intervals`` ``(B, T)``."""
+        if intervals is not None:
+            return self._irregular(u.to(h.real.dtype), h, cu_seqlens, C, intervals)
+        b = _reached(self.b)
+        y, last = diagonal_ssm(u, self.a, C * b, h / b, cu_seqlens=cu_seqlens)
+        return y, last * b
 
     def kernel(self, C: Tensor, length: int) -> Tensor:
         """``2 Re(C a^l b)`` for ``l < length``, ``(D, length)``."""
         log_a = torch.complex(self.log_a.real.clamp_min(-300), self.log_a.imag)  # a may be zero
         return vandermonde_kernel(log_a, C * self.b, length)
 
-    def irregular(
-        self, u: Tensor, h: Tensor, borders: Tensor | None, C: Tensor, intervals: Tensor
+    def _irregular(
+        self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None, C: Tensor, intervals: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``2 Re(C h)`` and the final states over ``intervals`` ``(B, T)``; states are held one span at a time."""
+        """:meth:`run` as a scan from step to step; states are held one span at a time."""
 
         def span(h: Tensor, cu_seqlens: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
             u, steps, log_a, b, C = parts
@@ -66,32 +63,14 @@ class Poles:
             return 2 * (C * hs).sum(-1).real, h
 
         weights = self.log_a, self.b, C
-        return in_spans(span, h, (u, intervals), weights, width=self.log_a.numel(), cu_seqlens=borders)
+        return in_spans(span, h, (u, intervals), weights, width=self.log_a.numel(), cu_seqlens=cu_seqlens)
 
 
-class Diagonal(Transition):
-    """Every pole by itself.
-
-    Args:
-        powers: ``(D, N, K + 1)``, complex, ``a^0 .. a^K``.
-    """
-
-    def __init__(self, powers: Tensor):
-        self.powers = powers
-
-    def scan(self, added: Tensor, h: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, b = self.powers[None, None, ..., -1], as_complex(added).permute(1, 2, 0, 3)
-        hs, last = linear_scan(a, b, h, cu_seqlens=cu_seqlens)
-        if cu_seqlens is None:
-            before = torch.cat([h[:, None], hs], 1)[:, :-1].flatten(0, 1)
-        else:
-            some = cu_seqlens.diff() > 0
-            before = hs[0].roll(1, 0).index_put((cu_seqlens[:-1][some],), h[some])
-        return as_real(before).transpose(0, 1), last
-
-    def advance(self, h: Tensor, count: int | Tensor) -> Tensor:
-        power = self.powers[..., count] if isinstance(count, int) else self.powers.permute(2, 0, 1)[count]
-        return power * h
+def _reached(b: Tensor) -> Tensor:
+    """``b``, but small where it vanishes beside the other modes of its channel: states are divided by it."""
+    size, info = b.detach().abs(), torch.finfo(b.dtype)
+    least = (info.eps * size.amax(-1, keepdim=True)).clamp_min(info.tiny**0.5)
+    return b + 2 * least * (size < least)
 
 
 class DiagonalMixer(Structured):
@@ -112,9 +91,9 @@ class DiagonalMixer(Structured):
         intervals: Real[Tensor, "B T"] | None = None,
         rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], Any]:
-        """The parallel form. States are held once per chunk of 64 tokens, never for every token."""
+        """The parallel form. States are never held for every token."""
         intervals = check_intervals(self._name, x, intervals, wide(self.log_dt))
-        return self._forward((x,) if intervals is None else (x, intervals), state, cu_seqlens, rate)
+        return self._forward(x, state, cu_seqlens, rate, *(() if intervals is None else (intervals,)))
 
     def step(
         self,
@@ -131,27 +110,3 @@ class DiagonalMixer(Structured):
 
     @abstractmethod
     def _system(self, dt: Tensor) -> Poles: ...
-
-    def _run(
-        self,
-        system: Any,
-        inputs: tuple[Tensor, ...],
-        h: Tensor,
-        borders: Tensor | None,
-        output: tuple[Tensor, Tensor],
-        finish: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        if len(inputs) == 1:
-            return super()._run(system, inputs, h, borders, output, finish)
-        (x, intervals), (C, D) = inputs, output
-        u = x.to(wide(self.log_dt))
-        s, h = system.irregular(u, h, borders, C, intervals)
-        return finish(s + D * u), h
-
-
-def _powers(a: Tensor, last: int) -> Tensor:
-    """``a^0 .. a^last`` on a new last axis, by doubling, so that rounding grows with the logarithm."""
-    p = torch.stack([torch.ones_like(a), a], -1)
-    while p.shape[-1] <= last:
-        p = torch.cat([p, p[..., 1:] * p[..., -1:]], -1)
-    return p[..., : last + 1]

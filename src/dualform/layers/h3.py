@@ -14,11 +14,11 @@ from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
 from dualform.core.packing import check_cu_seqlens, sequence_ids
 from dualform.core.shapes import check_tensors, wide
-from dualform.layers.chunked import CHUNK, SPAN, run
 from dualform.layers.diagonal import Poles
 from dualform.layers.mixer import Hint, Mixer, exactly
 from dualform.layers.structured import check_choice, check_pairs
 from dualform.ops.causal_conv1d import causal_conv1d_update
+from dualform.ops.chunks import CHUNK
 
 INITS = DIAGONALS  # the poles at the start
 
@@ -69,7 +69,7 @@ class H3(Mixer):
 
     Shapes:
         ``(B, T, d_model) -> (B, T, d_model)``; inside, H = d_model / P heads of width P. The parallel form holds
-        ``(B, T, d_model * P)`` numbers, and states once per chunk of 64 tokens.
+        ``(B, T, d_model * P)`` numbers, and never the states of every token.
 
     Raises:
         ConfigError: for an odd ``d_state``, an unknown ``init`` or ``rule``, step sizes that are not positive, or a
@@ -162,17 +162,14 @@ class H3(Mixer):
         (rows, length), products = k.shape[:2], k.shape[3] ** 2
         kv = (k[..., :, None] * v[..., None, :]).permute(3, 4, 0, 1, 2)  # (P, P, B, T, H)
         if cu_seqlens is None:
-            borders, longest, u = None, length, kv.reshape(products * rows, length, self.heads)
+            borders, u = None, kv.reshape(products * rows, length, self.heads)
         else:
             cu_seqlens = cu_seqlens.to(k.device, torch.int64)
-            longest, u = int(cu_seqlens.diff().max()), kv.reshape(1, products * length, self.heads)
+            u = kv.reshape(1, products * length, self.heads)
             begin = length * torch.arange(products, device=k.device)[:, None] + cu_seqlens[:-1]
             borders = torch.cat([begin.flatten(), begin.new_full((1,), products * length)])
-        tables, last, parts = self._system().tables(self._C(), self.D.to(u.dtype), longest), _fold(h), []
-        for part in u.split(SPAN, 1) if borders is None else [u]:
-            z, last = run(part, last, borders, tables)
-            parts.append(z)
-        z = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).reshape(kv.shape)
+        z, last = self._system().run(u, _fold(h), borders, self._C())
+        z = z.addcmul_(u, self.D.to(u.dtype)).view(kv.shape)
         return torch.einsum("bthi,ijbth->bthj", q, z), _unfold(last, h)
 
     def _system(self) -> Poles:

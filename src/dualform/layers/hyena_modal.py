@@ -12,10 +12,9 @@ from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
 from dualform.core.packing import check_cu_seqlens
 from dualform.core.shapes import check_tensors, wide
-from dualform.layers.chunked import SPAN, run
 from dualform.layers.diagonal import Poles
 from dualform.layers.hyena_operator import HyenaOperator
-from dualform.layers.mixer import Hint, exactly
+from dualform.layers.mixer import Hint
 from dualform.layers.structured import check_pairs
 
 
@@ -104,18 +103,12 @@ class HyenaModal(HyenaOperator):
             return x, state
         p, conv = self._short(x, state.conv, cu_seqlens)
         borders = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.int64)
-        longest = x.shape[1] if borders is None else int(borders.diff().max())
         C, last = self._C(), []
 
         def convolve(n: int, u: Tensor) -> Tensor:
-            h, parts = state.h[:, n], []
-            with exactly(x.device.type):
-                tables = self._system(n).tables(C[n], torch.zeros_like(self.D[n], dtype=u.dtype), longest)
-                for part in u.split(SPAN, 1) if borders is None else [u]:
-                    y, h = run(part, h, borders, tables)
-                    parts.append(y)
+            y, h = self._system(n).run(u, state.h[:, n], borders, C[n])
             last.append(h)
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            return y
 
         return self._gate(p, convolve, x), HyenaModalState(conv, torch.stack(last, 1))
 

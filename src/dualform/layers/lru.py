@@ -132,7 +132,7 @@ class LRU(Mixer):
         return Mimo(log_a.exp(), log_a, B, torch.view_as_complex(self.C.to(dtype)))
 
     def _out(self, y: Tensor, u: Tensor, x: Tensor) -> Tensor:
-        s = y + self.D.to(u.dtype) * u
+        s = y.addcmul_(u, self.D.to(u.dtype))
         return F.glu(self.out_proj(F.gelu(s).to(x.dtype)), -1)
 
     def _state(self, x: Tensor, state: Tensor | None, rows: int) -> Tensor:

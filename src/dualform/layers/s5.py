@@ -153,7 +153,7 @@ class S5(Mixer):
         return [Mimo(Abar, EXPONENTS[c.rule](A, dt), B, part) for part in C.split(len(A), 1)]
 
     def _out(self, y: Tensor, u: Tensor, x: Tensor) -> Tensor:
-        g = F.gelu(y + self.D.to(u.dtype) * u).to(x.dtype)
+        g = F.gelu(y.addcmul_(u, self.D.to(u.dtype))).to(x.dtype)
         return g * torch.sigmoid(self.gate(g))
 
     def _zeros(self, rows: int) -> Tensor:

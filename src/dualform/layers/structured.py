@@ -2,7 +2,6 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import check_cu_seqlens
 from dualform.core.shapes import check_tensors, wide
-from dualform.layers.chunked import SPAN, Tables, run
 from dualform.layers.mixer import Hint, Mixer, exactly
 
 
@@ -35,8 +33,8 @@ class Sizes(Protocol):
 class System(Protocol):
     """The discrete models of all channels, without C and D."""
 
-    def tables(self, C: Tensor, D: Tensor, longest: int) -> Tables:
-        """For sequences up to ``longest``, of the outputs ``2 Re(C h) + D u``; C ``(D, N)``, D ``(D,)``."""
+    def run(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None, C: Tensor) -> tuple[Tensor, Tensor]:
+        """The parallel form: ``2 Re(C h)`` ``(B, T, D)`` and the final states ``(rows, D, N)``; C ``(D, N)``."""
         ...
 
     def step(self, u: Tensor, h: Tensor) -> Tensor:
@@ -58,8 +56,6 @@ class Structured(Mixer):
 
     A bidirectional layer has a second output vector C' and adds ``sum_{i > t} 2 Re(C' Abar^(i - t - 1) Bbar) x_i``
     to ``s_t``; C then holds both, ``(2, D, N, 2)``, that of the past first.
-
-    The parallel form cuts time into chunks, see :mod:`dualform.layers.chunked`.
 
     Args:
         config: sizes.
@@ -104,8 +100,8 @@ class Structured(Mixer):
         cu_seqlens: Int[Tensor, " n"] | None = None,
         rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], Any]:
-        """The parallel form. States are held once per chunk of 64 tokens, never for every token."""
-        return self._forward((x,), state, cu_seqlens, rate)
+        """The parallel form. States are never held for every token."""
+        return self._forward(x, state, cu_seqlens, rate)
 
     def step(
         self, x: Float[Tensor, "B D"], state: Complex[Tensor, "B D N"], *, rate: float = 1.0
@@ -132,49 +128,26 @@ class Structured(Mixer):
         """The :class:`System` for step sizes ``(D, 1)``."""
 
     def _forward(
-        self, inputs: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None, rate: float
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, rate: float, *more: Tensor
     ) -> tuple[Tensor, Any]:
-        """The parallel form; ``inputs`` are x and what else there is for every token, ``(B, T, ...)``."""
-        x = inputs[0]
+        """The parallel form; ``more`` is what else there is for every token, ``(B, T)``."""
         check_tensors(self._name, x=(x, f"B T {self.d_model}"))
         rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
         h, dt = self._state(x, state, rows), self._dt(rate)
         if x.numel() == 0:
             return x, h if self.causal else ()
         borders = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.int64)
-        C, D = self._C(), self.D.to(wide(self.log_dt))
         with exactly(x.device.type):
-            system = self._system(dt)
+            system, C = self._system(dt), self._C()
         if self.causal:
-            return self._run(system, inputs, h, borders, (C, D), lambda s: self._out(s, x))
-        past, _ = self._run(system, inputs, h, borders, (C[0], D), lambda s: s)
+            s, h = system.run(x, h, borders, C, *more)
+            return self._out(self._skip(s, x), x), h
+        past, _ = system.run(x, h, borders, C[0], *more)
         turned = None if borders is None else x.shape[1] - borders.flip(0)
-        inputs = tuple(m.flip(1) for m in inputs)
-        future, _ = self._run(system, inputs, h, turned, (C[1], torch.zeros_like(D)), lambda s: s)
+        future, _ = system.run(x.flip(1), h, turned, C[1], *(m.flip(1) for m in more))
         first = torch.zeros(1, dtype=torch.int64, device=x.device) if borders is None else borders[:-1]
         future = future.flip(1).index_fill(1, first[first < x.shape[1]], 0).roll(-1, 1)
-        return self._out(past + future, x), ()
-
-    def _run(
-        self,
-        system: System,
-        inputs: tuple[Tensor, ...],
-        h: Tensor,
-        borders: Tensor | None,
-        output: tuple[Tensor, Tensor],
-        finish: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """``finish(s)`` and the final states, with ``output`` C and D; a long row goes span by span."""
-        (x,) = inputs
-        longest = x.shape[1] if borders is None else int(borders.diff().max())
-        with exactly(x.device.type):
-            tables = system.tables(*output, longest)
-        outputs = []
-        for part in x.split(SPAN, 1) if borders is None else [x]:
-            with exactly(x.device.type):
-                s, h = run(part.to(wide(self.log_dt)), h, borders, tables)
-            outputs.append(finish(s))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), h
+        return self._out(self._skip(past + future, x), x), ()
 
     def _begin_step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         self._check_causal()
@@ -182,7 +155,11 @@ class Structured(Mixer):
         return self._state(x, state, len(x)), x.to(wide(self.log_dt))
 
     def _end_step(self, x: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self._out(2 * (self._C() * h).sum(-1).real + self.D.to(u.dtype) * u, x), h
+        return self._out(self._skip(2 * (self._C() * h).sum(-1).real, u), x), h
+
+    def _skip(self, s: Tensor, u: Tensor) -> Tensor:
+        """``s + D u``, in the memory of s."""
+        return s.addcmul_(u, self.D.to(s.dtype))
 
     def _out(self, s: Tensor, x: Tensor) -> Tensor:
         return F.glu(self.out_proj(F.gelu(s).to(x.dtype)), -1)

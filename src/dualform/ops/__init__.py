@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+import torch
+
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
@@ -17,6 +19,8 @@ import_module("dualform.ops.selective_scan_chunked")
 if not library.missing:
     for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
         import_module(f"dualform.ops.native.{_name}")
+if torch.version.cuda:
+    import_module("dualform.ops.cuda.selective_scan")
 
 __all__ = [
     "OPS",

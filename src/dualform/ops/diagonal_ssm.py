@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.packing import each_alone, from_lengths, sequence_ids
+from dualform.core.packing import each_alone
 from dualform.core.shapes import check_floating, check_tensors, wide
+from dualform.ops.chunks import Chunks, chunk_size, toeplitz
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import initial
-
-_CHUNK = 64  # tokens per matrix product: two real numbers per mode and channel then weigh as much as the tokens
 
 
 def diagonal_ssm(
@@ -71,61 +70,6 @@ def _reference(
     return y.to(u.dtype), final
 
 
-class _Chunks:
-    """Every sequence cut into chunks of K tokens, all side by side: M chunks, the last of a sequence perhaps shorter.
-
-    Args:
-        u: ``(B, T, D)``.
-        cu_seqlens: or None; then every row is a sequence.
-    """
-
-    def __init__(self, u: Tensor, cu_seqlens: Tensor | None):
-        (batch, length), device = u.shape[:2], u.device
-        if cu_seqlens is None:
-            self.borders = torch.arange(batch + 1, device=device) * length
-        else:
-            self.borders = cu_seqlens.long()
-        lengths = self.borders.diff()
-        self.size = max(1, min(_CHUNK, int(lengths.max())))
-        self.cu_chunks = from_lengths((lengths + self.size - 1) // self.size)
-        owner = sequence_ids(self.cu_chunks, int(self.cu_chunks[-1]))
-        index = torch.arange(len(owner), device=device) - self.cu_chunks[owner]
-        self.begin = self.borders[owner] + index * self.size
-        self.count = torch.minimum(self.borders[owner + 1] - self.begin, torch.full_like(owner, self.size))
-        self.full = self.cu_chunks.diff() > 0  # the sequences that have chunks
-
-    def left(self, x: Tensor) -> Tensor:
-        """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk tokens first, zeros last."""
-        at = torch.arange(self.size, device=x.device)
-        return self._take(x, self.begin[:, None] + at, at < self.count[:, None])
-
-    def right(self, x: Tensor) -> Tensor:
-        """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk zeros first, tokens last."""
-        at = torch.arange(self.size, device=x.device) - self.size
-        return self._take(x, (self.begin + self.count)[:, None] + at, at + self.count[:, None] >= 0)
-
-    def tokens(self, left: Tensor, right: Tensor | None = None) -> Tensor:
-        """The inverse of :meth:`left`, plus that of :meth:`right`: ``(D, M, K)`` -> ``(B T, D)``."""
-        at = torch.arange(self.size, device=left.device)
-        found = left[:, at < self.count[:, None]]
-        if right is not None:
-            found = found + right[:, at >= self.size - self.count[:, None]]
-        return found.T
-
-    def before(self, after: Tensor, start: Tensor) -> Tensor:
-        """From the states after every chunk ``(1, M, ...)`` those before: of the first of a sequence, its start."""
-        return after[0].roll(1, 0).index_put((self.cu_chunks[:-1][self.full],), start[self.full])
-
-    def after(self, before: Tensor, end: Tensor) -> Tensor:
-        """From what is known before every chunk ``(1, M, ...)`` the same after: of the last of a sequence, its end."""
-        return before[0].roll(-1, 0).index_put((self.cu_chunks[1:][self.full] - 1,), end[self.full])
-
-    def _take(self, x: Tensor, token: Tensor, there: Tensor) -> Tensor:
-        x = x.flatten(0, 1)
-        found = x[token.clamp(0, max(0, len(x) - 1))].masked_fill(~there[..., None], 0)
-        return found.permute(2, 0, 1).contiguous()
-
-
 class _Tables(NamedTuple):
     """What a chunk of K tokens needs, per channel; a complex number is two real ones, the real parts first."""
 
@@ -139,10 +83,8 @@ class _Tables(NamedTuple):
         powers = _powers(Abar, size)
         z = 2 * CB[..., None] * powers
         kernel = z[..., :size].real.sum(1)
-        later = torch.arange(size, device=Abar.device)
-        within = F.pad(kernel, (size, 0))[:, size + later - later[:, None]]
         after = torch.cat([z[..., 1:].real, -z[..., 1:].imag], 1)
-        return cls(powers, within, after, _real(powers[..., :-1].flip(-1).mT))
+        return cls(powers, toeplitz(kernel), after, _real(powers[..., :-1].flip(-1).mT))
 
 
 def _powers(a: Tensor, last: int) -> Tensor:
@@ -170,12 +112,12 @@ def _complex(x: Tensor) -> Tensor:
     return torch.complex(*x.chunk(2, -1))
 
 
-def _states(chunks: _Chunks, u: Tensor, tables: _Tables, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _states(chunks: Chunks, u: Tensor, tables: _Tables, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The states before every chunk ``(M, D, N)``, the final ones, and the decay of every chunk ``(1, M, D, N)``."""
     decay = tables.powers.permute(2, 0, 1)[chunks.count][None]
     added = _complex(torch.bmm(chunks.right(u), tables.into)).transpose(0, 1)[None]
     after, final = linear_scan(decay, added, h0, cu_seqlens=chunks.cu_chunks)
-    return chunks.before(after, h0), final, decay
+    return chunks.before(after[0], h0), final, decay
 
 
 def _forward(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
@@ -183,11 +125,11 @@ def _forward(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor
     if u.numel() == 0 or h0.numel() == 0:
         return [torch.zeros_like(u, memory_format=torch.contiguous_format), h0.clone()]
     with _exactly(u.device.type):
-        chunks, x = _Chunks(u, cu_seqlens), u.to(h0.real.dtype)
+        chunks, x = Chunks(u, cu_seqlens, chunk_size(u, cu_seqlens)), u.to(h0.real.dtype)
         tables = _Tables.of(Abar, CB, chunks.size)
         before, final, _ = _states(chunks, x, tables, h0)
         y = torch.baddbmm(torch.bmm(chunks.left(x), tables.within), _real(before).transpose(0, 1), tables.after)
-        return [chunks.tokens(y).reshape(u.shape).to(u.dtype).contiguous(), final]
+        return [chunks.tokens(y).to(u.dtype).contiguous(), final]
 
 
 def _backward(
@@ -203,14 +145,15 @@ def _backward(
     if u.numel() == 0 or h0.numel() == 0:
         return [torch.zeros_like(u), torch.zeros_like(Abar), torch.zeros_like(CB), grads[1].clone()]
     with _exactly(u.device.type):
-        chunks, x, dy = _Chunks(u, cu_seqlens), u.to(h0.real.dtype), grads[0].to(h0.real.dtype)
+        chunks, dtype = Chunks(u, cu_seqlens, chunk_size(u, cu_seqlens)), h0.real.dtype
+        x, dy = u.to(dtype), grads[0].to(dtype)
         tables = _Tables.of(Abar, CB, chunks.size)
         powers, size = tables.powers, chunks.size
         before, _, decay = _states(chunks, x, tables, h0)
         left, right, out = chunks.left(x), chunks.right(x), chunks.left(dy)
         dbefore = _complex(torch.bmm(out, tables.after.mT)).transpose(0, 1)[None]
         g, dh0 = linear_scan(decay.conj(), dbefore, grads[1], cu_seqlens=chunks.cu_chunks, reverse=True)
-        g = chunks.after(g, grads[1])
+        g = chunks.after(g[0], grads[1])
         carried = _real(g).transpose(0, 1)
         du = chunks.tokens(torch.bmm(out, tables.within.mT), torch.bmm(carried, tables.into.mT))
 
@@ -223,7 +166,7 @@ def _backward(
         steps = torch.arange(1, size + 1, device=u.device)
         dAbar = (dpowers[..., 1:] * (steps * powers[..., :-1]).conj()).sum(-1)
         dCB = (dz * powers.conj()).sum(-1)
-        return [du.reshape(u.shape).to(u.dtype).contiguous(), dAbar, dCB, dh0]
+        return [du.to(u.dtype).contiguous(), dAbar, dCB, dh0]
 
 
 def _exactly(device: str) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""CUDA C++ to running kernels: NVRTC compiles a source for the GPU at hand, once per machine, and the driver launches it.
+"""CUDA C++ to running kernels: NVRTC compiles for the GPU at hand, once per machine, and the driver launches.
 
 Both come with PyTorch's own wheels for CUDA: nothing else is installed, and no toolkit is needed. Machine code is kept
 in ``DUALFORM_CACHE``, or in the user's cache folder.
@@ -9,7 +9,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _OLDEST = (8, 0)  # compute capability: bfloat16, and more than 48 KiB of shared
 def missing() -> str:
     """Why kernels cannot be compiled and run here, and what to do about it; empty when they can."""
     try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
+        from cuda.bindings import driver, nvrtc  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         return f"NVIDIA's compiler is not installed ({error}): pip install cuda-bindings nvidia-cuda-nvrtc"
     capability = torch.cuda.get_device_capability()
@@ -49,7 +49,7 @@ def launch(
     """
     if grid == 0:
         return
-    from cuda.bindings import driver
+    from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
     device = torch.cuda.current_device()
     function = _function(file, kernel, tuple(defines.items()), device, shared)
@@ -69,7 +69,7 @@ def compile_source(file: str, defines: dict[str, Any], arch: str) -> bytes:
     Raises:
         RuntimeError: with the compiler's messages.
     """
-    from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
     headers = [(_FOLDER / name).read_bytes() for name in _HEADERS]
     source = (_FOLDER / file).read_bytes()
@@ -89,9 +89,9 @@ def compile_source(file: str, defines: dict[str, Any], arch: str) -> bytes:
     return code
 
 
-@lru_cache(maxsize=None)
+@cache
 def _function(file: str, kernel: str, defines: tuple[tuple[str, Any], ...], device: int, shared: int) -> Any:
-    from cuda.bindings import driver
+    from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
     found = _check(*driver.cuLibraryGetKernel(_library(file, defines, device), kernel.encode()))
     if shared > 48 * 1024:
@@ -100,9 +100,9 @@ def _function(file: str, kernel: str, defines: tuple[tuple[str, Any], ...], devi
     return driver.CUfunction(int(found))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _library(file: str, defines: tuple[tuple[str, Any], ...], device: int) -> Any:
-    from cuda.bindings import driver, nvrtc
+    from cuda.bindings import driver, nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}"

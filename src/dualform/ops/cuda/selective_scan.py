@@ -1,6 +1,6 @@
 """The selective scan on an NVIDIA GPU."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,186 +11,195 @@ from dualform.ops.op import Backend
 from dualform.ops.selective_scan import selective_scan_op
 
 TILE = 64  # steps between the states that the backward starts from, as in selective_scan.cuh
-_MOST_STATES = 32
+_LANE_STATES = (2, 4, 8)  # states of one of the four lanes of a channel
+
+
+class Inputs(NamedTuple):
+    """The arguments of the operator."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    bias: Tensor | None
+    softplus: bool
+    h0: Tensor
+    cu_seqlens: Tensor | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.u.numel() == 0 or self.h0.numel() == 0
+
+    @property
+    def per_group(self) -> int:
+        """Channels that share their B and their C."""
+        return self.u.shape[2] // max(self.B.shape[2], self.C.shape[2])
+
+    def slots(self, size: int) -> int:
+        """Pieces of ``size`` steps, as the kernels number them: sequences do not share one."""
+        rows, length = len(self.h0), self.u.shape[1]
+        return rows * -(-length // size) if self.cu_seqlens is None else length // size + rows
 
 
 class Plan(NamedTuple):
-    """How a call is cut: channels of a lane, warps of a block (forward: those that share one row's time, then the teams
-    of them in a block), and blocks that share a multiprocessor."""
+    """How a call is cut.
+
+    Args:
+        channels: of a lane.
+        warps: of a block, side by side over channels; in the forward, those that take turns at the time of one row.
+        blocks: that a multiprocessor should hold.
+        teams: of such warps in a block, side by side over channels.
+    """
 
     channels: int
     warps: int
     blocks: int
     teams: int = 1
 
+    @property
+    def line(self) -> int:
+        """Channels of a warp."""
+        return 8 * self.channels
+
+    @property
+    def steps(self) -> int:
+        """Steps that a warp takes at once."""
+        return 16 // self.channels
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """What the sources call it."""
+        return {"CHANNELS": self.channels, "WARPS": self.warps, "BLOCKS": self.blocks, "TEAMS": self.teams}
+
 
 def plan_forward(rows: int, length: int, width: int, per_group: int) -> Plan:
-    """Several warps share the time of one row where rows and channels alone do not fill the chip."""
-    channels = 2 if rows * width >= 2**16 and per_group % 16 == 0 else 1
-    if per_group % 16 == 0 and rows * width < 2**13:
-        channels = 2
-    blocks = rows * -(-width // (8 * channels))
-    warps = 1
-    while warps < 8 and blocks * warps < 2048 and 2 * warps * 16 // channels <= max(length, 32):
-        warps *= 2
-    return Plan(channels, warps, 16 // warps)
+    """Warps with a row's time to themselves where there are enough of them, else eight take turns at it."""
+    channels = 2 if per_group % 16 == 0 and rows * width >= 1024 else 1
+    if rows * -(-width // (8 * channels)) >= 1024 or length <= 16:
+        return Plan(channels, 1, 4, teams=4)
+    return Plan(channels, 8, 1)
 
 
 def plan_backward(rows: int, length: int, width: int, per_group: int) -> tuple[Plan, int, int]:
-    """The plan, the steps whose decays are held in registers, and the steps of a span."""
-    warps = next(w for w in (4, 2, 1) if per_group % (8 * w) == 0 or w == 1)
+    """The plan, the steps whose decays are held in registers, and the steps of a span: few, but enough to go round."""
+    channels = 2 if per_group % 16 == 0 else 1
+    warps = next(w for w in (4, 2, 1) if per_group % (8 * channels * w) == 0 or w == 1)
+    blocks, whole = rows * -(-width // (8 * channels * warps)), TILE * -(-length // TILE)
+    if blocks >= 192:  # a row in one span needs no joining
+        return Plan(channels, warps, 8 // warps), 8, min(whole, 4096)
     span = TILE
-    while span < 1024 and span < length and rows * -(-length // (2 * span)) * -(-width // (8 * warps)) >= 1024:
+    while 2 * span <= min(whole, 1024) and blocks * -(-length // (2 * span)) >= 512:
         span *= 2
-    return Plan(1, warps, 12 // warps), 4, span
+    return Plan(channels, warps, 8 // warps), 8, span
 
 
-def _run(keep: bool, *args: Tensor) -> list[Tensor]:
-    u, delta, A, B, C, D, z, bias, softplus, h0, cu_seqlens = args
-    y, final = u.new_empty(u.shape), h0.clone(memory_format=torch.contiguous_format)
+def _run(keep: bool, *args: Any) -> list[Tensor]:
+    x = Inputs(*args)
+    y, final = x.u.new_empty(x.u.shape), x.h0.clone(memory_format=torch.contiguous_format)
     saved = _saved(*args) if keep else []
-    if u.numel() == 0 or h0.numel() == 0:
+    if x.empty:
         return [y.zero_(), final, *saved]
-    rows = len(h0)
-    plan = plan_forward(rows, u.shape[1], u.shape[2], u.shape[2] // max(B.shape[2], C.shape[2]))
-    given, fields, defines = _fields(*args)
-    states = defines["STATES"]
-    line, steps = 8 * plan.channels, 16 // plan.channels
-    defines |= {"CHANNELS": plan.channels, "WARPS": plan.warps, "TEAMS": plan.teams, "BLOCKS": plan.blocks}
-    defines["SAVE"] = keep
-    buffers = 2 * (6 * steps * line + 32 + 2 * steps * 4 * states)
-    of_warp = 4 * (buffers + 2 * line + 32 * plan.channels * states) + 4 * 32 * 4 * u.element_size()
-    shared = plan.teams * plan.warps * of_warp
+    rows, width = len(x.h0), x.u.shape[2]
+    plan = plan_forward(rows, x.u.shape[1], width, x.per_group)
+    given, fields, macros = _fields(x)
+    states = macros["STATES"]
+    buffers = 2 * (6 * plan.steps * plan.line + 32 + 8 * plan.steps * states)
+    of_warp = 4 * (buffers + 2 * plan.line + 32 * plan.channels * states) + 4 * 32 * 4 * x.u.element_size()
     compiler.launch(
         "selective_scan_forward.cu",
         "selective_scan_forward",
-        defines,
-        rows * -(-u.shape[2] // (plan.teams * line)),
+        macros | plan.macros | {"SAVE": keep},
+        rows * -(-width // (plan.teams * plan.line)),
         32 * plan.teams * plan.warps,
-        shared,
-        (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, *[0] * 15),
+        plan.teams * plan.warps * of_warp,
+        (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, *[0] * 14),
     )
     alive(given)
     return [y, final, *saved]
 
 
-def _forward(*args: Tensor) -> list[Tensor]:
+def _forward(*args: Any) -> list[Tensor]:
     return _run(True, *args)
 
 
-def _infer(*args: Tensor) -> list[Tensor]:
+def _infer(*args: Any) -> list[Tensor]:
     return _run(False, *args)
 
 
-def _slots(length: int, rows: int, packed: bool, size: int) -> int:
-    """Pieces of ``size`` steps, as the kernels number them."""
-    return length // size + rows if packed else rows * -(-length // size)
+def _saved(*args: Any) -> list[Tensor]:
+    x = Inputs(*args)
+    return [x.h0.new_empty(x.slots(TILE), *x.h0.shape[1:])]
 
 
-def _saved(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    return [h0.new_empty(_slots(u.shape[1], len(h0), cu_seqlens is not None, TILE), *h0.shape[1:])]
-
-
-def _backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    (batch, length, width), rows, states = u.shape, len(h0), h0.shape[2]
-    tensors = [x for x in (u, delta, A, B, C, D, z, bias) if x is not None]
+def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
+    x = Inputs(*args)
     dh0 = grads[1].clone()
-    if u.numel() == 0 or h0.numel() == 0:
-        return [*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors), dh0]
-    du, ddelta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
-    dz = None if z is None else torch.empty_like(u, memory_format=torch.contiguous_format)
-    plan, held, span = plan_backward(rows, length, width, width // max(B.shape[2], C.shape[2]))
-    line, steps, packed = 8 * plan.channels, 16 // plan.channels, cu_seqlens is not None
-    blocks, spans = -(-width // (line * plan.warps)), _slots(length, rows, packed, span)
-    dy = grads[0] if grads[0].dtype == u.dtype else grads[0].to(u.dtype)
-    given, fields, defines = _fields(u, delta, A, B, C, D, z, bias, softplus, h0, cu_seqlens, dy)
-    groups_b, groups_c, padded = B.shape[2], C.shape[2], 4 * defines["STATES"]
-    carry, seconds = h0.new_empty(spans, width, states), h0.new_empty(spans, width)
-    dmaps = h0.new_empty(2, blocks, batch, length, padded)
-    da, dd, dbias = h0.new_empty(spans, width, states), h0.new_empty(spans, width), h0.new_empty(spans, width)
-    fields = (
-        *fields,
-        *(0, 0, pointer(kept[0]), span),
-        *view(dy),
-        *(pointer(x) for x in (grads[1], carry, seconds, du, ddelta, dz, dmaps, da, dd, dbias, dh0)),
+    if x.empty:
+        tensors = [m for m in x[:8] if isinstance(m, Tensor)]
+        return [*(torch.zeros_like(m, memory_format=torch.contiguous_format) for m in tensors), dh0]
+    (batch, length, width), (rows, _, states), new = x.u.shape, x.h0.shape, x.h0.new_empty
+    plan, held, span = plan_backward(rows, length, width, x.per_group)
+    dy = grads[0].to(x.u.dtype)
+    given, fields, macros = _fields(x, dy)
+    padded, spans, blocks = 4 * macros["STATES"], x.slots(span), -(-width // (plan.line * plan.warps))
+    du, ddelta = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x.u, x.delta))
+    dz = None if x.z is None else torch.empty_like(du)
+    carry, seconds = new(spans, width, states), new(spans, width)
+    dmaps, da, dd, dbias = (
+        new(2, blocks, batch, length, padded),
+        new(spans, width, states),
+        new(spans, width),
+        new(spans, width),
     )
-    defines |= {"CHANNELS": plan.channels, "WARPS": plan.warps, "BLOCKS": plan.blocks, "HELD": held}
+    outputs = (grads[1], carry, seconds, du, ddelta, dz, dmaps, da, dd, dbias, dh0)
+    fields = (*fields, 0, 0, pointer(kept[0]), span, *view(dy), *(pointer(m) for m in outputs))
 
     def launch(kernel: str, grid: int, threads: int, shared: int) -> None:
-        compiler.launch("selective_scan_backward.cu", kernel, defines, grid, threads, shared, fields)
+        of_kernel = macros | plan.macros | {"HELD": held}
+        compiler.launch("selective_scan_backward.cu", kernel, of_kernel, grid, threads, shared, fields)
 
-    if packed or span < length:
-        launch("selective_scan_carry", spans * blocks, 32 * plan.warps, plan.warps * 4 * (steps * (2 * line + padded) + 2 * line))
+    tile = plan.steps * plan.line
+    if x.cu_seqlens is not None or span < length:
+        of_warp = 4 * (2 * tile + plan.steps * padded + 2 * plan.line)
+        launch("selective_scan_carry", spans * blocks, 32 * plan.warps, plan.warps * of_warp)
         launch("selective_scan_join", rows * -(-width * states // 256), 256, 0)
-    of_warp = 3 * steps * line + 3 * 4 * (steps * line + 8) + (TILE // steps) * 32 * plan.channels * defines["STATES"] + 2 * line + 256
-    shared = 4 * (plan.warps * of_warp + 2 * TILE * padded + 4 * plan.warps * steps * padded)
-    shared += plan.warps * 32 * 4 * (3 * u.element_size() + delta.element_size())
+    of_warp = 4 * (15 * tile + 96 + TILE // plan.steps * 8 * plan.channels * padded + 2 * plan.line + 256)
+    of_warp += 32 * 4 * (3 * x.u.element_size() + x.delta.element_size())
+    shared = plan.warps * of_warp + 4 * (2 * TILE * padded + 4 * plan.warps * plan.steps * padded)
     launch("selective_scan_backward", spans * blocks, 32 * plan.warps, shared)
-    alive((given, kept, carry, seconds))
+    alive(given, kept, outputs)
     maps = [
-        m.unflatten(0, (groups, -1)).sum(1).permute(1, 2, 0, 3)[..., :states].to(of.dtype).contiguous()
-        for m, groups, of in ((dmaps[0], groups_b, B), (dmaps[1], groups_c, C))
+        sums.unflatten(0, (m.shape[2], -1)).sum(1).permute(1, 2, 0, 3)[..., :states].to(m.dtype).contiguous()
+        for sums, m in ((dmaps[0], x.B), (dmaps[1], x.C))
     ]
-    found = [du, ddelta, da.sum(0).to(A.dtype), *maps]
-    found += [] if D is None else [dd.sum(0).to(D.dtype)]
-    found += [] if z is None or dz is None else [dz.to(z.dtype)]
-    found += [] if bias is None else [dbias.sum(0).to(bias.dtype)]
+    found = [du, ddelta, da.sum(0).to(x.A.dtype), *maps]
+    found += [] if x.D is None else [dd.sum(0).to(x.D.dtype)]
+    found += [] if x.z is None or dz is None else [dz.to(x.z.dtype)]
+    found += [] if x.bias is None else [dbias.sum(0).to(x.bias.dtype)]
     return [*found, dh0]
 
 
-def _fields(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-    *more: Tensor,
-) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict]:
-    """What the kernels are given, to be kept alive; the first fields of ``Scan``; the macros of both sources."""
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    B, C = B.to(torch.promote_types(B.dtype, C.dtype)), C.to(torch.promote_types(B.dtype, C.dtype))
-    z = None if z is None else readable(z.to(u.dtype))
-    u, delta, B, C = readable(u), readable(delta), readable(B, 2), readable(C, 2)
-    A, D, bias = (x if x is None else x.float().contiguous() for x in (A, D, bias))
-    h0, states = h0.contiguous(), next(s for s in (2, 4, 8) if 4 * s >= h0.shape[2])
+def _fields(x: Inputs, *more: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any]]:
+    """What the kernels are given, to be kept alive; the first fields of ``Scan``; the macros of both sources.
+
+    ``more`` are tensors like u that the kernels read, too.
+    """
+    like_maps = torch.promote_types(x.B.dtype, x.C.dtype)
+    u, delta, B, C = readable(x.u), readable(x.delta), readable(x.B.to(like_maps), 2), readable(x.C.to(like_maps), 2)
+    z = None if x.z is None else readable(x.z.to(x.u.dtype))
+    A, D, bias = (None if m is None else m.float().contiguous() for m in (x.A, x.D, x.bias))
+    h0, cu_seqlens = x.h0.contiguous(), None if x.cu_seqlens is None else x.cu_seqlens.to(torch.int64).contiguous()
+    states = next(s for s in _LANE_STATES if 4 * s >= h0.shape[2])
     fields = (
         *(len(h0), u.shape[1], *h0.shape[1:], B.shape[2], C.shape[2], pointer(cu_seqlens)),
         *(*view(u), *view(delta), *(NO_VIEW if z is None else view(z)), *view(B), *view(C)),
-        *(pointer(x) for x in (A, D, bias, h0)),
+        *(pointer(m) for m in (A, D, bias, h0)),
     )
-    defines = {
+    macros = {
         "STATES": states,
         "FULL": 4 * states == h0.shape[2],
         "INPUT": TYPES[u.dtype],
@@ -199,31 +208,19 @@ def _fields(
         "INPUT_ALIGNED": aligned(u.shape[2], u, delta, z, *more),
         "MAP_ALIGNED": aligned(h0.shape[2], B, C),
         "GATED": z is not None,
-        "SOFTPLUS": softplus,
+        "SOFTPLUS": x.softplus,
     }
-    return (u, delta, A, B, C, D, z, bias, h0, cu_seqlens), fields, defines
+    return (u, delta, A, B, C, D, z, bias, h0, cu_seqlens), fields, macros
 
 
-def _refuses(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-) -> str | None:
-    if h0.dtype != torch.float32:
-        return f"the state is {h0.dtype}, not float32"
-    if h0.shape[2] > _MOST_STATES:
-        return f"{h0.shape[2]} states, more than {_MOST_STATES}"
-    groups = max(B.shape[2], C.shape[2])
-    if groups > 1 and (u.shape[2] // groups) % 8:
-        return f"groups of {u.shape[2] // groups} channels, not a multiple of 8"
+def _refuses(*args: Any) -> str | None:
+    x = Inputs(*args)
+    if x.h0.dtype != torch.float32:
+        return f"the state is {x.h0.dtype}, not float32"
+    if x.h0.shape[2] > 4 * _LANE_STATES[-1]:
+        return f"{x.h0.shape[2]} states, more than {4 * _LANE_STATES[-1]}"
+    if x.per_group < x.u.shape[2] and x.per_group % 8:
+        return f"groups of {x.per_group} channels, not a multiple of 8"
     return compiler.missing() or None
 
 

@@ -33,8 +33,7 @@ def view(tensor: Tensor) -> tuple[int, int, int]:
 def aligned(size: int, *tensors: Tensor | None) -> bool:
     """Whether four neighbours on a last axis of ``size`` can always be read at once."""
     return size % 4 == 0 and all(
-        x is None
-        or (x.data_ptr() % (4 * x.element_size()) == 0 and all(stride % 4 == 0 for stride in x.stride()[:2]))
+        x is None or (x.data_ptr() % (4 * x.element_size()) == 0 and all(stride % 4 == 0 for stride in x.stride()[:2]))
         for x in tensors
     )
 

@@ -1,7 +1,6 @@
 """The short causal convolution on a CPU."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.ops.causal_conv1d import causal_conv1d_op
@@ -13,24 +12,13 @@ from dualform.ops.op import Backend
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None
 ) -> list[Tensor]:
-    y, final = _before_silu(x, weight, bias, state, cu_seqlens, state.dtype if silu else x.dtype)
-    return [(F.silu(y, inplace=True) if silu else y).to(x.dtype), final]
-
-
-def _before_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    y, final = x.new_empty(x.shape, dtype=dtype), state.clone(memory_format=torch.contiguous_format)
-    if y.numel() > 0:
-        given, fields = _fields(x, weight, bias, state, cu_seqlens)
-        library.call("causal_conv1d", *fields, *view(y), final.data_ptr(), *NO_VIEW, 0, *NO_VIEW, 0, 0, 0)
-        del given
-    return y, final
+    y, final = x.new_empty(x.shape), state.clone(memory_format=torch.contiguous_format)
+    if y.numel() == 0:
+        return [y, final]
+    given, fields = _fields(x, weight, bias, silu, state, cu_seqlens)
+    library.call("causal_conv1d", *fields, *view(y), final.data_ptr(), *NO_VIEW, 0, *NO_VIEW, 0, 0, 0)
+    del given
+    return [y, final]
 
 
 def _backward(
@@ -43,20 +31,16 @@ def _backward(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    dy = grads[0]
-    if silu:
-        y, _ = _before_silu(x, weight, bias, state, cu_seqlens, state.dtype)
-        dy = torch.ops.aten.silu_backward(dy.to(state.dtype), y)
     dx, dstate = x.new_empty(x.shape), grads[1].clone()
     dweight, dbias = state.new_zeros(weight.shape), state.new_zeros(len(weight))
     if x.numel() > 0:
-        given, fields = _fields(x, weight, bias, state, cu_seqlens)
+        given, fields = _fields(x, weight, bias, silu, state, cu_seqlens)
         library.call(
             "causal_conv1d_backward",
             *fields,
             *NO_VIEW,
             0,
-            *view(dy),
+            *view(grads[0]),
             grads[1].data_ptr(),
             *view(dx),
             dweight.data_ptr(),
@@ -68,7 +52,7 @@ def _backward(
 
 
 def _fields(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
     """What the kernels are given, to be kept alive, and the first fields of ``CausalConv1d``."""
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
@@ -78,6 +62,7 @@ def _fields(
         library.number(state),
         *sequences(x, cu_seqlens),
         *weight.shape,
+        silu,
         *view(x),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),

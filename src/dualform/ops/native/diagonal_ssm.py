@@ -8,31 +8,15 @@ from dualform.ops.native import library
 from dualform.ops.native.library import NO_VIEW, readable, sequences, view
 from dualform.ops.op import Backend
 
-_TILE = 64  # DIAGONAL_SSM_TILE in native/dualform.h
 
-
-def _run(keep: bool, u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+def _forward(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     y, final = u.new_empty(u.shape), h0.clone(memory_format=torch.contiguous_format)
-    saved = _saved(u, Abar, CB, h0, cu_seqlens) if keep else []
     if u.numel() == 0 or h0.numel() == 0:
-        return [y.zero_(), final, *saved]
+        return [y.zero_(), final]
     given, fields = _fields(u, Abar, CB, h0, cu_seqlens)
-    kept = saved[0].data_ptr() if keep else 0
-    library.call("diagonal_ssm", *fields, *view(y), final.data_ptr(), kept, *NO_VIEW, 0, *NO_VIEW, 0, 0, 0)
+    library.call("diagonal_ssm", *fields, *view(y), final.data_ptr(), *NO_VIEW, 0, *NO_VIEW, 0, 0, 0)
     del given
-    return [y, final, *saved]
-
-
-def _forward(*args) -> list[Tensor]:
-    return _run(True, *args)
-
-
-def _infer(*args) -> list[Tensor]:
-    return _run(False, *args)
-
-
-def _saved(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    return [h0.real.new_empty(u.shape[0], -(-u.shape[1] // _TILE), h0.shape[2], 2, h0.shape[1])]
+    return [y, final]
 
 
 def _backward(
@@ -44,18 +28,16 @@ def _backward(
     h0: Tensor,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, Abar, CB)]
-    du, dA, dC = found
-    dh0 = grads[1].clone()
+    du, dh0 = u.new_empty(u.shape), grads[1].clone()
+    dA, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (Abar, CB))
     if u.numel() == 0 or h0.numel() == 0:
-        return [*(g.zero_() for g in found), dh0]
+        return [du.zero_(), dA.zero_(), dC.zero_(), dh0]
     given, fields = _fields(u, Abar, CB, h0, cu_seqlens)
     library.call(
         "diagonal_ssm_backward",
         *fields,
         *NO_VIEW,
         0,
-        kept[0].data_ptr(),
         *view(grads[0]),
         grads[1].data_ptr(),
         *view(du),
@@ -64,7 +46,7 @@ def _backward(
         dh0.data_ptr(),
     )
     del given
-    return [*found, dh0]
+    return [du, dA, dC, dh0]
 
 
 def _fields(
@@ -85,4 +67,4 @@ def _fields(
     return (u, Abar, CB, h0, cu_seqlens), fields
 
 
-diagonal_ssm_op.add(Backend("native", _forward, _backward, _infer, _saved, devices=("cpu",), missing=library.missing))
+diagonal_ssm_op.add(Backend("native", _forward, _backward, devices=("cpu",), missing=library.missing))

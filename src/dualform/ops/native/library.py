@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_VERSION = 1  # of the interface, DUALFORM_VERSION in native/dualform.h
+_VERSION = 4  # of the interface, DUALFORM_VERSION in native/dualform.h
 _FILE = Path(__file__).parent / "kernels.so"
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
