@@ -1,0 +1,24 @@
+// Sequences in memory, side by side in rows or packed end to end in one, and their division into pieces of time.
+//
+// Packed, the pieces of sequence r are numbered from begin / size + r: no two sequences share one, and some stay empty.
+#pragma once
+
+#include "common.cuh"
+
+struct View {  // (rows, T, ...), strides in elements, the last axes contiguous
+  const void* data;
+  int64 row, time;
+};
+
+DEVICE int64 over(int64 a, int64 b) { return (a + b - 1) / b; }
+
+// The sequence that a piece belongs to; a number beyond the last piece may give `rows`.
+DEVICE int64 find_sequence(const int64* borders, int64 rows, int64 length, int64 size, int64 piece) {
+  if (!borders) return piece / over(length, size);
+  int64 low = 0, high = rows;  // the last sequence whose first piece is not beyond this one
+  while (high - low > 1) {
+    const int64 middle = (low + high) / 2;
+    (borders[middle] / size + middle <= piece ? low : high) = middle;
+  }
+  return low;
+}
