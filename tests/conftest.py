@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from emulation import emulated, folder  # noqa: F401  # fixtures
+
 torch.set_num_threads(1)
 
 

@@ -1,63 +1,12 @@
 """The CUDA kernels, run thread by thread on the CPU and compared with the definition."""
 
-import ctypes
-import hashlib
-import shutil
-import struct
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from dualform.ops import backend, selective_scan
-from dualform.ops.cuda import compiler
 from dualform.ops.cuda import selective_scan as scan_kernels
-
-HERE = Path(__file__).parent
-SOURCES = Path(compiler.__file__).parent
-HARNESS = """
-#include "{emulator}"
-#include "{source}"
-template <class P>
-void run(void (*kernel)(P), unsigned grid, unsigned threads, const void* p) {{
-  emulator::launch(grid, threads, [&] {{ kernel(*static_cast<const std::remove_const_t<P>*>(p)); }});
-}}
-"""
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
-
-
-@pytest.fixture
-def emulated(monkeypatch, folder):
-    """Launches run on the CPU, one thread after another, with shared memory full of NaN."""
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-
-    def launch(file, kernel, defines, grid, threads, shared, fields):
-        text = HARNESS.format(emulator=HERE / "cuda_emulator.h", source=SOURCES / file)
-        text += (
-            f'extern "C" void go(unsigned grid, unsigned threads, const void* p) {{ run({kernel}, grid, threads, p); }}'
-        )
-        flags = [f"-D{name}={compiler._macro(value)}" for name, value in defines.items()]
-        name = hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:16]
-        library = folder / f"{name}.so"
-        if not library.exists():
-            (folder / f"{name}.cpp").write_text(text)
-            flags += ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{SOURCES}"]
-            subprocess.run(["g++", *flags, str(folder / f"{name}.cpp"), "-o", str(library)], check=True)
-        assert shared <= 227 * 1024
-        ctypes.CDLL(str(library)).go(grid, threads, struct.pack(f"{len(fields)}q", *fields))
-
-    monkeypatch.setattr(compiler, "launch", launch)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape).to(dtype)
+from emulation import close, double, leaf, normal
 
 
 def arguments(
@@ -75,18 +24,8 @@ def arguments(
     return [u, delta, A, B, C, D, z if gated else None, bias, softplus, h0, cu_seqlens]
 
 
-def differentiable(x):
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
-def double(x):
-    return x.double() if differentiable(x) else x
-
-
 def reference(args, weights):
-    leaves = [
-        double(x).detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
-    ]
+    leaves = [leaf(x) for x in args]
     u, delta, A, B, C, D, z, bias, softplus, h0, cu_seqlens = leaves
     with backend("reference"):
         out = selective_scan(
@@ -104,14 +43,6 @@ def reference(args, weights):
         )
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     return [*(y.detach() for y in out), *torch.autograd.grad(out, wanted, [double(w) for w in weights])]
-
-
-def close(got, want, tolerance):
-    assert len(got) == len(want)
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert a.shape == b.shape, i
-        error = float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)) if b.numel() else 0.0
-        assert error <= tolerance, f"result {i}: {error:.3g}"
 
 
 CASES = {

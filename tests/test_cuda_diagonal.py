@@ -5,11 +5,11 @@ import subprocess
 
 import pytest
 import torch
-from test_cuda import HERE, SOURCES, close, emulated, folder, normal  # noqa: F401  # fixtures
 
 from dualform.ops.cuda import compiler
 from dualform.ops.cuda import diagonal_ssm as kernels
 from dualform.ops.diagonal_ssm import diagonal_ssm_op
+from emulation import HERE, SOURCES, close, normal
 
 CASES = {
     "one": dict(batch=1, length=1, width=1, modes=1),

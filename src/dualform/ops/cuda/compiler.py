@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _FOLDER = Path(__file__).parent
-_HEADERS = ("common.cuh", "sequences.cuh", "diagonal_ssm.cuh", "selective_scan.cuh")
+_HEADERS = tuple(sorted(path.name for path in _FOLDER.glob("*.cuh")))
 _OLDEST = (8, 0)  # compute capability: bfloat16, and more than 48 KiB of shared memory for a block
 
 

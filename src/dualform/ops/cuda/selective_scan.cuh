@@ -5,7 +5,7 @@
 // nothing is computed twice, and pass through shared memory to the lanes that need them.
 #pragma once
 
-#include "common.cuh"
+#include "sequences.cuh"
 
 constexpr int CH = CHANNELS, S = STATES;  // of one lane
 constexpr int WIDTH = 8 * CH;             // channels of a warp
@@ -14,11 +14,6 @@ constexpr int NP = 4 * S;                 // states of a channel, those beyond N
 constexpr int MAPS = (K * S + 31) / 32;   // reads of four numbers that bring K steps of B or C
 constexpr bool PADDED = !FULL;              // some of NP are not there
 constexpr int TILE = 64;                  // steps between the states that the backward starts from
-
-struct View {  // (rows, T, ...), strides in elements, the last axes contiguous
-  const void* data;
-  int64 row, time;
-};
 
 // One scan, forward and backward. A, D, the bias and states are float; y, du and dz are like u, others are float.
 struct Scan {
@@ -46,8 +41,6 @@ struct Row {
   int64 begin, batch, tile, span;
   int length;
 };
-
-DEVICE int64 over(int64 a, int64 b) { return (a + b - 1) / b; }
 
 DEVICE Row find_row(const Scan& p, int64 r) {
   if (!p.borders) return {0, r, r * over(p.length, TILE), r * over(p.length, p.span), int(p.length)};

@@ -14,16 +14,7 @@ struct Span {
   int64 r, slot;
   int begin, end;
   METHOD Span(const Scan& p, int64 slot) : slot(slot) {
-    if (p.borders) {
-      int64 low = 0, high = p.rows;  // the last sequence whose first slot is not beyond this one
-      while (high - low > 1) {
-        int64 middle = (low + high) / 2;
-        (p.borders[middle] / p.span + middle <= slot ? low : high) = middle;
-      }
-      r = low;
-    } else {
-      r = slot / over(p.length, p.span);
-    }
+    r = find_sequence(p.borders, p.rows, p.length, p.span, slot);
     row = find_row(p, r);
     begin = int(least((slot - row.span) * p.span, int64(row.length)));
     end = int(least(begin + p.span, int64(row.length)));

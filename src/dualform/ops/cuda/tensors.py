@@ -30,10 +30,14 @@ def view(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
-def aligned(size: int, *tensors: Tensor | None) -> bool:
-    """Whether four neighbours on a last axis of ``size`` can always be read at once."""
-    return size % 4 == 0 and all(
-        x is None or (x.data_ptr() % (4 * x.element_size()) == 0 and all(stride % 4 == 0 for stride in x.stride()[:2]))
+def aligned(size: int, *tensors: Tensor | None, many: int = 4) -> bool:
+    """Whether ``many`` neighbours on a last axis of ``size`` can always be read at once, up to 16 bytes of them."""
+    return size % many == 0 and all(
+        x is None
+        or (
+            x.data_ptr() % min(many * x.element_size(), 16) == 0
+            and all(stride % many == 0 for stride in x.stride()[:2])
+        )
         for x in tensors
     )
 

@@ -1,0 +1,152 @@
+// y_t = act(bias + sum_j w_j x_{t - (W-1) + j}): a thread owns V neighbouring channels and walks through a piece of time.
+// What it will need again stays in registers, and the next STEPS inputs are on their way from memory: nothing but the few
+// steps around a piece is read twice. The warps of a block take neighbouring pieces of the same channels.
+#pragma once
+
+#include "sequences.cuh"
+
+constexpr int W = TAPS, V = CHANNELS;
+constexpr int LINE = 32 * V;           // channels of a warp
+constexpr int ROWS = W + int(BIASED);  // of sums: the gradients of the weights, and of the bias
+
+// One convolution, forward and backward.
+struct Conv {
+  int64 rows, length, width, span;  // span: steps of a piece
+  const int64* borders;             // (rows + 1), of sequences packed end to end, or null
+  View x;
+  const WEIGHT* weight;  // (D, W)
+  const BIAS* bias;      // (D)
+  const float* state;    // (rows, D, W-1)
+  INPUT* y;              // (B, T, D)
+  float* final;          // (rows, D, W-1)
+  // Backward only.
+  View dy;
+  const float* dfinal;  // (rows, D, W-1)
+  INPUT* dx;            // (B, T, D)
+  float* dstate;        // (rows, D, W-1)
+  int64 blocks;         // of pieces of time
+  float* sums;          // (blocks, ROWS, D)
+  WEIGHT* dweight;      // (D, W)
+  BIAS* dbias;          // (D)
+};
+
+// V channels of one step, as they lie in memory.
+template <class T>
+struct GroupOf {
+  Four<T> fours[V / 4];
+};
+using Group = GroupOf<INPUT>;
+template <class T>
+constexpr bool AT_ONCE = ALIGNED && V == 8 && sizeof(T) == 2;  // 16 bytes
+
+template <class T>
+DEVICE GroupOf<T> load_group(const T* p, int count) {
+  GroupOf<T> g;
+  if constexpr (AT_ONCE<T>) {
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
+    g.fours[0].pair[0] = v.x, g.fours[0].pair[1] = v.y, g.fours[1].pair[0] = v.z, g.fours[1].pair[1] = v.w;
+  } else {
+    UNROLL for (int i = 0; i < V / 4; i++) g.fours[i] = load_four<ALIGNED>(p + 4 * i, count - 4 * i);
+  }
+  return g;
+}
+template <class T>
+DEVICE void unpack(const GroupOf<T>& g, float* x) {
+  UNROLL for (int i = 0; i < V / 4; i++) unpack(g.fours[i], x + 4 * i);
+}
+template <class T>
+DEVICE void store_group(T* p, const float* x, int count) {
+  if constexpr (AT_ONCE<T>) {
+    Four<T> low, high;
+    pack(low, x), pack(high, x + 4);
+    *reinterpret_cast<uint4*>(p) = make_uint4(low.pair[0], low.pair[1], high.pair[0], high.pair[1]);
+  } else {
+    UNROLL for (int i = 0; i < V / 4; i++) store_four<ALIGNED>(p + 4 * i, x + 4 * i, count - 4 * i);
+  }
+}
+
+// The piece of time of a warp: steps begin to end of a sequence. One without steps exists where its sequence has none.
+struct Piece {
+  int64 sequence, batch, start;
+  int length, begin, end;
+  bool exists;
+  METHOD Piece(const Conv& p) {
+    const int64 number = blockIdx.x / over(p.width, LINE) * WARPS + threadIdx.x / 32;
+    sequence = find_sequence(p.borders, p.rows, p.length, p.span, number);
+    const bool known = sequence < p.rows;
+    sequence = known ? sequence : 0;
+    batch = p.borders ? 0 : sequence, start = p.borders ? p.borders[sequence] : 0;
+    length = int(p.borders ? p.borders[sequence + 1] - start : p.length);
+    const int64 first = p.borders ? start / p.span + sequence : sequence * over(p.length, p.span);
+    const int64 from = (number - first) * p.span;
+    exists = known && (from < length || from == 0);
+    begin = int(least(from, int64(length))), end = int(least(from + p.span, int64(length)));
+  }
+};
+
+// The channels of a thread.
+struct Channels {
+  int64 first;
+  int count;  // V, or fewer, or none
+  METHOD Channels(const Conv& p)
+      : first(blockIdx.x % over(p.width, LINE) * LINE + threadIdx.x % 32 * V),
+        count(int(least(p.width - first, int64(V)))) {}
+  // Where the states of a sequence lie: (V, W-1).
+  METHOD int64 states(const Conv& p, const Piece& piece) const { return (piece.sequence * p.width + first) * (W - 1); }
+  METHOD int64 outputs(const Conv& p, const Piece& piece) const {
+    return (piece.batch * p.length + piece.start) * p.width + first;
+  }
+};
+
+// A tensor (B, T, D) as a thread sees it: its channels of any step of a sequence that has steps. A step beyond the last one
+// that is wanted is that one again: a read that asks no question is the fastest.
+struct Steps {
+  const char* from;
+  int bytes, last, count;
+  METHOD Steps(const void* data, int64 row, int64 time, const Piece& piece, const Channels& of, int last)
+      : from(static_cast<const char*>(data) + (piece.batch * row + piece.start * time + of.first) * int(sizeof(INPUT))),
+        bytes(int(time) * int(sizeof(INPUT))), last(last), count(of.count) {}
+  METHOD Steps(const View& v, const Piece& piece, const Channels& of, int last)
+      : Steps(v.data, v.row, v.time, piece, of, last) {}
+  METHOD INPUT* at(int t) const { return (INPUT*)(from + product(t, bytes)); }
+  METHOD Group operator[](int t) const { return load_group(at(least(t, last)), count); }
+  METHOD void put(int t, const float* x) const { store_group(at(t), x, count); }
+};
+
+// The input of any step, also of the W-1 before the first: those are in the state.
+DEVICE void read_input(const Steps& xs, const float* states, int t, float* x) {
+  if (t >= 0) return unpack(xs[t], x);
+  UNROLL for (int v = 0; v < V; v++) x[v] = v < xs.count ? states[v * (W - 1) + t + W - 1] : 0;
+}
+// The W-1 inputs before a piece of time, oldest first.
+DEVICE void read_before(const Steps& xs, const float* states, int begin, float (*x)[V]) {
+  if (begin > 0) {
+    UNROLL for (int j = 0; j + 1 < W; j++) unpack(xs[begin - (W - 1) + j], x[j]);
+  } else {
+    UNROLL for (int j = 0; j + 1 < W; j++) UNROLL for (int v = 0; v < V; v++) x[j][v] = v < xs.count ? states[v * (W - 1) + j] : 0;
+  }
+}
+
+struct Weights {
+  float w[V * W], bias[V];
+  METHOD Weights(const Conv& p, const Channels& of) {
+    const int64 first = ALIGNED ? least(of.first, p.width - V) : of.first;  // reads need no question
+    load<V * W>(p.weight + first * W, of.count * W, w);
+    UNROLL for (int v = 0; v < V; v++) bias[v] = 0;
+    if (BIASED) load<V>(p.bias + first, of.count, bias);
+  }
+  template <int COUNT, class T>
+  METHOD static void load(const T* from, int count, float* to) {
+    UNROLL for (int i = 0; i < COUNT; i += 4) unpack(load_four<ALIGNED>(from + i, count - i), to + i);
+  }
+  // From a window of inputs, oldest first.
+  METHOD float before_silu(const float (&x)[W][V], int v) const {
+    float y = bias[v];
+    UNROLL for (int j = 0; j < W; j++) y += w[v * W + j] * x[j][v];
+    return y;
+  }
+};
+
+DEVICE void shift(float (&x)[W][V]) {
+  UNROLL for (int j = 0; j + 1 < W; j++) UNROLL for (int v = 0; v < V; v++) x[j][v] = x[j + 1][v];
+}

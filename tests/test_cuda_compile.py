@@ -1,0 +1,52 @@
+"""The CUDA sources in the hands of NVIDIA's own compiler, which needs no GPU."""
+
+import pytest
+import torch
+
+import test_cuda
+import test_cuda_conv
+from dualform.ops.cuda import causal_conv1d, compiler, selective_scan
+
+TARGETS = [("sm_80", torch.float16), ("sm_90", torch.bfloat16)]
+
+
+def scan(dtype):
+    args = test_cuda.arguments(1, 130, 32, 16, dtype=dtype)
+    y, final, *saved = selective_scan._forward(*args)
+    selective_scan._backward([y, final], saved, *args)
+
+
+def convolution(dtype):
+    args = test_cuda_conv.arguments(1, 130, 64, 4, dtype=dtype, like=dtype)
+    y, final = causal_conv1d._forward(*args)
+    causal_conv1d._backward([y, final], [], *args)
+
+
+USERS = {
+    "causal_conv1d_backward.cu": convolution,
+    "causal_conv1d_forward.cu": convolution,
+    "selective_scan_backward.cu": scan,
+    "selective_scan_forward.cu": scan,
+}
+
+
+def test_every_source_is_compiled():
+    assert {path.name for path in compiler._FOLDER.glob("*.cu")} == set(USERS)
+
+
+@pytest.mark.parametrize("arch, dtype", TARGETS, ids=str)
+@pytest.mark.parametrize("file", USERS)
+def test_a_source_compiles(file, arch, dtype, monkeypatch):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    launched = []
+    monkeypatch.setattr(compiler, "launch", lambda *call: launched.append(call[:3]))
+    USERS[file](dtype)
+    macros = {tuple(defines.items()) for name, _, defines in launched if name == file}
+    code = b"".join(compiler.compile_source(file, dict(defines), arch) for defines in macros)
+    assert all(kernel.encode() in code for name, kernel, _ in launched if name == file)
+
+
+def test_what_does_not_compile_says_why():
+    pytest.importorskip("cuda.bindings.nvrtc")
+    with pytest.raises(RuntimeError, match=r"does not compile for sm_90 with \{\}:\n.*error: identifier"):
+        compiler.compile_source("causal_conv1d_forward.cu", {}, "sm_90")
