@@ -124,3 +124,12 @@ inline float __shfl_xor_sync(unsigned, float x, int distance) {
   __syncwarp();
   return found;
 }
+inline bool __any_sync(unsigned, bool x) {
+  unsigned me = emulator::current;
+  emulator::exchange[me] = x;
+  __syncwarp();
+  bool found = false;
+  for (unsigned lane = 0; lane < 32; lane++) found |= emulator::exchange[me / 32 * 32 + lane] != 0;
+  __syncwarp();
+  return found;
+}

@@ -18,7 +18,7 @@ import_module("dualform.ops.selective_scan_chunked")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
     import_module(f"dualform.ops.native.{_name}")
 if torch.version.cuda:
-    for _name in ("causal_conv1d", "selective_scan"):
+    for _name in ("causal_conv1d", "diagonal_ssm", "selective_scan"):
         import_module(f"dualform.ops.cuda.{_name}")
 
 __all__ = [

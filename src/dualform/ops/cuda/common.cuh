@@ -189,6 +189,7 @@ DEVICE void write_floats(float* p, const float* x) {
 DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE int64 least(int64 a, int64 b) { return a < b ? a : b; }
 DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+DEVICE bool in_any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
 // COUNT values in each of two lanes whose numbers differ by `distance` -> the lower lane has the sums of the first half,
 // the upper lane those of the second, in the first COUNT / 2 places.

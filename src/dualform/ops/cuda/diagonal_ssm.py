@@ -1,0 +1,154 @@
+"""The diagonal state space model on an NVIDIA GPU: its recurrence, in registers, without a Fourier transform."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.ops.cuda import compiler
+from dualform.ops.cuda.tensors import TYPES, aligned, alive, pointer, readable, view
+from dualform.ops.diagonal_ssm import diagonal_ssm_op
+from dualform.ops.op import Backend
+
+_MOST_MODES = 64
+_LEAST_SPAN = 64  # a multiple of the steps of a tile
+
+
+class Plan(NamedTuple):
+    """How a call is cut.
+
+    Args:
+        lanes: that share a channel, 4 or 8.
+        modes: of a lane.
+        warps: of a block, side by side in channels.
+        blocks: that a multiprocessor should hold.
+        span: steps of a block.
+    """
+
+    lanes: int
+    modes: int
+    warps: int
+    blocks: int
+    span: int
+
+
+class Inputs(NamedTuple):
+    """The arguments of the operator."""
+
+    u: Tensor
+    Abar: Tensor
+    CB: Tensor
+    h0: Tensor
+    cu_seqlens: Tensor | None
+
+
+def plan_forward(batch: int, length: int, width: int, modes: int) -> Plan:
+    """Many modes of a lane, as every lane reads each input and writes each output."""
+    lanes, of_lane = (8, 8) if modes > 32 else (4, _at_least(modes, 4))
+    return Plan(lanes, of_lane, 4, 4, _span(batch, length, width, lanes))
+
+
+def plan_backward(batch: int, length: int, width: int, modes: int) -> Plan:
+    """Fewer modes of a lane, as it keeps three times the numbers of each."""
+    lanes, of_lane = (8, _at_least(modes, 8)) if modes > 16 else (4, _at_least(modes, 4))
+    return Plan(lanes, of_lane, 4, 2 if of_lane == 8 else 4, _span(batch, length, width, lanes))
+
+
+def _at_least(modes: int, lanes: int) -> int:
+    return next(m for m in (1, 2, 4, 8) if m * lanes >= modes)
+
+
+def _span(batch: int, length: int, width: int, lanes: int) -> int:
+    """All of the time where sequences and channels alone occupy the chip, as spans are run twice but for one."""
+    warps = batch * -(-width * lanes // 32)
+    if warps >= 1024:
+        return length
+    return max(-(-length * warps // 2048 // _LEAST_SPAN), 1) * _LEAST_SPAN
+
+
+class _Call:
+    """What the kernels of one direction are given."""
+
+    def __init__(self, file: str, a: Inputs, plan: Plan, *like_u: Tensor):
+        cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.to(torch.int64).contiguous()
+        u, tensors = readable(a.u), [x.resolve_conj().contiguous() for x in (a.Abar, a.CB, a.h0)]
+        (rows, width, modes), length = a.h0.shape, u.shape[1]
+        spans = rows * -(-length // plan.span) if cu_seqlens is None else length // plan.span + rows
+        self.given, self.file, self.plan = (u, cu_seqlens, tensors, like_u), file, plan
+        self.sequences, self.channels = rows, -(-width * plan.lanes // (32 * plan.warps))
+        self.spans, self.shape, self.cut = spans, (spans, width, modes), plan.span < length
+        self.fields = (
+            *(rows, length, width, modes, plan.span, pointer(cu_seqlens)),
+            *view(u),
+            *map(pointer, tensors),
+        )
+        self.macros = {
+            **{"LANES": plan.lanes, "MODES": plan.modes, "WARPS": plan.warps, "BLOCKS": plan.blocks},
+            **{"INPUT": TYPES[u.dtype], "INPUT_ALIGNED": aligned(width, u, *like_u)},
+        }
+
+    def over_spans(self, kernel: str, tiles: int, sums: int, more: tuple[int, ...], **macros: bool) -> None:
+        """Run every span. ``tiles`` and ``sums`` are what a warp keeps in shared memory."""
+        lanes, threads = self.plan.lanes, 32 * self.plan.warps
+        tile = 32 // lanes * (4 * lanes + 4)
+        floats = tiles * tile + sums * lanes * (tile + (20 if lanes == 8 else 8))
+        shared = 4 * floats * self.plan.warps
+        fields = (*self.fields, *more)
+        compiler.launch(self.file, kernel, self.macros | macros, self.spans * self.channels, threads, shared, fields)
+
+    def over_sequences(self, kernel: str, more: tuple[int, ...], **macros: bool) -> None:
+        """Join the spans of every sequence."""
+        blocks = self.sequences * -(-self.shape[1] * self.shape[2] // 256)
+        compiler.launch(self.file, kernel, self.macros | macros, blocks, 256, 0, (*self.fields, *more))
+
+
+def _forward(*args: Any) -> list[Tensor]:
+    a = Inputs(*args)
+    y, final = a.u.new_empty(a.u.shape), a.h0.resolve_conj().clone(memory_format=torch.contiguous_format)
+    if a.u.numel() == 0 or a.h0.numel() == 0:
+        return [y.zero_(), final]
+    call = _Call("diagonal_ssm_forward.cu", a, plan_forward(*a.u.shape, a.h0.shape[2]))
+    carry = a.h0.new_empty(call.shape) if call.cut else None
+    more = (pointer(carry), pointer(y), pointer(final), *[0] * 9)
+    if carry is not None:
+        call.over_spans("diagonal_ssm_carry", 1, 0, more)
+        call.over_sequences("diagonal_ssm_join", more)
+    call.over_spans("diagonal_ssm_forward", 1, 1, more)
+    alive(call, carry)
+    return [y, final]
+
+
+def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
+    a = Inputs(*args)
+    du, dfinal = a.u.new_empty(a.u.shape), grads[1].resolve_conj().contiguous()
+    dh0 = dfinal.clone()
+    if a.u.numel() == 0 or a.h0.numel() == 0:
+        return [du.zero_(), *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in args[1:3]), dh0]
+    dy = readable(grads[0].to(a.u.dtype))
+    call = _Call("diagonal_ssm_backward.cu", a, plan_backward(*a.u.shape, a.h0.shape[2]), dy)
+    carry = a.h0.new_empty(2, *call.shape) if call.cut else (None, None)
+    da, dc = a.h0.new_empty(2, *call.shape)
+    more = (
+        *(pointer(carry[0]), 0, 0, *view(dy), pointer(dfinal), pointer(carry[1])),
+        *map(pointer, (du, da, dc, dh0)),
+    )
+    if call.cut:
+        call.over_spans("diagonal_ssm_backward_carry", 1, 0, more, WITH_FINAL=False)
+        call.over_sequences("diagonal_ssm_backward_join", more, WITH_FINAL=False)
+    for with_final in (False, True):  # each leaves to the other what is not its own
+        call.over_spans("diagonal_ssm_backward", 2, 1, more, WITH_FINAL=with_final)
+    alive(call, carry, dfinal)
+    return [du, da.sum(0), dc.sum(0), dh0]
+
+
+def _refuses(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> str | None:
+    if h0.dtype != torch.complex64:
+        return f"the state is {h0.dtype}, not complex64"
+    if u.dtype not in TYPES:
+        return f"u is {u.dtype}, not float32, bfloat16 or float16"
+    if h0.shape[2] > _MOST_MODES:
+        return f"{h0.shape[2]} modes, more than {_MOST_MODES}"
+    return compiler.missing() or None
+
+
+diagonal_ssm_op.add(Backend("cuda", _forward, _backward, devices=("cuda",), refuses=_refuses))
