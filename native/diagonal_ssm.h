@@ -8,9 +8,9 @@
 namespace DUALFORM_ISA {
 namespace diagonal {
 
-constexpr int64_t TILE = 64;                   // steps
-constexpr int BLOCK = 4;                       // modes in registers at once, forward
-constexpr int BACK = WIDTH == LINE ? 2 : 1;    // and backward, where a mode has more numbers
+constexpr int64_t TILE = 64;                 // steps
+constexpr int BLOCK = 4;                     // modes in registers at once, forward
+constexpr int BACK = WIDTH == LINE ? 2 : 1;  // and backward, where a mode has more numbers
 
 INLINE int64_t padded(int64_t modes) { return (modes + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -29,7 +29,8 @@ INLINE void gather_coefficients(const DiagonalSSM& s, const Slab& slab, const vo
 
 // BLOCK modes through the steps of a piece; adds 2 Re C h to y, which the first block begins. `c` is (2, -2) C.
 template <class T>
-INLINE void run(T* h_memory, const T* a_memory, const T* c_memory, Rows<const T> u, Rows<T> y, bool first, int64_t begin, int64_t end) {
+INLINE void run(T* h_memory, const T* a_memory, const T* c_memory, Rows<const T> u, Rows<T> y, bool first,
+                int64_t begin, int64_t end) {
   constexpr int L = LANES<T>;
   vec<T> re[BLOCK], im[BLOCK];
 #pragma GCC unroll 16
