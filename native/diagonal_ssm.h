@@ -8,9 +8,9 @@
 namespace DUALFORM_ISA {
 namespace diagonal {
 
-constexpr int64_t TILE = 64;                   // steps
-constexpr int BLOCK = 4;                       // modes in registers at once, forward
-constexpr int BACK = WIDTH == LINE ? 2 : 1;    // and backward, where a mode has more numbers
+constexpr int64_t TILE = 64;                 // steps
+constexpr int BLOCK = 4;                     // modes in registers at once, forward
+constexpr int BACK = WIDTH == LINE ? 2 : 1;  // and backward, where a mode has more numbers
 
 INLINE int64_t padded(int64_t modes) { return (modes + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -29,21 +29,24 @@ INLINE void gather_coefficients(const DiagonalSSM& s, const Slab& slab, const vo
 
 // BLOCK modes through the steps of a piece; adds 2 Re C h to y, which the first block begins. `c` is (2, -2) C.
 template <class T>
-INLINE void run(T* h_memory, const T* a, const T* c, Rows<const T> u, Rows<T> y, bool first, int64_t begin, int64_t end) {
+INLINE void run(T* h_memory, const T* a_memory, const T* c_memory, Rows<const T> u, Rows<T> y, bool first,
+                int64_t begin, int64_t end) {
   constexpr int L = LANES<T>;
   vec<T> re[BLOCK], im[BLOCK];
 #pragma GCC unroll 16
   for (int i = 0; i < BLOCK; i++) re[i] = load(h_memory + 2 * i * L), im[i] = load(h_memory + (2 * i + 1) * L);
+  vec<T> a[2 * BLOCK], c[2 * BLOCK];
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * BLOCK; i++) a[i] = load(a_memory + i * L), c[i] = load(c_memory + i * L);
   for (int64_t t = begin; t < end; t++) {
     vec<T> in = load(u[t]), even = first ? vec<T>{} : load(y[t]), odd = {};
 #pragma GCC unroll 16
     for (int i = 0; i < BLOCK; i++) {
-      vec<T> a_re = load(a + 2 * i * L), a_im = load(a + (2 * i + 1) * L);
-      vec<T> next = fma(a_re, re[i], in) - a_im * im[i];
-      im[i] = fma(a_re, im[i], a_im * re[i]);
+      vec<T> next = fma(a[2 * i], re[i], in) - a[2 * i + 1] * im[i];
+      im[i] = fma(a[2 * i], im[i], a[2 * i + 1] * re[i]);
       re[i] = next;
-      even = fma(load(c + 2 * i * L), re[i], even);
-      odd = fma(load(c + (2 * i + 1) * L), im[i], odd);
+      even = fma(c[2 * i], re[i], even);
+      odd = fma(c[2 * i + 1], im[i], odd);
     }
     store(y[t], even + odd);
   }

@@ -16,9 +16,10 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
-from dualform.models import lm
+from dualform.models import linear_loss
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
+from dualform.ops import backend
 
 V = 19
 PARTS = {
@@ -52,6 +53,48 @@ def tokens(*shape):
 
 def close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def gradients(model, text, state, cu_seqlens):
+    """Loss gradients by parameter, and the bytes that the forward kept for them."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        h, final = model.features(text, state, cu_seqlens=cu_seqlens)
+    loss = h.square().mean() + sum(leaf.square().sum() for leaf in leaves(final) if leaf.is_floating_point())
+    loss.backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()], sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["", "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputing_changes_memory_and_nothing_else(model, name, packed, monkeypatch):
+    text = tokens(1, 60) if packed else tokens(3, 20)
+    borders = from_lengths(torch.tensor([11, 49])) if packed else None
+    with torch.no_grad():
+        state = model.features(tokens(2 if packed else 3, 5))[1]
+    with backend(name):
+        want, whole = gradients(model, text, state, borders)
+        monkeypatch.setattr(model, "recompute", True)
+        got, less = gradients(model, text, state, borders)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert less < whole / 3
+
+
+def test_recomputing_keeps_the_forced_backend(model, monkeypatch):
+    """The backward, which may run outside of ``backend(...)``, computes with the backend of the forward."""
+    monkeypatch.setattr(model, "recompute", True)
+    with backend("reference"):
+        inside = model.loss(tokens(2, 9))
+        want = torch.autograd.grad(inside, model.embed.weight)
+        loss = model.loss(tokens(2, 9))
+    assert torch.equal(torch.autograd.grad(loss, model.embed.weight)[0], want[0])
 
 
 def prefix(mine, other):
@@ -259,7 +302,7 @@ def test_loss_in_pieces_is_the_same_with_the_same_gradients(model, monkeypatch, 
     x = tokens(2, 6)
     results = []
     for size in (2**24, at_once):
-        monkeypatch.setattr(lm, "_LOGITS_AT_ONCE", size)
+        monkeypatch.setitem(linear_loss.LOGITS_AT_ONCE, "cpu", size)
         model.zero_grad()
         loss = model.loss(x)
         loss.backward()
@@ -270,12 +313,24 @@ def test_loss_in_pieces_is_the_same_with_the_same_gradients(model, monkeypatch, 
 
 
 def test_loss_never_holds_all_logits(monkeypatch):
-    model, largest = build("M"), []
-    monkeypatch.setattr(lm, "_LOGITS_AT_ONCE", 5 * V)
-    head = model.logits
-    monkeypatch.setattr(model, "logits", lambda h: largest.append(len(h)) or head(h))
+    model, sizes, slope = build("M"), [], linear_loss._slope
+    monkeypatch.setitem(linear_loss.LOGITS_AT_ONCE, "cpu", 5 * V)
+    monkeypatch.setattr(linear_loss, "_slope", lambda x, targets: sizes.append(x.numel()) or slope(x, targets))
     model.loss(tokens(2, 16)).backward()
-    assert max(largest) == 5 and len(largest) == 2 * 7  # once forward, once again for the gradient
+    assert max(sizes) <= 5 * V and sum(sizes) == 32 * V  # each once, and never all
+
+
+@pytest.mark.parametrize("frozen", ["embed", "blocks"])
+def test_loss_with_frozen_parts(frozen):
+    model, x = build("M"), tokens(2, 6)
+    model.loss(x).backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    getattr(model, frozen).requires_grad_(False)
+    model.loss(x).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            close(p.grad, want[name])
 
 
 # --- errors ---

@@ -246,7 +246,8 @@ def test_a_mode_that_the_input_does_not_reach() -> None:
             close(y[:, t], 2 * (C * want).sum(-1).real, 1e-12)
         close(last, want, 1e-12)
         if start is not h:
-            close(*(torch.autograd.grad(torch.view_as_real(x).pow(2).sum(), b)[0] for x in (last, want)), 1e-10)
+            got, expected = (torch.autograd.grad(torch.view_as_real(x).pow(2).sum(), b)[0] for x in (last, want))
+            close(got, expected, 1e-10)
 
 
 def test_low_precision_is_computed_in_float32() -> None:

@@ -142,6 +142,15 @@ def test_portions_of_a_batch_give_the_same_losses(recipe, tmp_path):
     assert [a["loss"] for a in one if "loss" in a] == pytest.approx([b["loss"] for b in two if "loss" in b], rel=1e-5)
 
 
+def test_a_run_that_recomputes_is_the_same_run(recipe, tmp_path, monkeypatch):
+    seen, run = [], loop.LanguageModel.loss
+    monkeypatch.setattr(loop.LanguageModel, "loss", lambda model, *a: seen.append(model.recompute) or run(model, *a))
+    one = train(recipe, console=QUIET)
+    two = train(replace(recipe, recompute=True, out=str(tmp_path / "two")), console=QUIET)
+    assert losses(one) == losses(two) and same_weights(one, two)
+    assert set(seen) == {False, True}
+
+
 def test_bfloat16_trains_float32_weights(recipe):
     out = train(replace(recipe, precision="bfloat16"), console=QUIET)
     assert {p.dtype for p in dualform.load(out / "model").parameters()} == {torch.float32}

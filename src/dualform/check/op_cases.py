@@ -157,7 +157,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
             "selective_scan plain",
             "selective_scan",
             selective_scan,
-            selective(3, 3, 1, without=("D", "z", "delta_bias")),
+            selective(3, 3, 1, without=("D", "z", "delta_bias")) | {"delta": -decay(3, length, 6)},  # steps as they are
         ),
         OpCase("selective_scan no gate", "selective_scan", selective_scan, selective(3, 3, 2, without=("z",)), soft),
         OpCase("ssd", "ssd", ssd, dual(3, 3), soft2),

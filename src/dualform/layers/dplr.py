@@ -48,12 +48,13 @@ class LowRank(DPLR):
         """:meth:`run` with states ``(D, rows, S)``."""
         size = tables.within.shape[-1]
         chunks, level = Chunks(u, cu_seqlens, size), size.bit_length() - 1
-        added = torch.bmm(chunks.right(u), tables.into)
+        left, right = chunks.both(u)
+        added = torch.bmm(right, tables.into)
         before = self._prefix(chunks, chunks.before(added, h, 1), level)
-        y = torch.baddbmm(torch.bmm(chunks.left(u), tables.within), before, tables.after)
+        y = torch.baddbmm(torch.bmm(left, tables.within), before, tables.after)
         count = chunks.count[chunks.last] if chunks.packed else (u.shape[1] - 1) % size + 1
         last = self._advance(before.index_select(1, chunks.last), count, level) + added.index_select(1, chunks.last)
-        return chunks.tokens(y), h.index_copy(1, chunks.full, last)
+        return chunks.tokens(y), h.index_copy(1, chunks.filled, last)
 
     def _advance(self, h: Tensor, count: int | Tensor, level: int) -> Tensor:
         """``Abar^count h``, the count at most ``2^level``, one number or one per row."""

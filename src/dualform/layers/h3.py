@@ -169,7 +169,7 @@ class H3(Mixer):
             begin = length * torch.arange(products, device=k.device)[:, None] + cu_seqlens[:-1]
             borders = torch.cat([begin.flatten(), begin.new_full((1,), products * length)])
         z, last = self._system().run(u, _fold(h), borders, self._C())
-        z = z.addcmul_(u, self.D.to(u.dtype)).view(kv.shape)
+        z = torch.addcmul(z, u, self.D.to(u.dtype)).view(kv.shape)
         return torch.einsum("bthi,ijbth->bthj", q, z), _unfold(last, h)
 
     def _system(self) -> Poles:

@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import check_cu_seqlens
@@ -14,6 +15,7 @@ from dualform.core.tree import leaves
 from dualform.layers.mixer import Mixer
 from dualform.models.block import Block
 from dualform.models.config import ModelConfig
+from dualform.ops.op import backend, forced
 
 
 class Backbone(nn.Module):
@@ -26,6 +28,9 @@ class Backbone(nn.Module):
     adds to the stream divided by the root of their number; everything else is the layers' own. The map of features
     keeps PyTorch's initialisation with its bias: without one the first norm would leave of a single input its sign.
 
+    With ``model.recompute = True`` training keeps only what enters each block, and the backward runs a block once more
+    before it differentiates it: the same gradients for a third more work, in the memory of one block instead of all.
+
     Args:
         config: the blocks, and the vocabulary if tokens are read.
         inputs: width of the features; None reads tokens.
@@ -33,6 +38,8 @@ class Backbone(nn.Module):
     Raises:
         ConfigError: for a config without a vocabulary where tokens are read, or a width below 1.
     """
+
+    recompute: bool = False
 
     def __init__(self, config: ModelConfig, inputs: int | None = None):
         super().__init__()
@@ -85,7 +92,7 @@ class Backbone(nn.Module):
         rows = len(x) if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
         h, new = self._embed(x), []
         for block, old in zip(self._stack(), self._states(state, rows), strict=True):
-            h, left = block(h, old, cu_seqlens=cu_seqlens)
+            h, left = self._run(block, h, old, cu_seqlens)
             new.append(left)
         return self._final(h), tuple(new)
 
@@ -100,6 +107,17 @@ class Backbone(nn.Module):
             h, left = block.step(h, old)
             new.append(left)
         return self._final(h), tuple(new)
+
+    def _run(self, block: Block, h: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(h, state, cu_seqlens=cu_seqlens)
+        name = forced()  # the second run must choose the backends of the first
+
+        def run(h: Tensor, state: State | None) -> tuple[Tensor, State]:
+            with backend(name):
+                return block(h, state, cu_seqlens=cu_seqlens)
+
+        return checkpoint(run, h, state, use_reentrant=False)  # random numbers are drawn alike, too
 
     def _stack(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))

@@ -6,19 +6,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dualform.core.errors import ConfigError
 from dualform.core.packing import pack, sequence_ids, unpack
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_tensors
 from dualform.models.backbone import Backbone
 from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
+from dualform.models.linear_loss import IGNORED, linear_cross_entropy
 from dualform.models.tokenizer import Tokenizer
-
-IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
-_LOGITS_AT_ONCE = 2**24  # the loss holds at most this many logits: 64 MiB in float32
 
 
 class LanguageModel(Backbone):
@@ -67,7 +64,7 @@ class LanguageModel(Backbone):
 
     def logits(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """The head: :meth:`features` to logits."""
-        return F.linear(h, self.embed.weight if self.head is None else self.head.weight)
+        return F.linear(h, self._head())
 
     def step(self, tokens: Int[Tensor, " B"], state: State) -> tuple[Float[Tensor, "B V"], State]:
         """One token per row."""
@@ -106,13 +103,7 @@ class LanguageModel(Backbone):
             ids = sequence_ids(cu_seqlens.to(tokens.device), tokens.shape[1])
             last = ids.diff(append=ids.new_tensor([-1])) != 0
             targets = targets.masked_fill(last, IGNORED)
-        rows = max(1, _LOGITS_AT_ONCE // self.config.vocab_size)
-        pieces = list(zip(h.flatten(0, 1).split(rows), targets.long().flatten().split(rows), strict=True))
-        if len(pieces) == 1:
-            total = self._nats(*pieces[0])
-        else:
-            parts = [checkpoint(self._nats, *p, use_reentrant=False, preserve_rng_state=False) for p in pieces]
-            total = torch.stack(parts).sum()
+        total = linear_cross_entropy(h.flatten(0, 1), self._head(), targets.long().flatten())
         return total / (targets != IGNORED).sum().clamp(min=1)
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
@@ -123,9 +114,8 @@ class LanguageModel(Backbone):
         """
         write_model(folder, self.config, self, tokenizer)
 
-    def _nats(self, h: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(h)
-        return F.cross_entropy(logits.to(wide(logits)), targets, ignore_index=IGNORED, reduction="sum")
+    def _head(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
 
     def _masked(
         self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, mask: Tensor

@@ -9,18 +9,17 @@ from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.fft_conv import fft_conv
 from dualform.ops.linear_scan import linear_scan
-from dualform.ops.native import library
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 
 import_module("dualform.ops.selective_scan_chunked")
-if not library.missing:
-    for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
-        import_module(f"dualform.ops.native.{_name}")
+for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
+    import_module(f"dualform.ops.native.{_name}")
 if torch.version.cuda:
-    import_module("dualform.ops.cuda.selective_scan")
+    for _name in ("causal_conv1d", "diagonal_ssm", "selective_scan"):
+        import_module(f"dualform.ops.cuda.{_name}")
 
 __all__ = [
     "OPS",

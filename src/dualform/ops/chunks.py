@@ -33,8 +33,10 @@ class Chunks:
 
     def __init__(self, x: Tensor, cu_seqlens: Tensor | None, size: int):
         (batch, length), device = x.shape[:2], x.device
-        borders = torch.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens.long()
-        borders = borders.to(device)
+        if cu_seqlens is None:
+            borders = torch.arange(batch + 1, device=device) * length
+        else:
+            borders = cu_seqlens.to(device, torch.int64)
         lengths, self.size = borders.diff(), size
         self.cu_chunks = from_lengths((lengths + size - 1) // size)
         self.total = batch * -(-length // size) if cu_seqlens is None else int(self.cu_chunks[-1])  # M
@@ -42,9 +44,9 @@ class Chunks:
         self.index = torch.arange(self.total, device=device) - self.cu_chunks[owner]  # of a chunk in its sequence
         begin = borders[owner] + self.index * size
         self.count = torch.minimum(borders[owner + 1] - begin, torch.full_like(owner, size))  # tokens of a chunk
-        every = torch.arange(len(lengths), device=device)  # sequences; the full ones have chunks
-        self.full = every[: batch * min(1, length)] if cu_seqlens is None else every[lengths > 0]
-        self.last = self.cu_chunks[1:][self.full] - 1  # the last chunks of those sequences
+        every = torch.arange(len(lengths), device=device)
+        self.filled = every[: batch * min(1, length)] if cu_seqlens is None else every[lengths > 0]  # not empty
+        self.last = self.cu_chunks[1:][self.filled] - 1  # the last chunks of those
         self.shape, self.packed = (batch, length), cu_seqlens is not None
         self.places: tuple[Tensor, Tensor] | None = None  # of tokens in the line of chunks, left and right
         if self.total * size != batch * length:
@@ -57,12 +59,13 @@ class Chunks:
         """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk tokens first, zeros last."""
         return self._laid(x, 0)
 
-    def right(self, x: Tensor) -> Tensor:
-        """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk zeros first, tokens last."""
-        return self._laid(x, 1)
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`left`, and the same with zeros first and tokens last; one tensor where no chunk is short."""
+        left = self._laid(x, 0)
+        return left, left if self.places is None else self._laid(x, 1)
 
     def tokens(self, left: Tensor, right: Tensor | None = None) -> Tensor:
-        """The inverse of :meth:`left`, plus that of :meth:`right`: ``(D, M, K)`` -> ``(B, T, D)``."""
+        """The inverse of :meth:`left`, plus that of the other of :meth:`both`: ``(D, M, K)`` -> ``(B, T, D)``."""
         if self.places is None:
             found = (left if right is None else left + right).flatten(1).T
         else:
@@ -72,12 +75,12 @@ class Chunks:
 
     def before(self, after: Tensor, start: Tensor, dim: int = 0) -> Tensor:
         """From states after chunks, M along ``dim``, those before; of the first of a sequence, its start."""
-        first = self.cu_chunks[:-1][self.full]
-        return after.roll(1, dim).index_copy(dim, first, start.index_select(dim, self.full))
+        first = self.cu_chunks[:-1][self.filled]
+        return after.roll(1, dim).index_copy(dim, first, start.index_select(dim, self.filled))
 
     def after(self, before: Tensor, end: Tensor, dim: int = 0) -> Tensor:
         """From what is known before chunks, M along ``dim``, the same after; of the last of a sequence, its end."""
-        return before.roll(-1, dim).index_copy(dim, self.last, end.index_select(dim, self.full))
+        return before.roll(-1, dim).index_copy(dim, self.last, end.index_select(dim, self.filled))
 
     def _laid(self, x: Tensor, side: int) -> Tensor:
         line = x.flatten(0, 1)

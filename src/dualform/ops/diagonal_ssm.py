@@ -112,10 +112,10 @@ def _complex(x: Tensor) -> Tensor:
     return torch.complex(*x.chunk(2, -1))
 
 
-def _states(chunks: Chunks, u: Tensor, tables: _Tables, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _states(chunks: Chunks, right: Tensor, tables: _Tables, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The states before every chunk ``(M, D, N)``, the final ones, and the decay of every chunk ``(1, M, D, N)``."""
     decay = tables.powers.permute(2, 0, 1)[chunks.count][None]
-    added = _complex(torch.bmm(chunks.right(u), tables.into)).transpose(0, 1)[None]
+    added = _complex(torch.bmm(right, tables.into)).transpose(0, 1)[None]
     after, final = linear_scan(decay, added, h0, cu_seqlens=chunks.cu_chunks)
     return chunks.before(after[0], h0), final, decay
 
@@ -127,8 +127,9 @@ def _forward(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor
     with _exactly(u.device.type):
         chunks, x = Chunks(u, cu_seqlens, chunk_size(u, cu_seqlens)), u.to(h0.real.dtype)
         tables = _Tables.of(Abar, CB, chunks.size)
-        before, final, _ = _states(chunks, x, tables, h0)
-        y = torch.baddbmm(torch.bmm(chunks.left(x), tables.within), _real(before).transpose(0, 1), tables.after)
+        left, right = chunks.both(x)
+        before, final, _ = _states(chunks, right, tables, h0)
+        y = torch.baddbmm(torch.bmm(left, tables.within), _real(before).transpose(0, 1), tables.after)
         return [chunks.tokens(y).to(u.dtype).contiguous(), final]
 
 
@@ -149,8 +150,8 @@ def _backward(
         x, dy = u.to(dtype), grads[0].to(dtype)
         tables = _Tables.of(Abar, CB, chunks.size)
         powers, size = tables.powers, chunks.size
-        before, _, decay = _states(chunks, x, tables, h0)
-        left, right, out = chunks.left(x), chunks.right(x), chunks.left(dy)
+        (left, right), out = chunks.both(x), chunks.left(dy)
+        before, _, decay = _states(chunks, right, tables, h0)
         dbefore = _complex(torch.bmm(out, tables.after.mT)).transpose(0, 1)[None]
         g, dh0 = linear_scan(decay.conj(), dbefore, grads[1], cu_seqlens=chunks.cu_chunks, reverse=True)
         g = chunks.after(g[0], grads[1])

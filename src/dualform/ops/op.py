@@ -9,7 +9,7 @@ PyTorch, so that autograd differentiates it to any order.
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,10 +142,12 @@ class Op:
 
     def _run(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
         backend = self.choose(forced, *args)
-        return (backend.forward if save or backend.infer is None else backend.infer)(*args)
+        with _on_device(args):
+            return (backend.forward if save or backend.infer is None else backend.infer)(*args)
 
     def _run_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-        return self.choose(forced, *args).backward(grads, kept, *args)
+        with _on_device(args):
+            return self.choose(forced, *args).backward(grads, kept, *args)
 
     def _fake(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
         backend = self.choose(forced, *args)
@@ -176,6 +178,12 @@ def forced() -> str:
 def differentiable(args: tuple[Any, ...]) -> list[Tensor]:
     """The arguments that have a gradient: the floating and complex tensors."""
     return [a for a in args if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())]
+
+
+def _on_device(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Where kernels are launched is where the arguments are."""
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _like_inputs(forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:

@@ -18,6 +18,7 @@ from dualform.core.errors import DualformError
 from dualform.models.files import replacing_file
 from dualform.models.lm import LanguageModel
 from dualform.models.tokenizer import Tokenizer
+from dualform.train.capture import as_written, capture
 from dualform.train.checkpoint import Position, checkpoints, restore_checkpoint, save_checkpoint
 from dualform.train.data import Dataset, open_dataset
 from dualform.train.evaluate import bits_per_byte
@@ -99,12 +100,16 @@ class _Run:
         self.recipe, self.accelerator, self.dataset, self.tokenizer = recipe, accelerator, dataset, tokenizer
         self.out, self.device = Path(recipe.out), accelerator.device
         self.model = model.to(self.device)
+        self.model.recompute = recipe.recompute
         self.bfloat16 = uses_bfloat16(recipe, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         at, self.changed = Position(), list[str]()
         if saved := checkpoints(self.out / CHECKPOINTS):
             at, self.changed = restore_checkpoint(saved[-1], recipe, self.model, self.optimizer)
-        self.objective = accelerator.prepare(_Objective(self.model))
+        self.objective, self.captured = accelerator.prepare(_Objective(self.model)), False
+        if recipe.graphs and self.device.type == "cuda" and accelerator.num_processes == 1:
+            sample = next(iter(dataset.windows(recipe.data, recipe.seed, 0))).to(self.device)
+            self.objective, self.captured = capture(self.objective, self.model, sample, self.bfloat16)
         self.step, self.elapsed, self.counted = at.step, at.elapsed, at.loss_count
         self.losses = torch.tensor(at.loss_sum, device=self.device)
         self.loss: float | None = None  # the mean of the last line in metrics.jsonl
@@ -233,7 +238,8 @@ class _Run:
 
     def _bits_per_byte(self, limit: int | None) -> float:
         length = self.recipe.data.length
-        return bits_per_byte(self.model, self.dataset, length=length, limit=limit, bfloat16=self.bfloat16)
+        with as_written(self.captured):
+            return bits_per_byte(self.model, self.dataset, length=length, limit=limit, bfloat16=self.bfloat16)
 
     def _save(self) -> Path | None:
         """Write a checkpoint; its place, on the main process."""

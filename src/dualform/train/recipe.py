@@ -109,6 +109,10 @@ class Recipe:
         log_every: steps between lines in ``metrics.jsonl``, each the mean since the line before.
         keep: checkpoints to keep, the newest.
         precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where a CUDA device has it.
+        recompute: whether the backward computes each block once more instead of keeping what is in it: less memory,
+            same result.
+        graphs: whether a step on one CUDA device is captured in CUDA graphs, its blocks compiled: same result, without
+            waiting for launches.
         device: ``"auto"``, the best there is, or ``"cpu"``.
         data: what a model learns from.
         optim: how.
@@ -124,6 +128,8 @@ class Recipe:
     log_every: int = 10
     keep: int = 2
     precision: str = "auto"
+    recompute: bool = False
+    graphs: bool = True
     device: str = "auto"
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)

@@ -52,6 +52,8 @@ def launch(
     from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
     device = torch.cuda.current_device()
+    if not int(_check(*driver.cuCtxGetCurrent())):  # a thread of autograd on which PyTorch has done nothing yet
+        _check(*driver.cuCtxSetCurrent(_context(device)))
     function = _function(file, kernel, tuple(defines.items()), device, shared)
     values = ctypes.create_string_buffer(struct.pack(f"{len(fields)}q", *fields))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(values))
@@ -87,6 +89,14 @@ def compile_source(file: str, defines: dict[str, Any], arch: str) -> bytes:
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     return code
+
+
+@cache
+def _context(device: int) -> Any:
+    """The one that PyTorch uses, too."""
+    from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
+
+    return _check(*driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)))
 
 
 @cache

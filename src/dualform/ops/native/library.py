@@ -3,6 +3,7 @@
 import ctypes
 import os
 import struct
+import sys
 from pathlib import Path
 
 import torch
@@ -10,12 +11,17 @@ from torch import Tensor
 
 _VERSION = 4  # of the interface, DUALFORM_VERSION in native/dualform.h
 _FILE = Path(__file__).parent / "kernels.so"
+_WINDOWS = "the C++ kernels do not run on Windows; run dualform under Linux, such as that of WSL"
+_ABSENT = (
+    "dualform was installed without its C++ kernels; install a C++ compiler (g++ or clang++), then dualform again with "
+    "pip's --force-reinstall --no-deps --no-cache-dir"
+)
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if not _FILE.exists():
-        return None, "dualform was installed without its C++ kernels; install a C++ compiler and reinstall dualform"
+        return None, _WINDOWS if sys.platform == "win32" else _ABSENT
     try:
         library = ctypes.CDLL(str(_FILE))
     except OSError as error:

@@ -1,0 +1,101 @@
+"""Cross-entropy behind a linear map, whose logits are held a piece at a time."""
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualform.core.shapes import wide
+from dualform.ops.op import SlowBackendWarning
+
+IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # of a piece: large enough to be worth a matrix product
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """``sum_i logsumexp(W h_i) - (W h_i)[targets_i]``, in nats.
+
+    The gradient is computed along with the loss, piece by piece, and kept instead of the logits: three matrix products
+    in all, none of them twice. Logits and their gradient are in the dtype of the product (bfloat16 under autocast),
+    sums in float32 or wider. Differentiable once.
+
+    Args:
+        h: ``(M, D)``, what the map reads.
+        weight: ``(V, D)``, its weight.
+        targets: ``(M,)``, int64; -100 does not count.
+    """
+    if not torch.is_grad_enabled():
+        h, weight = h.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(h, weight, targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        most = LOGITS_AT_ONCE.get(h.device.type, LOGITS_AT_ONCE["cpu"])
+        pieces = max(1, -(-len(h) * len(weight) // most))
+        rows = max(1, -(-len(h) // pieces))  # alike, so that a compiler sees few shapes
+        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
+        losses = []
+        for i in range(0, len(h), rows):
+            part = h[i : i + rows]
+            logits = F.linear(part, weight)
+            if dh is None and dweight is None:
+                logits = logits.to(wide(logits))
+                losses.append(F.cross_entropy(logits, targets[i : i + rows], ignore_index=IGNORED, reduction="sum"))
+                continue
+            loss, slope = _slope_on(h.device.type)(logits, targets[i : i + rows])
+            losses.append(loss)
+            if dh is not None:
+                dh[i : i + rows] = torch.mm(slope, weight)
+            if dweight is not None and slope.dtype == part.dtype == dweight.dtype:
+                dweight.addmm_(slope.T, part)
+            elif dweight is not None:
+                dweight += torch.mm(slope.T, part)
+        ctx.save_for_backward(dh, None if dweight is None else dweight.to(weight.dtype))
+        return torch.stack(losses).sum() if losses else h.new_zeros((), dtype=wide(h))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dh, dweight = ctx.saved_tensors
+        return None if dh is None else dh * grad.to(dh.dtype), None if dweight is None else dweight * grad, None
+
+
+def _slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient by the logits, ``softmax(x) - onehot(target)``, in their dtype."""
+    x = logits.to(wide(logits))
+    total, keep, at = x.logsumexp(1, keepdim=True), (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
+    loss = ((total - x.gather(1, at)) * keep).sum()
+    slope = torch.exp(x - total)
+    if torch.compiler.is_compiling():
+        slope = slope - (torch.arange(x.shape[1], device=x.device) == at)
+    else:
+        slope.scatter_add_(1, at, torch.full_like(total, -1))
+    return loss, (slope * keep).to(logits.dtype)
+
+
+def _slope_on(device: str) -> Any:
+    return _compiled_slope() if device == "cuda" else _slope
+
+
+@cache
+def _compiled_slope() -> Any:
+    """As few passes over the logits as a compiler can make of it."""
+    compiled, broken = torch.compile(_slope, dynamic=False), list[Exception]()
+
+    def slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not broken:
+            try:
+                return compiled(logits, targets)
+            except Exception as error:
+                broken.append(error)
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(f"the loss runs uncompiled ({reason})", SlowBackendWarning, stacklevel=2)
+        return _slope(logits, targets)
+
+    return slope

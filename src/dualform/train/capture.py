@@ -1,0 +1,53 @@
+"""A training step that does not wait for launches: blocks compiled, forward and backward captured in CUDA graphs."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dualform.models.lm import LanguageModel
+from dualform.ops.op import SlowBackendWarning
+
+
+def capture(
+    objective: nn.Module, model: LanguageModel, sample: Tensor, bfloat16: bool
+) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """The objective as two CUDA graphs, for inputs of one shape; or as it was, with a warning, where that fails.
+
+    The blocks are compiled first, all that are alike at once. Outside of a captured call, run the model under
+    :func:`as_written`, so that another shape does not compile it again.
+
+    Args:
+        objective: ``windows -> loss``; what the backward reaches are its parameters.
+        model: the one inside.
+        sample: windows of the shape of all to come.
+        bfloat16: whether to run under autocast.
+
+    Returns:
+        What to call, and whether it was captured.
+    """
+    try:
+        for block in model.blocks:
+            block.compile()
+        with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+            graphed = torch.cuda.make_graphed_callables(objective, (sample,), allow_unused_input=True)
+        return cast("Callable[[Tensor], Tensor]", graphed), True
+    except Exception as error:
+        torch.cuda.synchronize()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"training runs slower: a step could not be captured in a CUDA graph ({reason}); graphs=false is without",
+            SlowBackendWarning,
+            stacklevel=2,
+        )
+        for block in model.blocks:
+            block._compiled_call_impl = None
+        return objective, False
+
+
+def as_written(captured: bool) -> AbstractContextManager[None]:
+    """Compiled blocks run uncompiled here."""
+    return torch.compiler.set_stance("force_eager") if captured else nullcontext()
