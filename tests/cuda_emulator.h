@@ -7,6 +7,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <deque>
 #include <vector>
 
 #define DUALFORM_EMULATED 1
@@ -44,9 +45,16 @@ namespace emulator {
 struct Barrier {
   unsigned arrived = 0, turn = 0;
 };
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes, wanted;  // what is not wanted becomes zero
+};
 struct Thread {
   ucontext_t context;
   std::vector<char> stack;
+  std::vector<Copy> copies;                // not yet in a group
+  std::deque<std::vector<Copy>> groups;
   bool done = false;
 };
 
@@ -77,6 +85,24 @@ inline void arrive(int barrier, unsigned count) {
 }
 inline void sync(int barrier, unsigned count) { wait(named[barrier], count); }
 
+// Copies that take effect as late as they may: when they are waited for.
+inline void copy(const Copy& c) {
+  memset(c.to, 0xff, c.bytes);  // NaN
+  threads[current].copies.push_back(c);
+}
+inline void close_group() {
+  threads[current].groups.push_back(std::move(threads[current].copies));
+  threads[current].copies.clear();
+}
+inline void await_groups(unsigned left) {
+  auto& groups = threads[current].groups;
+  for (; groups.size() > left; groups.pop_front())
+    for (const Copy& c : groups.front()) {
+      memset(c.to, 0, c.bytes);
+      memcpy(c.to, c.from, c.wanted);
+    }
+}
+
 template <class F>
 void launch(unsigned grid, unsigned size, const F& kernel) {
   static const F* body;
@@ -91,6 +117,7 @@ void launch(unsigned grid, unsigned size, const F& kernel) {
     for (unsigned t = 0; t < size; t++) {
       Thread& thread = threads[t];
       thread.done = false;
+      thread.copies.clear(), thread.groups.clear();
       thread.stack.resize(1 << 16);
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack.data();

@@ -30,23 +30,20 @@ struct Conv {
   BIAS* dbias;          // (D)
 };
 
-// V channels of one step, as they lie in memory.
+// V channels of one step, as they lie in memory; eight are 16 bytes that can be read at once.
 template <class T>
 struct GroupOf {
   Four<T> fours[V / 4];
 };
 using Group = GroupOf<INPUT>;
 template <class T>
-constexpr bool AT_ONCE = ALIGNED && V == 8 && sizeof(T) == 2;  // 16 bytes
-
-template <class T>
 DEVICE GroupOf<T> load_group(const T* p, int count) {
   GroupOf<T> g;
-  if constexpr (AT_ONCE<T>) {
+  if constexpr (V == 8) {
     const uint4 v = *reinterpret_cast<const uint4*>(p);
     g.fours[0].pair[0] = v.x, g.fours[0].pair[1] = v.y, g.fours[1].pair[0] = v.z, g.fours[1].pair[1] = v.w;
   } else {
-    UNROLL for (int i = 0; i < V / 4; i++) g.fours[i] = load_four<ALIGNED>(p + 4 * i, count - 4 * i);
+    g.fours[0] = load_four<ALIGNED>(p, count);
   }
   return g;
 }
@@ -56,12 +53,12 @@ DEVICE void unpack(const GroupOf<T>& g, float* x) {
 }
 template <class T>
 DEVICE void store_group(T* p, const float* x, int count) {
-  if constexpr (AT_ONCE<T>) {
+  if constexpr (V == 8) {
     Four<T> low, high;
     pack(low, x), pack(high, x + 4);
     *reinterpret_cast<uint4*>(p) = make_uint4(low.pair[0], low.pair[1], high.pair[0], high.pair[1]);
   } else {
-    UNROLL for (int i = 0; i < V / 4; i++) store_four<ALIGNED>(p + 4 * i, x + 4 * i, count - 4 * i);
+    store_four<ALIGNED>(p, x, count);
   }
 }
 
@@ -104,7 +101,7 @@ struct Steps {
   const char* from;
   int bytes, last, count;
   METHOD Steps(const void* data, int64 row, int64 time, const Piece& piece, const Channels& of, int last)
-      : from(static_cast<const char*>(data) + (piece.batch * row + piece.start * time + of.first) * int(sizeof(INPUT))),
+      : from(whole(static_cast<const char*>(data) + (piece.batch * row + piece.start * time + of.first) * int(sizeof(INPUT)))),
         bytes(int(time) * int(sizeof(INPUT))), last(last), count(of.count) {}
   METHOD Steps(const View& v, const Piece& piece, const Channels& of, int last)
       : Steps(v.data, v.row, v.time, piece, of, last) {}

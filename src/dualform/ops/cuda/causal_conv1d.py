@@ -18,7 +18,7 @@ class Plan(NamedTuple):
     """How a call is cut.
 
     Args:
-        channels: of a thread; 8 of them are read at once where memory allows, else it takes 4.
+        channels: of a thread; 8 of them are of 16 bits and lie so that they are read at once, else it takes 4.
         steps: that are on their way from memory.
         warps: of a block, side by side in time.
         span: steps of a warp.
@@ -43,19 +43,20 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-def plan_forward(rows: int, length: int, width: int) -> Plan:
-    """Long pieces, as the steps before each are read twice, but enough of them to go round."""
-    return Plan(8, 8, 4, _span(rows, length, width, 8, 16), 3)
+def plan_forward(rows: int, length: int, width: int, taps: int) -> Plan:
+    """As much on its way as registers hold."""
+    return Plan(8 if taps <= 4 else 4, 8, 4, _span(rows, length, width, 8), 4)
 
 
-def plan_backward(rows: int, length: int, width: int) -> Plan:
-    """Pieces as in the forward; fewer channels, as a thread keeps four times the numbers of each."""
-    return Plan(4, 8, 4, _span(rows, length, width, 4, 32), 4)
+def plan_backward(rows: int, length: int, width: int, taps: int) -> Plan:
+    """Fewer channels, as a thread keeps four times the numbers of each."""
+    return Plan(4, 8, 4, _span(rows, length, width, 4), 4 if taps <= 4 else 2)
 
 
-def _span(rows: int, length: int, width: int, channels: int, least: int) -> int:
-    span = 256
-    while span > least and rows * -(-length // span) * -(-width // (32 * channels)) < 4096:
+def _span(rows: int, length: int, width: int, channels: int) -> int:
+    """Long, as the steps around a piece are read twice, but with enough warps to go round."""
+    span = 1024
+    while span > 16 and rows * -(-length // span) * -(-width // (32 * channels)) < (4096 if span > 64 else 1024):
         span //= 2
     return span
 
@@ -65,7 +66,7 @@ def _forward(*args: Any) -> list[Tensor]:
     y, final = a.x.new_empty(a.x.shape), torch.empty_like(a.state, memory_format=torch.contiguous_format)
     if a.x.numel() == 0:
         return [y, final.copy_(a.state)]
-    plan = plan_forward(len(a.state), *a.x.shape[1:])
+    plan = plan_forward(len(a.state), *a.x.shape[1:], a.weight.shape[1])
     given, fields, macros, lines, blocks = _fields(a, plan)
     compiler.launch(
         "causal_conv1d_forward.cu",
@@ -86,7 +87,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     dfinal = grads[1].contiguous()
     if a.x.numel() == 0:
         return [*(torch.zeros_like(m, memory_format=torch.contiguous_format) for m in like), dfinal.clone()]
-    plan = plan_backward(len(a.state), *a.x.shape[1:])
+    plan = plan_backward(len(a.state), *a.x.shape[1:], a.weight.shape[1])
     dy = readable(grads[0].to(a.x.dtype))
     given, fields, macros, lines, blocks = _fields(a, plan, dy)
     _, weight, bias, *_ = given
@@ -99,7 +100,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         *(*fields, 0, 0, *view(dy), pointer(dfinal), pointer(dx), pointer(dstate), blocks),
         *(pointer(m) for m in (sums, dweight, dbias)),
     )
-    shared = 4 * plan.warps * rows * 32 * macros["CHANNELS"]
+    shared = 32 * plan.warps * macros["CHANNELS"] * max(4 * rows, 2 * plan.steps * a.x.element_size())
     file = "causal_conv1d_backward.cu"
     compiler.launch(file, "causal_conv1d_backward", macros, lines * blocks, 32 * plan.warps, shared, fields)
     compiler.launch(file, "causal_conv1d_sums", macros, rows * -(-width // 32), 256, 4 * 256, fields)
@@ -117,7 +118,9 @@ def _fields(a: Inputs, plan: Plan, *more: Tensor) -> tuple[Any, tuple[int, ...],
     bias = None if a.bias is None else readable(a.bias)
     cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.to(torch.int64).contiguous()
     (rows, width, _), length = state.shape, x.shape[1]
-    channels = plan.channels if aligned(width, x, *more, many=plan.channels) else 4
+    at_once = all(m is None or m.data_ptr() % 16 == 0 for m in (weight, bias))
+    eight = plan.channels == 8 and at_once and x.element_size() == 2 and aligned(width, x, *more, many=8)
+    channels = 8 if eight else 4
     macros = {
         "TAPS": weight.shape[1],
         "CHANNELS": channels,
@@ -129,7 +132,7 @@ def _fields(a: Inputs, plan: Plan, *more: Tensor) -> tuple[Any, tuple[int, ...],
         "BIAS": TYPES[weight.dtype if bias is None else bias.dtype],
         "BIASED": bias is not None,
         "SILU": a.silu,
-        "ALIGNED": aligned(width, x, *more) and all(m is None or m.data_ptr() % 16 == 0 for m in (weight, bias)),
+        "ALIGNED": at_once and aligned(width, x, *more),
     }
     pieces = rows * -(-length // plan.span) if cu_seqlens is None else length // plan.span + rows
     fields = (

@@ -22,10 +22,6 @@ struct Walk {
       g[W - 1][v] *= open + z * open * (1 - open);
     }
   }
-  // A step beyond the end of the sequence.
-  METHOD void nothing() {
-    UNROLL for (int v = 0; v < V; v++) g[W - 1][v] = 0;
-  }
   METHOD void collect() {
     UNROLL for (int v = 0; v < V; v++) {
       UNROLL for (int j = 0; j < W; j++) sums[j][v] += g[W - 1][v] * x[j][v];
@@ -48,69 +44,82 @@ DEVICE void add_final(const Conv& p, const Piece& piece, const Channels& of, int
   UNROLL for (int v = 0; v < V; v++) if (v < of.count) dx[v] += p.dfinal[of.states(p, piece) + v * (W - 1) + j];
 }
 
-// Everything but the sums over time: those of this piece are left in the walk.
-DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Walk& walk) {
-  const int length = piece.length, begin = piece.begin;
-  const int regular = least(piece.end, length - (W - 1));  // the end of the inputs that reach W outputs each
-  const int last = least(piece.end + W - 1, length) - 1;
+// The next STEPS of x and dy, on their way through shared memory: no registers wait for them.
+struct Ring {
+  INPUT* slots;  // of this thread
+  METHOD INPUT* slot(int i, int tensor) const { return slots + (i % STEPS * 2 + tensor) * 32 * WARPS * V; }
+  METHOD Group read(int i, int tensor) const { return load_group<INPUT>(slot(i, tensor), V); }
+  METHOD void ask(int i, int tensor, const INPUT* from, int count, bool wanted) const {
+    INPUT* to = slot(i, tensor);
+    if constexpr (ALIGNED) {
+      copy_async<V * sizeof(INPUT)>(to, from, wanted);
+    } else {
+      UNROLL for (int v = 0; v < V; v++) to[v] = wanted && v < count ? from[v] : INPUT{};
+    }
+  }
+};
+
+// Everything but the sums over time: those of this piece are left in the walk. Beyond the end of a sequence dy is zero.
+DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Walk& walk, const Ring& ring) {
+  const int begin = piece.begin, last = least(piece.end + W - 1, piece.length) - 1;
   const Steps xs(p.x, piece, of, last), dys(p.dy, piece, of, last);
   const Steps dxs(p.dx, p.length * p.width, p.width, piece, of, last);
-  Group first[W][2], next[STEPS][2];
-  UNROLL for (int j = 0; j + 1 < W; j++) first[j][0] = xs[begin + j], first[j][1] = dys[begin + j];
-  UNROLL for (int u = 0; u < STEPS; u++) next[u][0] = xs[begin + u + W - 1], next[u][1] = dys[begin + u + W - 1];
+  auto ask = [&](int i, int slot) {
+    ring.ask(slot, 0, xs.at(begin + i), of.count, begin + i <= last);
+    ring.ask(slot, 1, dys.at(begin + i), of.count, begin + i <= last);
+    close_copies();
+  };
+  auto next = [&](int i, int slot) {
+    await_copies<STEPS - 1>();
+    walk.next(ring.read(slot, 0), ring.read(slot, 1));
+    ask(i + STEPS, slot);
+  };
+  UNROLL for (int i = 0; i < STEPS; i++) ask(i, i);
   read_before(xs, p.state + of.states(p, piece), begin, walk.x + 1);
-  UNROLL for (int j = 0; j + 1 < W; j++) {
-    walk.next(first[j][0], first[j][1]);
-    if (begin + j >= length) walk.nothing();
+  UNROLL for (int i = 0; i < W - 1; i++) {
+    next(i, i);
     if (begin > 0) continue;
     walk.collect();
     float dx[V];
     walk.of_input(dx);
-    add_final(p, piece, of, j - (W - 1), dx);
-    UNROLL for (int v = 0; v < V; v++) if (v < of.count) p.dstate[of.states(p, piece) + v * (W - 1) + j] = dx[v];
+    add_final(p, piece, of, i - (W - 1), dx);
+    UNROLL for (int v = 0; v < V; v++) if (v < of.count) p.dstate[of.states(p, piece) + v * (W - 1) + i] = dx[v];
   }
 
-  auto step = [&](int s, Group (&given)[2], int ahead) {
-    walk.next(given[0], given[1]);
-    given[0] = xs[s + ahead + W - 1], given[1] = dys[s + ahead + W - 1];
+  auto step = [&](int s, int slot, float* dx) {
+    next(s - begin + W - 1, slot + W - 1);
     walk.collect();
-    float dx[V];
     walk.of_input(dx);
-    dxs.put(s, dx);
   };
+  float dx[V];
   int s = begin;
+  const int regular = least(piece.end, piece.length - (W - 1));  // before the inputs that reach the final state
 #pragma unroll 1
-  for (; s + STEPS <= regular; s += STEPS) UNROLL for (int u = 0; u < STEPS; u++) step(s + u, next[u], STEPS);
-  if (s == piece.end) return;
-
-  next[0][0] = xs[s + W - 1], next[0][1] = dys[s + W - 1];
-#pragma unroll 1
-  for (; s < regular; s++) step(s, next[0], 1);
+  for (; s + STEPS <= regular; s += STEPS) UNROLL for (int u = 0; u < STEPS; u++) step(s + u, u, dx), dxs.put(s + u, dx);
 #pragma unroll 1
   for (; s < piece.end; s++) {
-    shift(walk.g);
-    walk.nothing();
-    float dx[V];
-    walk.of_input(dx);
+    step(s, s - begin, dx);
     add_final(p, piece, of, s, dx);
     dxs.put(s, dx);
   }
+  await_copies<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) causal_conv1d_backward(const __grid_constant__ Conv p) {
   SHARED_MEMORY(memory);
-  float* shared = reinterpret_cast<float*>(memory);  // (WARPS, ROWS, LINE)
   const Piece piece(p);
   const Channels of(p);
   Walk walk(p, of);
   if (piece.exists && of.count > 0) {
     if (piece.length > 0) {
-      walk_piece(p, piece, of, walk);
+      walk_piece(p, piece, of, walk, {reinterpret_cast<INPUT*>(memory) + threadIdx.x * V});
     } else {
       const int64 at = of.states(p, piece);
       UNROLL for (int i = 0; i < V * (W - 1); i++) if (i < of.count * (W - 1)) p.dstate[at + i] = p.dfinal[at + i];
     }
   }
+  __syncthreads();
+  float* shared = reinterpret_cast<float*>(memory);  // (WARPS, ROWS, LINE), where the rings were
   UNROLL for (int j = 0; j < ROWS; j++)
     write_floats<V>(shared + (threadIdx.x / 32 * ROWS + j) * LINE + threadIdx.x % 32 * V, walk.sums[j]);
   __syncthreads();

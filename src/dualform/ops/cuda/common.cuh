@@ -38,12 +38,44 @@ DEVICE void signal(int barrier) { emulator::arrive(barrier, 64); }
 DEVICE void await(int barrier) { emulator::sync(barrier, 64); }
 DEVICE void prefetch(const void*) {}
 DEVICE int64 product(int a, int b) { return int64(a) * b; }
+DEVICE const char* whole(const char* p) { return p; }
+template <int BYTES>
+DEVICE void copy_async(void* shared, const void* from, bool wanted) {
+  emulator::copy({shared, from, BYTES, wanted ? unsigned(BYTES) : 0u});
+}
+DEVICE void close_copies() { emulator::close_group(); }
+template <int LEFT>
+DEVICE void await_copies() {
+  emulator::await_groups(LEFT);
+}
 #else
 // One instruction, where the compiler would multiply 64 bits by 64.
 DEVICE int64 product(int a, int b) {
   int64 found;
   asm("mul.wide.s32 %0, %1, %2;" : "=l"(found) : "r"(a), "r"(b));
   return found;
+}
+// A global address whose parts the compiler shall not add up again at every use.
+DEVICE const char* whole(const char* p) {
+  asm("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+// From memory to shared memory, past all registers: 8 or 16 bytes, or zeros where they are not wanted. A thread closes
+// groups of copies, and waits until no more than LEFT of them are on their way.
+template <int BYTES>
+DEVICE void copy_async(void* shared, const void* from, bool wanted) {
+  unsigned to;
+  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(to) : "l"(shared));
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(wanted ? BYTES : 0) : "memory");
+}
+DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+DEVICE void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 // Asks for a line of memory long before it is needed.
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
