@@ -5,7 +5,8 @@ import torch
 
 import test_cuda
 import test_cuda_conv
-from dualform.ops.cuda import causal_conv1d, compiler, selective_scan
+import test_cuda_diagonal
+from dualform.ops.cuda import causal_conv1d, compiler, diagonal_ssm, selective_scan
 
 TARGETS = [("sm_80", torch.float16), ("sm_90", torch.bfloat16)]
 
@@ -22,9 +23,17 @@ def convolution(dtype):
     causal_conv1d._backward([y, final], [], *args)
 
 
+def diagonal(dtype):
+    args = test_cuda_diagonal.arguments(1, 130, 32, 32, dtype=dtype)
+    y, final = diagonal_ssm._forward(*args)
+    diagonal_ssm._backward([y, final], [], *args)
+
+
 USERS = {
     "causal_conv1d_backward.cu": convolution,
     "causal_conv1d_forward.cu": convolution,
+    "diagonal_ssm_backward.cu": diagonal,
+    "diagonal_ssm_forward.cu": diagonal,
     "selective_scan_backward.cu": scan,
     "selective_scan_forward.cu": scan,
 }

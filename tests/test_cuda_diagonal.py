@@ -103,7 +103,7 @@ def test_shared_memory_holds_what_the_kernels_keep_there(lanes, tmp_path, monkey
 def test_plans_have_room_for_all_modes(modes):
     for plan in (kernels.plan_forward, kernels.plan_backward):
         for batch, length, width in ((1, 1, 1), (8, 16384, 1024), (1, 131072, 1024)):
-            p = plan(batch, length, width, modes)
+            p = plan(modes, batch, length, width)
             assert p.lanes * p.modes >= modes
             assert p.span == length or p.span % 64 == 0
 

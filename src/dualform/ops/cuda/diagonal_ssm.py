@@ -42,13 +42,13 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-def plan_forward(batch: int, length: int, width: int, modes: int) -> Plan:
+def plan_forward(modes: int, batch: int, length: int, width: int) -> Plan:
     """Many modes of a lane, as every lane reads each input and writes each output."""
     lanes, of_lane = (8, 8) if modes > 32 else (4, _at_least(modes, 4))
     return Plan(lanes, of_lane, 4, 4, _span(batch, length, width, lanes))
 
 
-def plan_backward(batch: int, length: int, width: int, modes: int) -> Plan:
+def plan_backward(modes: int, batch: int, length: int, width: int) -> Plan:
     """Fewer modes of a lane, as it keeps three times the numbers of each."""
     lanes, of_lane = (8, _at_least(modes, 8)) if modes > 16 else (4, _at_least(modes, 4))
     return Plan(lanes, of_lane, 4, 2 if of_lane == 8 else 4, _span(batch, length, width, lanes))
@@ -67,24 +67,24 @@ def _span(batch: int, length: int, width: int, lanes: int) -> int:
 
 
 class _Call:
-    """What the kernels of one direction are given."""
+    """What the kernels of one direction are given; ``like_u`` are tensors that they read as they read u."""
 
     def __init__(self, file: str, a: Inputs, plan: Plan, *like_u: Tensor):
         cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.to(torch.int64).contiguous()
-        u, tensors = readable(a.u), [x.resolve_conj().contiguous() for x in (a.Abar, a.CB, a.h0)]
+        u, tensors = readable(a.u), [x.contiguous() for x in (a.Abar, a.CB, a.h0)]
         (rows, width, modes), length = a.h0.shape, u.shape[1]
         spans = rows * -(-length // plan.span) if cu_seqlens is None else length // plan.span + rows
         self.given, self.file, self.plan = (u, cu_seqlens, tensors, like_u), file, plan
-        self.sequences, self.channels = rows, -(-width * plan.lanes // (32 * plan.warps))
-        self.spans, self.shape, self.cut = spans, (spans, width, modes), plan.span < length
-        self.fields = (
-            *(rows, length, width, modes, plan.span, pointer(cu_seqlens)),
-            *view(u),
-            *map(pointer, tensors),
-        )
+        self.rows, self.blocks = rows, -(-width * plan.lanes // (32 * plan.warps))  # of channels
+        self.shape, self.cut = (spans, width, modes), plan.span < length
+        self.fields = (rows, length, width, modes, plan.span, pointer(cu_seqlens), *view(u), *map(pointer, tensors))
         self.macros = {
-            **{"LANES": plan.lanes, "MODES": plan.modes, "WARPS": plan.warps, "BLOCKS": plan.blocks},
-            **{"INPUT": TYPES[u.dtype], "INPUT_ALIGNED": aligned(width, u, *like_u)},
+            "LANES": plan.lanes,
+            "MODES": plan.modes,
+            "WARPS": plan.warps,
+            "BLOCKS": plan.blocks,
+            "INPUT": TYPES[u.dtype],
+            "INPUT_ALIGNED": aligned(width, u, *like_u),
         }
 
     def over_spans(self, kernel: str, tiles: int, sums: int, more: tuple[int, ...], **macros: bool) -> None:
@@ -92,22 +92,21 @@ class _Call:
         lanes, threads = self.plan.lanes, 32 * self.plan.warps
         tile = 32 // lanes * (4 * lanes + 4)
         floats = tiles * tile + sums * lanes * (tile + (20 if lanes == 8 else 8))
-        shared = 4 * floats * self.plan.warps
-        fields = (*self.fields, *more)
-        compiler.launch(self.file, kernel, self.macros | macros, self.spans * self.channels, threads, shared, fields)
+        grid, shared = self.shape[0] * self.blocks, 4 * floats * self.plan.warps
+        compiler.launch(self.file, kernel, self.macros | macros, grid, threads, shared, (*self.fields, *more))
 
     def over_sequences(self, kernel: str, more: tuple[int, ...], **macros: bool) -> None:
         """Join the spans of every sequence."""
-        blocks = self.sequences * -(-self.shape[1] * self.shape[2] // 256)
-        compiler.launch(self.file, kernel, self.macros | macros, blocks, 256, 0, (*self.fields, *more))
+        grid = self.rows * -(-self.shape[1] * self.shape[2] // 256)
+        compiler.launch(self.file, kernel, self.macros | macros, grid, 256, 0, (*self.fields, *more))
 
 
 def _forward(*args: Any) -> list[Tensor]:
     a = Inputs(*args)
-    y, final = a.u.new_empty(a.u.shape), a.h0.resolve_conj().clone(memory_format=torch.contiguous_format)
+    y, final = a.u.new_empty(a.u.shape), a.h0.clone(memory_format=torch.contiguous_format)
     if a.u.numel() == 0 or a.h0.numel() == 0:
         return [y.zero_(), final]
-    call = _Call("diagonal_ssm_forward.cu", a, plan_forward(*a.u.shape, a.h0.shape[2]))
+    call = _Call("diagonal_ssm_forward.cu", a, plan_forward(a.h0.shape[2], *a.u.shape))
     carry = a.h0.new_empty(call.shape) if call.cut else None
     more = (pointer(carry), pointer(y), pointer(final), *[0] * 9)
     if carry is not None:
@@ -120,18 +119,16 @@ def _forward(*args: Any) -> list[Tensor]:
 
 def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
     a = Inputs(*args)
-    du, dfinal = a.u.new_empty(a.u.shape), grads[1].resolve_conj().contiguous()
+    du, dfinal = a.u.new_empty(a.u.shape), grads[1].contiguous()
     dh0 = dfinal.clone()
     if a.u.numel() == 0 or a.h0.numel() == 0:
         return [du.zero_(), *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in args[1:3]), dh0]
     dy = readable(grads[0].to(a.u.dtype))
-    call = _Call("diagonal_ssm_backward.cu", a, plan_backward(*a.u.shape, a.h0.shape[2]), dy)
+    call = _Call("diagonal_ssm_backward.cu", a, plan_backward(a.h0.shape[2], *a.u.shape), dy)
     carry = a.h0.new_empty(2, *call.shape) if call.cut else (None, None)
     da, dc = a.h0.new_empty(2, *call.shape)
-    more = (
-        *(pointer(carry[0]), 0, 0, *view(dy), pointer(dfinal), pointer(carry[1])),
-        *map(pointer, (du, da, dc, dh0)),
-    )
+    found = map(pointer, (du, da, dc, dh0))
+    more = (pointer(carry[0]), 0, 0, *view(dy), pointer(dfinal), pointer(carry[1]), *found)
     if call.cut:
         call.over_spans("diagonal_ssm_backward_carry", 1, 0, more, WITH_FINAL=False)
         call.over_sequences("diagonal_ssm_backward_join", more, WITH_FINAL=False)
