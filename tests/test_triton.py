@@ -15,7 +15,7 @@ import torch
 from dualform.check.op_cases import OpCase
 from dualform.check.run import compare
 from dualform.core.packing import from_lengths
-from dualform.ops import OPS, backend, causal_conv1d
+from dualform.ops import OPS, backend, causal_conv1d, linear_scan
 from dualform.ops.triton.support import INTERPRETED, missing
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="Triton is not installed")
@@ -40,6 +40,18 @@ def conv(batch, length, width, taps, activation="silu", bias=True, packed=None):
     return case("causal_conv1d", causal_conv1d, tensors, packed, activation=activation)
 
 
+def line(batch, length, *width, packed=None, complex=False, real_decay=False, expand=False, reverse=False):
+    a = torch.rand(1 if expand else batch, 1 if expand else length, *width, dtype=torch.float64)
+    a = 2 * a - 1 if real_decay or not complex else torch.polar(a, 3 * a)
+    rows = len(packed) if packed else batch
+    tensors = {
+        "a": a.expand(batch, length, *width),
+        "b": normal(batch, length, *width, complex=complex),
+        "initial_state": normal(rows, *width, complex=complex),
+    }
+    return case("linear_scan", linear_scan, tensors, packed, reverse=reverse)
+
+
 def case(op, function, tensors, packed, **options):
     if packed:
         options["cu_seqlens"] = from_lengths(torch.tensor(packed)).to(torch.int32)
@@ -55,19 +67,27 @@ CASES = {
     "conv several segments": lambda: conv(1, 135, 3, 4),
     "conv packed": lambda: conv(1, sum(PACKED), 5, 4, packed=PACKED),
     "conv packed long": lambda: conv(1, 200, 3, 4, packed=[130, 0, 2, 1, 67]),
+    "scan": lambda: line(2, 63, 17),
+    "scan reverse": lambda: line(3, 2, 1, reverse=True),
+    "scan one step": lambda: line(1, 1, 130),
+    "scan of matrices": lambda: line(2, 65, 3, 2, expand=True),
+    "scan chunked": lambda: line(1, 150, 3),
+    "scan complex": lambda: line(1, 135, 3, complex=True, reverse=True),
+    "scan complex, real decay": lambda: line(2, 17, 5, complex=True, real_decay=True),
+    "scan packed": lambda: line(1, sum(PACKED), 5, packed=PACKED),
+    "scan packed complex": lambda: line(1, sum(PACKED), 3, packed=PACKED, complex=True, reverse=True),
+    "scan packed wide": lambda: line(1, 9, 35, packed=[2, 0, 7], reverse=True),
 }
-
-
-EMPTY = {"conv": lambda: conv(2, 0, 3, 4)}
-STRIDED = {"conv": ("x",)}
-COMPILED = ("conv", "conv packed")
-# In the interpreter float64 shows the mathematics, and bfloat16 the conversions.
-DTYPES = [torch.float64, torch.float32, torch.bfloat16] if GPU else [torch.float64, torch.bfloat16]
+EMPTY = {"conv": lambda: conv(2, 0, 3, 4), "scan": lambda: line(2, 0, 3)}
+STRIDED = {"conv": ("x",), "scan": ("a", "b")}
+COMPILED = ("conv", "conv packed", "scan", "scan complex", "scan packed")
+CONVERTED = ("conv", "conv packed", "scan", "scan packed")
+# In the interpreter float64 shows the mathematics, and bfloat16, in some cases, the conversions.
+DTYPES = {torch.float64: CASES, torch.float32: CASES if GPU else (), torch.bfloat16: CASES if GPU else CONVERTED}
 
 
 @runs
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "name"), [(d, n) for d, names in DTYPES.items() for n in names], ids=str)
 def test_kernels_are_the_definition(name, dtype, poison):
     given = CASES[name]()
     for backward in (False, True):
@@ -137,7 +157,7 @@ def arguments_of(given: OpCase) -> tuple:
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")
 def test_in_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

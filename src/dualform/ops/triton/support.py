@@ -47,3 +47,15 @@ def blocks(size: int, block: int) -> int:
 def power_of_two(size: int) -> int:
     """The least power of two that is not below ``size``."""
     return 1 << max(0, size - 1).bit_length()
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.xpu.get_device_properties(device).max_compute_units
+
+
+def processors(x: Tensor) -> int:
+    """How many processors the device of ``x`` has: fewer programs leave some idle."""
+    return 2 if x.device.type == "cpu" else _processors(x.device)
