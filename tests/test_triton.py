@@ -15,7 +15,7 @@ import torch
 from dualform.check.op_cases import OpCase
 from dualform.check.run import compare
 from dualform.core.packing import from_lengths
-from dualform.ops import OPS, backend, causal_conv1d, linear_scan
+from dualform.ops import OPS, backend, causal_conv1d, linear_scan, selective_scan
 from dualform.ops.triton.support import INTERPRETED, missing
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="Triton is not installed")
@@ -52,6 +52,22 @@ def line(batch, length, *width, packed=None, complex=False, real_decay=False, ex
     return case("linear_scan", linear_scan, tensors, packed, reverse=reverse)
 
 
+def selective(batch, length, width, states, groups=(1, 1), packed=None, plain=False):
+    tensors = {
+        "u": normal(batch, length, width),
+        "delta": normal(batch, length, width) - 1,
+        "A": -torch.rand(width, states, dtype=torch.float64) - 0.1,
+        "B": normal(batch, length, groups[0], states),
+        "C": normal(batch, length, groups[1], states),
+        "initial_state": normal(len(packed) if packed else batch, width, states),
+    }
+    if plain:
+        tensors["delta"] = tensors["delta"].abs()
+        return case("selective_scan", selective_scan, tensors, packed)
+    more = {"D": normal(width), "z": normal(batch, length, width), "delta_bias": normal(width)}
+    return case("selective_scan", selective_scan, {**tensors, **more}, packed, delta_softplus=True)
+
+
 def case(op, function, tensors, packed, **options):
     if packed:
         options["cu_seqlens"] = from_lengths(torch.tensor(packed)).to(torch.int32)
@@ -76,14 +92,25 @@ CASES = {
     "scan complex, real decay": lambda: line(2, 17, 5, complex=True, real_decay=True),
     "scan packed": lambda: line(1, sum(PACKED), 5, packed=PACKED),
     "scan packed complex": lambda: line(1, sum(PACKED), 3, packed=PACKED, complex=True, reverse=True),
+    "selective": lambda: selective(2, 5, 3, 5),
+    "selective groups": lambda: selective(1, 2, 6, 3, groups=(2, 3)),
+    "selective chunked": lambda: selective(1, 39, 17, 3),
+    "selective wide": lambda: selective(1, 1, 130, 1, plain=True),
+    "selective packed": lambda: selective(1, 35, 2, 3, packed=[0, 3, 0, 17, 1, 14, 0]),
     "scan packed wide": lambda: line(1, 9, 35, packed=[2, 0, 7], reverse=True),
 }
-EMPTY = {"conv": lambda: conv(2, 0, 3, 4), "scan": lambda: line(2, 0, 3)}
-STRIDED = {"conv": ("x",), "scan": ("a", "b")}
-COMPILED = ("conv", "conv packed", "scan", "scan complex", "scan packed")
-CONVERTED = ("conv", "conv packed", "scan", "scan packed")
+EMPTY = {"conv": lambda: conv(2, 0, 3, 4), "scan": lambda: line(2, 0, 3), "selective": lambda: selective(2, 0, 3, 5)}
+STRIDED = {"conv": ("x",), "scan": ("a", "b"), "selective": ("u", "delta", "z", "B", "C")}
+COMPILED = ("conv", "conv packed", "scan", "scan complex", "scan packed", "selective", "selective packed")
+CONVERTED = ("conv", "conv packed", "scan", "scan packed", "selective")
 # In the interpreter float64 shows the mathematics, and bfloat16, in some cases, the conversions.
 DTYPES = {torch.float64: CASES, torch.float32: CASES if GPU else (), torch.bfloat16: CASES if GPU else CONVERTED}
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Segments of a few steps, so that short sequences cross several."""
+    monkeypatch.setattr(sys.modules["dualform.ops.triton.selective_scan"], "_SAVE_EVERY", 8)
 
 
 @runs
@@ -103,7 +130,7 @@ def test_no_time_passes_the_state_on(name, poison):
     with backend("triton"):
         y, final = given.call(tensors)
         found = dict(zip(tensors, torch.autograd.grad(3 * final.real.sum(), list(tensors.values())), strict=True))
-    assert y.shape == (2, 0, 3) and torch.equal(final, tensors["initial_state"])
+    assert y.shape[:2] == (2, 0) and torch.equal(final, tensors["initial_state"])
     assert all(torch.equal(g, torch.full_like(g, 3 * (k == "initial_state"))) for k, g in found.items())
 
 

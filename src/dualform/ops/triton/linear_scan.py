@@ -96,7 +96,7 @@ def _pairs(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
-def _flat(x: Tensor) -> tuple[Tensor, int, int, int]:
+def _flat(x: Tensor) -> tuple[Tensor, *tuple[int, ...]]:
     """``(B, T, ...)`` as real numbers, and the strides of its ``(B, T, D)``; axes that repeat themselves stay so."""
     flat = x.flatten(2) if x.dim() > 2 else x[..., None]
     return _pairs(flat), *flat.stride()
