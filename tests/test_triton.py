@@ -15,7 +15,7 @@ import torch
 from dualform.check.op_cases import OpCase
 from dualform.check.run import compare
 from dualform.core.packing import from_lengths
-from dualform.ops import OPS, backend, causal_conv1d, linear_scan, selective_scan
+from dualform.ops import OPS, backend, causal_conv1d, diagonal_ssm, linear_scan, selective_scan
 from dualform.ops.triton.support import INTERPRETED, missing
 
 pytestmark = pytest.mark.skipif(bool(missing), reason="Triton is not installed")
@@ -68,6 +68,16 @@ def selective(batch, length, width, states, groups=(1, 1), packed=None, plain=Fa
     return case("selective_scan", selective_scan, {**tensors, **more}, packed, delta_softplus=True)
 
 
+def diagonal(batch, length, width, modes, packed=None):
+    tensors = {
+        "u": normal(batch, length, width),
+        "Abar": torch.exp(torch.complex(-torch.rand(width, modes).double(), normal(width, modes))),
+        "CB": normal(width, modes, complex=True),
+        "initial_state": normal(len(packed) if packed else batch, width, modes, complex=True),
+    }
+    return case("diagonal_ssm", diagonal_ssm, tensors, packed)
+
+
 def case(op, function, tensors, packed, **options):
     if packed:
         options["cu_seqlens"] = from_lengths(torch.tensor(packed)).to(torch.int32)
@@ -97,12 +107,31 @@ CASES = {
     "selective chunked": lambda: selective(1, 39, 17, 3),
     "selective wide": lambda: selective(1, 1, 130, 1, plain=True),
     "selective packed": lambda: selective(1, 35, 2, 3, packed=[0, 3, 0, 17, 1, 14, 0]),
+    "diagonal": lambda: diagonal(2, 5, 3, 6),
+    "diagonal chunked": lambda: diagonal(1, 39, 17, 3),
+    "diagonal wide": lambda: diagonal(1, 1, 130, 1),
+    "diagonal packed": lambda: diagonal(1, 35, 2, 3, packed=[0, 3, 0, 17, 1, 14, 0]),
     "scan packed wide": lambda: line(1, 9, 35, packed=[2, 0, 7], reverse=True),
 }
-EMPTY = {"conv": lambda: conv(2, 0, 3, 4), "scan": lambda: line(2, 0, 3), "selective": lambda: selective(2, 0, 3, 5)}
-STRIDED = {"conv": ("x",), "scan": ("a", "b"), "selective": ("u", "delta", "z", "B", "C")}
-COMPILED = ("conv", "conv packed", "scan", "scan complex", "scan packed", "selective", "selective packed")
-CONVERTED = ("conv", "conv packed", "scan", "scan packed", "selective")
+EMPTY = {
+    "conv": lambda: conv(2, 0, 3, 4),
+    "scan": lambda: line(2, 0, 3),
+    "selective": lambda: selective(2, 0, 3, 5),
+    "diagonal": lambda: diagonal(2, 0, 3, 5),
+}
+STRIDED = {"conv": ("x",), "scan": ("a", "b"), "selective": ("u", "delta", "z", "B", "C"), "diagonal": ("u",)}
+COMPILED = (
+    "conv",
+    "conv packed",
+    "scan",
+    "scan complex",
+    "scan packed",
+    "selective",
+    "selective packed",
+    "diagonal",
+    "diagonal packed",
+)
+CONVERTED = ("conv", "conv packed", "scan", "scan packed", "selective", "diagonal")
 # In the interpreter float64 shows the mathematics, and bfloat16, in some cases, the conversions.
 DTYPES = {torch.float64: CASES, torch.float32: CASES if GPU else (), torch.bfloat16: CASES if GPU else CONVERTED}
 
@@ -110,7 +139,8 @@ DTYPES = {torch.float64: CASES, torch.float32: CASES if GPU else (), torch.bfloa
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
     """Segments of a few steps, so that short sequences cross several."""
-    monkeypatch.setattr(sys.modules["dualform.ops.triton.selective_scan"], "_SAVE_EVERY", 8)
+    for op in ("diagonal_ssm", "selective_scan"):
+        monkeypatch.setattr(sys.modules[f"dualform.ops.triton.{op}"], "_SAVE_EVERY", 8)
 
 
 @runs
@@ -138,7 +168,7 @@ def test_no_time_passes_the_state_on(name, poison):
 @pytest.mark.parametrize("name", STRIDED)
 def test_slices_of_a_projection_are_read_in_place(name):
     given = CASES[name]()
-    whole = {k: v.float().to(DEVICE) for k, v in given.tensors.items()}
+    whole = given.cast(DEVICE, torch.float32)
     sliced = {k: slice_of(v) if v.dim() > 2 and k in STRIDED[name] else v for k, v in whole.items()}
     with backend("triton"):
         for got, want in zip(given.call(sliced), given.call(whole), strict=True):

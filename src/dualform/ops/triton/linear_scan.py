@@ -46,7 +46,7 @@ class _Plan:
             DOWN=self.reverse != backward, BACKWARD=backward, **self.flags,
         )  # fmt: skip
         kernels("chunks").enter[(self.rows * blocks(self.width, 128),)](
-            decay, state, ends, entering, self.chunks, self.width,
+            decay, state, ends, entering, self.chunks, self.width, 1 + self.flags["COMPLEX"], 1,
             COMPLEX=self.flags["COMPLEX"], START=owner is None, BD=128,
         )  # fmt: skip
         return entering

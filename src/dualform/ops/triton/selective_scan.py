@@ -66,7 +66,7 @@ class _Plan:
         """What enters every chunk, from what every chunk does."""
         found, width = torch.empty_like(state), state.shape[2] * state.shape[3]
         kernels("chunks").enter[(self.rows * blocks(width, 128),)](
-            decay, state, None, found, self.chunks, width, COMPLEX=False, START=False, BD=128
+            decay, state, None, found, self.chunks, width, 1, 0, COMPLEX=False, START=False, BD=128
         )
         return found
 

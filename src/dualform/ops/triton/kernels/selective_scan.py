@@ -7,6 +7,8 @@ too; the channels of a program share a group of B and one of C. ``A2`` is ``A / 
 import triton
 import triton.language as tl
 
+from dualform.ops.triton.kernels.chunks import begins, ends_at
+
 
 @triton.jit
 def _place(width, cell, chunks, BD: tl.constexpr):
@@ -83,24 +85,6 @@ def _softplus(x):
 
 
 @triton.jit
-def _first(owner_ptr, t, length, row):
-    """Whether a sequence begins at time t, and which sequence has it."""
-    if owner_ptr is not None:
-        row = tl.load(owner_ptr + t, mask=t < length, other=0)
-        return row, row != tl.load(owner_ptr + t - 1, mask=(t > 0) & (t < length), other=-1)
-    return row, t == 0
-
-
-@triton.jit
-def _last(owner_ptr, t, length, row):
-    """Whether a sequence ends at time t, and which sequence has it."""
-    if owner_ptr is not None:
-        row = tl.load(owner_ptr + t, mask=t < length, other=0)
-        return row, row != tl.load(owner_ptr + t + 1, mask=t + 1 < length, other=-1)
-    return row, t == length - 1
-
-
-@triton.jit
 def forward(
     u,
     delta,
@@ -144,7 +128,7 @@ def forward(
     rates = _rates(A_ptr, d, mask, width, N, NP, dtype)
     bias = _vector(bias_ptr, d, mask, dtype)
     skip = _vector(D_ptr, d, mask, dtype)
-    row, fresh = _first(owner_ptr, begin, length, b)
+    row, fresh = begins(owner_ptr, begin, length, b)
     at, there = _given(start_ptr, row, d, mask & fresh, width, N, NP)
     h = tl.load(at, mask=there, other=0.0)
     if entering_ptr is not None:
@@ -163,7 +147,7 @@ def forward(
             if SOFTPLUS:
                 dt = _softplus(dt)
             if owner_ptr is not None:
-                row, fresh = _first(owner_ptr, t, length, row)
+                row, fresh = begins(owner_ptr, t, length, row)
                 if fresh:
                     at, there = _given(start_ptr, row, d, mask, width, N, NP)
                     h = tl.load(at, mask=there, other=0.0)
@@ -179,7 +163,7 @@ def forward(
                 step = (tl.cast(b, tl.int64) * length + t) * width + d
                 tl.store(y_ptr + step, y.to(y_ptr.dtype.element_ty), mask=mask)
                 if owner_ptr is not None:
-                    _, ends = _last(owner_ptr, t, length, row)
+                    _, ends = ends_at(owner_ptr, t, length, row)
                     if ends:
                         at, there = _given(final_ptr, row, d, mask, width, N, NP)
                         tl.store(at, h, mask=there)
@@ -234,7 +218,7 @@ def adjoint(
         if z is not None:
             gate = _channel(z, b, t, d, mask).to(dtype)
             dy *= gate / (1 + tl.exp(-gate))
-        row, ends = _last(owner_ptr, t, length, b)
+        row, ends = ends_at(owner_ptr, t, length, b)
         if ends:
             at, there = _given(dfinal_ptr, row, d, mask, width, N, NP)
             g = tl.load(at, mask=there, other=0.0)
@@ -261,7 +245,7 @@ def _again(
     if SOFTPLUS:
         dt = _softplus(raw)
     if owner_ptr is not None:
-        row, fresh = _first(owner_ptr, t, length, 0)
+        row, fresh = begins(owner_ptr, t, length, 0)
         if fresh & inside:
             at, there = _given(start_ptr, row, d, mask, width, N, NP)
             h = tl.load(at, mask=there, other=0.0)
@@ -361,7 +345,7 @@ def backward(
                 before, h, a, x, raw, dt = kept[i]
                 step = (tl.cast(b, tl.int64) * length + t) * width + d
                 dy = tl.load(dy_ptr + step, mask=on, other=0.0).to(dtype)
-                row, ends = _last(owner_ptr, t, length, b)
+                row, ends = ends_at(owner_ptr, t, length, b)
                 if ends:
                     at, there = _given(dfinal_ptr, row, d, mask, width, N, NP)
                     g = tl.load(at, mask=there, other=0.0)
@@ -387,10 +371,11 @@ def backward(
                 dskip += dy * x
                 tl.store(du_ptr + step, (skip * dy + dt * dx).to(du_ptr.dtype.element_ty), mask=on)
                 tl.store(ddelta_ptr + step, ddelta.to(ddelta_ptr.dtype.element_ty), mask=on)
-                row, fresh = _first(owner_ptr, t, length, b)
+                row, fresh = begins(owner_ptr, t, length, b)
                 if fresh & inside:
                     at, there = _given(dstart_ptr, row, d, mask, width, N, NP)
                     tl.store(at, g, mask=there)
+        tl.debug_barrier()
     at, there = _tile(partial_ptr, 0, d, mask, width, N, NP)
     offset = tl.cast(b * chunks + chunk, tl.int64) * (N + 2) * width
     tl.store(at + offset, dA, mask=there)
