@@ -15,9 +15,11 @@ from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 
 import_module("dualform.ops.selective_scan_chunked")
+for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan"):
+    import_module(f"dualform.ops.triton.{_name}")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
     import_module(f"dualform.ops.native.{_name}")
-if torch.version.cuda:
+if torch.version.cuda:  # last, and so preferred
     for _name in ("causal_conv1d", "diagonal_ssm", "selective_scan"):
         import_module(f"dualform.ops.cuda.{_name}")
 

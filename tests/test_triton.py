@@ -1,0 +1,223 @@
+"""The Triton kernels: the definition, forward and backward, on a GPU or in Triton's interpreter; and they compile.
+
+Whether kernels are interpreted is decided when they are imported. So where there is no GPU, one test runs this file
+again, in a process in which they are.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dualform.check.op_cases import OpCase
+from dualform.check.run import compare
+from dualform.core.packing import from_lengths
+from dualform.ops import OPS, backend, causal_conv1d, diagonal_ssm, linear_scan, selective_scan
+from dualform.ops.triton.support import INTERPRETED, missing
+
+pytestmark = pytest.mark.skipif(bool(missing), reason="Triton is not installed")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="test_in_the_interpreter runs it")
+PACKED = [0, 3, 0, 61, 1, 30, 0]
+
+
+def normal(*shape: int, complex: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.complex128 if complex else torch.float64)
+
+
+def conv(batch, length, width, taps, activation="silu", bias=True, packed=None):
+    rows = len(packed) if packed else batch
+    tensors = {
+        "x": normal(batch, length, width),
+        "weight": normal(width, taps),
+        **({"bias": normal(width)} if bias else {}),
+        "initial_state": normal(rows, width, taps - 1),
+    }
+    return case("causal_conv1d", causal_conv1d, tensors, packed, activation=activation)
+
+
+def line(batch, length, *width, packed=None, complex=False, real_decay=False, expand=False, reverse=False):
+    a = torch.rand(1 if expand else batch, 1 if expand else length, *width, dtype=torch.float64)
+    a = 2 * a - 1 if real_decay or not complex else torch.polar(a, 3 * a)
+    rows = len(packed) if packed else batch
+    tensors = {
+        "a": a.expand(batch, length, *width),
+        "b": normal(batch, length, *width, complex=complex),
+        "initial_state": normal(rows, *width, complex=complex),
+    }
+    return case("linear_scan", linear_scan, tensors, packed, reverse=reverse)
+
+
+def selective(batch, length, width, states, groups=(1, 1), packed=None, plain=False):
+    tensors = {
+        "u": normal(batch, length, width),
+        "delta": normal(batch, length, width) - 1,
+        "A": -torch.rand(width, states, dtype=torch.float64) - 0.1,
+        "B": normal(batch, length, groups[0], states),
+        "C": normal(batch, length, groups[1], states),
+        "initial_state": normal(len(packed) if packed else batch, width, states),
+    }
+    if plain:
+        tensors["delta"] = tensors["delta"].abs()
+        return case("selective_scan", selective_scan, tensors, packed)
+    more = {"D": normal(width), "z": normal(batch, length, width), "delta_bias": normal(width)}
+    return case("selective_scan", selective_scan, {**tensors, **more}, packed, delta_softplus=True)
+
+
+def diagonal(batch, length, width, modes, packed=None):
+    tensors = {
+        "u": normal(batch, length, width),
+        "Abar": torch.exp(torch.complex(-torch.rand(width, modes).double(), normal(width, modes))),
+        "CB": normal(width, modes, complex=True),
+        "initial_state": normal(len(packed) if packed else batch, width, modes, complex=True),
+    }
+    return case("diagonal_ssm", diagonal_ssm, tensors, packed)
+
+
+def case(op, function, tensors, packed, **options):
+    if packed:
+        options["cu_seqlens"] = from_lengths(torch.tensor(packed)).to(torch.int32)
+    return OpCase(op, op, function, tensors, options)
+
+
+CASES = {
+    "conv": lambda: conv(2, 63, 17, 4),
+    "conv width 1": lambda: conv(3, 2, 1, 3, None),
+    "conv one tap": lambda: conv(1, 65, 3, 1, bias=False),
+    "conv wide": lambda: conv(1, 1, 130, 2),
+    "conv wider": lambda: conv(1, 5, 300, 7, None),
+    "conv several segments": lambda: conv(1, 135, 3, 4),
+    "conv packed": lambda: conv(1, sum(PACKED), 5, 4, packed=PACKED),
+    "conv packed long": lambda: conv(1, 200, 3, 4, packed=[130, 0, 2, 1, 67]),
+    "scan": lambda: line(2, 63, 17),
+    "scan reverse": lambda: line(3, 2, 1, reverse=True),
+    "scan one step": lambda: line(1, 1, 130),
+    "scan of matrices": lambda: line(2, 65, 3, 2, expand=True),
+    "scan chunked": lambda: line(1, 150, 3),
+    "scan complex": lambda: line(1, 135, 3, complex=True, reverse=True),
+    "scan complex, real decay": lambda: line(2, 17, 5, complex=True, real_decay=True),
+    "scan packed": lambda: line(1, sum(PACKED), 5, packed=PACKED),
+    "scan packed complex": lambda: line(1, sum(PACKED), 3, packed=PACKED, complex=True, reverse=True),
+    "selective": lambda: selective(2, 5, 3, 5),
+    "selective groups": lambda: selective(1, 2, 6, 3, groups=(2, 3)),
+    "selective chunked": lambda: selective(1, 39, 17, 3),
+    "selective wide": lambda: selective(1, 1, 130, 1, plain=True),
+    "selective packed": lambda: selective(1, 35, 2, 3, packed=[0, 3, 0, 17, 1, 14, 0]),
+    "diagonal": lambda: diagonal(2, 5, 3, 6),
+    "diagonal chunked": lambda: diagonal(1, 39, 17, 3),
+    "diagonal wide": lambda: diagonal(1, 1, 130, 1),
+    "diagonal packed": lambda: diagonal(1, 35, 2, 3, packed=[0, 3, 0, 17, 1, 14, 0]),
+    "scan packed wide": lambda: line(1, 9, 35, packed=[2, 0, 7], reverse=True),
+}
+EMPTY = {
+    "conv": lambda: conv(2, 0, 3, 4),
+    "scan": lambda: line(2, 0, 3),
+    "selective": lambda: selective(2, 0, 3, 5),
+    "diagonal": lambda: diagonal(2, 0, 3, 5),
+}
+STRIDED = {"conv": ("x",), "scan": ("a", "b"), "selective": ("u", "delta", "z", "B", "C"), "diagonal": ("u",)}
+COMPILED = (
+    "conv",
+    "conv packed",
+    "scan",
+    "scan complex",
+    "scan packed",
+    "selective",
+    "selective packed",
+    "diagonal",
+    "diagonal packed",
+)
+CONVERTED = ("conv", "conv packed", "scan", "scan packed", "selective", "diagonal")
+# In the interpreter float64 shows the mathematics, and bfloat16, in some cases, the conversions.
+DTYPES = {torch.float64: CASES, torch.float32: CASES if GPU else (), torch.bfloat16: CASES if GPU else CONVERTED}
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Segments of a few steps, so that short sequences cross several."""
+    for op in ("diagonal_ssm", "selective_scan"):
+        monkeypatch.setattr(sys.modules[f"dualform.ops.triton.{op}"], "_SAVE_EVERY", 8)
+
+
+@runs
+@pytest.mark.parametrize(("dtype", "name"), [(d, n) for d, names in DTYPES.items() for n in names], ids=str)
+def test_kernels_are_the_definition(name, dtype, poison):
+    given = CASES[name]()
+    for backward in (False, True):
+        found, allowed = compare(given, "triton", DEVICE, dtype, backward=backward)
+        assert found.error <= allowed, found
+
+
+@runs
+@pytest.mark.parametrize("name", EMPTY)
+def test_no_time_passes_the_state_on(name, poison):
+    given = EMPTY[name]()
+    tensors = {k: v.to(DEVICE).requires_grad_() for k, v in given.tensors.items()}
+    with backend("triton"):
+        y, final = given.call(tensors)
+        found = dict(zip(tensors, torch.autograd.grad(3 * final.real.sum(), list(tensors.values())), strict=True))
+    assert y.shape[:2] == (2, 0) and torch.equal(final, tensors["initial_state"])
+    assert all(torch.equal(g, torch.full_like(g, 3 * (k == "initial_state"))) for k, g in found.items())
+
+
+@runs
+@pytest.mark.parametrize("name", STRIDED)
+def test_slices_of_a_projection_are_read_in_place(name):
+    given = CASES[name]()
+    whole = given.cast(DEVICE, torch.float32)
+    sliced = {k: slice_of(v) if v.dim() > 2 and k in STRIDED[name] else v for k, v in whole.items()}
+    with backend("triton"):
+        for got, want in zip(given.call(sliced), given.call(whole), strict=True):
+            assert torch.equal(got, want)
+
+
+def slice_of(x: torch.Tensor) -> torch.Tensor:
+    """The same values inside of wider rows of NaN."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 6), float("nan"))
+    wide[..., 2:-4] = x
+    return wide[..., 2:-4]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("target", ["NVIDIA Hopper", "NVIDIA Ampere", "AMD MI300"])
+def test_kernels_compile_for(target):
+    from triton_targets import TARGETS, compiled
+
+    with compiled(TARGETS[target]) as kernels:
+        for name in COMPILED:
+            arguments, op = arguments_of(CASES[name]()), OPS[CASES[name]().op]
+            found = next(b for b in op.backends if b.name == "triton")
+            results = found.forward(*arguments)
+            kept = [results[i] for i in op.keeps] + results[op.outputs :]
+            found.backward([torch.empty_like(y) for y in results[: op.outputs]], kept, *arguments)
+    assert kernels
+    for name, kernel in kernels:
+        assert kernel.asm["cubin" if target.startswith("NVIDIA") else "hsaco"], name
+
+
+def arguments_of(given: OpCase) -> tuple:
+    """What the registered operator receives from a call in bfloat16."""
+    op, seen = OPS[given.op], []
+    forward, op._forward = op._forward, lambda *args: seen.append(args) or forward(*args)
+    try:
+        with torch.no_grad(), backend("torch"):
+            given.call(given.cast("cpu", torch.bfloat16))
+    finally:
+        op._forward = forward
+    return seen[0][2:]
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")
+def test_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
