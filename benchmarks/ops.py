@@ -54,14 +54,16 @@ def forced(name: str, run, *args, **kwargs):
     return call
 
 
-def with_gradients(run, args: tuple[Tensor, ...]):
+def with_gradients(run, args: tuple[Tensor, ...], **options):
     """Forward and backward through every argument."""
     leaves = [a.clone().requires_grad_() for a in args]
+    named = {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in options.items()}
+    wanted = [*leaves, *(v for v in named.values() if isinstance(v, Tensor))]
 
     def call():
         with torch.enable_grad():
-            y, *_ = run(*leaves)
-            return torch.autograd.grad(y, leaves, torch.ones_like(y))
+            y, *_ = run(*leaves, **named)
+            return torch.autograd.grad(y, wanted, torch.ones_like(y))
 
     return call
 
@@ -78,6 +80,7 @@ def main() -> None:
     torch.manual_seed(0)
     scan, dual = selective_scan_inputs(1, 2048, 1536, 16), ssd_inputs(1, 2048, 24, 64, 128)
     x, decay = torch.randn(1, 2048, 1536), torch.rand(1, 2048, 1536)
+    around = {"D": torch.randn(1536), "z": x, "delta_bias": torch.randn(1536) - 4, "delta_softplus": True}
     taps, kernel = torch.randn(1536, 4), torch.randn(1536, 2048)
     products = matrix_products(2048, 24, 64, 128, 64)
     loop = "selective_scan (1, 2048, 1536, N 16), time loop"
@@ -86,10 +89,13 @@ def main() -> None:
         loop: forced("reference", selective_scan, *scan),
         "selective_scan (1, 2048, 1536, N 16)": lambda: selective_scan(*scan),
         "selective_scan forward + backward": with_gradients(selective_scan, scan),
+        "selective_scan with all around it": lambda: selective_scan(*scan, **around),
+        "selective_scan with all, forward + backward": with_gradients(selective_scan, scan, **around),
         gemm: lambda: [a @ b for a, b in products],
         "ssd (1, 2048, 24 x 64, N 128)": lambda: ssd(*dual),
         "ssd forward + backward": with_gradients(ssd, dual),
         "causal_conv1d (1, 2048, 1536), width 4": lambda: causal_conv1d(x, taps, activation="silu"),
+        "causal_conv1d forward + backward": with_gradients(causal_conv1d, (x, taps), activation="silu"),
         "linear_scan (1, 2048, 1536)": lambda: linear_scan(decay, x),
         "fft_conv (1, 2048, 1536)": lambda: fft_conv(x, kernel),
     }

@@ -15,6 +15,7 @@ import dualform.layers
 from dualform.check.cases import CASES, Case
 from dualform.check.op_cases import OpCase, op_cases
 from dualform.check.run import TOLERANCE, compare
+from dualform.core.errors import BackendError
 from dualform.core.forms import whole
 from dualform.core.laws import LAWS, Trial, compare_gradients, functional, gradients
 from dualform.core.tree import clone, named_leaves
@@ -100,7 +101,11 @@ def test_gradients_are_derivatives(case: Case):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_every_backend_equals_the_reference(case: OpCase, backward: bool, poison: None):
     for name in [b.name for b in OPS[case.op].backends if b.runs_on("cpu") and not b.missing]:
-        found, _ = compare(case, name, torch.device("cpu"), torch.float64, backward=backward)
+        try:
+            found, _ = compare(case, name, torch.device("cpu"), torch.float64, backward=backward)
+        except BackendError:  # it says why in its own tests; the portable backend takes every call
+            assert name != "torch"
+            continue
         assert found.error <= 1e-9, (name, found)
 
 
