@@ -171,8 +171,12 @@ def _measure_long(
     if free < needed:
         gib = f"needs {needed / 2**30:.0f} GiB of free memory, {free / 2**30:.0f} are there"
         raise BackendError(f"{case.op} on more than 2^31 elements {gib}", hint="try --dtype bfloat16")
-    found = long.split_error(case, device, dtype, backward=backward, elements=long.ELEMENTS)
-    torch.cuda.empty_cache()
+    try:
+        found = long.split_error(case, device, dtype, backward=backward, elements=long.ELEMENTS)
+    except torch.OutOfMemoryError:
+        raise BackendError(f"{case.op} on more than 2^31 elements ran out of memory", hint="a larger GPU") from None
+    finally:
+        torch.cuda.empty_cache()
     return found, (GRADIENT_TOLERANCE if backward else TOLERANCE)[dtype]
 
 
