@@ -7,7 +7,7 @@
 namespace DUALFORM_ISA {
 namespace conv {
 
-constexpr int64_t TILE = 32;
+constexpr int64_t TILE = 8;  // steps; few, because every row of x and y may lie in a page of its own
 
 // Weights (W, lanes) of every slice of a slab, one after the other.
 template <class T>
