@@ -1,5 +1,5 @@
-// y_t = act(bias + sum_j weight_j x_{t - (W-1) + j}) per channel, and its backward. The inputs of a piece of a tile lie on a
-// line behind the W - 1 inputs before them, whether those belong to the sequence or to its initial state.
+// y_t = act(bias + sum_j weight_j x_{t - (W-1) + j}) per channel, and its backward. The inputs of a piece of a tile lie
+// on a line behind the W - 1 inputs before them, whether those belong to the sequence or to its initial state.
 #pragma once
 
 #include "tile.h"
@@ -68,7 +68,8 @@ INLINE void run(const Filter<T>& f, bool activate, const T* line, Rows<T> y, int
 
 // dy becomes the gradient before the activation; with it dbias += dy, dweight_j += x_{t - (W-1) + j} dy.
 template <class T, int TAPS>
-INLINE void gather_gradients(const Filter<T>& f, bool activate, const T* line, T* dy, T* dweight, T* dbias, int64_t steps) {
+INLINE void gather_gradients(const Filter<T>& f, bool activate, const T* line, T* dy, T* dweight, T* dbias,
+                             int64_t steps) {
   constexpr int L = LANES<T>, W = PANEL * L;
   vec<T> sums[TAPS ? TAPS : 1], bias = load(dbias);
 #pragma GCC unroll 4
