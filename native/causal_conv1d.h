@@ -1,5 +1,5 @@
-// y_t = act(bias + sum_j weight_j x_{t - (W-1) + j}) per channel, and its backward. The inputs of a piece of a tile lie on a
-// line behind the W - 1 inputs before them, whether those belong to the sequence or to its initial state.
+// y_t = act(bias + sum_j weight_j x_{t - (W-1) + j}) per channel, and its backward. The inputs of a piece of a tile lie
+// on a line behind the W - 1 inputs before them, whether those belong to the sequence or to its initial state.
 #pragma once
 
 #include "tile.h"
@@ -7,7 +7,7 @@
 namespace DUALFORM_ISA {
 namespace conv {
 
-constexpr int64_t TILE = 32;
+constexpr int64_t TILE = 8;  // steps; few, because every row of x and y may lie in a page of its own
 
 // Weights (W, lanes) of every slice of a slab, one after the other.
 template <class T>
@@ -68,7 +68,8 @@ INLINE void run(const Filter<T>& f, bool activate, const T* line, Rows<T> y, int
 
 // dy becomes the gradient before the activation; with it dbias += dy, dweight_j += x_{t - (W-1) + j} dy.
 template <class T, int TAPS>
-INLINE void gather_gradients(const Filter<T>& f, bool activate, const T* line, T* dy, T* dweight, T* dbias, int64_t steps) {
+INLINE void gather_gradients(const Filter<T>& f, bool activate, const T* line, T* dy, T* dweight, T* dbias,
+                             int64_t steps) {
   constexpr int L = LANES<T>, W = PANEL * L;
   vec<T> sums[TAPS ? TAPS : 1], bias = load(dbias);
 #pragma GCC unroll 4

@@ -71,7 +71,8 @@ INLINE Rows<const T> read_steps(const SelectiveScan& s, const Window& tile, cons
 
 // y = (y + D u) silu(z) of a slice.
 template <class T>
-INLINE void finish(const SelectiveScan& s, const Window& tile, const Slice& slice, Rows<const T> u, Rows<T> y, T* scratch) {
+INLINE void finish(const SelectiveScan& s, const Window& tile, const Slice& slice, Rows<const T> u, Rows<T> y,
+                   T* scratch) {
   if (!s.d && !s.z.data) return;
   const vec<T> skip = of_channels<T>(s.d, slice);
   const Rows<const T> z = s.z.data ? read(s.z, tile, scratch) : u;

@@ -49,7 +49,7 @@ def test_results_of_a_correct_case():
 def test_every_operator_and_mixer_in_float32():
     results = run_checks([*OPS, "mamba d=17", "lm mamba2 + shared attention"], length=13)
     assert [r for r in results if not r.ok] == []
-    assert {r.tolerance for r in results if r.error is not None} == {1e-4}  # others refused, and said why
+    assert {r.tolerance for r in results if r.error is not None} == {1e-4}  # a backend may be missing
     assert {r.table for r in results} == {"laws", "backends"}
     rows = {r.case for r in results if r.table == "backends"}
     assert {"ssd packed [torch]", "ssd packed [reference]"} <= rows

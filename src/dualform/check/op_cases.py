@@ -145,6 +145,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         }
 
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
+    plain = {**selective(3, 3, 1, without=("D", "z", "delta_bias")), "delta": 0.3 * normal(3, length, 6).abs()}
     runs, silu = {"cu_seqlens": packed}, {"activation": "silu"}
     return [
         OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
@@ -153,12 +154,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("selective_scan", "selective_scan", selective_scan, selective(3, 3), soft),
         OpCase("selective_scan complex", "selective_scan", selective_scan, selective(3, 3, 1, True), soft),
         OpCase("selective_scan packed", "selective_scan", selective_scan, selective(1, rows), {**soft, **runs}),
-        OpCase(
-            "selective_scan plain",
-            "selective_scan",
-            selective_scan,
-            selective(3, 3, 1, without=("D", "z", "delta_bias")) | {"delta": -decay(3, length, 6)},  # steps as they are
-        ),
+        OpCase("selective_scan plain", "selective_scan", selective_scan, plain),
         OpCase("selective_scan no gate", "selective_scan", selective_scan, selective(3, 3, 2, without=("z",)), soft),
         OpCase("ssd", "ssd", ssd, dual(3, 3), soft2),
         OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),
