@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualform.ops import backend, causal_conv1d
+from dualform.ops import backend, causal_conv1d, step
 from dualform.ops.cuda import causal_conv1d as kernels
 from emulation import close, differentiable, double, leaf, normal
 
@@ -123,6 +123,25 @@ def test_one_step(dtype, taps, emulated, poison, monkeypatch):
 def test_a_step_on_another_device_is_left_to_others():
     x, weight, bias, silu, state, _ = arguments(3, 1, 20, 4)
     assert kernels.causal_conv1d_update(x[:, 0], state, weight, bias, silu) is None
+
+
+def test_a_step_is_offered_to_one_backend_after_another(monkeypatch):
+    x, weight, bias, silu, state, _ = arguments(3, 1, 20, 4)
+    given = (x[:, 0], state, weight, bias, silu)
+    asked = []
+
+    def answer(name, found):
+        return name, lambda *args: asked.append(name) or found
+
+    steps = [answer("native", None), answer("cuda", (x, state)), answer("other", (state, x))]
+    monkeypatch.setitem(step._STEPS, "causal_conv1d_update", steps)
+    found = step.fast_step("causal_conv1d_update", *given)
+    assert found is not None
+    assert found[0] is x
+    assert asked == ["native", "cuda"]
+    with backend("native"):
+        assert step.fast_step("causal_conv1d_update", *given) is None
+    assert asked == ["native", "cuda", "native"]
 
 
 def test_what_it_refuses(monkeypatch):

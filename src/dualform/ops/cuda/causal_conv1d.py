@@ -66,7 +66,7 @@ def _forward(*args: Any) -> list[Tensor]:
     y, final = a.x.new_empty(a.x.shape), torch.empty_like(a.state, memory_format=torch.contiguous_format)
     if a.x.numel() == 0:
         return [y, final.copy_(a.state)]
-    plan = plan_forward(len(a.state), *a.x.shape[1:], a.weight.shape[1])
+    plan = plan_forward(len(a.state), a.x.shape[1], *a.weight.shape)
     given, fields, macros, lines, blocks = _fields(a, plan)
     compiler.launch(
         "causal_conv1d_forward.cu",
@@ -87,7 +87,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     dfinal = grads[1].contiguous()
     if a.x.numel() == 0:
         return [*(torch.zeros_like(m, memory_format=torch.contiguous_format) for m in like), dfinal.clone()]
-    plan = plan_backward(len(a.state), *a.x.shape[1:], a.weight.shape[1])
+    plan = plan_backward(len(a.state), a.x.shape[1], *a.weight.shape)
     dy = readable(grads[0].to(a.x.dtype))
     given, fields, macros, lines, blocks = _fields(a, plan, dy)
     _, weight, bias, *_ = given
