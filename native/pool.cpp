@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace {
@@ -35,7 +36,10 @@ class Pool {
       f_ = f, context_ = context, tasks_ = tasks;
       next_.store(0, std::memory_order_relaxed);
       seats_ = (threads < tasks ? threads : tasks) - 1;
-      for (; workers_ < seats_; workers_++) std::thread([this] { work(); }).detach();
+      try {
+        for (; workers_ < seats_; workers_++) std::thread([this] { work(); }).detach();
+      } catch (const std::system_error&) {  // no more threads are to be had; those there are, and the caller, do the work
+      }
       posted_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();

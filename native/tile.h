@@ -95,7 +95,7 @@ INLINE Rows<T> target(const View& v, const Window& w, T* scratch) {
 // Before another thread reads: end_stream().
 template <class T>
 INLINE void write(const View& v, const Window& w, Rows<T> rows) {
-  if (rows.data == address<T>(v, w)) return;
+  if (v.dtype == DTYPE<T> && rows.data == address<T>(v, w)) return;
   int64_t steps = w.end - w.begin;
   Rows<const T> from = {rows.data, rows.stride};
   const bool lines = reinterpret_cast<uintptr_t>(v.data) % LINE == 0 &&

@@ -68,6 +68,16 @@ def process(*args):
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other OpenMP libraries display it in other words")
+@pytest.mark.parametrize("asked, found", [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_asked_otherwise(asked, found):
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
+    run = subprocess.run([sys.executable, "-m", "dualform.cli.main", "doctor"], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    assert f"OMP_WAIT_POLICY = '{found}'" in run.stderr
+
+
 def test_help_never_loads_torch():
     code = (
         "import sys; from dualform.cli.main import app\n"

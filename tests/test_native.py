@@ -405,6 +405,28 @@ with backend("native"):
 """
 
 
+NO_MORE_THREADS = """
+import os, resource, torch
+from dualform.ops import backend, linear_scan
+a, b = torch.rand(2, 400, 100), torch.rand(2, 400, 100)
+torch.set_num_threads(1)
+with backend("native"):
+    want, _ = linear_scan(a, b)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    if os.geteuid() == 0:
+        os.setuid(65534)  # the limit is not for root
+    torch.set_num_threads(2)
+    found, _ = linear_scan(a, b)
+    torch.set_num_threads(1)
+    assert torch.equal(found, want)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is that of Linux")
+def test_where_no_thread_can_be_started_the_caller_does_the_work():
+    subprocess.run([sys.executable, "-c", NO_MORE_THREADS], check=True, timeout=60)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_the_threads_survive_a_fork():
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)

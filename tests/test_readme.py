@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+OPS_FOLDER = ROOT / "src" / "dualform" / "ops"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -89,8 +90,13 @@ def test_the_table_names_every_mixer_and_no_other():
 def test_the_table_names_every_op_and_its_backends():
     from dualform.ops import OPS
 
-    listed = {code_words(name)[0]: sorted(code_words(backends)) for name, _, backends, *_ in table_rows("op")}
-    assert listed == {name: sorted(["reference", *(b.name for b in op.backends)]) for name, op in OPS.items()}
+    def backends(op: str) -> list[str]:  # those of other machines, too
+        folders = [name for name in ("native", "triton", "cuda") if (OPS_FOLDER / name / f"{op}.py").exists()]
+        return sorted(["reference", "torch", *folders])
+
+    listed = {code_words(name)[0]: sorted(code_words(found)) for name, _, found, *_ in table_rows("op")}
+    assert listed == {op: backends(op) for op in OPS}
+    assert all({b.name for b in op.backends} <= set(backends(name)) for name, op in OPS.items())
 
 
 def test_the_table_names_every_command():

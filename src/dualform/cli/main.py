@@ -1,5 +1,6 @@
 """The ``dualform`` command. Command bodies import what they need, so that ``--help`` never loads torch."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -46,7 +47,12 @@ for command in (demo, train, generate, info, inspect, check, doctor):
 
 
 def main() -> None:
-    """Run a command; an error that is meant to be read is printed as one, and ends with exit code 2."""
+    """Run a command; an error that is meant to be read is printed as one, and ends with exit code 2.
+
+    Threads of OpenMP that wait are put to sleep, unless the environment says otherwise: spinning ones keep other
+    processes, and their own, from the cores. OpenMP reads this once, when torch is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except DualformError as error:

@@ -80,7 +80,7 @@ def plan_forward(rows: int, length: int, width: int, per_group: int) -> Plan:
     """Warps with a row's time to themselves where there are enough of them, else eight take turns at it."""
     channels = 2 if per_group % 16 == 0 and rows * width >= 1024 else 1
     if rows * -(-width // (8 * channels)) >= 1024 or length <= 16:
-        return Plan(channels, 1, 4, teams=4)
+        return Plan(channels, 1, 3, teams=4)
     return Plan(channels, 8, 1)
 
 
