@@ -52,6 +52,7 @@ def test_float32(case: Case, poison: None):
 
 
 @every_case
+@pytest.mark.filterwarnings("ignore::dualform.ops.op.SlowBackendWarning")  # of float64, which some kernels refuse
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_every_law_on_a_gpu(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
