@@ -42,8 +42,7 @@ struct Filter {
   vec<T> bias;
   int64_t taps;
 
-  Filter(const CausalConv1d& s, const T* weights, int64_t first)
-      : weight(weights), bias{}, taps(s.taps) {
+  Filter(const CausalConv1d& s, const T* weights, int64_t first) : weight(weights), bias{}, taps(s.taps) {
     if (s.bias) bias = load_some(static_cast<const T*>(s.bias) + first, s.width - first);
   }
 };

@@ -108,10 +108,10 @@ struct Adjoint {
 
 // From the last step of a piece to the first, without the states: with
 //     p_t = dy_t + conj(A) p_{t+1},   q_t = p_{t+1} + conj(A) q_{t+1}
-// the gradient of h_t is g_t = 2 conj(C) p_t, and those of the input, of C and of A are Re g_t and the sums over time of
-// 2 u p and 2 conj(C) u q, since q is the derivative of p by conj(A). DRIVEN: as written, `c` being 2 C; otherwise the
-// share of the final state's gradient, of which p and g are the same and dy is 0.
-// On entry and on return `p` is conj(A) p_{t+1} and `q` is q_t, of the step before; the sums are added to.
+// the gradient of h_t is g_t = 2 conj(C) p_t, and those of the input, of C and of A are Re g_t and the sums over time
+// of 2 u p and 2 conj(C) u q, since q is the derivative of p by conj(A). DRIVEN: as written, `c` being 2 C; otherwise
+// the share of the final state's gradient, of which p and g are the same and dy is 0. On entry and on return `p` is
+// conj(A) p_{t+1} and `q` is q_t, of the step before; the sums are added to.
 template <class T, bool DRIVEN>
 INLINE void adjoint(const Adjoint<T>& m, const T* a, const T* c, Rows<const T> u, Rows<const T> dy, Rows<T> du,
                     bool first, int64_t begin, int64_t end) {

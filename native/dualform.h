@@ -39,8 +39,8 @@ typedef struct {
 
 #define SELECTIVE_SCAN_TILE 32  // steps between the states that the backward of selective_scan starts from
 
-// h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t h_t + D u_t) silu(z_t), where dt = softplus(delta + bias). States,
-// A, D, bias and their gradients are float, or double.
+// h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t h_t + D u_t) silu(z_t), where dt = softplus(delta + bias).
+// States, A, D, bias and their gradients are float, or double.
 typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state
@@ -58,13 +58,13 @@ typedef struct {
   void* final;       // (sequences, D, N); rows of empty sequences are left alone
   void* saved;       // (rows, ceil(T / SELECTIVE_SCAN_TILE), N, D), the states entering each tile; or null
   // Backward only.
-  View dy;               // (rows, T, D)
-  const void* dfinal;    // (sequences, D, N)
-  View du, ddelta;       // (rows, T, D)
-  View db, dc;           // (rows, T, G, N)
-  View dz;               // (rows, T, D), if there is a z
-  void *da, *dd, *dbias; // (D, N), (D) and (D)
-  void* dh0;             // (sequences, D, N); rows of empty sequences are left alone
+  View dy;                // (rows, T, D)
+  const void* dfinal;     // (sequences, D, N)
+  View du, ddelta;        // (rows, T, D)
+  View db, dc;            // (rows, T, G, N)
+  View dz;                // (rows, T, D), if there is a z
+  void *da, *dd, *dbias;  // (D, N), (D) and (D)
+  void* dh0;              // (sequences, D, N); rows of empty sequences are left alone
 } SelectiveScan;
 
 // h_t = A h_{t-1} + u_t, y_t = 2 Re sum_n C_n h_n; A, C and states are complex, as pairs of numbers.
@@ -106,7 +106,8 @@ typedef struct {
   void* dh0;           // (sequences, D); rows of empty sequences are left alone
 } LinearScan;
 
-// y_t = bias + sum_j weight_j x_{t - (W-1) + j}, with SiLU or without; a state holds the W - 1 inputs before the first, oldest first.
+// y_t = bias + sum_j weight_j x_{t - (W-1) + j}, with SiLU or without; a state holds the W - 1 inputs before the first,
+// oldest first.
 typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state, the weights and their gradients
@@ -120,15 +121,15 @@ typedef struct {
   View y;              // (rows, T, D)
   void* final;         // (sequences, D, W - 1); rows of empty sequences are left alone
   // Backward only.
-  View dy;             // (rows, T, D)
-  const void* dfinal;  // (sequences, D, W - 1)
-  View dx;             // (rows, T, D)
+  View dy;                // (rows, T, D)
+  const void* dfinal;     // (sequences, D, W - 1)
+  View dx;                // (rows, T, D)
   void *dweight, *dbias;  // (D, W) and (D)
-  void* dh0;           // (sequences, D, W - 1); rows of empty sequences are left alone
+  void* dh0;              // (sequences, D, W - 1); rows of empty sequences are left alone
 } CausalConv1d;
 
-// One step of SelectiveScan: h' = exp(dt A) h + dt x B, y = (C h' + D x) silu(z) with dt = softplus(dt + dt_bias). Views
-// are (rows, 1, ...).
+// One step of SelectiveScan: h' = exp(dt A) h + dt x B, y = (C h' + D x) silu(z) with dt = softplus(dt + dt_bias).
+// Views are (rows, 1, ...).
 typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state, A, D and dt_bias

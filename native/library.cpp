@@ -28,7 +28,7 @@ const Kernels* find(const char* name) {
 
 const Kernels* kernels = find("");
 
-constexpr int64_t WIDEST_SLAB = 64;        // slices; what a tile reads and writes of them stays in a core's cache
+constexpr int64_t WIDEST_SLAB = 64;          // slices; what a tile reads and writes of them stays in a core's cache
 constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications; waking a thread takes as long
 
 int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
@@ -82,9 +82,8 @@ struct Cut {
   // Run kernel(task) for every slab and stride.
   template <class K>
   void run(int64_t threads, const K& kernel) const {
-    in_scratch(threads, strides * static_cast<int64_t>(slabs.size()), [&](int64_t i, void* memory) {
-      return kernel({&slabs[i / strides], i % strides, strides, memory});
-    });
+    in_scratch(threads, strides * static_cast<int64_t>(slabs.size()),
+               [&](int64_t i, void* memory) { return kernel({&slabs[i / strides], i % strides, strides, memory}); });
   }
 };
 
@@ -162,8 +161,10 @@ EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
     cut.run(threads, [&](const Task& task) { return kernel(*s, task, parts); });
 
     auto add = kernels->add_groups[s->dtype];
-    Groups b = {s->db, db.get(), cut.parts_b.data(), static_cast<int64_t>(cut.parts_b.size()), q.rows, q.length, s->states};
-    Groups c = {s->dc, dc.get(), cut.parts_c.data(), static_cast<int64_t>(cut.parts_c.size()), q.rows, q.length, s->states};
+    Groups b = {s->db,  db.get(), cut.parts_b.data(), static_cast<int64_t>(cut.parts_b.size()),
+                q.rows, q.length, s->states};
+    Groups c = {s->dc,  dc.get(), cut.parts_c.data(), static_cast<int64_t>(cut.parts_c.size()),
+                q.rows, q.length, s->states};
     parallel(threads, q.rows * 2, [&](int64_t i) { add(i % 2 ? b : c, i / 2); });
     add_up(da, s->dtype, cut.strides, s->width * s->states, s->da);
     if (s->d) add_up(dd, s->dtype, cut.strides, s->width, s->dd);

@@ -1,5 +1,6 @@
 // h_t = a_t h_{t-1} + b_t elementwise, in either direction, real or complex, and its backward. Complex numbers stay as
-// they lie in memory, real and imaginary parts in neighbouring lanes. Panels of channels keep their states in registers.
+// they lie in memory, real and imaginary parts in neighbouring lanes. Panels of channels keep their states in
+// registers.
 #pragma once
 
 #include "tile.h"

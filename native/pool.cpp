@@ -38,7 +38,8 @@ class Pool {
       seats_ = (threads < tasks ? threads : tasks) - 1;
       try {
         for (; workers_ < seats_; workers_++) std::thread([this] { work(); }).detach();
-      } catch (const std::system_error&) {  // no more threads are to be had; those there are, and the caller, do the work
+      } catch (
+          const std::system_error&) {  // no more threads are to be had; those there are, and the caller, do the work
       }
       posted_.fetch_add(1, std::memory_order_release);
     }

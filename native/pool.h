@@ -9,8 +9,8 @@ void parallel(int64_t threads, int64_t tasks, void (*f)(void* context, int64_t t
 
 template <class F>
 void parallel(int64_t threads, int64_t tasks, const F& f) {
-  parallel(threads, tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
-           const_cast<F*>(&f));
+  parallel(
+      threads, tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&f));
 }
 
 // At least `bytes` of memory that belongs to the calling thread until it asks again; aligned to a cache line. Its

@@ -197,8 +197,9 @@ INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Repl
   for (int i = 0; i < NB; i++) store(h_memory + i * L, h[i]);
 }
 
-// With g_t = dL/dh_t in full, g_t = C_t dy_t + a_{t+1} g_{t+1}: from the last step of a piece to the first, `carry` being
-// a_{t+1} g_{t+1}. dB += g dt u; dA += g a h_{t-1} dt; over the states, dx += g B and dlog += g a h_{t-1} A log2(e).
+// With g_t = dL/dh_t in full, g_t = C_t dy_t + a_{t+1} g_{t+1}: from the last step of a piece to the first, `carry`
+// being a_{t+1} g_{t+1}. dB += g dt u; dA += g a h_{t-1} dt; over the states, dx += g B and dlog += g a h_{t-1} A
+// log2(e).
 template <class T, int NB>
 INLINE void adjoint(T* carry_memory, const T* a, T* da_memory, const Inputs<T>& in, int64_t n, Replay<T> of, Rows<T> db,
                     Rows<T> dx_rows, Rows<T> dlog_rows, int64_t begin, int64_t end) {

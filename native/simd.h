@@ -12,7 +12,8 @@
 #include <immintrin.h>
 #endif
 
-#define INLINE static inline __attribute__((always_inline))  // of a header that is compiled for several instruction sets
+#define INLINE \
+  static inline __attribute__((always_inline))  // of a header that is compiled for several instruction sets
 
 namespace DUALFORM_ISA {
 
@@ -167,9 +168,7 @@ INLINE vec<double> clamp(vec<double> x, vec<double> low, vec<double> high) {
   return _mm256_min_pd(high, _mm256_max_pd(low, x));
 }
 #elif defined(__x86_64__)
-INLINE vec<float> clamp(vec<float> x, vec<float> low, vec<float> high) {
-  return _mm_min_ps(high, _mm_max_ps(low, x));
-}
+INLINE vec<float> clamp(vec<float> x, vec<float> low, vec<float> high) { return _mm_min_ps(high, _mm_max_ps(low, x)); }
 INLINE vec<double> clamp(vec<double> x, vec<double> low, vec<double> high) {
   return _mm_min_pd(high, _mm_max_pd(low, x));
 }
@@ -259,22 +258,22 @@ struct Log1p;
 template <>
 struct Log1p<float> {
   static constexpr int TERMS = 10;
-  static constexpr float C[TERMS] = {
-      0x1.0000000000000p+0f, -0x1.ffffbe0000000p-2f, 0x1.554c7e0000000p-2f, -0x1.ff0f7c0000000p-3f,
-      0x1.92f65c0000000p-3f, -0x1.3974b80000000p-3f, 0x1.b251220000000p-4f, -0x1.d298600000000p-5f,
-      0x1.453a5a0000000p-6f, -0x1.a92b0e0000000p-9f};
+  static constexpr float C[TERMS] = {0x1.0000000000000p+0f,  -0x1.ffffbe0000000p-2f, 0x1.554c7e0000000p-2f,
+                                     -0x1.ff0f7c0000000p-3f, 0x1.92f65c0000000p-3f,  -0x1.3974b80000000p-3f,
+                                     0x1.b251220000000p-4f,  -0x1.d298600000000p-5f, 0x1.453a5a0000000p-6f,
+                                     -0x1.a92b0e0000000p-9f};
 };
 
 template <>
 struct Log1p<double> {
   static constexpr int TERMS = 21;
-  static constexpr double C[TERMS] = {
-      0x1.0000000000000p+0, -0x1.fffffffffff6dp-2, 0x1.555555554ff66p-2, -0x1.fffffffd7fa81p-3,
-      0x1.9999994a5df6ap-3, -0x1.55554f4ec6fd0p-3, 0x1.2491fa775bc4bp-3, -0x1.fffa4c6923d83p-4,
-      0x1.c6f553c2b2bc7p-4, -0x1.98cd2976d0fe0p-4, 0x1.711cdf0f99c55p-4, -0x1.4ad82d94e92aap-4,
-      0x1.1fdd4b50b75dep-4, -0x1.d61e6adf28da5p-5, 0x1.596c1ba3e7abap-5, -0x1.b42f21a89f863p-6,
-      0x1.c2bfb5f62abc9p-7, -0x1.68923d0cf8c98p-8, 0x1.9e9cb1f2641f5p-10, -0x1.2ed0a6dab90bep-12,
-      0x1.a4187b4c4aac1p-16};
+  static constexpr double C[TERMS] = {0x1.0000000000000p+0,  -0x1.fffffffffff6dp-2,  0x1.555555554ff66p-2,
+                                      -0x1.fffffffd7fa81p-3, 0x1.9999994a5df6ap-3,   -0x1.55554f4ec6fd0p-3,
+                                      0x1.2491fa775bc4bp-3,  -0x1.fffa4c6923d83p-4,  0x1.c6f553c2b2bc7p-4,
+                                      -0x1.98cd2976d0fe0p-4, 0x1.711cdf0f99c55p-4,   -0x1.4ad82d94e92aap-4,
+                                      0x1.1fdd4b50b75dep-4,  -0x1.d61e6adf28da5p-5,  0x1.596c1ba3e7abap-5,
+                                      -0x1.b42f21a89f863p-6, 0x1.c2bfb5f62abc9p-7,   -0x1.68923d0cf8c98p-8,
+                                      0x1.9e9cb1f2641f5p-10, -0x1.2ed0a6dab90bep-12, 0x1.a4187b4c4aac1p-16};
 };
 
 // A function at x, and its derivative there.

@@ -77,7 +77,8 @@ int64_t selective(const SelectiveUpdate& s, int64_t row, int64_t first, int64_t 
     next = least(end, least((group_b + 1) * each_b, (group_c + 1) * each_c));
     if (!s.matrix) next = least(next, (size + 1) * s.per);
     States<T> of = {A + (s.matrix ? d * N : size), b + group_b * N, c + group_c * N,
-                    static_cast<const T*>(s.h) + (row * s.width + d) * N, static_cast<T*>(s.next) + (row * s.width + d) * N};
+                    static_cast<const T*>(s.h) + (row * s.width + d) * N,
+                    static_cast<T*>(s.next) + (row * s.width + d) * N};
     const int64_t at = size - first / s.per;
     if (s.matrix)
       step<T, true>(of, log_decay + at, dt + at, x + d - first, y + d - first, N, next - d);

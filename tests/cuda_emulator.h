@@ -53,7 +53,7 @@ struct Copy {
 struct Thread {
   ucontext_t context;
   std::vector<char> stack;
-  std::vector<Copy> copies;                // not yet in a group
+  std::vector<Copy> copies;  // not yet in a group
   std::deque<std::vector<Copy>> groups;
   bool done = false;
 };

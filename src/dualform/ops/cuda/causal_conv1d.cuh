@@ -1,6 +1,6 @@
-// y_t = act(bias + sum_j w_j x_{t - (W-1) + j}): a thread owns V neighbouring channels and walks through a piece of time.
-// What it will need again stays in registers, and the next STEPS inputs are on their way from memory: nothing but the few
-// steps around a piece is read twice. The warps of a block take neighbouring pieces of the same channels.
+// y_t = act(bias + sum_j w_j x_{t - (W-1) + j}): a thread owns V neighbouring channels and walks through a piece of
+// time. What it will need again stays in registers, and the next STEPS inputs are on their way from memory: nothing but
+// the few steps around a piece is read twice. The warps of a block take neighbouring pieces of the same channels.
 #pragma once
 
 #include "sequences.cuh"
@@ -49,7 +49,8 @@ DEVICE GroupOf<T> load_group(const T* p, int count) {
 }
 template <class T>
 DEVICE void unpack(const GroupOf<T>& g, float* x) {
-  UNROLL for (int i = 0; i < V / 4; i++) unpack(g.fours[i], x + 4 * i);
+  UNROLL for (int i = 0; i < V / 4; i++)
+    unpack(g.fours[i], x + 4 * i);
 }
 template <class T>
 DEVICE void store_group(T* p, const float* x, int count) {
@@ -95,14 +96,17 @@ struct Channels {
   }
 };
 
-// A tensor (B, T, D) as a thread sees it: its channels of any step of a sequence that has steps. A step beyond the last one
-// that is wanted is that one again: a read that asks no question is the fastest.
+// A tensor (B, T, D) as a thread sees it: its channels of any step of a sequence that has steps. A step beyond the last
+// one that is wanted is that one again: a read that asks no question is the fastest.
 struct Steps {
   const char* from;
   int bytes, last, count;
   METHOD Steps(const void* data, int64 row, int64 time, const Piece& piece, const Channels& of, int last)
-      : from(whole(static_cast<const char*>(data) + (piece.batch * row + piece.start * time + of.first) * int(sizeof(INPUT)))),
-        bytes(int(time) * int(sizeof(INPUT))), last(last), count(of.count) {}
+      : from(whole(static_cast<const char*>(data) +
+                   (piece.batch * row + piece.start * time + of.first) * int(sizeof(INPUT)))),
+        bytes(int(time) * int(sizeof(INPUT))),
+        last(last),
+        count(of.count) {}
   METHOD Steps(const View& v, const Piece& piece, const Channels& of, int last)
       : Steps(v.data, v.row, v.time, piece, of, last) {}
   METHOD INPUT* at(int t) const { return (INPUT*)(from + product(t, bytes)); }
@@ -113,14 +117,17 @@ struct Steps {
 // The input of any step, also of the W-1 before the first: those are in the state.
 DEVICE void read_input(const Steps& xs, const float* states, int t, float* x) {
   if (t >= 0) return unpack(xs[t], x);
-  UNROLL for (int v = 0; v < V; v++) x[v] = v < xs.count ? states[v * (W - 1) + t + W - 1] : 0;
+  UNROLL for (int v = 0; v < V; v++)
+    x[v] = v < xs.count ? states[v * (W - 1) + t + W - 1] : 0;
 }
 // The W-1 inputs before a piece of time, oldest first.
 DEVICE void read_before(const Steps& xs, const float* states, int begin, float (*x)[V]) {
   if (begin > 0) {
-    UNROLL for (int j = 0; j + 1 < W; j++) unpack(xs[begin - (W - 1) + j], x[j]);
+    UNROLL for (int j = 0; j + 1 < W; j++)
+      unpack(xs[begin - (W - 1) + j], x[j]);
   } else {
-    UNROLL for (int j = 0; j + 1 < W; j++) UNROLL for (int v = 0; v < V; v++) x[j][v] = v < xs.count ? states[v * (W - 1) + j] : 0;
+    UNROLL for (int j = 0; j + 1 < W; j++) UNROLL
+      for (int v = 0; v < V; v++) x[j][v] = v < xs.count ? states[v * (W - 1) + j] : 0;
   }
 }
 
@@ -129,21 +136,25 @@ struct Weights {
   METHOD Weights(const Conv& p, const Channels& of) {
     const int64 first = ALIGNED ? least(of.first, p.width - V) : of.first;  // reads need no question
     load<V * W>(p.weight + first * W, of.count * W, w);
-    UNROLL for (int v = 0; v < V; v++) bias[v] = 0;
+    UNROLL for (int v = 0; v < V; v++)
+      bias[v] = 0;
     if (BIASED) load<V>(p.bias + first, of.count, bias);
   }
   template <int COUNT, class T>
   METHOD static void load(const T* from, int count, float* to) {
-    UNROLL for (int i = 0; i < COUNT; i += 4) unpack(load_four<ALIGNED>(from + i, count - i), to + i);
+    UNROLL for (int i = 0; i < COUNT; i += 4)
+      unpack(load_four<ALIGNED>(from + i, count - i), to + i);
   }
   // From a window of inputs, oldest first.
   METHOD float before_silu(const float (&x)[W][V], int v) const {
     float y = bias[v];
-    UNROLL for (int j = 0; j < W; j++) y += w[v * W + j] * x[j][v];
+    UNROLL for (int j = 0; j < W; j++)
+      y += w[v * W + j] * x[j][v];
     return y;
   }
 };
 
 DEVICE void shift(float (&x)[W][V]) {
-  UNROLL for (int j = 0; j + 1 < W; j++) UNROLL for (int v = 0; v < V; v++) x[j][v] = x[j + 1][v];
+  UNROLL for (int j = 0; j + 1 < W; j++) UNROLL
+    for (int v = 0; v < V; v++) x[j][v] = x[j + 1][v];
 }

@@ -24,7 +24,8 @@ struct Walk {
   }
   METHOD void collect() {
     UNROLL for (int v = 0; v < V; v++) {
-      UNROLL for (int j = 0; j < W; j++) sums[j][v] += g[W - 1][v] * x[j][v];
+      UNROLL for (int j = 0; j < W; j++)
+        sums[j][v] += g[W - 1][v] * x[j][v];
       if (BIASED) sums[ROWS - 1][v] += g[W - 1][v];
     }
   }
@@ -32,7 +33,8 @@ struct Walk {
   METHOD void of_input(float* dx) const {
     UNROLL for (int v = 0; v < V; v++) {
       dx[v] = 0;
-      UNROLL for (int j = 0; j < W; j++) dx[v] += weights.w[v * W + j] * g[W - 1 - j][v];
+      UNROLL for (int j = 0; j < W; j++)
+        dx[v] += weights.w[v * W + j] * g[W - 1 - j][v];
     }
   }
 };
@@ -41,7 +43,8 @@ struct Walk {
 DEVICE void add_final(const Conv& p, const Piece& piece, const Channels& of, int s, float* dx) {
   const int j = s - (piece.length - (W - 1));
   if (j < 0) return;
-  UNROLL for (int v = 0; v < V; v++) if (v < of.count) dx[v] += p.dfinal[of.states(p, piece) + v * (W - 1) + j];
+  UNROLL for (int v = 0; v < V; v++)
+    if (v < of.count) dx[v] += p.dfinal[of.states(p, piece) + v * (W - 1) + j];
 }
 
 // The next STEPS of x and dy, on their way through shared memory: no registers wait for them.
@@ -54,7 +57,8 @@ struct Ring {
     if constexpr (ALIGNED) {
       copy_async<V * sizeof(INPUT)>(to, from, wanted);
     } else {
-      UNROLL for (int v = 0; v < V; v++) to[v] = wanted && v < count ? from[v] : INPUT{};
+      UNROLL for (int v = 0; v < V; v++)
+        to[v] = wanted && v < count ? from[v] : INPUT{};
     }
   }
 };
@@ -74,7 +78,8 @@ DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Wa
     walk.next(ring.read(slot, 0), ring.read(slot, 1));
     ask(i + STEPS, slot);
   };
-  UNROLL for (int i = 0; i < STEPS; i++) ask(i, i);
+  UNROLL for (int i = 0; i < STEPS; i++)
+    ask(i, i);
   read_before(xs, p.state + of.states(p, piece), begin, walk.x + 1);
   UNROLL for (int i = 0; i < W - 1; i++) {
     next(i, i);
@@ -83,7 +88,8 @@ DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Wa
     float dx[V];
     walk.of_input(dx);
     add_final(p, piece, of, i - (W - 1), dx);
-    UNROLL for (int v = 0; v < V; v++) if (v < of.count) p.dstate[of.states(p, piece) + v * (W - 1) + i] = dx[v];
+    UNROLL for (int v = 0; v < V; v++)
+      if (v < of.count) p.dstate[of.states(p, piece) + v * (W - 1) + i] = dx[v];
   }
 
   auto step = [&](int s, int slot, float* dx) {
@@ -95,7 +101,8 @@ DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Wa
   int s = begin;
   const int regular = least(piece.end, piece.length - (W - 1));  // before the inputs that reach the final state
 #pragma unroll 1
-  for (; s + STEPS <= regular; s += STEPS) UNROLL for (int u = 0; u < STEPS; u++) step(s + u, u, dx), dxs.put(s + u, dx);
+  for (; s + STEPS <= regular; s += STEPS) UNROLL
+    for (int u = 0; u < STEPS; u++) step(s + u, u, dx), dxs.put(s + u, dx);
 #pragma unroll 1
   for (; s < piece.end; s++) {
     step(s, s - begin, dx);
@@ -105,7 +112,8 @@ DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Wa
   await_copies<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) causal_conv1d_backward(const __grid_constant__ Conv p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+    causal_conv1d_backward(const __grid_constant__ Conv p) {
   SHARED_MEMORY(memory);
   const Piece piece(p);
   const Channels of(p);
@@ -115,7 +123,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) causal_conv1d_b
       walk_piece(p, piece, of, walk, {reinterpret_cast<INPUT*>(memory) + threadIdx.x * V});
     } else {
       const int64 at = of.states(p, piece);
-      UNROLL for (int i = 0; i < V * (W - 1); i++) if (i < of.count * (W - 1)) p.dstate[at + i] = p.dfinal[at + i];
+      UNROLL for (int i = 0; i < V * (W - 1); i++)
+        if (i < of.count * (W - 1)) p.dstate[at + i] = p.dfinal[at + i];
     }
   }
   __syncthreads();
@@ -126,7 +135,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) causal_conv1d_b
   const int64 lines = over(p.width, LINE), first = blockIdx.x % lines * LINE;
   for (int i = threadIdx.x; i < ROWS * LINE; i += 32 * WARPS) {
     float sum = 0;
-    UNROLL for (int warp = 0; warp < WARPS; warp++) sum += shared[warp * ROWS * LINE + i];
+    UNROLL for (int warp = 0; warp < WARPS; warp++)
+      sum += shared[warp * ROWS * LINE + i];
     const int64 channel = first + i % LINE;
     if (channel < p.width) p.sums[(blockIdx.x / lines * ROWS + i / LINE) * p.width + channel] = sum;
   }
@@ -147,7 +157,8 @@ extern "C" __global__ void __launch_bounds__(256) causal_conv1d_sums(const __gri
   shared[threadIdx.x] = sum[0];
   __syncthreads();
   if (warp > 0 || channel >= p.width) return;
-  UNROLL for (int i = 1; i < 8; i++) sum[0] += shared[32 * i + lane];
+  UNROLL for (int i = 1; i < 8; i++)
+    sum[0] += shared[32 * i + lane];
   if (j < W) {
     store_four<false>(p.dweight + channel * W + j, sum, 1);
   } else {

@@ -9,7 +9,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) causal_conv1d_f
   const Steps xs(p.x, piece, of, piece.end - 1), ys(p.y, p.length * p.width, p.width, piece, of, piece.end - 1);
   if (piece.begin < piece.end) {
     Group next[STEPS];
-    UNROLL for (int u = 0; u < STEPS; u++) next[u] = xs[piece.begin + u];
+    UNROLL for (int u = 0; u < STEPS; u++)
+      next[u] = xs[piece.begin + u];
     const Weights weights(p, of);
     float x[W][V];
     read_before(xs, before, piece.begin, x + 1);
@@ -34,6 +35,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) causal_conv1d_f
   for (int j = 0; j + 1 < W; j++) {
     float x[V];
     read_input(xs, before, piece.length - (W - 1) + j, x);
-    UNROLL for (int v = 0; v < V; v++) if (v < of.count) after[v * (W - 1) + j] = x[v];
+    UNROLL for (int v = 0; v < V; v++)
+      if (v < of.count) after[v * (W - 1) + j] = x[v];
   }
 }

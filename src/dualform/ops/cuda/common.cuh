@@ -70,7 +70,9 @@ DEVICE void copy_async(void* shared, const void* from, bool wanted) {
   if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(wanted ? BYTES : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
+                 "r"(wanted ? BYTES : 0)
+                 : "memory");
 }
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT>
@@ -123,7 +125,8 @@ DEVICE float softplus(float x) {
                          -0.153054655f, 0.106034406f,  -0.0569574237f, 0.0198503379f, -0.00324377581f};
   const float e = exp2_of(-fabsf(x) * LOG2_E);
   float p = C[9];
-  UNROLL for (int i = 8; i >= 0; i--) p = p * e + C[i];
+  UNROLL for (int i = 8; i >= 0; i--)
+    p = p * e + C[i];
   return fmaxf(x, 0) + p * e;
 }
 DEVICE float sigmoid(float x) { return reciprocal(1 + exp2_of(-x * LOG2_E)); }
@@ -139,22 +142,28 @@ struct Four<float> {
 };
 
 DEVICE void unpack(const Four<float>& f, float* x) {
-  UNROLL for (int i = 0; i < 4; i++) x[i] = f.one[i];
+  UNROLL for (int i = 0; i < 4; i++)
+    x[i] = f.one[i];
 }
 DEVICE void unpack(const Four<bfloat16>& f, float* x) {
-  UNROLL for (int i = 0; i < 2; i++) x[2 * i] = from_bits(f.pair[i] << 16), x[2 * i + 1] = from_bits(f.pair[i] & 0xffff0000u);
+  UNROLL for (int i = 0; i < 2; i++)
+    x[2 * i] = from_bits(f.pair[i] << 16), x[2 * i + 1] = from_bits(f.pair[i] & 0xffff0000u);
 }
 DEVICE void unpack(const Four<float16>& f, float* x) {
-  UNROLL for (int i = 0; i < 4; i++) x[i] = half_to_float((unsigned short)(f.pair[i / 2] >> (i % 2 * 16)));
+  UNROLL for (int i = 0; i < 4; i++)
+    x[i] = half_to_float((unsigned short)(f.pair[i / 2] >> (i % 2 * 16)));
 }
 DEVICE void pack(Four<float>& f, const float* x) {
-  UNROLL for (int i = 0; i < 4; i++) f.one[i] = x[i];
+  UNROLL for (int i = 0; i < 4; i++)
+    f.one[i] = x[i];
 }
 DEVICE void pack(Four<bfloat16>& f, const float* x) {
-  UNROLL for (int i = 0; i < 2; i++) f.pair[i] = pack_bfloat16(x[2 * i], x[2 * i + 1]);
+  UNROLL for (int i = 0; i < 2; i++)
+    f.pair[i] = pack_bfloat16(x[2 * i], x[2 * i + 1]);
 }
 DEVICE void pack(Four<float16>& f, const float* x) {
-  UNROLL for (int i = 0; i < 2; i++) f.pair[i] = pack_float16(x[2 * i], x[2 * i + 1]);
+  UNROLL for (int i = 0; i < 2; i++)
+    f.pair[i] = pack_float16(x[2 * i], x[2 * i + 1]);
 }
 
 // Four neighbours; with `WHOLE` all are there and may be read at once, else the first `count` of them are there.
@@ -168,9 +177,11 @@ DEVICE Four<T> load_four(const T* p, int count) {
     uint2 v = *reinterpret_cast<const uint2*>(p);
     f.pair[0] = v.x, f.pair[1] = v.y;
   } else if constexpr (sizeof(T) == 4) {
-    UNROLL for (int i = 0; i < 4; i++) if (i < count) f.one[i] = p[i];
+    UNROLL for (int i = 0; i < 4; i++)
+      if (i < count) f.one[i] = p[i];
   } else {
-    UNROLL for (int i = 0; i < 4; i++) if (i < count) f.pair[i / 2] |= unsigned(p[i].bits) << (i % 2 * 16);
+    UNROLL for (int i = 0; i < 4; i++)
+      if (i < count) f.pair[i / 2] |= unsigned(p[i].bits) << (i % 2 * 16);
   }
   return f;
 }
@@ -183,9 +194,11 @@ DEVICE void store_four(T* p, const float* x, int count) {
   } else if constexpr (WHOLE) {
     *reinterpret_cast<uint2*>(p) = make_uint2(f.pair[0], f.pair[1]);
   } else if constexpr (sizeof(T) == 4) {
-    UNROLL for (int i = 0; i < 4; i++) if (i < count) p[i] = x[i];
+    UNROLL for (int i = 0; i < 4; i++)
+      if (i < count) p[i] = x[i];
   } else {
-    UNROLL for (int i = 0; i < 4; i++) if (i < count) p[i].bits = (unsigned short)(f.pair[i / 2] >> (i % 2 * 16));
+    UNROLL for (int i = 0; i < 4; i++)
+      if (i < count) p[i].bits = (unsigned short)(f.pair[i / 2] >> (i % 2 * 16));
   }
 }
 
@@ -203,7 +216,8 @@ DEVICE void read_floats(const float* p, float* x) {
       x[i] = v.x, x[i + 1] = v.y;
     }
   } else {
-    UNROLL for (int i = 0; i < COUNT; i++) x[i] = p[i];
+    UNROLL for (int i = 0; i < COUNT; i++)
+      x[i] = p[i];
   }
 }
 template <int COUNT>
@@ -212,9 +226,11 @@ DEVICE void write_floats(float* p, const float* x) {
     UNROLL for (int i = 0; i < COUNT; i += 4)
       *reinterpret_cast<float4*>(p + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
   } else if constexpr (COUNT % 2 == 0) {
-    UNROLL for (int i = 0; i < COUNT; i += 2) *reinterpret_cast<float2*>(p + i) = make_float2(x[i], x[i + 1]);
+    UNROLL for (int i = 0; i < COUNT; i += 2)
+      *reinterpret_cast<float2*>(p + i) = make_float2(x[i], x[i + 1]);
   } else {
-    UNROLL for (int i = 0; i < COUNT; i++) p[i] = x[i];
+    UNROLL for (int i = 0; i < COUNT; i++)
+      p[i] = x[i];
   }
 }
 
@@ -223,8 +239,8 @@ DEVICE int64 least(int64 a, int64 b) { return a < b ? a : b; }
 DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 DEVICE bool in_any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
-// COUNT values in each of two lanes whose numbers differ by `distance` -> the lower lane has the sums of the first half,
-// the upper lane those of the second, in the first COUNT / 2 places.
+// COUNT values in each of two lanes whose numbers differ by `distance` -> the lower lane has the sums of the first
+// half, the upper lane those of the second, in the first COUNT / 2 places.
 template <int COUNT>
 DEVICE void share_sums(float* x, int distance, int lane) {
   const bool upper = lane & distance;

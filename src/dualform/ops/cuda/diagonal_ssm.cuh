@@ -1,8 +1,8 @@
 // h_t = A h_{t-1} + u_t, y_t = 2 Re sum_n C_n h_n, with complex A, C and h: how lanes share the work.
 //
-// A warp computes 32 / LANES channels. LANES neighbouring lanes share a channel, each keeps M of its modes: A and C, which
-// never change, and the state stay in registers for the whole length. Per step one number comes in and a part of one
-// goes out, through shared memory, four steps at a time; everything else is arithmetic.
+// A warp computes 32 / LANES channels. LANES neighbouring lanes share a channel, each keeps M of its modes: A and C,
+// which never change, and the state stay in registers for the whole length. Per step one number comes in and a part of
+// one goes out, through shared memory, four steps at a time; everything else is arithmetic.
 //
 // Time is cut into spans, which run side by side: what a span passes on is known from what it adds to a state of zero,
 // since the decay over its length is a power of A.
@@ -10,10 +10,10 @@
 
 #include "sequences.cuh"
 
-constexpr int M = MODES;              // of a lane
-constexpr int WIDTH = 32 / LANES;     // channels of a warp
-constexpr int K = 32 / (WIDTH / 4);   // steps of a tile, one of which a lane reads and writes, four channels of it
-constexpr int LINE = K + 4;           // what a channel of a tile takes up: the banks of channels differ
+constexpr int M = MODES;             // of a lane
+constexpr int WIDTH = 32 / LANES;    // channels of a warp
+constexpr int K = 32 / (WIDTH / 4);  // steps of a tile, one of which a lane reads and writes, four channels of it
+constexpr int LINE = K + 4;          // what a channel of a tile takes up: the banks of channels differ
 
 // One system, forward and backward. Complex numbers are pairs of floats; y and du are like u.
 struct System {
@@ -84,8 +84,12 @@ struct Lane {
   int64 first;            // of the warp's channels
   int width;              // how many of them there are
   METHOD Lane(const System& p)
-      : lane(threadIdx.x % 32), group(lane / LANES), part(lane % LANES), step(lane / (WIDTH / 4)),
-        four(lane % (WIDTH / 4) * 4), first((blockIdx.x % blocks(p) * WARPS + threadIdx.x / 32) * WIDTH),
+      : lane(threadIdx.x % 32),
+        group(lane / LANES),
+        part(lane % LANES),
+        step(lane / (WIDTH / 4)),
+        four(lane % (WIDTH / 4) * 4),
+        first((blockIdx.x % blocks(p) * WARPS + threadIdx.x / 32) * WIDTH),
         width(int(least(p.width - first, int64(WIDTH)))) {}
   METHOD static int64 blocks(const System& p) { return over(p.width, WARPS * WIDTH); }
   METHOD int count() const { return width - four; }  // channels to read
@@ -100,11 +104,13 @@ struct Modes {
   }
   METHOD void load(const System& p, const Lane& l, const float* from, int64 slot = 0) {
     from += place(p, l, slot);
-    UNROLL for (int m = 0; m < M; m++) if (has(p, l, m)) re[m] = from[2 * m], im[m] = from[2 * m + 1];
+    UNROLL for (int m = 0; m < M; m++)
+      if (has(p, l, m)) re[m] = from[2 * m], im[m] = from[2 * m + 1];
   }
   METHOD void store(const System& p, const Lane& l, float* to, int64 slot) const {
     to += place(p, l, slot);
-    UNROLL for (int m = 0; m < M; m++) if (has(p, l, m)) to[2 * m] = re[m], to[2 * m + 1] = im[m];
+    UNROLL for (int m = 0; m < M; m++)
+      if (has(p, l, m)) to[2 * m] = re[m], to[2 * m + 1] = im[m];
   }
 };
 
@@ -117,7 +123,9 @@ struct Input {
   METHOD Input(const View& v, const System& p, const Lane& l, const Span& span)
       : from(static_cast<const INPUT*>(v.data) + span.batch * v.row + span.start * v.time +
              (INPUT_ALIGNED ? least(l.first + l.four, p.width - 4) : l.first + l.four)),
-        time(v.time), last(span.length - 1), count(l.count()) {}
+        time(v.time),
+        last(span.length - 1),
+        count(l.count()) {}
   METHOD Four<INPUT> operator[](int t) const {
     t = t < 0 ? 0 : least(t, last);
     return load_four<INPUT_ALIGNED>(from + t * time, count);
@@ -129,7 +137,9 @@ struct Output {
   int end, count;
   METHOD Output(void* data, const System& p, const Lane& l, const Span& span)
       : to(static_cast<INPUT*>(data) + (span.batch * p.length + span.start) * p.width + l.first + l.four),
-        time(p.width), end(span.end), count(l.count()) {}
+        time(p.width),
+        end(span.end),
+        count(l.count()) {}
   METHOD void put(int t, const float* x) const {
     if (t < end && count > 0) store_four<INPUT_ALIGNED>(to + t * time, x, count);
   }
@@ -141,7 +151,8 @@ struct Tile {
   METHOD void put(const Lane& l, const Four<INPUT>& four) {
     float x[4];
     unpack(four, x);
-    UNROLL for (int i = 0; i < 4; i++) at[l.four + i][l.step] = x[i];
+    UNROLL for (int i = 0; i < 4; i++)
+      at[l.four + i][l.step] = x[i];
   }
   METHOD const float* of(const Lane& l) const { return at[l.group]; }
 };
@@ -155,7 +166,8 @@ struct Sums {
   METHOD void read(const Lane& l, float* x) const {
     UNROLL for (int i = 0; i < 4; i++) {
       x[i] = 0;
-      UNROLL for (int part = 0; part < LANES; part++) x[i] += parts[part][(l.four + i) * LINE + l.step];
+      UNROLL for (int part = 0; part < LANES; part++)
+        x[i] += parts[part][(l.four + i) * LINE + l.step];
     }
   }
 };

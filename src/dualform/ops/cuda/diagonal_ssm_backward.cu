@@ -2,17 +2,18 @@
 //
 //     p_t = dy_t + conj(A) p_{t+1},   q_t = p_{t+1} + conj(A) q_{t+1},
 //
-// the gradient of h_t is g_t = 2 conj(C) p_t. Those of the input, of C and of A are Re sum_n g_t and the sums over time of
-// 2 u_t p_t and 2 conj(C) u_t q_t, since q is the derivative of p by conj(A). The gradient F of the final state adds
-// f_t = conj(A)^(T-t) F to g_t, of which r_t = f_{t+1} + conj(A) r_{t+1} is what q is of p; where no channel of a warp has
-// one, as in most training, WITH_FINAL is false and they are left out.
+// the gradient of h_t is g_t = 2 conj(C) p_t. Those of the input, of C and of A are Re sum_n g_t and the sums over time
+// of 2 u_t p_t and 2 conj(C) u_t q_t, since q is the derivative of p by conj(A). The gradient F of the final state adds
+// f_t = conj(A)^(T-t) F to g_t, of which r_t = f_{t+1} + conj(A) r_{t+1} is what q is of p; where no channel of a warp
+// has one, as in most training, WITH_FINAL is false and they are left out.
 #include "diagonal_ssm.cuh"
 
 struct Adjoint {
   Modes a, c, p, q, up, uq, f, r, ur;  // c: 2 C; up, uq, ur: sums of u times p, q, r
   template <int COUNT>
   METHOD void advance(const float* dy) {
-    UNROLL for (int t = COUNT - 1; t >= 0; t--) UNROLL for (int m = 0; m < M; m++) back(m, dy[t]);
+    UNROLL for (int t = COUNT - 1; t >= 0; t--) UNROLL
+      for (int m = 0; m < M; m++) back(m, dy[t]);
   }
   template <int COUNT>
   METHOD void run(const float* u, const float* dy, float* du) {
@@ -95,7 +96,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     for (; t; t -= 4) {
       read_floats<4>(of + (t > 4 ? t - 8 : 0), next);
       s.advance<4>(in);
-      UNROLL for (int i = 0; i < 4; i++) in[i] = next[i];
+      UNROLL for (int i = 0; i < 4; i++)
+        in[i] = next[i];
     }
     __syncwarp();
   }
@@ -112,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(256) diagonal_ssm_backward_join(con
   const Complex a = {p.a[2 * i], -p.a[2 * i + 1]}, before = power(a, p.span - 1), decay = before * a;
   Complex after_p = {0, 0}, after_q = {0, 0};
   for (int64 s = spans - 1; s >= 0; s--) {
-    float *carry = p.carry + 2 * ((all.number + s) * size + i), *carry_q = p.carry_q + 2 * ((all.number + s) * size + i);
+    float *carry = p.carry + 2 * ((all.number + s) * size + i),
+          *carry_q = p.carry_q + 2 * ((all.number + s) * size + i);
     const Complex added_p = s > 0 ? load_complex(carry) : Complex{0, 0};
     const Complex added_q = s > 0 ? load_complex(carry_q) : Complex{0, 0};
     store_complex(carry, after_p), store_complex(carry_q, after_q);
@@ -136,10 +139,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   Adjoint s;
   bool some = false;
   s.f.load(p, l, p.dfinal, span.sequence);
-  UNROLL for (int m = 0; m < M; m++) some |= s.f.re[m] != 0 || s.f.im[m] != 0;
+  UNROLL for (int m = 0; m < M; m++)
+    some |= s.f.re[m] != 0 || s.f.im[m] != 0;
   if (in_any_lane(some) != WITH_FINAL) return;
   s.a.load(p, l, p.a), s.c.load(p, l, p.c);
-  UNROLL for (int m = 0; m < M; m++) s.c.re[m] *= 2, s.c.im[m] *= 2;
+  UNROLL for (int m = 0; m < M; m++)
+    s.c.re[m] *= 2, s.c.im[m] *= 2;
   if (span.end < span.length) {
     s.p.load(p, l, p.carry, span.number), s.q.load(p, l, p.carry_q, span.number);
     if (WITH_FINAL) {
@@ -174,7 +179,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         read_floats<4>(of + before, next), read_floats<4>(of_dy + before, next_dy);
         s.run<4>(in, in_dy, du);
         write_floats<4>(to + t - 4, du);
-        UNROLL for (int i = 0; i < 4; i++) in[i] = next[i], in_dy[i] = next_dy[i];
+        UNROLL for (int i = 0; i < 4; i++)
+          in[i] = next[i], in_dy[i] = next_dy[i];
       }
       __syncwarp();
       shared.du.read(l, du);

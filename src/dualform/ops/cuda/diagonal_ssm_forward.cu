@@ -6,17 +6,19 @@ struct State {
   Modes a, c, h;  // c: (2, -2) C
   template <int COUNT>
   METHOD void advance(const float* u) {
-    UNROLL for (int t = 0; t < COUNT; t++) UNROLL for (int m = 0; m < M; m++) {
-      const float re = u[t] + a.re[m] * h.re[m] - a.im[m] * h.im[m];
-      h.im[m] = a.re[m] * h.im[m] + a.im[m] * h.re[m], h.re[m] = re;
-    }
+    UNROLL for (int t = 0; t < COUNT; t++) UNROLL
+      for (int m = 0; m < M; m++) {
+        const float re = u[t] + a.re[m] * h.re[m] - a.im[m] * h.im[m];
+        h.im[m] = a.re[m] * h.im[m] + a.im[m] * h.re[m], h.re[m] = re;
+      }
   }
   template <int COUNT>
   METHOD void run(const float* u, float* y) {
     UNROLL for (int t = 0; t < COUNT; t++) {
       advance<1>(u + t);
       y[t] = 0;
-      UNROLL for (int m = 0; m < M; m++) y[t] += c.re[m] * h.re[m], y[t] += c.im[m] * h.im[m];
+      UNROLL for (int m = 0; m < M; m++)
+        y[t] += c.re[m] * h.re[m], y[t] += c.im[m] * h.im[m];
     }
   }
 };
@@ -42,7 +44,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) diagonal_ssm_ca
     for (int t = 0; t < K; t += 4) {
       read_floats<4>(shared.of(l) + t + 4, next);
       s.advance<4>(in);
-      UNROLL for (int i = 0; i < 4; i++) in[i] = next[i];
+      UNROLL for (int i = 0; i < 4; i++)
+        in[i] = next[i];
     }
     __syncwarp();
   }
@@ -80,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   if (l.width <= 0 || span.begin >= span.end) return;
   State s;
   s.a.load(p, l, p.a), s.c.load(p, l, p.c);
-  UNROLL for (int m = 0; m < M; m++) s.c.re[m] *= 2, s.c.im[m] *= -2;
+  UNROLL for (int m = 0; m < M; m++)
+    s.c.re[m] *= 2, s.c.im[m] *= -2;
   s.h.load(p, l, span.begin == 0 ? p.h0 : p.carry, span.begin == 0 ? span.sequence : span.number);
 
   const Input us(p.u, p, l, span);
@@ -100,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       read_floats<4>(of + t + 4, next);
       s.run<4>(in, y);
       write_floats<4>(to + t, y);
-      UNROLL for (int i = 0; i < 4; i++) in[i] = next[i];
+      UNROLL for (int i = 0; i < 4; i++)
+        in[i] = next[i];
     }
 #pragma unroll 1
     for (; t < count; t++) s.run<1>(of + t, to + t);

@@ -12,7 +12,7 @@ constexpr int WIDTH = 8 * CH;             // channels of a warp
 constexpr int K = 32 / (WIDTH / 4);       // steps of a warp, one of which a lane reads
 constexpr int NP = 4 * S;                 // states of a channel, those beyond N stay zero
 constexpr int MAPS = (K * S + 31) / 32;   // reads of four numbers that bring K steps of B or C
-constexpr bool PADDED = !FULL;              // some of NP are not there
+constexpr bool PADDED = !FULL;            // some of NP are not there
 constexpr int TILE = 64;                  // steps between the states that the backward starts from
 
 // One scan, forward and backward. A, D, the bias and states are float; y, du and dz are like u, others are float.
@@ -25,15 +25,15 @@ struct Scan {
   float* final;                    // (rows, D, N)
   float* saved;                    // (tiles, D, N), the states entering every tile, or null
   // Backward only.
-  int64 span;                      // steps that one warp runs through, a multiple of TILE
+  int64 span;  // steps that one warp runs through, a multiple of TILE
   View dy;
-  const float* dfinal;             // (rows, D, N)
-  float* carry;                    // (spans, D, N), the gradient of the state after a span
-  float* seconds;                  // (spans, D), the sum of dt over a span
-  void *du, *ddelta, *dz;          // (B, T, D); ddelta is like delta
-  float* dmaps;                    // (2, blocks of channels, B, T, NP), sums over the channels of a block, to B and to C
-  float *da, *dd, *dbias;          // (spans, D, N), (spans, D), (spans, D)
-  float* dh0;                      // (rows, D, N)
+  const float* dfinal;     // (rows, D, N)
+  float* carry;            // (spans, D, N), the gradient of the state after a span
+  float* seconds;          // (spans, D), the sum of dt over a span
+  void *du, *ddelta, *dz;  // (B, T, D); ddelta is like delta
+  float* dmaps;            // (2, blocks of channels, B, T, NP), sums over the channels of a block, to B and to C
+  float *da, *dd, *dbias;  // (spans, D, N), (spans, D), (spans, D)
+  float* dh0;              // (rows, D, N)
 };
 
 // A sequence: where it begins on the time axis of which row of the tensors, and its first tile and span.
@@ -55,8 +55,13 @@ struct Lane {
   int64 first;            // of the warp's channels
   int width;              // how many of them there are
   METHOD Lane(const Scan& p, int64 block)
-      : lane(threadIdx.x % 32), group(lane / 4), part(lane % 4), step(lane / (WIDTH / 4)),
-        four(lane % (WIDTH / 4) * 4), first(block * WIDTH), width(int(least(p.width - first, int64(WIDTH)))) {}
+      : lane(threadIdx.x % 32),
+        group(lane / 4),
+        part(lane % 4),
+        step(lane / (WIDTH / 4)),
+        four(lane % (WIDTH / 4) * 4),
+        first(block * WIDTH),
+        width(int(least(p.width - first, int64(WIDTH)))) {}
   METHOD int count() const { return width - four; }  // channels to read
   METHOD int64 channel(int c) const { return first + group * CH + c; }
   METHOD bool has(int c) const { return group * CH + c < width; }
@@ -66,7 +71,8 @@ struct Lane {
 DEVICE void load_states(const Scan& p, const Lane& l, const float* from, float* h) {
   UNROLL for (int c = 0; c < CH; c++) {
     const float* at = from + l.channel(c) * p.states + l.part * S;
-    UNROLL for (int s = 0; s < S; s++) h[c * S + s] = l.has(c) && (FULL || l.part * S + s < p.states) ? at[s] : 0;
+    UNROLL for (int s = 0; s < S; s++)
+      h[c * S + s] = l.has(c) && (FULL || l.part * S + s < p.states) ? at[s] : 0;
   }
 }
 DEVICE void store_states(const Scan& p, const Lane& l, float* to, const float* h) {
@@ -76,7 +82,8 @@ DEVICE void store_states(const Scan& p, const Lane& l, float* to, const float* h
     if constexpr (FULL) {
       write_floats<S>(at, h + c * S);
     } else {
-      UNROLL for (int s = 0; s < S; s++) if (l.part * S + s < p.states) at[s] = h[c * S + s];
+      UNROLL for (int s = 0; s < S; s++)
+        if (l.part * S + s < p.states) at[s] = h[c * S + s];
     }
   }
 }
@@ -84,11 +91,12 @@ DEVICE void store_states(const Scan& p, const Lane& l, float* to, const float* h
 // Rates in units of log2: a step decays by exp2(dt A).
 DEVICE void load_rates(const Scan& p, const Lane& l, float* a) {
   load_states(p, l, p.a, a);
-  UNROLL for (int i = 0; i < CH * S; i++) a[i] *= LOG2_E;
+  UNROLL for (int i = 0; i < CH * S; i++)
+    a[i] *= LOG2_E;
 }
 
-// Four channels of any step of a sequence. Steps beyond the end repeat the last one, and channels beyond the width those
-// before: nothing becomes of either, and a read that asks no question is the fastest.
+// Four channels of any step of a sequence. Steps beyond the end repeat the last one, and channels beyond the width
+// those before: nothing becomes of either, and a read that asks no question is the fastest.
 template <class T>
 struct Input {
   const T* from;
@@ -96,7 +104,9 @@ struct Input {
   METHOD Input(const View& v, const Scan& p, const Lane& l, const Row& row)
       : from(static_cast<const T*>(v.data) + row.batch * v.row + row.begin * v.time +
              (INPUT_ALIGNED ? least(l.first + l.four, p.width - 4) : l.first + l.four)),
-        time(int(v.time)), last(row.length - 1), count(l.count()) {}
+        time(int(v.time)),
+        last(row.length - 1),
+        count(l.count()) {}
   METHOD const T* at(int t) const { return from + int64(least(t, last)) * time; }
   METHOD Four<T> operator[](int t) const { return load_four<INPUT_ALIGNED>(at(t), count); }
 };
@@ -106,7 +116,9 @@ struct Output {
   int time, last, count;
   METHOD Output(void* data, const Scan& p, const Lane& l, const Row& row)
       : to(static_cast<T*>(data) + (row.batch * p.length + row.begin) * p.width + l.first + l.four),
-        time(int(p.width)), last(row.length - 1), count(l.count()) {}
+        time(int(p.width)),
+        last(row.length - 1),
+        count(l.count()) {}
   METHOD void put(int t, const float* x) const {
     if (t <= last && count > 0) store_four<INPUT_ALIGNED>(to + int64(t) * time, x, count);
   }
@@ -117,11 +129,16 @@ struct Map {
   const MAP* from;
   int step, count, time, last;
   METHOD Map(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group)
-      : from(static_cast<const MAP*>(v.data) + row.batch * v.row + row.begin * v.time + group * p.states + l.lane % S * 4),
-        step(least(l.lane / S, K - 1)), count(int(p.states) - l.lane % S * 4), time(int(v.time)), last(row.length - 1) {}
+      : from(static_cast<const MAP*>(v.data) + row.batch * v.row + row.begin * v.time + group * p.states +
+             l.lane % S * 4),
+        step(least(l.lane / S, K - 1)),
+        count(int(p.states) - l.lane % S * 4),
+        time(int(v.time)),
+        last(row.length - 1) {}
   METHOD const MAP* at(int t) const { return from + int64(least(t + step, last)) * time; }
   METHOD void load(int t, Four<MAP>* four) const {
-    UNROLL for (int i = 0; i < MAPS; i++) four[i] = load_map(at(t + i * (32 / S)), count);
+    UNROLL for (int i = 0; i < MAPS; i++)
+      four[i] = load_map(at(t + i * (32 / S)), count);
   }
   static METHOD Four<MAP> load_map(const MAP* at, int count) {
     if (MAP_ALIGNED && PADDED && count <= 0) return {};
@@ -172,13 +189,16 @@ struct Pairs {
 // Sums over the states of a channel: what the four lanes of a channel have found, for K steps.
 struct Sums {
   float parts[4][K * WIDTH + 8];  // 8: the banks of the parts differ
-  METHOD void put(const Lane& l, int t, const float* x) { write_floats<CH>(parts[l.part] + t * WIDTH + l.group * CH, x); }
+  METHOD void put(const Lane& l, int t, const float* x) {
+    write_floats<CH>(parts[l.part] + t * WIDTH + l.group * CH, x);
+  }
   METHOD void read(const Lane& l, float* x) const {
     read_floats<4>(parts[0] + l.lane * 4, x);
     UNROLL for (int part = 1; part < 4; part++) {
       float more[4];
       read_floats<4>(parts[part] + l.lane * 4, more);
-      UNROLL for (int i = 0; i < 4; i++) x[i] += more[i];
+      UNROLL for (int i = 0; i < 4; i++)
+        x[i] += more[i];
     }
   }
 };

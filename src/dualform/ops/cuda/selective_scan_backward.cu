@@ -33,7 +33,8 @@ DEVICE void advance(const float (*steps)[2], const float* map, const Lane& l, co
 // What a lane needs of one step.
 struct Step {
   float dt[2 * CH], dy[CH], b[S], c[S];  // dt and dt u in turn
-  METHOD void read(const Pairs& steps, const float (*dys)[WIDTH], const float (*maps)[NP], const Lane& l, int t, int of_tile) {
+  METHOD void read(const Pairs& steps, const float (*dys)[WIDTH], const float (*maps)[NP], const Lane& l, int t,
+                   int of_tile) {
     read_floats<2 * CH>(steps.two[t][l.group * CH], dt);
     read_floats<CH>(dys[t] + l.group * CH, dy);
     read_floats<S>(maps[of_tile] + l.part * S, b);
@@ -57,7 +58,8 @@ DEVICE void before_gate(const Four<INPUT>& dy, const Four<INPUT>& z, bool inside
   float gate[4];
   unpack(dy, found);
   if (GATED) unpack(z, gate);
-  UNROLL for (int i = 0; i < 4; i++) found[i] = inside ? GATED ? found[i] * gate[i] * sigmoid(gate[i]) : found[i] : 0;
+  UNROLL for (int i = 0; i < 4; i++)
+    found[i] = inside ? GATED ? found[i] * gate[i] * sigmoid(gate[i]) : found[i] : 0;
 }
 
 // What a span adds to the gradient of the state before it, and the sum of its steps.
@@ -107,7 +109,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
       read_floats<S>(&shared.map[t][l.part * S], c);
       UNROLL for (int i = 0; i < CH * S; i++)
         g[i] = exp2_of(step[i / S * 2] * a[i]) * (g[i] + step[i / S * 2 + 1] * c[i % S]);
-      UNROLL for (int ch = 0; ch < CH; ch++) total[ch] += step[2 * ch];
+      UNROLL for (int ch = 0; ch < CH; ch++)
+        total[ch] += step[2 * ch];
     }
     __syncwarp();
   }
@@ -131,22 +134,23 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
   }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_backward(const __grid_constant__ Scan p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+    selective_scan_backward(const __grid_constant__ Scan p) {
   struct Shared {
     Pairs steps;                      // dt and dt u
     Sums y, dx, dlog;                 // of y, and of the gradients of dt u and of the logarithm of the decay
     float dy[K][WIDTH];               // before the gate
     float states[SUBS][CH * S * 32];  // before every K steps of a tile
     Channels channels;
-    float totals[2][32][4];           // what lanes have found of the gradients of D and of the bias
-    Four<INPUT> kept[3][32];          // u, dy and z, as read
+    float totals[2][32][4];   // what lanes have found of the gradients of D and of the bias
+    Four<INPUT> kept[3][32];  // u, dy and z, as read
     Four<DELTA> kept_delta[32];
   };
   SHARED_MEMORY(memory);
   const int warp = threadIdx.x / 32;
   Shared& shared = reinterpret_cast<Shared*>(memory)[warp];
-  float(*maps)[NP] = reinterpret_cast<float(*)[NP]>(memory + WARPS * sizeof(Shared));  // (2, TILE), of B and C
-  float(*given)[WARPS][2][K][NP] = reinterpret_cast<float(*)[WARPS][2][K][NP]>(maps + 2 * TILE);  // (2), to B and C
+  float (*maps)[NP] = reinterpret_cast<float (*)[NP]>(memory + WARPS * sizeof(Shared));  // (2, TILE), of B and C
+  float (*given)[WARPS][2][K][NP] = reinterpret_cast<float (*)[WARPS][2][K][NP]>(maps + 2 * TILE);  // (2), to B and C
 
   const int64 blocks = over(p.width, WARPS * WIDTH), block = blockIdx.x % blocks, first = block * WARPS * WIDTH;
   const Lane l(p, block * WARPS + warp);
@@ -195,12 +199,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
         float in[4], dt[4];
         unpack(u, in);
         step_sizes(delta, shared.channels.bias + l.four, true, dt);
-        UNROLL for (int i = 0; i < 4; i++) in[i] *= dt[i];
+        UNROLL for (int i = 0; i < 4; i++)
+          in[i] *= dt[i];
         shared.steps.put(l, dt, in);
         __syncwarp();
         const int next = begin + (sub + 1) * K + l.step;
         u = us[next], delta = deltas[next];
-        UNROLL for (int t = 0; t < K; t++) advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
+        UNROLL for (int t = 0; t < K; t++)
+          advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
         __syncwarp();
       }
     }
@@ -221,7 +227,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
         unpack(u, in);
         step_sizes(delta, shared.channels.bias + l.four, inside, dt);
         before_gate(dy, z, inside, of);
-        UNROLL for (int i = 0; i < 4; i++) in[i] *= dt[i];
+        UNROLL for (int i = 0; i < 4; i++)
+          in[i] *= dt[i];
         shared.steps.put(l, dt, in);
         write_floats<4>(&shared.dy[l.step][l.four], of);
         shared.kept[0][l.lane] = u, shared.kept_delta[l.lane] = delta;
@@ -237,7 +244,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
         for (int t = 0; t < from; t++) advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
         float to_c[HELD * S], to_b[HELD * S];
         Step steps[HELD], again[HELD];  // each read a step before it is needed, ahead of what the last one writes
-        auto read = [&](Step& step, int t) { step.read(shared.steps, shared.dy, maps, l, from + t, sub * K + from + t); };
+        auto read = [&](Step& step, int t) {
+          step.read(shared.steps, shared.dy, maps, l, from + t, sub * K + from + t);
+        };
         read(steps[0], 0);
         UNROLL for (int t = 0; t < HELD; t++) {
           if (t + 1 < HELD) read(steps[t + 1], t + 1);
@@ -277,11 +286,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) selective_scan_
       __syncthreads();
       for (int i = threadIdx.x; i < K * 2 * NP; i += 32 * WARPS) {
         float sum = 0;
-        UNROLL for (int w = 0; w < WARPS; w++) sum += (&given[turn][w][0][0][0])[i];
+        UNROLL for (int w = 0; w < WARPS; w++)
+          sum += (&given[turn][w][0][0][0])[i];
         const int t = t0 + i / NP % K;
         const int64 batches = p.borders ? 1 : p.rows, of_map = i / (NP * K) * blocks + block;
-        if (t < row.length)
-          p.dmaps[((of_map * batches + row.batch) * p.length + row.begin + t) * NP + i % NP] = sum;
+        if (t < row.length) p.dmaps[((of_map * batches + row.batch) * p.length + row.begin + t) * NP + i % NP] = sum;
       }
 
       float in[4], raw[4], steps[8], of[4], dx[4], dlog[4], bias[4], skip[4], dd[4], dbias[4], du[4], ddelta[4], dz[4];

@@ -1,7 +1,7 @@
-// The forward. A warp carries its states on from tile to tile; TEAMS of them lie in a block side by side. Where rows and
-// channels are too few to fill the chip, the WARPS of a team take turns: each runs K steps from a state of zero, keeping
-// their decays, until the warp before it hands it the state that it should have started from; it hands on its own at
-// once, and runs its steps again, this time for good.
+// The forward. A warp carries its states on from tile to tile; TEAMS of them lie in a block side by side. Where rows
+// and channels are too few to fill the chip, the WARPS of a team take turns: each runs K steps from a state of zero,
+// keeping their decays, until the warp before it hands it the state that it should have started from; it hands on its
+// own at once, and runs its steps again, this time for good.
 //
 // While a tile is computed, the next one is made ready and the last one is finished: three chains of instructions that
 // do not wait for each other. Reads come before writes wherever they can, as the compiler keeps their order.
@@ -16,7 +16,7 @@ struct Shared {
   Buffer buffers[2];
   Four<INPUT> kept[2][2][32];  // u and z, as read
   Channels channels;
-  float carried[32][CH * S];   // the states that the warp before hands on
+  float carried[32][CH * S];  // the states that the warp before hands on
 };
 
 // What a lane needs of one step.
@@ -29,7 +29,8 @@ struct Step {
   }
   METHOD void output(Buffer& to, const Lane& l, int t, const float* h) const {
     float y[CH] = {};
-    UNROLL for (int i = 0; i < CH * S; i++) y[i / S] += h[i] * c[i % S];
+    UNROLL for (int i = 0; i < CH * S; i++)
+      y[i / S] += h[i] * c[i % S];
     to.y.put(l, t, y);
   }
 };
@@ -72,7 +73,8 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
     float in[4], dt[4];
     unpack(u, in);
     step_sizes(delta, shared.channels.bias + l.four, t + l.step < row.length, dt);
-    UNROLL for (int i = 0; i < 4; i++) in[i] *= dt[i];
+    UNROLL for (int i = 0; i < 4; i++)
+      in[i] *= dt[i];
     shared.kept[turn][0][l.lane] = u;
     if (GATED) shared.kept[turn][1][l.lane] = z;
     to.steps.put(l, dt, in);
@@ -102,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
     if (t0 >= WARPS * K) finish(t0 - WARPS * K, turn ^ 1);
     Buffer& buffer = shared.buffers[turn];
     Step steps[K];
-    UNROLL for (int t = 0; t < AHEAD; t++) steps[t].read(buffer, l, t, WARPS == 1);
+    UNROLL for (int t = 0; t < AHEAD; t++)
+      steps[t].read(buffer, l, t, WARPS == 1);
     if constexpr (WARPS == 1) {
       if (SAVE && t0 % TILE == 0) store_states(p, l, p.saved + (row.tile + t0 / TILE) * size, h);
       UNROLL for (int t = 0; t < K; t++) {
@@ -119,19 +122,22 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
           decay[t][i] = exp2_of(steps[t].dt[i / S * 2] * a[i]);
           after[i] = decay[t][i] * after[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
         }
-        UNROLL for (int ch = 0; ch < CH; ch++) total[ch] += steps[t].dt[2 * ch];
+        UNROLL for (int ch = 0; ch < CH; ch++)
+          total[ch] += steps[t].dt[2 * ch];
       }
       if (t0 > 0) {
         await(team * WARPS + warp);
         read_floats<CH * S>(shared.carried[l.lane], h);
       }
       if (t0 + K < row.length) {
-        UNROLL for (int i = 0; i < CH * S; i++) after[i] += exp2_of(total[i / S] * a[i]) * h[i];
+        UNROLL for (int i = 0; i < CH * S; i++)
+          after[i] += exp2_of(total[i / S] * a[i]) * h[i];
         write_floats<CH * S>(all[next].carried[l.lane], after);
         signal(team * WARPS + next);
       }
       if (SAVE && t0 % TILE == 0) store_states(p, l, p.saved + (row.tile + t0 / TILE) * size, h);
-      UNROLL for (int t = 0; t < AHEAD; t++) steps[t].read(buffer, l, t, true);
+      UNROLL for (int t = 0; t < AHEAD; t++)
+        steps[t].read(buffer, l, t, true);
       UNROLL for (int t = 0; t < K; t++) {
         if (t + AHEAD < K) steps[t + AHEAD].read(buffer, l, t + AHEAD, true);
         UNROLL for (int i = 0; i < CH * S; i++)
