@@ -1,5 +1,6 @@
 """The ``dualform`` command. Command bodies import what they need, so that ``--help`` never loads torch."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -46,7 +47,13 @@ for command in (demo, train, generate, info, inspect, check, doctor):
 
 
 def main() -> None:
-    """Run a command; an error that is meant to be read is printed as one, and ends with exit code 2."""
+    """Run a command; an error that is meant to be read is printed as one, and ends with exit code 2.
+
+    Unless the environment says otherwise, threads of GNU's OpenMP that wait soon sleep: where processes share cores,
+    spinning ones keep the thread that they wait for from running. OpenMP reads this once, when torch is loaded.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "5000"  # fewer slow a process that has its cores to itself
     try:
         app()
     except DualformError as error:
