@@ -49,10 +49,11 @@ for command in (demo, train, generate, info, inspect, check, doctor):
 def main() -> None:
     """Run a command; an error that is meant to be read is printed as one, and ends with exit code 2.
 
-    Threads of OpenMP that wait are put to sleep, unless the environment says otherwise: spinning ones keep other
-    processes, and their own, from the cores. OpenMP reads this once, when torch is loaded.
+    Unless the environment says otherwise, threads of GNU's OpenMP that wait soon sleep: where processes share cores,
+    spinning ones keep the thread that they wait for from running. OpenMP reads this once, when torch is loaded.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "5000"  # about a tenth of what it is by default
     try:
         app()
     except DualformError as error:
