@@ -67,8 +67,16 @@ def test_plans_follow_the_shape(emulated):
         close([y, final, *scan_kernels._backward(weights, saved, *args)], reference(args, weights), 2e-5)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("case", CASES)
+# The cases that cross borders in every plan, the others in half of them: every combination is compiled.
+PAIRS = [
+    (case, plan)
+    for i, case in enumerate(CASES)
+    for j, plan in enumerate(PLANS)
+    if case in ("odd", "tiles", "packed") or (i + j) % 2 == 0
+]
+
+
+@pytest.mark.parametrize("case, plan", PAIRS, ids=str)
 def test_the_scan_is_the_definition(case, plan, emulated, poison, monkeypatch):
     channels, forward, teams, warps, span = plan
     args = arguments(**CASES[case])
@@ -82,6 +90,8 @@ def test_the_scan_is_the_definition(case, plan, emulated, poison, monkeypatch):
     found = scan_kernels._backward(weights, saved, *args)
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}[y.dtype]
     close([y, final, *found], reference(args, weights), tolerance)
+    if plan not in (PLANS[0], PLANS[-1]):
+        return
     plain = scan_kernels._infer(*args)
     assert torch.equal(plain[0], y)
     assert torch.equal(plain[1], final)
