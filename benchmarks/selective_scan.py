@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--only", help="cases whose name holds this word")
+    parser.add_argument("--only", action="append", help="cases whose name holds this word; may be given again")
     parser.add_argument("--out", type=Path, help="a JSON file per shape, in this folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -132,7 +132,9 @@ def main() -> None:
         torch.manual_seed(0)
         batch, length, width = (int(size) for size in text.split(","))
         given = inputs((batch, length, width), options.states, device, gated)
-        runs = {n: r for n, r in cases(given, device).items() if not options.only or options.only in n}
+        runs = {
+            n: r for n, r in cases(given, device).items() if not options.only or any(word in n for word in options.only)
+        }
         forward = timed({name: run for name, (run, _) in runs.items()}, device, options.repeats)
         both = (
             timed({name: run for name, (_, run) in runs.items()}, device, options.repeats) if options.backward else {}

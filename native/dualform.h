@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 4  // of this interface
+#define DUALFORM_VERSION 5  // of this interface
 
 typedef struct {
   uint16_t bits;

@@ -158,8 +158,10 @@ class Structured(Mixer):
         return self._out(self._skip(2 * (self._C() * h).sum(-1).real, u), x), h
 
     def _skip(self, s: Tensor, u: Tensor) -> Tensor:
-        """``s + D u``."""
-        return torch.addcmul(s, u, self.D.to(s.dtype))
+        """``s + D u``, in the memory of s where it is its own."""
+        if torch.compiler.is_compiling() or s._is_view():
+            return torch.addcmul(s, u, self.D.to(s.dtype))
+        return s.addcmul_(u, self.D.to(s.dtype))
 
     def _out(self, s: Tensor, x: Tensor) -> Tensor:
         return F.glu(self.out_proj(F.gelu(s).to(x.dtype)), -1)

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from dualform.ops.causal_conv1d import causal_conv1d_op
 from dualform.ops.native import library
-from dualform.ops.native.library import NO_VIEW, readable, sequences, view
+from dualform.ops.native.library import NO_VIEW, fresh, readable, sequences, view
 from dualform.ops.op import Backend
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None
 ) -> list[Tensor]:
-    y, final = x.new_empty(x.shape), state.clone(memory_format=torch.contiguous_format)
+    y, final = fresh(x.new_empty(x.shape)), state.clone(memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return [y, final]
     given, fields = _fields(x, weight, bias, silu, state, cu_seqlens)
@@ -31,7 +31,7 @@ def _backward(
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    dx, dstate = x.new_empty(x.shape), grads[1].clone()
+    dx, dstate = fresh(x.new_empty(x.shape)), grads[1].clone()
     dweight, dbias = state.new_zeros(weight.shape), state.new_zeros(len(weight))
     if x.numel() > 0:
         given, fields = _fields(x, weight, bias, silu, state, cu_seqlens)

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from dualform.ops.diagonal_ssm import diagonal_ssm_op
 from dualform.ops.native import library
-from dualform.ops.native.library import NO_VIEW, readable, sequences, view
+from dualform.ops.native.library import NO_VIEW, fresh, readable, sequences, view
 from dualform.ops.op import Backend
 
 
 def _forward(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    y, final = u.new_empty(u.shape), h0.clone(memory_format=torch.contiguous_format)
+    y, final = fresh(u.new_empty(u.shape)), h0.clone(memory_format=torch.contiguous_format)
     if u.numel() == 0 or h0.numel() == 0:
         return [y.zero_(), final]
     given, fields = _fields(u, Abar, CB, h0, cu_seqlens)
@@ -28,7 +28,7 @@ def _backward(
     h0: Tensor,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    du, dh0 = u.new_empty(u.shape), grads[1].clone()
+    du, dh0 = fresh(u.new_empty(u.shape)), grads[1].clone()
     dA, dC = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (Abar, CB))
     if u.numel() == 0 or h0.numel() == 0:
         return [du.zero_(), dA.zero_(), dC.zero_(), dh0]

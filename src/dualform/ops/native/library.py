@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_VERSION = 4  # of the interface, DUALFORM_VERSION in native/dualform.h
+_VERSION = 5  # of the interface, DUALFORM_VERSION in native/dualform.h
+_LARGE = 2**23  # bytes: below, memory that was used before is found again
 _FILE = Path(__file__).parent / "kernels.so"
 _WINDOWS = "the C++ kernels do not run on Windows; run dualform under Linux, such as that of WSL"
 _ABSENT = (
@@ -29,6 +30,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.dualform_version.restype = ctypes.c_int64
     if library.dualform_version() != _VERSION:
         return None, f"{_FILE.name} is of another version; reinstall dualform"
+    library.dualform_fresh.restype = None
     library.dualform_choose.restype = ctypes.c_char_p
     wanted = os.environ.get("DUALFORM_NATIVE_ISA", "")
     if library.dualform_choose(wanted.encode()) is None:
@@ -58,6 +60,13 @@ def call(name: str, *fields: int) -> None:
     fields = (torch.get_num_threads(), *fields)
     if getattr(_library, f"dualform_{name}")(struct.pack(f"{len(fields)}q", *fields)):
         raise MemoryError(f"{name}: no memory left")
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """An empty tensor that a kernel is about to fill; where it is large, its memory comes in large pages."""
+    if tensor.nbytes >= _LARGE and _library is not None:
+        _library.dualform_fresh(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
+    return tensor
 
 
 def number(tensor: Tensor) -> int:

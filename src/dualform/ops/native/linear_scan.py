@@ -5,14 +5,14 @@ from torch import Tensor
 
 from dualform.ops.linear_scan import as_grad, linear_scan_op
 from dualform.ops.native import library
-from dualform.ops.native.library import NO_VIEW, readable, sequences, view
+from dualform.ops.native.library import NO_VIEW, fresh, readable, sequences, view
 from dualform.ops.op import Backend
 
 
 def _forward(a: Tensor, b: Tensor, h0: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> list[Tensor]:
     out = torch.promote_types(a.dtype, b.dtype)
     out = torch.promote_types(out, h0.dtype) if h0.is_complex() else out
-    h = b.new_empty(b.shape, dtype=out)
+    h = fresh(b.new_empty(b.shape, dtype=out))
     final = h0.clone(memory_format=torch.contiguous_format)
     if h.numel() == 0:
         return [h, final]
@@ -29,7 +29,7 @@ def _backward(
     dh0 = grads[1].clone()
     if b.numel() == 0:
         return [torch.zeros_like(a), torch.zeros_like(b), dh0]
-    da, db = (h0.new_empty(b.shape, dtype=_grad_dtype(x, h0)) for x in (a, b))
+    da, db = (fresh(h0.new_empty(b.shape, dtype=_grad_dtype(x, h0))) for x in (a, b))
     given, fields = _fields(a, b, h0, cu_seqlens, reverse)
     h, dh = (_flat(x, h0) for x in (kept[0], grads[0]))
     library.call(

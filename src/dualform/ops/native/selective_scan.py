@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dualform.ops.native import library
-from dualform.ops.native.library import NO_VIEW, readable, sequences, view
+from dualform.ops.native.library import NO_VIEW, fresh, readable, sequences, view
 from dualform.ops.op import Backend, differentiable
 from dualform.ops.selective_scan import selective_scan_op
 
@@ -16,7 +16,7 @@ _BACKWARD_ONLY = (0,) * 29  # fields of ``SelectiveScan``
 
 def _run(keep: bool, *args: Any) -> list[Tensor]:
     u, h0 = args[0], args[9]
-    y, final = u.new_empty(u.shape), h0.clone(memory_format=torch.contiguous_format)
+    y, final = fresh(u.new_empty(u.shape)), h0.clone(memory_format=torch.contiguous_format)
     saved = _saved(*args) if keep else []
     if h0.numel() == 0 or u.shape[1] == 0:
         return [y.zero_(), final, *saved]
@@ -43,8 +43,10 @@ def _saved(*args: Any) -> list[Tensor]:
 
 def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
     u, delta, A, B, C, D, z, bias, _, h0, _ = args
-    du, ddelta, dA, dB, dC = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (u, delta, A, B, C))
-    dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    du, ddelta, dA, dB, dC = (
+        fresh(torch.empty_like(m, memory_format=torch.contiguous_format)) for m in (u, delta, A, B, C)
+    )
+    dz = None if z is None else fresh(torch.empty_like(z, memory_format=torch.contiguous_format))
     dD, dbias = (None if m is None else h0.new_empty(m.shape) for m in (D, bias))
     found = [g for g in (du, ddelta, dA, dB, dC, dD, dz, dbias) if g is not None]
     dh0 = grads[1].clone()
