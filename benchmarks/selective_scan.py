@@ -64,10 +64,11 @@ def cases(given: dict[str, Any], device: str) -> dict[str, tuple[Callable[[], An
             with backend(chosen), torch.no_grad():
                 return run(**kwargs)
 
+        dy = torch.ones_like(given["u"]).detach()
+
         def both() -> tuple[Tensor, ...]:
             with backend(chosen):
-                y = run(**kwargs)
-                return torch.autograd.grad(y, leaves(kwargs), torch.ones_like(y))
+                return torch.autograd.grad(run(**kwargs), leaves(kwargs), dy)
 
         found[name] = forward, both
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _VERSION = 5  # of the interface, DUALFORM_VERSION in native/dualform.h
-_LARGE = 2**23  # bytes: below, memory that was used before is found again
+_LARGE = 2**22  # bytes: below, memory that was used before is found again
 _FILE = Path(__file__).parent / "kernels.so"
 _WINDOWS = "the C++ kernels do not run on Windows; run dualform under Linux, such as that of WSL"
 _ABSENT = (

@@ -17,7 +17,7 @@ _BACKWARD_ONLY = (0,) * 29  # fields of ``SelectiveScan``
 def _run(keep: bool, *args: Any) -> list[Tensor]:
     u, h0 = args[0], args[9]
     y, final = fresh(u.new_empty(u.shape)), h0.clone(memory_format=torch.contiguous_format)
-    saved = _saved(*args) if keep else []
+    saved = [fresh(m) for m in _saved(*args)] if keep else []
     if h0.numel() == 0 or u.shape[1] == 0:
         return [y.zero_(), final, *saved]
     given, fields = _fields(*args)
