@@ -13,6 +13,7 @@ from dualform.ops.op import SlowBackendWarning
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # of a piece: large enough to be worth a matrix product
+_WORTH_COMPILING = 2**22  # logits; fewer are done before a compiler has begun
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -86,10 +87,10 @@ def _slope_on(device: str) -> Any:
 @cache
 def _compiled_slope() -> Any:
     """As few passes over the logits as a compiler can make of it."""
-    compiled, broken = torch.compile(_slope, dynamic=False), list[Exception]()
+    compiled, broken = torch.compile(_slope), list[Exception]()
 
     def slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if not broken:
+        if not broken and logits.numel() >= _WORTH_COMPILING:
             try:
                 return compiled(logits, targets)
             except Exception as error:
