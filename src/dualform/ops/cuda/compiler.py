@@ -9,6 +9,7 @@ import hashlib
 import os
 import struct
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -137,13 +138,11 @@ def _cache_folder() -> Path:
 
 def _keep(path: Path, code: bytes) -> None:
     """Written aside and renamed, as other processes may read it; a cache that cannot be written is done without."""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(code)
         os.replace(file.name, path)
-    except OSError:
-        pass
 
 
 def _macro(value: Any) -> str:

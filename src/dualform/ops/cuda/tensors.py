@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.ops.layout import inner_contiguous
+
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NO_VIEW = (0, 0, 0)
 
@@ -16,13 +18,7 @@ def pointer(tensor: Tensor | None) -> int:
 
 def readable(tensor: Tensor, inner: int = 1) -> Tensor:
     """The tensor in a dtype that kernels read, its last ``inner`` axes contiguous."""
-    tensor = tensor if tensor.dtype in TYPES else tensor.float()
-    stride = 1
-    for axis in range(tensor.dim() - 1, tensor.dim() - 1 - inner, -1):
-        if tensor.shape[axis] != 1 and tensor.stride(axis) != stride:
-            return tensor.contiguous()
-        stride *= tensor.shape[axis]
-    return tensor
+    return inner_contiguous(tensor if tensor.dtype in TYPES else tensor.float(), inner)
 
 
 def view(tensor: Tensor) -> tuple[int, int, int]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dualform.ops.layout import inner_contiguous
+
 _VERSION = 5  # of the interface, DUALFORM_VERSION in native/dualform.h
 _LARGE = 2**22  # bytes: below, memory that was used before is found again
 _FILE = Path(__file__).parent / "kernels.so"
@@ -76,13 +78,7 @@ def number(tensor: Tensor) -> int:
 
 def readable(tensor: Tensor, inner: int = 1) -> Tensor:
     """The tensor in a dtype that kernels read, its last ``inner`` axes contiguous."""
-    tensor = tensor if tensor.dtype in DTYPES else tensor.float()
-    stride = 1
-    for axis in range(tensor.dim() - 1, tensor.dim() - 1 - inner, -1):
-        if tensor.shape[axis] != 1 and tensor.stride(axis) != stride:
-            return tensor.contiguous()
-        stride *= tensor.shape[axis]
-    return tensor
+    return inner_contiguous(tensor if tensor.dtype in DTYPES else tensor.float(), inner)
 
 
 def view(tensor: Tensor) -> tuple[int, int, int, int]:

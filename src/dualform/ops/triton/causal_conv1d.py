@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from dualform.ops.causal_conv1d import causal_conv1d_op
+from dualform.ops.layout import inner_contiguous
 from dualform.ops.op import Backend
-from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, on, owners, power_of_two, readable
+from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, on, owners, power_of_two
 
 _AHEAD = 4  # rows requested before they are used
 _FORWARD, _BACKWARD = (64, 16), (128, 8)  # steps of a program, and the bytes of each row that a thread reads
@@ -24,7 +25,7 @@ def _forward(
     if y.numel() == 0:
         return [y, state.clone(memory_format=torch.contiguous_format)]
     final, (rows, length, width) = state.new_empty(state.shape), x.shape
-    x, weight, state = readable(x), weight.contiguous(), state.contiguous()
+    x, weight, state = inner_contiguous(x), weight.contiguous(), state.contiguous()
     steps, channels = _tile(x, *_FORWARD)
     finals = 1 if cu_seqlens is None else len(state)
     with on(x):
@@ -68,7 +69,7 @@ def _backward(
     if x.numel() == 0:
         return [*(g.zero_() for g in found), grads[1].clone()]
     dstate = state.new_empty(state.shape) if cu_seqlens is None else grads[1].clone()  # empty sequences pass it on
-    x, weight, state, (rows, length, width) = readable(x), weight.contiguous(), state.contiguous(), x.shape
+    x, weight, state, (rows, length, width) = inner_contiguous(x), weight.contiguous(), state.contiguous(), x.shape
     steps, channels = _tile(x, *_BACKWARD)
     parts = rows * blocks(length, steps)
     partial = state.new_empty(parts, weight.shape[1] + 1, width)

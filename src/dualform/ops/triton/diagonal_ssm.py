@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dualform.ops.diagonal_ssm import diagonal_ssm_op
+from dualform.ops.layout import inner_contiguous
 from dualform.ops.op import Backend
 from dualform.ops.triton.support import (
     DEVICES,
@@ -14,7 +15,6 @@ from dualform.ops.triton.support import (
     owners,
     power_of_two,
     processors,
-    readable,
 )
 
 _SAVE_EVERY = 64  # steps between the states that a backward starts from
@@ -35,7 +35,7 @@ class _Plan:
         steps = blocks(segments, chunks) * _SAVE_EVERY
         self.chunks = blocks(self.length, steps)
         self.grid, self.carried = (programs * self.chunks,), (self.rows * self.chunks, 2, states, self.width)
-        self.u, self.A, self.C, self.start = readable(u), _planes(Abar), _planes(CB), _planes(h0)
+        self.u, self.A, self.C, self.start = inner_contiguous(u), _planes(Abar), _planes(CB), _planes(h0)
         self.owner = owners(cu_seqlens, self.length)
         self.sizes = self.length, self.width, self.u.stride(0), self.u.stride(1), self.chunks, steps
         self.flags = {"N": states, "NP": padded, "BD": channels}

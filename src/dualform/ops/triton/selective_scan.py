@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.ops.layout import inner_contiguous
 from dualform.ops.op import Backend
 from dualform.ops.selective_scan import selective_scan_op
 from dualform.ops.triton.support import (
@@ -17,7 +18,6 @@ from dualform.ops.triton.support import (
     owners,
     power_of_two,
     processors,
-    readable,
 )
 
 _SAVE_EVERY = 64  # steps between the states that a backward starts from
@@ -29,7 +29,7 @@ _MOST_STATES = 256
 def _strides(x: Tensor | None) -> tuple[Any, ...] | None:
     if x is None:
         return None
-    x = readable(x)
+    x = inner_contiguous(x)
     return x, *x.stride()[:-1]
 
 

@@ -29,11 +29,6 @@ def on(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.device.type == "cpu" else torch.accelerator.device_index(x.device.index)
 
 
-def readable(x: Tensor) -> Tensor:
-    """``x`` with its last axis contiguous, any strides before: slices of a projection pass without a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def owners(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     """The sequence of every packed token, ``(T,)`` int32; computed on the device, without waiting for it."""
     return None if cu_seqlens is None else sequence_ids(cu_seqlens, length).to(torch.int32)
