@@ -42,6 +42,27 @@ def interleaved(cases: dict[str, Callable[[], Any]], *, repeats: int = 9) -> dic
     return times
 
 
+def on_gpu(run: Callable[[], Any], *, captured: bool = True) -> float:
+    """Median milliseconds of a call, caches flushed before each.
+
+    Captured in a CUDA graph it is the GPU's time alone; else the host may be what takes long.
+    """
+    from triton.testing import do_bench
+
+    if captured:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    return do_bench(run, warmup=20, rep=100, return_mode="median")
+
+
 def report(title: str, rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print rows as a table; write them as JSON beside the machine's name where ``out`` is given."""
     table = Table(title=title)

@@ -4,7 +4,8 @@
     python benchmarks/selective_scan.py --device cuda      # on a GPU: bfloat16 with gate, bias and softplus
     python benchmarks/selective_scan.py --shape 1,512,768  # another one
 
-Medians, one run of each in turn; peers that need many seconds a call run once and are marked so. Peak memory is what a
+Medians, one run of each in turn; cases that need many seconds a call run once. On a GPU the calls are captured in CUDA
+graphs, so that the host is not timed; "called" is forward + backward from Python as it stands. Peak memory is what a
 call adds beyond its inputs, outputs and gradients included.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import interleaved, report
+from harness import interleaved, on_gpu, report
 from peers import leaves, peers
 from torch import Tensor
 
@@ -106,9 +107,7 @@ def _status(field: str) -> int:
 def timed(runs: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
     """Milliseconds."""
     if device == "cuda":
-        from triton.testing import do_bench
-
-        return {name: do_bench(run, warmup=20, rep=100, return_mode="median") for name, run in runs.items()}
+        return {name: on_gpu(run) for name, run in runs.items()}
     first = {name: statistics.median(interleaved({name: run}, repeats=1)[name]) for name, run in runs.items()}
     again = interleaved({name: run for name, run in runs.items() if first[name] < SLOW}, repeats=repeats)
     return {name: statistics.median(again[name]) if name in again else first[name] for name in runs}
@@ -140,6 +139,7 @@ def main() -> None:
         both = (
             timed({name: run for name, (_, run) in runs.items()}, device, options.repeats) if options.backward else {}
         )
+        called = {n: on_gpu(run, captured=False) for n, (_, run) in runs.items()} if device == "cuda" and both else {}
         memory = {name: peak_memory(r[1] if options.backward else r[0], device) for name, r in runs.items()}
         size = given["u"].numel() * given["u"].element_size() / 2**20
         rows = [
@@ -147,6 +147,7 @@ def main() -> None:
                 "case": name,
                 "forward ms": forward[name],
                 "forward + backward ms": both.get(name, float("nan")),
+                **({"called ms": called[name]} if called else {}),
                 "peak MiB": memory[name],
                 "peak / size of u": memory[name] / size,
             }

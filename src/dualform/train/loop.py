@@ -80,7 +80,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     return run.go(console or Console())
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """Mean cross-entropy of the next token, in nats: what data parallelism wraps."""
 
     def __init__(self, model: LanguageModel):
@@ -106,7 +106,7 @@ class _Run:
         at, self.changed = Position(), list[str]()
         if saved := checkpoints(self.out / CHECKPOINTS):
             at, self.changed = restore_checkpoint(saved[-1], recipe, self.model, self.optimizer)
-        self.objective, self.captured = accelerator.prepare(_Objective(self.model)), False
+        self.objective, self.captured = accelerator.prepare(Objective(self.model)), False
         if recipe.graphs and self.device.type == "cuda" and accelerator.num_processes == 1:
             sample = next(iter(dataset.windows(recipe.data, recipe.seed, 0))).to(self.device)
             self.objective, self.captured = capture(self.objective, self.model, sample, self.bfloat16)

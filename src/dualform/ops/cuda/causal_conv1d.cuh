@@ -98,18 +98,10 @@ struct Channels {
 
 // A tensor (B, T, D) as a thread sees it: its channels of any step of a sequence that has steps. A step beyond the last
 // one that is wanted is that one again: a read that asks no question is the fastest.
-struct Steps {
-  const char* from;
-  int bytes, last, count;
-  METHOD Steps(const void* data, int64 row, int64 time, const Piece& piece, const Channels& of, int last)
-      : from(whole(static_cast<const char*>(data) +
-                   (piece.batch * row + piece.start * time + of.first) * int(sizeof(INPUT)))),
-        bytes(int(time) * int(sizeof(INPUT))),
-        last(last),
-        count(of.count) {}
+struct Steps : Column<INPUT> {
+  int last, count;
   METHOD Steps(const View& v, const Piece& piece, const Channels& of, int last)
-      : Steps(v.data, v.row, v.time, piece, of, last) {}
-  METHOD INPUT* at(int t) const { return (INPUT*)(from + product(t, bytes)); }
+      : Column(v, piece.batch, piece.start, of.first), last(last), count(of.count) {}
   METHOD Group operator[](int t) const { return load_group(at(least(t, last)), count); }
   METHOD void put(int t, const float* x) const { store_group(at(t), x, count); }
 };

@@ -67,7 +67,7 @@ struct Ring {
 DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Walk& walk, const Ring& ring) {
   const int begin = piece.begin, last = least(piece.end + W - 1, piece.length) - 1;
   const Steps xs(p.x, piece, of, last), dys(p.dy, piece, of, last);
-  const Steps dxs(p.dx, p.length * p.width, p.width, piece, of, last);
+  const Steps dxs({p.dx, p.length * p.width, p.width}, piece, of, last);
   auto ask = [&](int i, int slot) {
     ring.ask(slot, 0, xs.at(begin + i), of.count, begin + i <= last);
     ring.ask(slot, 1, dys.at(begin + i), of.count, begin + i <= last);

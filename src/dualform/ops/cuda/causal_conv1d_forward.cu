@@ -6,7 +6,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) causal_conv1d_f
   const Channels of(p);
   if (!piece.exists || of.count <= 0) return;
   const float* before = p.state + of.states(p, piece);
-  const Steps xs(p.x, piece, of, piece.end - 1), ys(p.y, p.length * p.width, p.width, piece, of, piece.end - 1);
+  const Steps xs(p.x, piece, of, piece.end - 1), ys({p.y, p.length * p.width, p.width}, piece, of, piece.end - 1);
   if (piece.begin < piece.end) {
     Group next[STEPS];
     UNROLL for (int u = 0; u < STEPS; u++)

@@ -33,12 +33,17 @@ DEVICE unsigned pack_bfloat16(float low, float high) {
   return round(low) | round(high) << 16;
 }
 DEVICE unsigned pack_float16(float low, float high) { return float_to_half(low) | unsigned(float_to_half(high)) << 16; }
-// A barrier of two warps: one says that it has come by and goes on, the other waits for it.
+// A barrier of two warps: one says that it has come by and goes on, the other waits for it. `never` is false, but the
+// compiler does not know: over the end of a loop it moves nothing, and others wait for what follows.
 DEVICE void signal(int barrier) { emulator::arrive(barrier, 64); }
-DEVICE void await(int barrier) { emulator::sync(barrier, 64); }
+DEVICE void await(int barrier, bool) { emulator::sync(barrier, 64); }
 DEVICE void prefetch(const void*) {}
+DEVICE void pin(float&) {}
 DEVICE int64 product(int a, int b) { return int64(a) * b; }
-DEVICE const char* whole(const char* p) { return p; }
+template <class T>
+DEVICE T* whole(T* p) {
+  return p;
+}
 template <int BYTES>
 DEVICE void copy_async(void* shared, const void* from, bool wanted) {
   emulator::copy({shared, from, BYTES, wanted ? unsigned(BYTES) : 0u});
@@ -56,7 +61,8 @@ DEVICE int64 product(int a, int b) {
   return found;
 }
 // A global address whose parts the compiler shall not add up again at every use.
-DEVICE const char* whole(const char* p) {
+template <class T>
+DEVICE T* whole(T* p) {
   asm("" : "+l"(p));
   __builtin_assume(__isGlobal(p));
   return p;
@@ -79,10 +85,17 @@ template <int LEFT>
 DEVICE void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
+// Has a number found here, not where it is used.
+DEVICE void pin(float& x) { asm volatile("" : "+f"(x)); }
 // Asks for a line of memory long before it is needed.
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEVICE void signal(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
-DEVICE void await(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
+DEVICE void await(int barrier, bool never) {
+#pragma unroll 1
+  do {
+    asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
+  } while (never);
+}
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 DEVICE float exp2_of(float x) {
   float y;

@@ -78,7 +78,7 @@ DEVICE void load_states(const Scan& p, const Lane& l, const float* from, float* 
 DEVICE void store_states(const Scan& p, const Lane& l, float* to, const float* h) {
   UNROLL for (int c = 0; c < CH; c++) {
     if (!l.has(c)) continue;
-    float* at = to + l.channel(c) * p.states + l.part * S;
+    float* at = whole(to + l.channel(c) * p.states + l.part * S);
     if constexpr (FULL) {
       write_floats<S>(at, h + c * S);
     } else {
@@ -99,43 +99,38 @@ DEVICE void load_rates(const Scan& p, const Lane& l, float* a) {
 // those before: nothing becomes of either, and a read that asks no question is the fastest.
 template <class T>
 struct Input {
-  const T* from;
-  int time, last, count;
+  Column<const T> column;
+  int last, count;
   METHOD Input(const View& v, const Scan& p, const Lane& l, const Row& row)
-      : from(static_cast<const T*>(v.data) + row.batch * v.row + row.begin * v.time +
-             (INPUT_ALIGNED ? least(l.first + l.four, p.width - 4) : l.first + l.four)),
-        time(int(v.time)),
+      : column(v, row.batch, row.begin, INPUT_ALIGNED ? least(l.first + l.four, p.width - 4) : l.first + l.four),
         last(row.length - 1),
         count(l.count()) {}
-  METHOD const T* at(int t) const { return from + int64(least(t, last)) * time; }
+  METHOD const T* at(int t) const { return column.at(least(t, last)); }
   METHOD Four<T> operator[](int t) const { return load_four<INPUT_ALIGNED>(at(t), count); }
 };
 template <class T>
 struct Output {
-  T* to;
-  int time, last, count;
+  Column<T> column;
+  int last, count;
   METHOD Output(void* data, const Scan& p, const Lane& l, const Row& row)
-      : to(static_cast<T*>(data) + (row.batch * p.length + row.begin) * p.width + l.first + l.four),
-        time(int(p.width)),
+      : column({data, p.length * p.width, p.width}, row.batch, row.begin, l.first + l.four),
         last(row.length - 1),
         count(l.count()) {}
-  METHOD void put(int t, const float* x) const {
-    if (t <= last && count > 0) store_four<INPUT_ALIGNED>(to + int64(t) * time, x, count);
+  METHOD void put(int t, const float* x) const {  // no step of the sequence: nowhere
+    if (unsigned(t) <= unsigned(last) && count > 0) store_four<INPUT_ALIGNED>(column.at(t), x, count);
   }
 };
 
 // B or C of one group for K steps from t, as it lies in memory, and its way to (K, NP) floats.
 struct Map {
-  const MAP* from;
-  int step, count, time, last;
+  Column<const MAP> column;
+  int step, count, last;
   METHOD Map(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group)
-      : from(static_cast<const MAP*>(v.data) + row.batch * v.row + row.begin * v.time + group * p.states +
-             l.lane % S * 4),
+      : column(v, row.batch, row.begin, group * p.states + l.lane % S * 4),
         step(least(l.lane / S, K - 1)),
         count(int(p.states) - l.lane % S * 4),
-        time(int(v.time)),
         last(row.length - 1) {}
-  METHOD const MAP* at(int t) const { return from + int64(least(t + step, last)) * time; }
+  METHOD const MAP* at(int t) const { return column.at(least(t + step, last)); }
   METHOD void load(int t, Four<MAP>* four) const {
     UNROLL for (int i = 0; i < MAPS; i++)
       four[i] = load_map(at(t + i * (32 / S)), count);
@@ -153,15 +148,20 @@ struct Map {
   }
 };
 
-// The step sizes of four channels, zero beyond the end of the sequence: nothing decays there and nothing enters.
+// A step size, zero beyond the end of the sequence: nothing decays there and nothing enters.
+DEVICE float step_size(float raw, bool inside) { return SOFTPLUS ? softplus(inside ? raw : -1e30f) : inside ? raw : 0; }
 DEVICE void step_sizes(const Four<DELTA>& delta, const float* biases, bool inside, float* dt) {
   float bias[4];
   unpack(delta, dt);
   read_floats<4>(biases, bias);
-  UNROLL for (int i = 0; i < 4; i++) {
-    dt[i] += bias[i];
-    dt[i] = SOFTPLUS ? softplus(inside ? dt[i] : -1e30f) : inside ? dt[i] : 0;
-  }
+  UNROLL for (int i = 0; i < 4; i++)
+    dt[i] = step_size(dt[i] + bias[i], inside);
+}
+
+// A number each of the four channels that a lane reads, zero where there are none.
+DEVICE void load_channels(const float* from, const Lane& l, float* x) {
+  UNROLL for (int i = 0; i < 4; i++)
+    x[i] = from && i < l.count() ? from[l.first + l.four + i] : 0;
 }
 
 // What is the same at every step: the bias and D.

@@ -11,6 +11,7 @@ from dualform.ops.op import Backend
 from dualform.ops.selective_scan import selective_scan_op
 
 TILE = 64  # steps between the states that the backward starts from, as in selective_scan.cuh
+_MULTIPROCESSORS = 132  # of an H100: each has room for twelve warps
 _LANE_STATES = (2, 4, 8)  # states of one of the four lanes of a channel
 
 
@@ -77,11 +78,12 @@ class Plan(NamedTuple):
 
 
 def plan_forward(rows: int, length: int, width: int, per_group: int) -> Plan:
-    """Warps with a row's time to themselves where there are enough of them, else eight take turns at it."""
+    """Warps with a row's time to themselves where there are enough of them, else twelve or three take turns at it."""
     channels = 2 if per_group % 16 == 0 and rows * width >= 1024 else 1
-    if rows * -(-width // (8 * channels)) >= 1024 or length <= 16:
-        return Plan(channels, 1, 3, teams=4)
-    return Plan(channels, 8, 1)
+    teams = rows * -(-width // (8 * channels))
+    if length <= 16 or teams > 4 * _MULTIPROCESSORS:
+        return Plan(channels, 1, 4, teams=4)
+    return Plan(channels, 12, 1) if teams <= 2 * _MULTIPROCESSORS else Plan(channels, 3, 4)
 
 
 def plan_backward(rows: int, length: int, width: int, per_group: int) -> tuple[Plan, int, int]:
@@ -108,7 +110,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     given, fields, macros = _fields(x)
     states = macros["STATES"]
     buffers = 2 * (6 * plan.steps * plan.line + 32 + 8 * plan.steps * states)
-    of_warp = 4 * (buffers + 2 * plan.line + 32 * plan.channels * states) + 4 * 32 * 4 * x.u.element_size()
+    of_warp = 4 * (buffers + 32 * plan.channels * states) + 4 * 32 * 4 * x.u.element_size()
     compiler.launch(
         "selective_scan_forward.cu",
         "selective_scan_forward",

@@ -3,19 +3,19 @@
 // keeping their decays, until the warp before it hands it the state that it should have started from; it hands on its
 // own at once, and runs its steps again, this time for good.
 //
-// While a tile is computed, the next one is made ready and the last one is finished: three chains of instructions that
-// do not wait for each other. Reads come before writes wherever they can, as the compiler keeps their order.
+// While a tile is computed, the next one is made ready and the last one is finished, a channel at a time between the
+// steps: three chains of instructions that do not wait for each other. Reads come before writes wherever they can, as
+// the compiler keeps their order.
 #include "selective_scan.cuh"
 
 struct Buffer {
   Pairs steps;           // dt, and dt u
   float maps[2][K][NP];  // B and C
   Sums y;
+  Four<INPUT> u[32], z[32];  // as read
 };
 struct Shared {
   Buffer buffers[2];
-  Four<INPUT> kept[2][2][32];  // u and z, as read
-  Channels channels;
   float carried[32][CH * S];  // the states that the warp before hands on
 };
 
@@ -47,10 +47,11 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   const Lane l(p, blockIdx.x % blocks * TEAMS + team);
   const Row row = find_row(p, r);
   if (warp * K >= row.length || l.width <= 0) return;
-  float a[CH * S], h[CH * S];
+  float a[CH * S], h[CH * S], bias[4], skip[4];
   load_rates(p, l, a);
   load_states(p, l, p.h0 + r * size, h);
-  shared.channels.load(p, l);
+  load_channels(p.bias, l, bias);
+  load_channels(p.d, l, skip);
 
   const Input<INPUT> us(p.u, p, l, row), zs(p.z, p, l, row);
   const Input<DELTA> deltas(p.delta, p, l, row);
@@ -68,88 +69,109 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
     if (GATED) prefetch(zs.at(far + l.step));
     if (WARPS == 1) prefetch(bs.at(far)), prefetch(cs.at(far));
   };
-  auto prepare = [&](int t, int turn) {
-    Buffer& to = shared.buffers[turn];
-    float in[4], dt[4];
-    unpack(u, in);
-    step_sizes(delta, shared.channels.bias + l.four, t + l.step < row.length, dt);
-    UNROLL for (int i = 0; i < 4; i++)
-      in[i] *= dt[i];
-    shared.kept[turn][0][l.lane] = u;
-    if (GATED) shared.kept[turn][1][l.lane] = z;
+  // A tile to come: dt and dt u of four channels, then all that a tile needs.
+  float dt[4], in[4];
+  auto begin_preparing = [&] { unpack(u, in), unpack(delta, dt); };
+  auto prepare = [&](int t, int i) {
+    dt[i] = step_size(dt[i] + bias[i], t + l.step < row.length);
+    in[i] *= dt[i];
+  };
+  auto end_preparing = [&](Buffer& to) {
     to.steps.put(l, dt, in);
+    to.u[l.lane] = u;
+    if (GATED) to.z[l.lane] = z;
     Map::write(l, b, to.maps[0][0]);
     Map::write(l, c, to.maps[1][0]);
   };
-  auto finish = [&](int t, int turn) {
-    float in[4], gate[4], out[4], skip[4];
-    unpack(shared.kept[turn][0][l.lane], in);
-    if (GATED) unpack(shared.kept[turn][1][l.lane], gate);
-    read_floats<4>(shared.channels.skip + l.four, skip);
-    shared.buffers[turn].y.read(l, out);
-    UNROLL for (int i = 0; i < 4; i++) {
-      out[i] += skip[i] * in[i];
-      if (GATED) out[i] *= gate[i] * sigmoid(gate[i]);
-    }
-    ys.put(t + l.step, out);
+  // A tile that was computed: the output of four channels.
+  float y[4], direct[4], gate[4];
+  auto begin_finishing = [&](const Buffer& from) {
+    unpack(from.u[l.lane], direct);
+    if (GATED) unpack(from.z[l.lane], gate);
+    from.y.read(l, y);
   };
+  auto finish = [&](int i) {
+    y[i] += skip[i] * direct[i];
+    if (GATED) y[i] *= gate[i] * sigmoid(gate[i]);
+  };
+  auto end_finishing = [&](int t) { ys.put(t + l.step, y); };
 
-  __syncwarp();
-  int t0 = warp * K, turn = 0;
+  Buffer *now = &shared.buffers[0], *other = &shared.buffers[1];
+  int t0 = warp * K;
   load(t0);
-  prepare(t0, 0);
+  begin_preparing();
+  UNROLL for (int i = 0; i < 4; i++)
+    prepare(t0, i);
+  end_preparing(*now);
   load(t0 + WARPS * K);
-  for (; t0 < row.length; t0 += WARPS * K, turn ^= 1) {
+  for (; t0 < row.length; t0 += WARPS * K) {
     __syncwarp();
-    if (t0 >= WARPS * K) finish(t0 - WARPS * K, turn ^ 1);
-    Buffer& buffer = shared.buffers[turn];
+    const int before = t0 - WARPS * K, after = t0 + WARPS * K;
     Step steps[K];
     UNROLL for (int t = 0; t < AHEAD; t++)
-      steps[t].read(buffer, l, t, WARPS == 1);
+      steps[t].read(*now, l, t, WARPS == 1);
+    begin_finishing(*other);
+    begin_preparing();
     if constexpr (WARPS == 1) {
       if (SAVE && t0 % TILE == 0) store_states(p, l, p.saved + (row.tile + t0 / TILE) * size, h);
       UNROLL for (int t = 0; t < K; t++) {
-        if (t + AHEAD < K) steps[t + AHEAD].read(buffer, l, t + AHEAD, true);
+        if (t + AHEAD < K) steps[t + AHEAD].read(*now, l, t + AHEAD, true);
         UNROLL for (int i = 0; i < CH * S; i++)
           h[i] = exp2_of(steps[t].dt[i / S * 2] * a[i]) * h[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
-        steps[t].output(buffer, l, t, h);
+        steps[t].output(*now, l, t, h);
+        if (t % (K / 8) == 0) {
+          const int i = t / (K / 8);
+          i < 4 ? finish(i) : prepare(after, i - 4);
+          if (i == 3) end_finishing(before);
+        }
       }
     } else {
-      float decay[K][CH * S], total[CH] = {}, after[CH * S] = {};
+      float decay[K][CH * S], total[CH] = {}, end[CH * S] = {};
       UNROLL for (int t = 0; t < K; t++) {
-        if (t + AHEAD < K) steps[t + AHEAD].read(buffer, l, t + AHEAD, false);
+        if (t + AHEAD < K) steps[t + AHEAD].read(*now, l, t + AHEAD, false);
         UNROLL for (int i = 0; i < CH * S; i++) {
           decay[t][i] = exp2_of(steps[t].dt[i / S * 2] * a[i]);
-          after[i] = decay[t][i] * after[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
+          end[i] = decay[t][i] * end[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
         }
         UNROLL for (int ch = 0; ch < CH; ch++)
           total[ch] += steps[t].dt[2 * ch];
+        if (t % (K / 4) == 0) finish(t / (K / 4));
       }
+      end_finishing(before);
+      float through[CH * S];
+      UNROLL for (int i = 0; i < CH * S; i++)
+        pin(through[i] = exp2_of(total[i / S] * a[i])), pin(end[i]);
       if (t0 > 0) {
-        await(team * WARPS + warp);
+        await(team * WARPS + warp, p.rows < 0);
         read_floats<CH * S>(shared.carried[l.lane], h);
       }
       if (t0 + K < row.length) {
         UNROLL for (int i = 0; i < CH * S; i++)
-          after[i] += exp2_of(total[i / S] * a[i]) * h[i];
-        write_floats<CH * S>(all[next].carried[l.lane], after);
+          end[i] += through[i] * h[i];
+        write_floats<CH * S>(all[next].carried[l.lane], end);
         signal(team * WARPS + next);
       }
       if (SAVE && t0 % TILE == 0) store_states(p, l, p.saved + (row.tile + t0 / TILE) * size, h);
       UNROLL for (int t = 0; t < AHEAD; t++)
-        steps[t].read(buffer, l, t, true);
+        steps[t].read(*now, l, t, true);
       UNROLL for (int t = 0; t < K; t++) {
-        if (t + AHEAD < K) steps[t + AHEAD].read(buffer, l, t + AHEAD, true);
+        if (t + AHEAD < K) steps[t + AHEAD].read(*now, l, t + AHEAD, true);
         UNROLL for (int i = 0; i < CH * S; i++)
           h[i] = decay[t][i] * h[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
-        steps[t].output(buffer, l, t, h);
+        steps[t].output(*now, l, t, h);
+        if (t % (K / 4) == 0) prepare(after, t / (K / 4));
       }
     }
-    prepare(t0 + WARPS * K, turn ^ 1);
-    load(t0 + 2 * WARPS * K);
+    end_preparing(*other);
+    load(after + WARPS * K);
+    Buffer* const swap = now;
+    now = other, other = swap;
   }
   __syncwarp();
   t0 -= WARPS * K;
-  finish(t0, turn ^ 1);
+  begin_finishing(*other);
+  UNROLL for (int i = 0; i < 4; i++)
+    finish(i);
+  end_finishing(t0);
   if (t0 + K >= row.length) store_states(p, l, p.final + r * size, h);
 }

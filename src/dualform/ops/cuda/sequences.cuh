@@ -10,6 +10,17 @@ struct View {  // (rows, T, ...), strides in elements, the last axes contiguous
   int64 row, time;
 };
 
+// What lies at one place of every step: an address, and the bytes from one step to the next.
+template <class T>
+struct Column {
+  const char* from;
+  int bytes;
+  METHOD Column(const View& v, int64 row, int64 time, int64 place)
+      : from(whole(static_cast<const char*>(v.data) + (row * v.row + time * v.time + place) * int(sizeof(T)))),
+        bytes(int(v.time) * int(sizeof(T))) {}
+  METHOD T* at(int t) const { return (T*)(from + product(t, bytes)); }
+};
+
 DEVICE int64 over(int64 a, int64 b) { return (a + b - 1) / b; }
 
 // The sequence that a piece belongs to; a number beyond the last piece may give `rows`.
