@@ -134,23 +134,29 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
   }
 }
 
+// The input of K steps, as a warp needs it.
+struct Given {
+  Pairs steps;                         // dt and dt u
+  float dy[K][WIDTH];                  // before the gate
+  Four<INPUT> u[32], dout[32], z[32];  // as read
+  Four<DELTA> delta[32];
+};
+
+// As in the forward, the K steps to come are made ready while those at hand are computed, and those before finished.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     selective_scan_backward(const __grid_constant__ Scan p) {
   struct Shared {
-    Pairs steps;                      // dt and dt u
+    Given given[2];
     Sums y, dx, dlog;                 // of y, and of the gradients of dt u and of the logarithm of the decay
-    float dy[K][WIDTH];               // before the gate
     float states[SUBS][CH * S * 32];  // before every K steps of a tile
     Channels channels;
-    float totals[2][32][4];   // what lanes have found of the gradients of D and of the bias
-    Four<INPUT> kept[3][32];  // u, dy and z, as read
-    Four<DELTA> kept_delta[32];
+    float totals[2][32][4];  // what lanes have found of the gradients of D and of the bias
   };
   SHARED_MEMORY(memory);
   const int warp = threadIdx.x / 32;
   Shared& shared = reinterpret_cast<Shared*>(memory)[warp];
   float (*maps)[NP] = reinterpret_cast<float (*)[NP]>(memory + WARPS * sizeof(Shared));  // (2, TILE), of B and C
-  float (*given)[WARPS][2][K][NP] = reinterpret_cast<float (*)[WARPS][2][K][NP]>(maps + 2 * TILE);  // (2), to B and C
+  float (*found)[WARPS][2][K * NP] = reinterpret_cast<float (*)[WARPS][2][K * NP]>(maps + 2 * TILE);  // (2), to B and C
 
   const int64 blocks = over(p.width, WARPS * WIDTH), block = blockIdx.x % blocks, first = block * WARPS * WIDTH;
   const Lane l(p, block * WARPS + warp);
@@ -170,83 +176,161 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   const Input<DELTA> deltas(p.delta, p, l, row);
   const Output<INPUT> dus(p.du, p, l, row), dzs(p.dz, p, l, row);
   const Output<DELTA> ddeltas(p.ddelta, p, l, row);
-  __syncwarp();
+  const int slice = threadIdx.x % S * 4;  // of B and C, which a thread reads
+  const Column<const MAP> bs(p.b, row.batch, row.begin, first / (p.width / p.groups_b) * p.states + slice);
+  const Column<const MAP> cs(p.c, row.batch, row.begin, first / (p.width / p.groups_c) * p.states + slice);
+  const int64 maps_of_block = (p.borders ? 1 : p.rows) * p.length * NP;
+  const View sums{p.dmaps + block * maps_of_block, p.length * NP, NP};
+  const Column<float> dbs(sums, row.batch, row.begin, 0), dcs(sums, row.batch, row.begin, blocks * maps_of_block);
 
+  // K steps to come.
+  Four<INPUT> u, dout, z = {};
+  Four<DELTA> delta;
+  auto load_steps = [&](int t) { u = us[t + l.step], delta = deltas[t + l.step]; };
+  auto load_outputs = [&](int t) {
+    dout = dys[t + l.step];
+    if (GATED) z = zs[t + l.step];
+  };
+  float dt[4], in[4], dy[4], gate[4], bias[4];
+  auto begin_steps = [&] {
+    unpack(u, in), unpack(delta, dt);
+    read_floats<4>(shared.channels.bias + l.four, bias);
+  };
+  auto prepare_steps = [&](bool inside, int i) {
+    dt[i] = step_size(dt[i] + bias[i], inside);
+    in[i] *= dt[i];
+  };
+  auto begin_outputs = [&] {
+    unpack(dout, dy);
+    if (GATED) unpack(z, gate);
+  };
+  auto prepare_outputs = [&](bool inside, int i) {
+    if (GATED) dy[i] *= gate[i] * sigmoid(gate[i]);
+    dy[i] = inside ? dy[i] : 0;
+  };
+  auto end_preparing = [&](Given& to) {
+    to.steps.put(l, dt, in);
+    write_floats<4>(&to.dy[l.step][l.four], dy);
+    to.u[l.lane] = u, to.delta[l.lane] = delta;
+    if (GATED) to.dout[l.lane] = dout, to.z[l.lane] = z;
+  };
+
+  // K steps that were computed.
+  float x[4], raw[4], of[4], dx[4], dlog[4], biases[4], skip[4], dd[4], dbias[4], steps_of[8], du[4], ddelta[4], dz[4];
+  float out[4], open[4], y[4];
+  auto begin_finishing = [&](const Given& from) {
+    unpack(from.u[l.lane], x);
+    unpack(from.delta[l.lane], raw);
+    read_floats<8>(from.steps.two[l.step][l.four], steps_of);
+    read_floats<4>(&from.dy[l.step][l.four], of);
+    shared.dx.read(l, dx);
+    shared.dlog.read(l, dlog);
+    read_floats<4>(shared.channels.bias + l.four, biases);
+    read_floats<4>(shared.channels.skip + l.four, skip);
+    read_floats<4>(shared.totals[0][l.lane], dd);
+    read_floats<4>(shared.totals[1][l.lane], dbias);
+    if (GATED) {
+      unpack(from.dout[l.lane], out);
+      unpack(from.z[l.lane], open);
+      shared.y.read(l, y);
+    }
+  };
+  auto finish = [&](bool inside, int i) {
+    du[i] = dx[i] * steps_of[2 * i] + skip[i] * of[i];
+    const float of_step = dx[i] * x[i] + dlog[i] * LN_2;
+    ddelta[i] = inside ? SOFTPLUS ? of_step * sigmoid(raw[i] + biases[i]) : of_step : 0;
+    dd[i] += inside ? of[i] * x[i] : 0;
+    dbias[i] += ddelta[i];
+    if (GATED) {
+      const float z = open[i], part = sigmoid(z);
+      dz[i] = out[i] * (y[i] + skip[i] * x[i]) * part * (1 + z * (1 - part));
+    }
+  };
+  auto end_finishing = [&](int t) {
+    write_floats<4>(shared.totals[0][l.lane], dd);
+    write_floats<4>(shared.totals[1][l.lane], dbias);
+    dus.put(t, du);
+    ddeltas.put(t, ddelta);
+    if (GATED) dzs.put(t, dz);
+  };
+  // What all warps have found for B and C, of some steps from t.
+  auto add_maps = [&](int turn, int t, int steps) {
+    UNROLL for (int k = 0; k < K * NP; k += 32 * WARPS) {
+      const int i = k + threadIdx.x;
+      if (K * NP % (32 * WARPS) && i >= K * NP) break;
+      UNROLL for (int map = 0; map < 2; map++) {
+        float sum = 0;
+        UNROLL for (int w = 0; w < WARPS; w++)
+          sum += found[turn][w][map][i];
+        if (i < steps * NP) (map ? dcs : dbs).at(t)[i] = sum;
+      }
+    }
+  };
+
+  __syncwarp();
   int turn = 0;
   for (int begin = (span.end - 1) / TILE * TILE; begin >= span.begin && span.begin < span.end; begin -= TILE) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < 2 * TILE * S; i += 32 * WARPS) {
-      const int t = least(begin + i / S % TILE, row.length - 1), n = i % S * 4;
-      const View& v = i / S < TILE ? p.b : p.c;
-      const int64 group = first / (p.width / (i / S < TILE ? p.groups_b : p.groups_c));
-      const MAP* from = static_cast<const MAP*>(v.data) + row.batch * v.row + (row.begin + t) * v.time;
-      float x[4];
-      unpack(Map::load_map(from + group * p.states + n, int(p.states) - n), x);
-      write_floats<4>(&maps[i / S][n], x);
+    const int subs = (least(row.length - begin, TILE) + K - 1) / K;
+    load_steps(begin);
+    load_outputs(begin + (subs - 1) * K);
+    for (int t = threadIdx.x / S; t < TILE; t += 32 * WARPS / S) {
+      UNROLL for (int map = 0; map < 2; map++) {
+        float four[4];
+        unpack(Map::load_map((map ? cs : bs).at(least(begin + t, row.length - 1)), int(p.states) - slice), four);
+        write_floats<4>(&maps[map * TILE + t][slice], four);
+      }
     }
+    float h[CH * S];
+    load_states(p, l, p.saved + (row.tile + begin / TILE) * size, h);
+    begin_steps();
+    UNROLL for (int i = 0; i < 4; i++)
+      prepare_steps(true, i);
+    shared.given[turn].steps.put(l, dt, in);
+    load_steps(begin + least(1, subs - 1) * K);
     __syncthreads();
 
     // The states before every K steps.
-    const int subs = (least(row.length - begin, TILE) + K - 1) / K;
-    float h[CH * S];
-    load_states(p, l, p.saved + (row.tile + begin / TILE) * size, h);
-    {
-      Four<INPUT> u = us[begin + l.step];
-      Four<DELTA> delta = deltas[begin + l.step];
-      for (int sub = 0; sub < subs; sub++) {
-        write_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
-        if (sub == subs - 1) break;
-        float in[4], dt[4];
-        unpack(u, in);
-        step_sizes(delta, shared.channels.bias + l.four, true, dt);
-        UNROLL for (int i = 0; i < 4; i++)
-          in[i] *= dt[i];
-        shared.steps.put(l, dt, in);
-        __syncwarp();
-        const int next = begin + (sub + 1) * K + l.step;
-        u = us[next], delta = deltas[next];
-        UNROLL for (int t = 0; t < K; t++)
-          advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
-        __syncwarp();
+    for (int sub = 0; sub < subs - 1; sub++, turn ^= 1) {
+      write_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
+      begin_steps();
+      UNROLL for (int t = 0; t < K; t++) {
+        advance(shared.given[turn].steps.two[t], maps[sub * K + t], l, a, h);
+        if (t % (K / 4) == 0) prepare_steps(true, t / (K / 4));
       }
-    }
-
-    Four<INPUT> u, dy, z = {};
-    Four<DELTA> delta;
-    auto load = [&](int sub) {
-      const int t = begin + sub * K + l.step;
-      u = us[t], delta = deltas[t], dy = dys[t];
-      if (GATED) z = zs[t];
-    };
-    load(subs - 1);
-    for (int sub = subs - 1; sub >= 0; sub--, turn ^= 1) {
-      const int t0 = begin + sub * K;
-      const bool inside = t0 + l.step < row.length && l.count() > 0;
-      {
-        float in[4], dt[4], of[4];
-        unpack(u, in);
-        step_sizes(delta, shared.channels.bias + l.four, inside, dt);
-        before_gate(dy, z, inside, of);
-        UNROLL for (int i = 0; i < 4; i++)
-          in[i] *= dt[i];
-        shared.steps.put(l, dt, in);
-        write_floats<4>(&shared.dy[l.step][l.four], of);
-        shared.kept[0][l.lane] = u, shared.kept_delta[l.lane] = delta;
-        if (GATED) shared.kept[1][l.lane] = dy, shared.kept[2][l.lane] = z;
-      }
+      shared.given[turn ^ 1].steps.put(l, dt, in);
+      load_steps(begin + least(sub + 2, subs - 1) * K);
       __syncwarp();
-      load(sub > 0 ? sub - 1 : 0);
+    }
+    write_floats<CH * S>(shared.states[subs - 1] + l.lane * CH * S, h);
+
+    auto is_inside = [&](int t) { return t + l.step < row.length && l.count() > 0; };
+    {
+      const int t = begin + (subs - 1) * K;
+      begin_steps(), begin_outputs();
+      UNROLL for (int i = 0; i < 4; i++)
+        prepare_steps(is_inside(t), i), prepare_outputs(is_inside(t), i);
+      end_preparing(shared.given[turn]);
+      const int next = begin + (subs > 1 ? subs - 2 : 0) * K;
+      load_steps(next), load_outputs(next);
+    }
+    for (int sub = subs - 1; sub >= 0; sub--, turn ^= 1) {
+      const Given& given = shared.given[turn];
+      Given& other = shared.given[turn ^ 1];
+      const int t0 = begin + sub * K, before = t0 + K, after = t0 - K;
+      const bool any = sub < subs - 1, finishing = any && is_inside(before), preparing = is_inside(after);
+      __syncthreads();
+      begin_finishing(other);
+      add_maps(turn ^ 1, before, any ? least(row.length - before, K) : 0);
+      __syncwarp();
 #pragma unroll 1
       for (int from = K - HELD; from >= 0; from -= HELD) {
         float decay[HELD][CH * S], decayed[HELD][CH * S];  // a_t, and a_t h_{t-1}
         read_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
 #pragma unroll 4
-        for (int t = 0; t < from; t++) advance(shared.steps.two[t], maps[sub * K + t], l, a, h);
+        for (int t = 0; t < from; t++) advance(given.steps.two[t], maps[sub * K + t], l, a, h);
         float to_c[HELD * S], to_b[HELD * S];
         Step steps[HELD], again[HELD];  // each read a step before it is needed, ahead of what the last one writes
-        auto read = [&](Step& step, int t) {
-          step.read(shared.steps, shared.dy, maps, l, from + t, sub * K + from + t);
-        };
+        auto read = [&](Step& step, int t) { step.read(given.steps, given.dy, maps, l, from + t, sub * K + from + t); };
         read(steps[0], 0);
         UNROLL for (int t = 0; t < HELD; t++) {
           if (t + 1 < HELD) read(steps[t + 1], t + 1);
@@ -261,9 +345,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
             to_c[t * S + s] = (ch ? to_c[t * S + s] : 0) + h[i] * of.dy[ch];
           }
           if (GATED) shared.y.put(l, from + t, y);
+          if (t < 4 && from == K - HELD) finish(finishing, t);
+          if (t == 3 && from == K - HELD) end_finishing(any ? before + l.step : -1);
         }
         read(again[HELD - 1], HELD - 1);
-        sum_channels(to_c, l, &given[turn][warp][1][from][0]);
+        sum_channels(to_c, l, &found[turn][warp][1][from * NP]);
+        if (from == 0) begin_steps(), begin_outputs();
         UNROLL for (int t = HELD - 1; t >= 0; t--) {
           if (t > 0) read(again[t - 1], t - 1);
           const Step& of = again[t];
@@ -280,59 +367,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
           }
           shared.dx.put(l, from + t, dx);
           shared.dlog.put(l, from + t, dlog);
+          if (t < 4 && from == 0) prepare_steps(preparing, t), prepare_outputs(preparing, t);
         }
-        sum_channels(to_b, l, &given[turn][warp][0][from][0]);
+        sum_channels(to_b, l, &found[turn][warp][0][from * NP]);
       }
-      __syncthreads();
-      for (int i = threadIdx.x; i < K * 2 * NP; i += 32 * WARPS) {
-        float sum = 0;
-        UNROLL for (int w = 0; w < WARPS; w++)
-          sum += (&given[turn][w][0][0][0])[i];
-        const int t = t0 + i / NP % K;
-        const int64 batches = p.borders ? 1 : p.rows, of_map = i / (NP * K) * blocks + block;
-        if (t < row.length) p.dmaps[((of_map * batches + row.batch) * p.length + row.begin + t) * NP + i % NP] = sum;
-      }
-
-      float in[4], raw[4], steps[8], of[4], dx[4], dlog[4], bias[4], skip[4], dd[4], dbias[4], du[4], ddelta[4], dz[4];
-      unpack(shared.kept[0][l.lane], in);
-      unpack(shared.kept_delta[l.lane], raw);
-      read_floats<8>(shared.steps.two[l.step][l.four], steps);
-      read_floats<4>(&shared.dy[l.step][l.four], of);
-      shared.dx.read(l, dx);
-      shared.dlog.read(l, dlog);
-      read_floats<4>(shared.channels.bias + l.four, bias);
-      read_floats<4>(shared.channels.skip + l.four, skip);
-      read_floats<4>(shared.totals[0][l.lane], dd);
-      read_floats<4>(shared.totals[1][l.lane], dbias);
-      UNROLL for (int i = 0; i < 4; i++) {
-        du[i] = dx[i] * steps[2 * i] + skip[i] * of[i];
-        const float of_step = dx[i] * in[i] + dlog[i] * LN_2;
-        ddelta[i] = inside ? SOFTPLUS ? of_step * sigmoid(raw[i] + bias[i]) : of_step : 0;
-        dd[i] += of[i] * in[i];
-        dbias[i] += ddelta[i];
-      }
-      write_floats<4>(shared.totals[0][l.lane], dd);
-      write_floats<4>(shared.totals[1][l.lane], dbias);
-      dus.put(t0 + l.step, du);
-      ddeltas.put(t0 + l.step, ddelta);
-      if (GATED) {
-        float out[4], gate[4], y[4];
-        unpack(shared.kept[1][l.lane], out);
-        unpack(shared.kept[2][l.lane], gate);
-        shared.y.read(l, y);
-        UNROLL for (int i = 0; i < 4; i++) {
-          const float open = sigmoid(gate[i]);
-          dz[i] = out[i] * (y[i] + skip[i] * in[i]) * open * (1 + gate[i] * (1 - open));
-        }
-        dzs.put(t0 + l.step, dz);
-      }
-      __syncwarp();
+      end_preparing(other);
+      const int next = begin + (sub > 1 ? sub - 2 : 0) * K;
+      load_steps(next), load_outputs(next);
     }
+    __syncthreads();
+    begin_finishing(shared.given[turn ^ 1]);
+    add_maps(turn ^ 1, begin, least(row.length - begin, K));
+    UNROLL for (int i = 0; i < 4; i++)
+      finish(is_inside(begin), i);
+    end_finishing(begin + l.step);
   }
 
   if (span.begin == 0 && row.length > 0) store_states(p, l, p.dh0 + span.r * size, g);
   store_states(p, l, p.da + span.slot * size, da);
-  float dd[4], dbias[4];
   read_floats<4>(shared.totals[0][l.lane], dd);
   read_floats<4>(shared.totals[1][l.lane], dbias);
   UNROLL for (int i = 0; i < 4; i++) {
