@@ -34,6 +34,9 @@ struct Scan {
   float* dmaps;            // (2, blocks of channels, B, T, NP), sums over the channels of a block, to B and to C
   float *da, *dd, *dbias;  // (spans, D, N), (spans, D), (spans, D)
   float* dh0;              // (rows, D, N)
+  int64 spans;
+  void* sums_of_maps[2];  // (B, T, G, N), like B and C
+  float* sums[3];         // (D, N), (D), (D)
 };
 
 // A sequence: where it begins on the time axis of which row of the tensors, and its first tile and span.

@@ -118,7 +118,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
         rows * -(-width // (plan.teams * plan.line)),
         32 * plan.teams * plan.warps,
         plan.teams * plan.warps * of_warp,
-        (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, *[0] * 14),
+        (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, *[0] * 20),
     )
     alive(given)
     return [y, final, *saved]
@@ -158,7 +158,10 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         new(spans, width),
     )
     outputs = (grads[1], carry, seconds, du, ddelta, dz, dmaps, da, dd, dbias, dh0)
+    sums_of_maps = [m.new_empty(m.shape, dtype=given[3].dtype) for m in (x.B, x.C)]
+    sums = (new(width, states), new(width), new(width))
     fields = (*fields, 0, 0, pointer(kept[0]), span, *view(dy), *(pointer(m) for m in outputs))
+    fields = (*fields, spans, *(pointer(m) for m in (*sums_of_maps, *sums)))
 
     def launch(kernel: str, grid: int, threads: int, shared: int) -> None:
         of_kernel = macros | plan.macros | {"HELD": held}
@@ -173,15 +176,14 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     of_warp += 2 * 32 * 4 * (3 * x.u.element_size() + x.delta.element_size())
     shared = plan.warps * of_warp + 4 * (2 * TILE * padded + 4 * plan.warps * plan.steps * padded)
     launch("selective_scan_backward", spans * blocks, 32 * plan.warps, shared)
+    fours = batch * length * macros["STATES"]
+    sizes = (x.B.shape[2] * fours, x.C.shape[2] * fours, width * states, width, width)
+    launch("selective_scan_sums", sum(-(-size // 256) for size in sizes), 256, 0)
     alive(given, kept, outputs)
-    maps = [
-        sums.unflatten(0, (m.shape[2], -1)).sum(1).permute(1, 2, 0, 3)[..., :states].to(m.dtype).contiguous()
-        for sums, m in ((dmaps[0], x.B), (dmaps[1], x.C))
-    ]
-    found = [du, ddelta, da.sum(0).to(x.A.dtype), *maps]
-    found += [] if x.D is None else [dd.sum(0).to(x.D.dtype)]
+    found = [du, ddelta, *(m.to(like.dtype) for m, like in zip((sums[0], *sums_of_maps), x[2:5], strict=True))]
+    found += [] if x.D is None else [sums[1].to(x.D.dtype)]
     found += [] if x.z is None or dz is None else [dz.to(x.z.dtype)]
-    found += [] if x.bias is None else [dbias.sum(0).to(x.bias.dtype)]
+    found += [] if x.bias is None else [sums[2].to(x.bias.dtype)]
     return [*found, dh0]
 
 

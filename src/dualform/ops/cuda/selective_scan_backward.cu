@@ -398,3 +398,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     }
   }
 }
+
+// What the blocks of channels have found for B and C, and the spans for A, D and the bias, added up: a thread adds four
+// numbers of B or C, or one of the others.
+extern "C" __global__ void __launch_bounds__(256) selective_scan_sums(const __grid_constant__ Scan p) {
+  const int64 blocks = over(p.width, WARPS * WIDTH), fours = (p.borders ? 1 : p.rows) * p.length * S;
+  int64 i = int64(blockIdx.x) * 256 + threadIdx.x;
+  UNROLL for (int map = 0; map < 2; map++) {
+    const int64 groups = map ? p.groups_c : p.groups_b, group = i / fours, at = i % fours,
+                count = p.states - at % S * 4;
+    if (group < groups) {
+      const int64 each = blocks / groups;
+      const float* from = p.dmaps + ((map * blocks + group * each) * fours + at) * 4;
+      float sum[4] = {}, x[4];
+      for (int64 block = 0; block < each; block++) {
+        read_floats<4>(from + block * fours * 4, x);
+        UNROLL for (int k = 0; k < 4; k++)
+          sum[k] += x[k];
+      }
+      MAP* to = static_cast<MAP*>(p.sums_of_maps[map]) + (at / S * groups + group) * p.states + at % S * 4;
+      if (count > 0) store_four<MAP_ALIGNED>(whole(to), sum, int(count));
+    }
+    i -= over(groups * fours, 256) * 256;
+    if (i < 0) return;
+  }
+  const float* const found[] = {p.da, p.dd, p.dbias};
+  UNROLL for (int k = 0; k < 3; k++) {
+    const int64 size = k ? p.width : p.width * p.states;
+    if (i < size) {
+      float sum = 0;
+      for (int64 span = 0; span < p.spans; span++) sum += found[k][span * size + i];
+      p.sums[k][i] = sum;
+    }
+    i -= over(size, 256) * 256;
+    if (i < 0) return;
+  }
+}
