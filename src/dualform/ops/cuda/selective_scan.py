@@ -87,16 +87,23 @@ def plan_forward(rows: int, length: int, width: int, per_group: int) -> Plan:
 
 
 def plan_backward(rows: int, length: int, width: int, per_group: int) -> tuple[Plan, int, int]:
-    """The plan, the steps whose decays are held in registers, and the steps of a span: few, but enough to go round."""
+    """The plan, the steps whose decays are held in registers, and the steps of a span.
+
+    A row in one span needs no joining, but the blocks of all spans should come out even on the multiprocessors.
+    """
     channels = 2 if per_group % 16 == 0 else 1
     warps = next(w for w in (4, 2, 1) if per_group % (8 * channels * w) == 0 or w == 1)
-    blocks, whole = rows * -(-width // (8 * channels * warps)), TILE * -(-length // TILE)
-    if blocks >= 192:  # a row in one span needs no joining
-        return Plan(channels, warps, 8 // warps), 8, min(whole, 4096)
-    span = TILE
-    while 2 * span <= min(whole, 1024) and blocks * -(-length // (2 * span)) >= 512:
-        span *= 2
-    return Plan(channels, warps, 8 // warps), 8, span
+    plan = Plan(channels, warps, 8 // warps)
+    blocks, places = rows * -(-width // (plan.line * warps)), _MULTIPROCESSORS * plan.blocks
+    whole = TILE * -(-length // TILE)
+
+    def time(span: int) -> float:
+        pieces = -(-length // span)
+        joining = 0 if pieces == 1 else 0.2 * length * blocks / places
+        return -(-blocks * pieces // places) * (span + TILE) + joining  # a block begins and ends in the time of a tile
+
+    spans = [min(whole, 4096), *(TILE << k for k in (5, 4, 3, 2, 1, 0) if TILE << k < whole)]
+    return plan, 8, min(spans, key=time)
 
 
 def _run(keep: bool, *args: Any) -> list[Tensor]:

@@ -62,7 +62,8 @@ DEVICE void before_gate(const Four<INPUT>& dy, const Four<INPUT>& z, bool inside
     found[i] = inside ? GATED ? found[i] * gate[i] * sigmoid(gate[i]) : found[i] : 0;
 }
 
-// What a span adds to the gradient of the state before it, and the sum of its steps.
+// What a span adds to the gradient of the state before it, and the sum of its steps; nobody asks the first of a
+// sequence.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(const __grid_constant__ Scan p) {
   struct Shared {
     Pairs steps;       // dt and dy
@@ -75,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
   const Lane l(p, blockIdx.x % blocks * WARPS + threadIdx.x / 32);
   const Span span(p, blockIdx.x / blocks);
   const Row& row = span.row;
-  if (l.width <= 0 || span.begin >= span.end) return;
+  if (l.width <= 0 || span.begin == 0 || span.begin >= span.end) return;
   float a[CH * S], g[CH * S] = {}, total[CH] = {};
   load_rates(p, l, a);
   shared.channels.load(p, l);
@@ -128,7 +129,9 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
   const float a = p.a[i] * LOG2_E;
   float g = p.dfinal[r * size + i];
   for (int64 s = row.span + over(row.length, p.span) - 1; s >= row.span; s--) {
-    float added = p.carry[s * size + i], decay = exp2_of(a * p.seconds[s * p.width + i / p.states]);
+    const bool first = s == row.span;
+    const float added = first ? 0 : p.carry[s * size + i];
+    const float decay = first ? 0 : exp2_of(a * p.seconds[s * p.width + i / p.states]);
     p.carry[s * size + i] = g;
     g = added + decay * g;
   }
