@@ -83,8 +83,11 @@ def test_the_scan_is_the_definition(case, plan, emulated, poison, monkeypatch):
     per_group = args[0].shape[2] // max(args[3].shape[2], args[4].shape[2])
     if max(args[3].shape[2], args[4].shape[2]) > 1 and per_group % (8 * channels * warps):
         channels, warps, teams = 1, 1, 1
+    lead = span if args[-1] is not None else 2 * span
     monkeypatch.setattr(scan_kernels, "plan_forward", lambda *a: scan_kernels.Plan(channels, forward, 1, teams))
-    monkeypatch.setattr(scan_kernels, "plan_backward", lambda *a: (scan_kernels.Plan(channels, warps, 1), 4, span))
+    monkeypatch.setattr(
+        scan_kernels, "plan_backward", lambda *a: (scan_kernels.Plan(channels, warps, 1), 4, lead, span)
+    )
     y, final, *saved = scan_kernels._forward(*args)
     weights = [normal(*y.shape, dtype=y.dtype), normal(*final.shape)]
     found = scan_kernels._backward(weights, saved, *args)

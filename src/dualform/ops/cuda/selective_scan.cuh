@@ -25,7 +25,7 @@ struct Scan {
   float* final;                    // (rows, D, N)
   float* saved;                    // (tiles, D, N), the states entering every tile, or null
   // Backward only.
-  int64 span;  // steps that one warp runs through, a multiple of TILE
+  int64 lead, span;  // steps of the first span of a row, and of the others: multiples of TILE, the same where packed
   View dy;
   const float* dfinal;     // (rows, D, N)
   float* carry;            // (spans, D, N), the gradient of the state after a span
@@ -39,14 +39,15 @@ struct Scan {
   float* sums[3];         // (D, N), (D), (D)
 };
 
-// A sequence: where it begins on the time axis of which row of the tensors, and its first tile and span.
+// A sequence: where it begins on the time axis of which row of the tensors, and its first tile and span. Spans are in
+// turn of all rows, so that the long ones begin first; those of a packed sequence lie together.
 struct Row {
   int64 begin, batch, tile, span;
   int length;
 };
 
 DEVICE Row find_row(const Scan& p, int64 r) {
-  if (!p.borders) return {0, r, r * over(p.length, TILE), r * over(p.length, p.span), int(p.length)};
+  if (!p.borders) return {0, r, r * over(p.length, TILE), r, int(p.length)};
   const int64 begin = p.borders[r];
   return {begin, 0, begin / TILE + r, begin / p.span + r, int(p.borders[r + 1] - begin)};
 }

@@ -1,5 +1,6 @@
 """The selective scan on an NVIDIA GPU."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +41,10 @@ class Inputs(NamedTuple):
         """Channels that share their B and their C."""
         return self.u.shape[2] // max(self.B.shape[2], self.C.shape[2])
 
-    def slots(self, size: int) -> int:
-        """Pieces of ``size`` steps, as the kernels number them: sequences do not share one."""
+    def spans(self, lead: int, span: int) -> int:
+        """Pieces of ``lead`` steps, then ``span``, as the kernels number them: sequences do not share one."""
         rows, length = len(self.h0), self.u.shape[1]
-        return rows * -(-length // size) if self.cu_seqlens is None else length // size + rows
+        return rows * (1 + -(-max(0, length - lead) // span)) if self.cu_seqlens is None else length // span + rows
 
 
 class Plan(NamedTuple):
@@ -86,10 +87,12 @@ def plan_forward(rows: int, length: int, width: int, per_group: int) -> Plan:
     return Plan(channels, 12, 1) if teams <= 2 * _MULTIPROCESSORS else Plan(channels, 3, 4)
 
 
-def plan_backward(rows: int, length: int, width: int, per_group: int) -> tuple[Plan, int, int]:
-    """The plan, the steps whose decays are held in registers, and the steps of a span.
+@lru_cache(1024)
+def plan_backward(rows: int, length: int, width: int, per_group: int, packed: bool) -> tuple[Plan, int, int, int]:
+    """The plan, the steps whose decays are held in registers, and the steps of a row's first span and of the others.
 
-    A row in one span needs no joining, but the blocks of all spans should come out even on the multiprocessors.
+    A row in one span needs no joining; but the blocks of all spans should come out even on the multiprocessors. So the
+    first span of every row is a long one, and where those leave places free, or in their last wave, short ones run.
     """
     channels = 2 if per_group % 16 == 0 else 1
     warps = next(w for w in (4, 2, 1) if per_group % (8 * channels * w) == 0 or w == 1)
@@ -97,13 +100,22 @@ def plan_backward(rows: int, length: int, width: int, per_group: int) -> tuple[P
     blocks, places = rows * -(-width // (plan.line * warps)), _MULTIPROCESSORS * plan.blocks
     whole = TILE * -(-length // TILE)
 
-    def time(span: int) -> float:
-        pieces = -(-length // span)
-        joining = 0 if pieces == 1 else 0.2 * length * blocks / places
-        return -(-blocks * pieces // places) * (span + TILE) + joining  # a block begins and ends in the time of a tile
+    def waves(count: int) -> float:  # one block on a multiprocessor runs faster than each of several
+        full, last = divmod(count, places)
+        return full + (0 if last == 0 else 1 if last > places / 2 else 0.7)
 
-    spans = [min(whole, 4096), *(TILE << k for k in (5, 4, 3, 2, 1, 0) if TILE << k < whole)]
-    return plan, 8, min(spans, key=time)
+    def time(lead: int, span: int) -> float:
+        pieces = -(-(whole - lead) // span)
+        first, other = lead + 32, span + 32  # a block begins and ends in the time of 32 steps
+        if pieces == 0:
+            return waves(blocks) * first
+        beside = -blocks % places * (first // other)
+        joining = 0.32 * (whole - lead) * blocks / places
+        return -(-blocks // places) * first + waves(max(0, blocks * pieces - beside)) * other + joining
+
+    spans = [TILE << k for k in range(32) if whole <= 64 * TILE << k <= 64 * whole]
+    cuts = ((whole - n * span, span) for span in spans for n in range(whole // span))
+    return plan, 8, *min(((span, span) for span in spans) if packed else cuts, key=lambda cut: time(*cut))
 
 
 def _run(keep: bool, *args: Any) -> list[Tensor]:
@@ -125,7 +137,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
         rows * -(-width // (plan.teams * plan.line)),
         32 * plan.teams * plan.warps,
         plan.teams * plan.warps * of_warp,
-        (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, *[0] * 20),
+        (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, TILE, *[0] * 20),
     )
     alive(given)
     return [y, final, *saved]
@@ -141,7 +153,7 @@ def _infer(*args: Any) -> list[Tensor]:
 
 def _saved(*args: Any) -> list[Tensor]:
     x = Inputs(*args)
-    return [x.h0.new_empty(x.slots(TILE), *x.h0.shape[1:])]
+    return [x.h0.new_empty(x.spans(TILE, TILE), *x.h0.shape[1:])]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
@@ -151,10 +163,10 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         tensors = [m for m in x[:8] if isinstance(m, Tensor)]
         return [*(torch.zeros_like(m, memory_format=torch.contiguous_format) for m in tensors), dh0]
     (batch, length, width), (rows, _, states), new = x.u.shape, x.h0.shape, x.h0.new_empty
-    plan, held, span = plan_backward(rows, length, width, x.per_group)
+    plan, held, lead, span = plan_backward(rows, length, width, x.per_group, x.cu_seqlens is not None)
     dy = grads[0].to(x.u.dtype)
     given, fields, macros = _fields(x, dy)
-    padded, spans, blocks = 4 * macros["STATES"], x.slots(span), -(-width // (plan.line * plan.warps))
+    padded, spans, blocks = 4 * macros["STATES"], x.spans(lead, span), -(-width // (plan.line * plan.warps))
     du, ddelta = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x.u, x.delta))
     dz = None if x.z is None else torch.empty_like(du)
     carry, seconds = new(spans, width, states), new(spans, width)
@@ -167,7 +179,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     outputs = (grads[1], carry, seconds, du, ddelta, dz, dmaps, da, dd, dbias, dh0)
     sums_of_maps = [m.new_empty(m.shape, dtype=given[3].dtype) for m in (x.B, x.C)]
     sums = (new(width, states), new(width), new(width))
-    fields = (*fields, 0, 0, pointer(kept[0]), span, *view(dy), *(pointer(m) for m in outputs))
+    fields = (*fields, 0, 0, pointer(kept[0]), lead, span, *view(dy), *(pointer(m) for m in outputs))
     fields = (*fields, spans, *(pointer(m) for m in (*sums_of_maps, *sums)))
 
     def launch(kernel: str, grid: int, threads: int, shared: int) -> None:
@@ -175,7 +187,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         compiler.launch("selective_scan_backward.cu", kernel, of_kernel, grid, threads, shared, fields)
 
     tile = plan.steps * plan.line
-    if x.cu_seqlens is not None or span < length:
+    if x.cu_seqlens is not None or lead < length:
         of_warp = 4 * (2 * tile + plan.steps * padded + 2 * plan.line)
         launch("selective_scan_carry", spans * blocks, 32 * plan.warps, plan.warps * of_warp)
         launch("selective_scan_join", rows * -(-width * states // 256), 256, 0)

@@ -14,10 +14,11 @@ struct Span {
   int64 r, slot;
   int begin, end;
   METHOD Span(const Scan& p, int64 slot) : slot(slot) {
-    r = find_sequence(p.borders, p.rows, p.length, p.span, slot);
+    r = p.borders ? find_sequence(p.borders, p.rows, p.length, p.span, slot) : slot % p.rows;
     row = find_row(p, r);
-    begin = int(least((slot - row.span) * p.span, int64(row.length)));
-    end = int(least(begin + p.span, int64(row.length)));
+    const int64 turn = p.borders ? slot - row.span : slot / p.rows, from = turn ? p.lead + (turn - 1) * p.span : 0;
+    begin = int(least(from, int64(row.length)));
+    end = int(least(from + (turn ? p.span : p.lead), int64(row.length)));
   }
 };
 
@@ -128,10 +129,11 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
   const Row row = find_row(p, r);
   const float a = p.a[i] * LOG2_E;
   float g = p.dfinal[r * size + i];
-  for (int64 s = row.span + over(row.length, p.span) - 1; s >= row.span; s--) {
-    const bool first = s == row.span;
-    const float added = first ? 0 : p.carry[s * size + i];
-    const float decay = first ? 0 : exp2_of(a * p.seconds[s * p.width + i / p.states]);
+  const int64 spans = row.length ? 1 + over(row.length > p.lead ? row.length - p.lead : 0, p.span) : 0;
+  for (int64 turn = spans - 1; turn >= 0; turn--) {
+    const int64 s = row.span + turn * (p.borders ? 1 : p.rows);
+    const float added = turn ? p.carry[s * size + i] : 0;
+    const float decay = turn ? exp2_of(a * p.seconds[s * p.width + i / p.states]) : 0;
     p.carry[s * size + i] = g;
     g = added + decay * g;
   }
