@@ -106,16 +106,19 @@ def plan_backward(rows: int, length: int, width: int, per_group: int, packed: bo
 
     def time(lead: int, span: int) -> float:
         pieces = -(-(whole - lead) // span)
-        first, other = lead + 32, span + 32  # a block begins and ends in the time of 32 steps
+        first, other = lead + 8, span + 8  # a block begins and ends in the time of a few steps
         if pieces == 0:
             return waves(blocks) * first
         beside = -blocks % places * (first // other)
+        behind = waves(max(0, blocks * pieces - beside))
         joining = 0.32 * (whole - lead) * blocks / places
-        return -(-blocks // places) * first + waves(max(0, blocks * pieces - beside)) * other + joining
+        uneven = 0.1 * span  # some blocks run faster than others, and wait for them at last
+        return -(-blocks // places) * first + behind * other + joining + uneven
 
     spans = [TILE << k for k in range(32) if whole <= 64 * TILE << k <= 64 * whole]
     cuts = ((whole - n * span, span) for span in spans for n in range(whole // span))
-    return plan, 8, *min(((span, span) for span in spans) if packed else cuts, key=lambda cut: time(*cut))
+    even = packed or 2 * blocks < places
+    return plan, 8, *min(((span, span) for span in spans) if even else cuts, key=lambda cut: time(*cut))
 
 
 def _run(keep: bool, *args: Any) -> list[Tensor]:
