@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dualform.ops.cuda import compiler
 
+HOPPER = compiler.Limits(132, 227 * 1024)
 HERE = Path(__file__).parent
 SOURCES = Path(compiler.__file__).parent
 HARNESS = """
@@ -52,6 +53,7 @@ def emulated(monkeypatch, folder):
         ctypes.CDLL(str(library)).go(grid, threads, struct.pack(f"{len(fields)}q", *fields))
 
     monkeypatch.setattr(compiler, "launch", launch)
+    monkeypatch.setattr(compiler, "limits", lambda: HOPPER)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

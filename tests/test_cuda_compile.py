@@ -7,6 +7,7 @@ import test_cuda
 import test_cuda_conv
 import test_cuda_diagonal
 from dualform.ops.cuda import causal_conv1d, compiler, diagonal_ssm, selective_scan
+from emulation import HOPPER
 
 TARGETS = [("sm_80", torch.float16), ("sm_90", torch.bfloat16)]
 
@@ -49,10 +50,29 @@ def test_a_source_compiles(file, arch, dtype, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc")
     launched = []
     monkeypatch.setattr(compiler, "launch", lambda *call: launched.append(call[:3]))
+    monkeypatch.setattr(compiler, "limits", lambda: HOPPER)
     USERS[file](dtype)
     macros = {tuple(defines.items()) for name, _, defines in launched if name == file}
     code = b"".join(compiler.compile_source(file, dict(defines), arch) for defines in macros)
     assert all(kernel.encode() in code for name, kernel, _ in launched if name == file)
+
+
+SMALL = {"A100": compiler.Limits(108, 163 * 1024), "L4": compiler.Limits(58, 99 * 1024)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gpu", SMALL)
+def test_blocks_fit_on_smaller_gpus(gpu, dtype, monkeypatch):
+    shared = []
+    monkeypatch.setattr(compiler, "launch", lambda *call: shared.append(call[5]))
+    monkeypatch.setattr(compiler, "limits", lambda: SMALL[gpu])
+    for run in {*USERS.values()}:
+        run(dtype)
+    for batch, length, width, states in [(1, 500, 256, 16), (4, 500, 1024, 16), (8, 100, 1024, 16), (1, 100, 2048, 32)]:
+        args = test_cuda.arguments(batch, length, width, states, dtype=dtype)
+        y, final, *saved = selective_scan._forward(*args)
+        selective_scan._backward([y, final], saved, *args)
+    assert max(shared) <= SMALL[gpu].shared
 
 
 def test_what_does_not_compile_says_why():

@@ -12,7 +12,7 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,23 @@ def missing() -> str:
     if capability < _OLDEST:
         return f"this GPU has compute capability {capability[0]}.{capability[1]}, older than {_OLDEST[0]}.{_OLDEST[1]}"
     return ""
+
+
+class Limits(NamedTuple):
+    """What a GPU has.
+
+    Args:
+        multiprocessors: number of them.
+        shared: bytes of shared memory that one block may take.
+    """
+
+    multiprocessors: int
+    shared: int
+
+
+def limits() -> Limits:
+    """Those of the current device."""
+    return _limits(torch.cuda.current_device())
 
 
 def launch(
@@ -90,6 +107,18 @@ def compile_source(file: str, defines: dict[str, Any], arch: str) -> bytes:
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     return code
+
+
+@cache
+def _limits(device: int) -> Limits:
+    from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
+
+    of = driver.CUdevice_attribute
+    asked = (
+        of.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        of.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+    )
+    return Limits(*(_check(*driver.cuDeviceGetAttribute(one, driver.CUdevice(device))) for one in asked))
 
 
 @cache

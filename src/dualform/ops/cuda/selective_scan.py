@@ -12,7 +12,6 @@ from dualform.ops.op import Backend
 from dualform.ops.selective_scan import selective_scan_op
 
 TILE = 64  # steps between the states that the backward starts from, as in selective_scan.cuh
-_MULTIPROCESSORS = 132  # of an H100: each has room for twelve warps
 _LANE_STATES = (2, 4, 8)  # states of one of the four lanes of a channel
 
 
@@ -40,6 +39,17 @@ class Inputs(NamedTuple):
     def per_group(self) -> int:
         """Channels that share their B and their C."""
         return self.u.shape[2] // max(self.B.shape[2], self.C.shape[2])
+
+    @property
+    def map_dtype(self) -> torch.dtype:
+        """Of B and C, as the kernels read them."""
+        both = torch.promote_types(self.B.dtype, self.C.dtype)
+        return both if both in TYPES else torch.float32
+
+    @property
+    def lane_states(self) -> int:
+        """States of one of the four lanes of a channel."""
+        return next(s for s in _LANE_STATES if 4 * s >= self.h0.shape[2])
 
     def spans(self, lead: int, span: int) -> int:
         """Pieces of ``lead`` steps, then ``span``, as the kernels number them: sequences do not share one."""
@@ -78,27 +88,63 @@ class Plan(NamedTuple):
         return {"CHANNELS": self.channels, "WARPS": self.warps, "BLOCKS": self.blocks, "TEAMS": self.teams}
 
 
-def plan_forward(rows: int, length: int, width: int, per_group: int) -> Plan:
+def plan_forward(x: Inputs) -> Plan:
     """Warps with a row's time to themselves where there are enough of them, else twelve or three take turns at it."""
-    channels = 2 if per_group % 16 == 0 and rows * width >= 1024 else 1
+    rows, width, limits = len(x.h0), x.u.shape[2], compiler.limits()
+    channels = 2 if x.per_group % 16 == 0 and rows * width >= 1024 else 1
     teams = rows * -(-width // (8 * channels))
-    if length <= 16 or teams > 4 * _MULTIPROCESSORS:
+    if x.u.shape[1] <= 16 or teams > 4 * limits.multiprocessors:
         return Plan(channels, 1, 4, teams=4)
-    return Plan(channels, 12, 1) if teams <= 2 * _MULTIPROCESSORS else Plan(channels, 3, 4)
+    if teams > 2 * limits.multiprocessors:
+        return Plan(channels, 3, 4)
+    plans = (Plan(channels, warps, 1) for warps in (12, 8, 4))
+    return next(plan for plan in plans if forward_shared(plan, x) <= limits.shared or plan.warps == 4)
+
+
+def forward_shared(plan: Plan, x: Inputs) -> int:
+    """Bytes of shared memory of a block."""
+    floats = 2 * (6 * plan.steps * plan.line + 32 + 8 * plan.steps * x.lane_states)
+    of_warp = 4 * (floats + 32 * plan.channels * x.lane_states) + 4 * 32 * 4 * x.u.element_size()
+    return plan.teams * plan.warps * of_warp
+
+
+def plan_backward(x: Inputs) -> tuple[Plan, int, int, int]:
+    """The plan, the steps whose decays are held in registers, and the steps of a row's first span and of the others."""
+    rows, (_, length, width), limits = len(x.h0), x.u.shape, compiler.limits()
+    channels = 2 if x.per_group % 16 == 0 else 1
+    plans = (Plan(channels, warps, 8 // warps) for warps in (4, 2, 1))
+    plan = next(
+        plan
+        for plan in plans
+        if plan.warps == 1
+        or (x.per_group % (plan.line * plan.warps) == 0 and backward_shared(plan, x) <= limits.shared)
+    )
+    blocks, places = rows * -(-width // (plan.line * plan.warps)), limits.multiprocessors * plan.blocks
+    even = x.cu_seqlens is not None or 2 * blocks < places
+    return plan, 8, *cut(TILE * -(-length // TILE), blocks, places, even)
+
+
+def backward_shared(plan: Plan, x: Inputs) -> int:
+    """Bytes of shared memory of a block."""
+    tile, states = plan.steps * plan.line, x.lane_states
+    of_warp = 4 * (18 * tile + 96 + TILE // plan.steps * 32 * plan.channels * states + 2 * plan.line + 256)
+    of_warp += 2 * 32 * 4 * (3 * x.u.element_size() + x.delta.element_size())
+    return plan.warps * of_warp + 4 * (8 * TILE * states + 16 * plan.warps * plan.steps * states)
 
 
 @lru_cache(1024)
-def plan_backward(rows: int, length: int, width: int, per_group: int, packed: bool) -> tuple[Plan, int, int, int]:
-    """The plan, the steps whose decays are held in registers, and the steps of a row's first span and of the others.
+def cut(whole: int, blocks: int, places: int, even: bool) -> tuple[int, int]:
+    """The steps of a row's first span, and of the others: those that take the least time.
 
     A row in one span needs no joining; but the blocks of all spans should come out even on the multiprocessors. So the
     first span of every row is a long one, and where those leave places free, or in their last wave, short ones run.
+
+    Args:
+        whole: steps of a row.
+        blocks: of all rows.
+        places: blocks that run at once.
+        even: all spans are to be of one size.
     """
-    channels = 2 if per_group % 16 == 0 else 1
-    warps = next(w for w in (4, 2, 1) if per_group % (8 * channels * w) == 0 or w == 1)
-    plan = Plan(channels, warps, 8 // warps)
-    blocks, places = rows * -(-width // (plan.line * warps)), _MULTIPROCESSORS * plan.blocks
-    whole = TILE * -(-length // TILE)
 
     def waves(count: int) -> float:  # one block on a multiprocessor runs faster than each of several
         full, last = divmod(count, places)
@@ -117,8 +163,7 @@ def plan_backward(rows: int, length: int, width: int, per_group: int, packed: bo
 
     spans = [TILE << k for k in range(32) if whole <= 64 * TILE << k <= 64 * whole]
     cuts = ((whole - n * span, span) for span in spans for n in range(whole // span))
-    even = packed or 2 * blocks < places
-    return plan, 8, *min(((span, span) for span in spans) if even else cuts, key=lambda cut: time(*cut))
+    return min(((span, span) for span in spans) if even else cuts, key=lambda both: time(*both))
 
 
 def _run(keep: bool, *args: Any) -> list[Tensor]:
@@ -128,18 +173,15 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     if x.empty:
         return [y.zero_(), final, *saved]
     rows, width = len(x.h0), x.u.shape[2]
-    plan = plan_forward(rows, x.u.shape[1], width, x.per_group)
+    plan = plan_forward(x)
     given, fields, macros = _fields(x)
-    states = macros["STATES"]
-    buffers = 2 * (6 * plan.steps * plan.line + 32 + 8 * plan.steps * states)
-    of_warp = 4 * (buffers + 32 * plan.channels * states) + 4 * 32 * 4 * x.u.element_size()
     compiler.launch(
         "selective_scan_forward.cu",
         "selective_scan_forward",
         macros | plan.macros | {"SAVE": keep},
         rows * -(-width // (plan.teams * plan.line)),
         32 * plan.teams * plan.warps,
-        plan.teams * plan.warps * of_warp,
+        forward_shared(plan, x),
         (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, TILE, *[0] * 20),
     )
     alive(given)
@@ -166,7 +208,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         tensors = [m for m in x[:8] if isinstance(m, Tensor)]
         return [*(torch.zeros_like(m, memory_format=torch.contiguous_format) for m in tensors), dh0]
     (batch, length, width), (rows, _, states), new = x.u.shape, x.h0.shape, x.h0.new_empty
-    plan, held, lead, span = plan_backward(rows, length, width, x.per_group, x.cu_seqlens is not None)
+    plan, held, lead, span = plan_backward(x)
     dy = grads[0].to(x.u.dtype)
     given, fields, macros = _fields(x, dy)
     padded, spans, blocks = 4 * macros["STATES"], x.spans(lead, span), -(-width // (plan.line * plan.warps))
@@ -180,7 +222,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         new(spans, width),
     )
     outputs = (grads[1], carry, seconds, du, ddelta, dz, dmaps, da, dd, dbias, dh0)
-    sums_of_maps = [m.new_empty(m.shape, dtype=given[3].dtype) for m in (x.B, x.C)]
+    sums_of_maps = [m.new_empty(m.shape, dtype=x.map_dtype) for m in (x.B, x.C)]
     sums = (new(width, states), new(width), new(width))
     fields = (*fields, 0, 0, pointer(kept[0]), lead, span, *view(dy), *(pointer(m) for m in outputs))
     fields = (*fields, spans, *(pointer(m) for m in (*sums_of_maps, *sums)))
@@ -189,15 +231,11 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         of_kernel = macros | plan.macros | {"HELD": held}
         compiler.launch("selective_scan_backward.cu", kernel, of_kernel, grid, threads, shared, fields)
 
-    tile = plan.steps * plan.line
     if x.cu_seqlens is not None or lead < length:
-        of_warp = 4 * (2 * tile + plan.steps * padded + 2 * plan.line)
+        of_warp = 4 * (2 * plan.steps * plan.line + plan.steps * padded + 2 * plan.line)
         launch("selective_scan_carry", spans * blocks, 32 * plan.warps, plan.warps * of_warp)
         launch("selective_scan_join", rows * -(-width * states // 256), 256, 0)
-    of_warp = 4 * (18 * tile + 96 + TILE // plan.steps * 8 * plan.channels * padded + 2 * plan.line + 256)
-    of_warp += 2 * 32 * 4 * (3 * x.u.element_size() + x.delta.element_size())
-    shared = plan.warps * of_warp + 4 * (2 * TILE * padded + 4 * plan.warps * plan.steps * padded)
-    launch("selective_scan_backward", spans * blocks, 32 * plan.warps, shared)
+    launch("selective_scan_backward", spans * blocks, 32 * plan.warps, backward_shared(plan, x))
     fours = batch * length * macros["STATES"]
     sizes = (x.B.shape[2] * fours, x.C.shape[2] * fours, width * states, width, width)
     launch("selective_scan_sums", sum(-(-size // 256) for size in sizes), 256, 0)
@@ -214,20 +252,18 @@ def _fields(x: Inputs, *more: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[
 
     ``more`` are tensors like u that the kernels read, too.
     """
-    like_maps = torch.promote_types(x.B.dtype, x.C.dtype)
-    u, delta, B, C = readable(x.u), readable(x.delta), readable(x.B.to(like_maps), 2), readable(x.C.to(like_maps), 2)
+    u, delta, B, C = readable(x.u), readable(x.delta), *(readable(m.to(x.map_dtype), 2) for m in (x.B, x.C))
     z = None if x.z is None else readable(x.z.to(x.u.dtype))
     A, D, bias = (None if m is None else m.float().contiguous() for m in (x.A, x.D, x.bias))
     h0, cu_seqlens = x.h0.contiguous(), None if x.cu_seqlens is None else x.cu_seqlens.to(torch.int64).contiguous()
-    states = next(s for s in _LANE_STATES if 4 * s >= h0.shape[2])
     fields = (
         *(len(h0), u.shape[1], *h0.shape[1:], B.shape[2], C.shape[2], pointer(cu_seqlens)),
         *(*view(u), *view(delta), *(NO_VIEW if z is None else view(z)), *view(B), *view(C)),
         *(pointer(m) for m in (A, D, bias, h0)),
     )
     macros = {
-        "STATES": states,
-        "FULL": 4 * states == h0.shape[2],
+        "STATES": x.lane_states,
+        "FULL": 4 * x.lane_states == h0.shape[2],
         "INPUT": TYPES[u.dtype],
         "DELTA": TYPES[delta.dtype],
         "MAP": TYPES[B.dtype],
