@@ -161,7 +161,7 @@ def cut(whole: int, blocks: int, places: int, even: bool) -> tuple[int, int]:
         uneven = 0.1 * span  # some blocks run faster than others, and wait for them at last
         return -(-blocks // places) * first + behind * other + joining + uneven
 
-    spans = [TILE << k for k in range(32) if whole <= 64 * TILE << k <= 64 * whole]
+    spans = [TILE << k for k in range(32) if whole <= 128 * TILE << k <= 128 * whole]
     cuts = ((whole - n * span, span) for span in spans for n in range(whole // span))
     return min(((span, span) for span in spans) if even else cuts, key=lambda both: time(*both))
 
