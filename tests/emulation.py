@@ -68,9 +68,9 @@ def double(x):
     return x.double() if differentiable(x) else x
 
 
-def leaf(x):
-    """A differentiable tensor again in float64, for the definition to differentiate."""
-    return x.double().detach().requires_grad_() if differentiable(x) else x
+def leaf(x, dtype=torch.float64):
+    """A differentiable tensor again, for the definition to differentiate."""
+    return x.to(dtype).detach().requires_grad_() if differentiable(x) else x
 
 
 def close(got, want, tolerance):

@@ -108,8 +108,8 @@ def forward_shared(plan: Plan, x: Inputs) -> int:
     return plan.teams * plan.warps * of_warp
 
 
-def plan_backward(x: Inputs) -> tuple[Plan, int, int, int]:
-    """The plan, the steps whose decays are held in registers, and the steps of a row's first span and of the others."""
+def plan_backward(x: Inputs) -> tuple[Plan, int, int]:
+    """The plan, and the steps of a row's first span and of the others."""
     rows, (_, length, width), limits = len(x.h0), x.u.shape, compiler.limits()
     channels = 2 if x.per_group % 16 == 0 else 1
     plans = (Plan(channels, warps, 8 // warps) for warps in (4, 2, 1))
@@ -121,7 +121,7 @@ def plan_backward(x: Inputs) -> tuple[Plan, int, int, int]:
     )
     blocks, places = rows * -(-width // (plan.line * plan.warps)), limits.multiprocessors * plan.blocks
     even = x.cu_seqlens is not None or 2 * blocks < places
-    return plan, 8, *cut(TILE * -(-length // TILE), blocks, places, even)
+    return plan, *cut(TILE * -(-length // TILE), blocks, places, even)
 
 
 def backward_shared(plan: Plan, x: Inputs) -> int:
@@ -208,7 +208,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         tensors = [m for m in x[:8] if isinstance(m, Tensor)]
         return [*(torch.zeros_like(m, memory_format=torch.contiguous_format) for m in tensors), dh0]
     (batch, length, width), (rows, _, states), new = x.u.shape, x.h0.shape, x.h0.new_empty
-    plan, held, lead, span = plan_backward(x)
+    plan, lead, span = plan_backward(x)
     dy = grads[0].to(x.u.dtype)
     given, fields, macros = _fields(x, dy)
     padded, spans, blocks = 4 * macros["STATES"], x.spans(lead, span), -(-width // (plan.line * plan.warps))
@@ -228,8 +228,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     fields = (*fields, spans, *(pointer(m) for m in (*sums_of_maps, *sums)))
 
     def launch(kernel: str, grid: int, threads: int, shared: int) -> None:
-        of_kernel = macros | plan.macros | {"HELD": held}
-        compiler.launch("selective_scan_backward.cu", kernel, of_kernel, grid, threads, shared, fields)
+        compiler.launch("selective_scan_backward.cu", kernel, macros | plan.macros, grid, threads, shared, fields)
 
     if x.cu_seqlens is not None or lead < length:
         of_warp = 4 * (2 * plan.steps * plan.line + plan.steps * padded + 2 * plan.line)

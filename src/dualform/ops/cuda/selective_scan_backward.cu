@@ -6,7 +6,7 @@
 // neighbouring channels of one span, and add up what B and C get from them.
 #include "selective_scan.cuh"
 
-constexpr int SUBS = TILE / K;
+constexpr int SUBS = TILE / K, HELD = PERIOD;  // steps whose decays are held in registers
 
 // The span of time that a block runs through, of the sequence that it belongs to.
 struct Span {
@@ -22,13 +22,13 @@ struct Span {
   }
 };
 
-// One step of the states, from pairs of dt and dt u, and from (NP) of B.
-DEVICE void advance(const float (*steps)[2], const float* map, const Lane& l, const float* a, float* h) {
+// Step t of the states, from pairs of dt and dt u, and from (NP) of B.
+DEVICE void advance(int t, const float (*steps)[2], const float* map, const Lane& l, const float* a, float* h) {
   float step[2 * CH], b[S];
   read_floats<2 * CH>(steps[l.group * CH], step);
   read_floats<S>(map + l.part * S, b);
   UNROLL for (int i = 0; i < CH * S; i++)
-    h[i] = exp2_of(step[i / S * 2] * a[i]) * h[i] + step[i / S * 2 + 1] * b[i % S];
+    h[i] = decay_of(step[i / S * 2], a[i], t) * h[i] + step[i / S * 2 + 1] * b[i % S];
 }
 
 // What a lane needs of one step.
@@ -54,13 +54,9 @@ DEVICE void sum_channels(float* x, const Lane& l, float* to) {
   }
 }
 
-// What reaches the state from the output of four channels: the gradient of y before its gate.
-DEVICE void before_gate(const Four<INPUT>& dy, const Four<INPUT>& z, bool inside, float* found) {
-  float gate[4];
-  unpack(dy, found);
-  if (GATED) unpack(z, gate);
-  UNROLL for (int i = 0; i < 4; i++)
-    found[i] = inside ? GATED ? found[i] * gate[i] * sigmoid(gate[i]) : found[i] : 0;
+// What reaches the state from an output: its gradient before the gate, with its power.
+DEVICE float before_gate(float dy, float gate, bool inside, const Lane& l) {
+  return inside ? (GATED ? dy * gate * sigmoid(gate) : dy) * l.large : 0;
 }
 
 // What a span adds to the gradient of the state before it, and the sum of its steps; nobody asks the first of a
@@ -97,10 +93,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
   load(t0);
   __syncwarp();
   for (; t0 >= span.begin; t0 -= K) {
-    float dt[4], of[4];
+    float dt[4], of[4], gate[4] = {};
     const bool inside = t0 + l.step < row.length && l.count() > 0;
     step_sizes(delta, shared.channels.bias + l.four, inside, dt);
-    before_gate(dy, z, inside, of);
+    unpack(dy, of);
+    if (GATED) unpack(z, gate);
+    UNROLL for (int i = 0; i < 4; i++)
+      of[i] = before_gate(of[i], gate[i], inside, l);
     shared.steps.put(l, dt, of);
     Map::write(l, c, shared.map[0]);
     __syncwarp();
@@ -110,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
       read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
       read_floats<S>(&shared.map[t][l.part * S], c);
       UNROLL for (int i = 0; i < CH * S; i++)
-        g[i] = exp2_of(step[i / S * 2] * a[i]) * (g[i] + step[i / S * 2 + 1] * c[i % S]);
+        g[i] = decay_of(step[i / S * 2], a[i], t) * (g[i] + step[i / S * 2 + 1] * c[i % S]);
       UNROLL for (int ch = 0; ch < CH; ch++)
         total[ch] += step[2 * ch];
     }
@@ -141,8 +140,8 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
 
 // The input of K steps, as a warp needs it.
 struct Given {
-  Pairs steps;                         // dt and dt u
-  float dy[K][WIDTH];                  // before the gate
+  Pairs steps;                         // dt, and dt u with its power
+  float dy[K][WIDTH];                  // before the gate, with its power
   Four<INPUT> u[32], dout[32], z[32];  // as read
   Four<DELTA> delta[32];
 };
@@ -203,16 +202,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   };
   auto prepare_steps = [&](bool inside, int i) {
     dt[i] = step_size(dt[i] + bias[i], inside);
-    in[i] *= dt[i];
+    in[i] *= dt[i] * l.small;
   };
   auto begin_outputs = [&] {
     unpack(dout, dy);
     if (GATED) unpack(z, gate);
   };
-  auto prepare_outputs = [&](bool inside, int i) {
-    if (GATED) dy[i] *= gate[i] * sigmoid(gate[i]);
-    dy[i] = inside ? dy[i] : 0;
-  };
+  auto prepare_outputs = [&](bool inside, int i) { dy[i] = before_gate(dy[i], gate[i], inside, l); };
   auto end_preparing = [&](Given& to) {
     to.steps.put(l, dt, in);
     write_floats<4>(&to.dy[l.step][l.four], dy);
@@ -241,6 +237,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     }
   };
   auto finish = [&](bool inside, int i) {
+    dx[i] *= l.small, of[i] *= l.small;
     du[i] = dx[i] * steps_of[2 * i] + skip[i] * of[i];
     const float of_step = dx[i] * x[i] + dlog[i] * LN_2;
     ddelta[i] = inside ? SOFTPLUS ? of_step * sigmoid(raw[i] + biases[i]) : of_step : 0;
@@ -248,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     dbias[i] += ddelta[i];
     if (GATED) {
       const float z = open[i], part = sigmoid(z);
-      dz[i] = out[i] * (y[i] + skip[i] * x[i]) * part * (1 + z * (1 - part));
+      dz[i] = out[i] * (y[i] * l.large + skip[i] * x[i]) * part * (1 + z * (1 - part));
     }
   };
   auto end_finishing = [&](int t) {
@@ -299,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       write_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
       begin_steps();
       UNROLL for (int t = 0; t < K; t++) {
-        advance(shared.given[turn].steps.two[t], maps[sub * K + t], l, a, h);
+        advance(t, shared.given[turn].steps.two[t], maps[sub * K + t], l, a, h);
         if (t % (K / 4) == 0) prepare_steps(true, t / (K / 4));
       }
       shared.given[turn ^ 1].steps.put(l, dt, in);
@@ -332,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         float decay[HELD][CH * S], decayed[HELD][CH * S];  // a_t, and a_t h_{t-1}
         read_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
 #pragma unroll 4
-        for (int t = 0; t < from; t++) advance(given.steps.two[t], maps[sub * K + t], l, a, h);
+        for (int t = 0; t < from; t++) advance(t, given.steps.two[t], maps[sub * K + t], l, a, h);
         float to_c[HELD * S], to_b[HELD * S];
         Step steps[HELD], again[HELD];  // each read a step before it is needed, ahead of what the last one writes
         auto read = [&](Step& step, int t) { step.read(given.steps, given.dy, maps, l, from + t, sub * K + from + t); };
@@ -343,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
           float y[CH] = {};
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
-            decay[t][i] = exp2_of(of.dt[2 * ch] * a[i]);
+            decay[t][i] = decay_of(of.dt[2 * ch], a[i], t);
             decayed[t][i] = decay[t][i] * h[i];
             h[i] = decayed[t][i] + of.dt[2 * ch + 1] * of.b[s];
             y[ch] += h[i] * of.c[s];
