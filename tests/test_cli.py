@@ -59,7 +59,7 @@ def dualform(monkeypatch, capsys):
 
 def process(*args):
     return subprocess.Popen(
-        [sys.executable, "-m", "dualform.cli.main", *args],
+        [sys.executable, "-m", "dualform", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
@@ -80,7 +80,7 @@ def process(*args):
 def test_waiting_threads_soon_sleep_unless_asked_otherwise(asked, found):
     env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     run = subprocess.run(
-        [sys.executable, "-m", "dualform.cli.main", "doctor"],
+        [sys.executable, "-m", "dualform", "doctor"],
         capture_output=True,
         text=True,
         env=env | asked | {"OMP_DISPLAY_ENV": "verbose"},

@@ -67,7 +67,3 @@ def _fail(message: str) -> None:
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(message, err=True)
     raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main()

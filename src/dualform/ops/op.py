@@ -142,11 +142,11 @@ class Op:
 
     def _run(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
         backend = self.choose(forced, *args)
-        with _on_device(args):
+        with on_device(args):
             return (backend.forward if save or backend.infer is None else backend.infer)(*args)
 
     def _run_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-        with _on_device(args):
+        with on_device(args):
             return self.choose(forced, *args).backward(grads, kept, *args)
 
     def _fake(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
@@ -180,10 +180,10 @@ def differentiable(args: tuple[Any, ...]) -> list[Tensor]:
     return [a for a in args if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())]
 
 
-def _on_device(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """Where kernels are launched is where the arguments are."""
+def on_device(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Kernels are launched where the arguments are, whichever device is the current one."""
     device = next(a.device for a in args if isinstance(a, Tensor))
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
 def _like_inputs(forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:

@@ -30,7 +30,8 @@ def fast_step(name: str, *args: Any) -> tuple[Tensor, Tensor] | None:
     forced = op.forced()
     for backend, step in steps:
         if forced in ("", backend):
-            found = step(*args)
+            with op.on_device(args):
+                found = step(*args)
             if found is not None:
                 return found
     return None

@@ -6,7 +6,7 @@ from torch import Tensor
 from dualform.ops.causal_conv1d import causal_conv1d_op
 from dualform.ops.layout import inner_contiguous
 from dualform.ops.op import Backend
-from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, on, owners, power_of_two
+from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, owners, power_of_two
 
 _AHEAD = 4  # rows requested before they are used
 _FORWARD, _BACKWARD = (64, 16), (128, 8)  # steps of a program, and the bytes of each row that a thread reads
@@ -28,28 +28,27 @@ def _forward(
     x, weight, state = inner_contiguous(x), weight.contiguous(), state.contiguous()
     steps, channels = _tile(x, *_FORWARD)
     finals = 1 if cu_seqlens is None else len(state)
-    with on(x):
-        kernels("causal_conv1d").forward[(rows * (blocks(length, steps) + finals) * blocks(width, channels),)](
-            x,
-            weight,
-            bias,
-            state,
-            owners(cu_seqlens, length),
-            cu_seqlens,
-            y,
-            final,
-            length,
-            width,
-            finals,
-            x.stride(0),
-            x.stride(1),
-            SILU=silu,
-            W=weight.shape[1],
-            BT=steps,
-            R=_AHEAD,
-            BD=channels,
-            num_warps=1,
-        )
+    kernels("causal_conv1d").forward[(rows * (blocks(length, steps) + finals) * blocks(width, channels),)](
+        x,
+        weight,
+        bias,
+        state,
+        owners(cu_seqlens, length),
+        cu_seqlens,
+        y,
+        final,
+        length,
+        width,
+        finals,
+        x.stride(0),
+        x.stride(1),
+        SILU=silu,
+        W=weight.shape[1],
+        BT=steps,
+        R=_AHEAD,
+        BD=channels,
+        num_warps=1,
+    )
     return [y, final]
 
 
@@ -73,33 +72,32 @@ def _backward(
     steps, channels = _tile(x, *_BACKWARD)
     parts = rows * blocks(length, steps)
     partial = state.new_empty(parts, weight.shape[1] + 1, width)
-    with on(x):
-        kernels("causal_conv1d").backward[(parts * blocks(width, channels),)](
-            x,
-            weight,
-            bias,
-            state,
-            owners(cu_seqlens, length),
-            cu_seqlens,
-            grads[0],
-            grads[1],
-            dx,
-            partial,
-            dstate,
-            length,
-            width,
-            x.stride(0),
-            x.stride(1),
-            SILU=silu,
-            W=weight.shape[1],
-            BT=steps,
-            R=_AHEAD,
-            BD=channels,
-            num_warps=1,
-        )
-        kernels("causal_conv1d").gather[(blocks(width, 64) * (weight.shape[1] + 1),)](
-            partial, dweight, dbias, parts, width, W=weight.shape[1], BP=32, BD=64
-        )
+    kernels("causal_conv1d").backward[(parts * blocks(width, channels),)](
+        x,
+        weight,
+        bias,
+        state,
+        owners(cu_seqlens, length),
+        cu_seqlens,
+        grads[0],
+        grads[1],
+        dx,
+        partial,
+        dstate,
+        length,
+        width,
+        x.stride(0),
+        x.stride(1),
+        SILU=silu,
+        W=weight.shape[1],
+        BT=steps,
+        R=_AHEAD,
+        BD=channels,
+        num_warps=1,
+    )
+    kernels("causal_conv1d").gather[(blocks(width, 64) * (weight.shape[1] + 1),)](
+        partial, dweight, dbias, parts, width, W=weight.shape[1], BP=32, BD=64
+    )
     return [*found, dstate]
 
 

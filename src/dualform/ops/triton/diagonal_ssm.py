@@ -11,7 +11,6 @@ from dualform.ops.triton.support import (
     blocks,
     kernels,
     missing,
-    on,
     owners,
     power_of_two,
     processors,
@@ -71,12 +70,11 @@ def _run(keep: bool, u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens
         return [u.new_zeros(u.shape), h0.clone(memory_format=torch.contiguous_format), *saved]
     plan, y, entering = _Plan(u, Abar, CB, h0, cu_seqlens), u.new_empty(u.shape), None
     final = plan.start.clone()  # of an empty sequence, its initial state
-    with on(u):
-        if plan.chunks > 1:
-            decay, state = (final.new_empty(plan.carried) for _ in range(2))
-            plan.forward(None, None, None, None, decay, state)
-            entering = plan.entering(decay, state)
-        plan.forward(entering, y, final, saved[0] if keep else None, None, None)
+    if plan.chunks > 1:
+        decay, state = (final.new_empty(plan.carried) for _ in range(2))
+        plan.forward(None, None, None, None, decay, state)
+        entering = plan.entering(decay, state)
+    plan.forward(entering, y, final, saved[0] if keep else None, None, None)
     return [y, _numbers(final), *saved]
 
 
@@ -109,18 +107,17 @@ def _backward(
     states, padded, channels = (plan.flags[k] for k in ("N", "NP", "BD"))
     partial = dfinal.new_empty(plan.rows * plan.chunks, 2, 2, states, plan.width)
     scratch = dfinal.new_empty(plan.grid[0], _SAVE_EVERY // _TOGETHER, 2, padded, channels)
-    with on(u):
-        if plan.chunks > 1:
-            decay, state = (dfinal.new_empty(plan.carried) for _ in range(2))
-            kernels("diagonal_ssm").adjoint[plan.grid](
-                plan.A, plan.C, plan.owner, grads[0], dfinal, decay, state, *plan.sizes[:2], *plan.sizes[4:],
-                **plan.flags,
-            )  # fmt: skip
-            entering = plan.entering(decay, state)
-        kernels("diagonal_ssm").backward[plan.grid](
-            plan.u, plan.A, plan.C, plan.start, plan.owner, entering, kept[0], scratch, grads[0], dfinal, du, partial,
-            dstart, *plan.sizes, K=_SAVE_EVERY, S=_TOGETHER, **plan.flags,
+    if plan.chunks > 1:
+        decay, state = (dfinal.new_empty(plan.carried) for _ in range(2))
+        kernels("diagonal_ssm").adjoint[plan.grid](
+            plan.A, plan.C, plan.owner, grads[0], dfinal, decay, state, *plan.sizes[:2], *plan.sizes[4:],
+            **plan.flags,
         )  # fmt: skip
+        entering = plan.entering(decay, state)
+    kernels("diagonal_ssm").backward[plan.grid](
+        plan.u, plan.A, plan.C, plan.start, plan.owner, entering, kept[0], scratch, grads[0], dfinal, du, partial,
+        dstart, *plan.sizes, K=_SAVE_EVERY, S=_TOGETHER, **plan.flags,
+    )  # fmt: skip
     dA, dC = _numbers(partial.sum(0))
     return [du, dA, dC, _numbers(dstart)]
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dualform.ops.linear_scan import linear_scan_op
 from dualform.ops.op import Backend
-from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, on, owners, power_of_two, processors
+from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, owners, power_of_two, processors
 
 _ROWS, _CHANNELS, _BYTES = 16, 32, 128  # steps and channels of a tile, and at most the bytes of one of its steps
 
@@ -62,11 +62,10 @@ def _forward(a: Tensor, b: Tensor, h0: Tensor, cu_seqlens: Tensor | None, revers
     plan, owner = _Plan(a, b, h0, reverse), owners(cu_seqlens, b.shape[1])
     (a, *a_strides), (b, *b_strides), start = _flat(a), _flat(b), _pairs(h0.contiguous())
     strides = (*a_strides, *b_strides)
-    with on(h):
-        entering = plan.entering(a, b, start, owner, strides, False)
-        kernels("linear_scan").forward[plan.grid](
-            a, b, start, owner, entering, _pairs(h), _pairs(final), *plan.sizes, *strides, DOWN=reverse, **plan.flags
-        )
+    entering = plan.entering(a, b, start, owner, strides, False)
+    kernels("linear_scan").forward[plan.grid](
+        a, b, start, owner, entering, _pairs(h), _pairs(final), *plan.sizes, *strides, DOWN=reverse, **plan.flags
+    )
     return [h, final]
 
 
@@ -81,13 +80,12 @@ def _backward(
     plan.flags["B_COMPLEX"] = h0.is_complex()
     (flat_a, *strides), start, dfinal = _flat(a), _pairs(h0.contiguous()), _pairs(grads[1].contiguous())
     dh, h = _pairs(grads[0]), _pairs(kept[0])
-    with on(h):
-        along = (*strides, plan.length * plan.width, plan.width, 1)
-        entering = plan.entering(flat_a, dh, dfinal, owner, along, True)
-        kernels("linear_scan").backward[plan.grid](
-            flat_a, h, start, owner, entering, dh, dfinal, _pairs(da), _pairs(db), _pairs(dstart),
-            *plan.sizes, *strides, DOWN=not reverse, **{**plan.flags, "B_COMPLEX": b.is_complex()},
-        )  # fmt: skip
+    along = (*strides, plan.length * plan.width, plan.width, 1)
+    entering = plan.entering(flat_a, dh, dfinal, owner, along, True)
+    kernels("linear_scan").backward[plan.grid](
+        flat_a, h, start, owner, entering, dh, dfinal, _pairs(da), _pairs(db), _pairs(dstart),
+        *plan.sizes, *strides, DOWN=not reverse, **{**plan.flags, "B_COMPLEX": b.is_complex()},
+    )  # fmt: skip
     return [da, db, dstart]
 
 

@@ -14,7 +14,6 @@ from dualform.ops.triton.support import (
     blocks,
     kernels,
     missing,
-    on,
     owners,
     power_of_two,
     processors,
@@ -78,12 +77,11 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     if u.numel() == 0:
         return [y, final, *saved]
     plan, entering = _Plan(*args), None
-    with on(u):
-        if plan.chunks > 1:
-            decay, state = (h0.new_empty(plan.carried) for _ in range(2))
-            plan.forward(None, None, None, None, decay, state)
-            entering = plan.entering(decay, state)
-        plan.forward(entering, y, final, saved[0] if keep else None, None, None)
+    if plan.chunks > 1:
+        decay, state = (h0.new_empty(plan.carried) for _ in range(2))
+        plan.forward(None, None, None, None, decay, state)
+        entering = plan.entering(decay, state)
+    plan.forward(entering, y, final, saved[0] if keep else None, None, None)
     return [y, final, *saved]
 
 
@@ -113,20 +111,19 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     dB, dC = (h0.new_empty(plan.rows, plan.length, plan.blocks, states) for _ in range(2))
     partial = h0.new_empty(plan.rows * plan.chunks, states + 2, plan.width)
     scratch = h0.new_empty(plan.grid[0], _SAVE_EVERY // _TOGETHER, plan.flags["NP"], plan.flags["BD"])
-    with on(u):
-        if plan.chunks > 1:
-            decay, state = (h0.new_empty(plan.carried) for _ in range(2))
-            length, width, cell, _, per_c, chunks, steps = plan.sizes
-            kernels("selective_scan").adjoint[plan.grid](
-                plan.delta, plan.z, plan.C, plan.A, plan.bias, plan.owner, grads[0], dfinal, decay, state,
-                length, width, cell, per_c, chunks, steps, **plan.flags,
-            )  # fmt: skip
-            entering = plan.entering(decay, state)
-        kernels("selective_scan").backward[plan.grid](
-            plan.u, plan.delta, plan.z, plan.B, plan.C, plan.A, plan.D, plan.bias, plan.start, plan.owner,
-            entering, kept[0], scratch, grads[0], dfinal, du, ddelta, dz, dB, dC, partial, dstart, *plan.sizes,
-            K=_SAVE_EVERY, S=_TOGETHER, **plan.flags,
+    if plan.chunks > 1:
+        decay, state = (h0.new_empty(plan.carried) for _ in range(2))
+        length, width, cell, _, per_c, chunks, steps = plan.sizes
+        kernels("selective_scan").adjoint[plan.grid](
+            plan.delta, plan.z, plan.C, plan.A, plan.bias, plan.owner, grads[0], dfinal, decay, state,
+            length, width, cell, per_c, chunks, steps, **plan.flags,
         )  # fmt: skip
+        entering = plan.entering(decay, state)
+    kernels("selective_scan").backward[plan.grid](
+        plan.u, plan.delta, plan.z, plan.B, plan.C, plan.A, plan.D, plan.bias, plan.start, plan.owner,
+        entering, kept[0], scratch, grads[0], dfinal, du, ddelta, dz, dB, dC, partial, dstart, *plan.sizes,
+        K=_SAVE_EVERY, S=_TOGETHER, **plan.flags,
+    )  # fmt: skip
     total = partial.sum(0)
     maps = (g.unflatten(2, (m.shape[2], -1)).sum(3).to(m.dtype) for g, m in ((dB, B), (dC, C)))
     found = [du, ddelta, total[:-2].T.to(A.dtype).contiguous(), *maps]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dualform.ops.step import add_step
-from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, on, power_of_two
+from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, power_of_two
 
 _STATES = (torch.float32, torch.float64)
 _MOST_STATES = 256
@@ -49,13 +49,12 @@ def selective_state_update(
     y, after = x.new_empty(inner), state.new_empty(shape)
     padded = power_of_two(states)
     channels = min(max(1, _ELEMENTS // padded), power_of_two(width))
-    with on(x):
-        kernels("step").selective_state_update[(rows * blocks(width, channels),)](
-            state, x, dt, A, B, C, skip, z, bias, y, after, width, 1 if matrix else shape[2],
-            width // B.shape[1], width // C.shape[1], x.stride(0), dt.stride(0), 0 if z is None else z.stride(0),
-            B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-            SOFTPLUS=dt_softplus, BY_HEAD=not matrix, N=states, NP=padded, BD=channels,
-        )  # fmt: skip
+    kernels("step").selective_state_update[(rows * blocks(width, channels),)](
+        state, x, dt, A, B, C, skip, z, bias, y, after, width, 1 if matrix else shape[2],
+        width // B.shape[1], width // C.shape[1], x.stride(0), dt.stride(0), 0 if z is None else z.stride(0),
+        B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+        SOFTPLUS=dt_softplus, BY_HEAD=not matrix, N=states, NP=padded, BD=channels,
+    )  # fmt: skip
     return y, after
 
 
@@ -74,10 +73,9 @@ def causal_conv1d_update(
     bias = None if bias is None else bias.contiguous()
     y, after = x.new_empty(x.shape), state.new_empty(state.shape)
     channels = min(256, power_of_two(width))
-    with on(x):
-        kernels("step").causal_conv1d_update[(rows * blocks(width, channels),)](
-            x, state, weight, bias, y, after, width, x.stride(0), SILU=silu, W=weight.shape[1], BD=channels
-        )
+    kernels("step").causal_conv1d_update[(rows * blocks(width, channels),)](
+        x, state, weight, bias, y, after, width, x.stride(0), SILU=silu, W=weight.shape[1], BD=channels
+    )
     return y, after
 
 

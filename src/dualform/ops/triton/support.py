@@ -1,7 +1,6 @@
 """What every wrapper of a Triton kernel needs: whether Triton is here, its kernels, and the layout they read."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,11 +21,6 @@ missing = "" if find_spec("triton") else "Triton is not installed; pip install t
 def kernels(op: str) -> ModuleType:
     """The module of an op's kernels; the first call imports Triton."""
     return import_module(f"dualform.ops.triton.kernels.{op}")
-
-
-def on(x: Tensor) -> AbstractContextManager[object]:
-    """Launch on the device of ``x``, whichever is the current one."""
-    return nullcontext() if x.device.type == "cpu" else torch.accelerator.device_index(x.device.index)
 
 
 def owners(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
