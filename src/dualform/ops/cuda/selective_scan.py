@@ -89,15 +89,18 @@ class Plan(NamedTuple):
 
 
 def plan_forward(x: Inputs) -> Plan:
-    """Warps with a row's time to themselves where there are enough of them, else twelve or three take turns at it."""
-    rows, width, limits = len(x.h0), x.u.shape[2], compiler.limits()
+    """Warps with a row's time to themselves where there are enough of them, else twelve or three take turns at it.
+
+    Wide states need more registers, which fewer warps have.
+    """
+    rows, width, limits, wide = len(x.h0), x.u.shape[2], compiler.limits(), x.lane_states > 4
     channels = 2 if x.per_group % 16 == 0 and rows * width >= 1024 else 1
     teams = rows * -(-width // (8 * channels))
     if x.u.shape[1] <= 16 or teams > 4 * limits.multiprocessors:
-        return Plan(channels, 1, 4, teams=4)
+        return Plan(channels, 1, 3 if wide else 4, teams=4)
     if teams > 2 * limits.multiprocessors:
-        return Plan(channels, 3, 4)
-    plans = (Plan(channels, warps, 1) for warps in (12, 8, 4))
+        return Plan(channels, 2 if wide else 3, 4)
+    plans = (Plan(channels, warps, 1) for warps in ((8, 4) if wide else (12, 8, 4)))
     return next(plan for plan in plans if forward_shared(plan, x) <= limits.shared or plan.warps == 4)
 
 
