@@ -19,7 +19,7 @@ struct float16 {
 
 #if defined(DUALFORM_EMULATED)
 #define SHARED_MEMORY(name) char* const name = emulator::shared_memory
-// As the GPU's unit does, which cuts x off behind 24 binary places.
+// As far off as that of a GPU, as if it cut x off behind 24 binary places.
 DEVICE float exp2_of(float x) { return exp2f(x > -1e6f ? float(floor(double(x) * 0x1p24) * 0x1p-24) : x); }
 DEVICE float log2_of(float x) { return log2f(x); }
 DEVICE float reciprocal(float x) { return 1 / x; }

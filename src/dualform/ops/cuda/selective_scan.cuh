@@ -7,10 +7,11 @@
 
 #include "sequences.cuh"
 
-// The unit that computes 2^x cuts x off behind 24 binary places. For a small x that is a bias, and a slow state feels
-// it hundreds of times over; but x + 1 has been rounded. So decays are twice what they are, and the first of eight 2^-7
-// times: from a multiple of eight steps to the next the powers cancel. In between, after step t, a state is 2^(t-7)
-// what it is, and what comes to it must be, too; a gradient of it, which runs the other way, is 2^(7-t) what it is.
+// The unit that computes 2^x is as far off as if it cut x off behind 24 binary places. For a small x that is a bias,
+// and a slow state feels it hundreds of times over; but x + 1 has been rounded. So decays are twice what they are, and
+// the first of eight 2^-7 times: from a multiple of eight steps to the next the powers cancel. In between, after step
+// t, a state is 2^(t-7) what it is, and what comes to it must be, too; a gradient of it, which runs the other way, is
+// 2^(7-t) what it is.
 constexpr int PERIOD = 8;
 DEVICE float decay_of(float dt, float a, int t) { return exp2_of(dt * a + (t % PERIOD ? 1 : 1 - PERIOD)); }
 

@@ -28,14 +28,14 @@ def view(tensor: Tensor) -> tuple[int, int, int]:
 
 def aligned(size: int, *tensors: Tensor | None, many: int = 4) -> bool:
     """Whether ``many`` neighbours on a last axis of ``size`` can always be read at once, up to 16 bytes of them."""
-    return size % many == 0 and all(
-        x is None
-        or (
-            x.data_ptr() % min(many * x.element_size(), 16) == 0
-            and all(stride % many == 0 for stride in x.stride()[:2])
-        )
-        for x in tensors
-    )
+    if size % many:
+        return False
+    for x in tensors:
+        if x is not None:
+            strides = x.stride()
+            if x.data_ptr() % min(many * x.element_size(), 16) or strides[0] % many or strides[1] % many:
+                return False
+    return True
 
 
 def alive(*tensors: Any) -> None:
