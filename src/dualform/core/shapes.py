@@ -12,21 +12,10 @@
 ``B`` and ``D`` are sizes in shapes and system matrices in formulas.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-
-
-@cache
-def _parse(spec: str) -> tuple[list[str], bool, str]:
-    """Letters, whether more axes may follow, and how an error shows both."""
-    letters = spec.split()
-    rest = bool(letters) and letters[-1] == "..."
-    letters = letters[:-1] if rest else letters
-    return letters, rest, f"({', '.join(letters)}{', ...' if rest else ','[: len(letters) == 1]})"
 
 
 def check_tensors(where: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -46,7 +35,10 @@ def check_tensors(where: str, **tensors: tuple[Tensor | None, str]) -> dict[str,
     for name, (tensor, spec) in tensors.items():
         if tensor is None:
             continue
-        letters, rest, shown = _parse(spec)
+        letters = spec.split()
+        rest = bool(letters) and letters[-1] == "..."
+        letters = letters[:-1] if rest else letters
+        shown = f"({', '.join(letters)}{', ...' if rest else ','[: len(letters) == 1]})"
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{where}: {name} is {type(tensor).__name__}, expected a tensor {shown}")
         if len(letters) > tensor.dim() or (tensor.dim() > len(letters) and not rest):
