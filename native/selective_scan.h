@@ -349,7 +349,7 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
           }
         }
         const vec<T> skip = of_channels<T>(s.d, slice);
-        vec<T> dskip = load(dskips + i * L), dbias = load(dbiases + i * L);
+        vec<T> dskip = splat(T(0)), dbias = dskip;  // of the tile: sums of few numbers, then of few sums
         for (int64_t t = 0, at = panel * L; t < tile.end - tile.begin; t++, at += PANEL * L) {
           vec<T> through = load(dx[t]), u = load(all.u + at), dy = load(all.dy + at);
           vec<T> ddelta = fma(load(dlog[t]), splat<T>(LN_2), through * u) * load(all.ddelta + at);
@@ -358,7 +358,7 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
           if (s.z.data) store(all.dz + at, load(all.dz + at) * fma(skip, u, load(y[t])));
           dskip = fma(dy, u, dskip), dbias += ddelta;
         }
-        store(dskips + i * L, dskip), store(dbiases + i * L, dbias);
+        store(dskips + i * L, load(dskips + i * L) + dskip), store(dbiases + i * L, load(dbiases + i * L) + dbias);
       }
       all.write(s, tile);
       const Slice& last = slab.slices[slab.count - 1];
