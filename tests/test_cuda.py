@@ -98,15 +98,31 @@ def test_the_scan_is_the_definition(case, plan, emulated, poison, monkeypatch):
     assert torch.equal(plain[1], final)
 
 
-def test_slow_states_are_as_exact_as_a_loop_in_float32(emulated):
-    """The emulated 2^x is biased near zero, as that of a GPU; hundreds of steps must not multiply it."""
+def slow(length):
+    """Arguments of states that remember hundreds of steps."""
     torch.manual_seed(0)
-    args = arguments(1, 500, 16, 16)
+    args = arguments(1, length, 16, 16)
     args[2], args[7] = -torch.arange(1, 17.0).repeat(16, 1), args[7] - 3
-    y, final, *saved = scan_kernels._forward(*args)
-    weights = [normal(*y.shape), normal(*final.shape)]
-    found = [y, final, *scan_kernels._backward(weights, saved, *args)]
-    want = reference(args, weights)
-    loop = reference(args, weights, torch.float32)
+    return args
+
+
+def as_exact_as_a_loop(found, args, weights):
+    loop, want = reference(args, weights, torch.float32), reference(args, weights)
     for i, (a, b, exact) in enumerate(zip(found, loop, want, strict=True)):
         assert (a - exact).norm() <= 2 * (b - exact).norm(), i
+
+
+def test_slow_states_are_as_exact_as_a_loop_in_float32(emulated):
+    """The emulated 2^x is biased near zero, as that of a GPU; hundreds of steps must not multiply it."""
+    args = slow(500)
+    y, final, *saved = scan_kernels._forward(*args)
+    weights = [normal(*y.shape), normal(*final.shape)]
+    as_exact_as_a_loop([y, final, *scan_kernels._backward(weights, saved, *args)], args, weights)
+
+
+@pytest.mark.gpu
+def test_slow_states_on_a_gpu():
+    args = [x.cuda() if isinstance(x, Tensor) else x for x in slow(2000)]
+    y, final, *saved = scan_kernels._forward(*args)
+    weights = [torch.randn_like(y), torch.randn_like(final)]
+    as_exact_as_a_loop([y, final, *scan_kernels._backward(weights, saved, *args)], args, weights)
