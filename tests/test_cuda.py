@@ -60,8 +60,8 @@ PLANS = [(1, 1, 3, 1, 64), (2, 1, 1, 4, 128), (1, 2, 2, 1, 64), (2, 4, 1, 2, 64)
 
 def test_plans_follow_the_shape(emulated):
     """Small, with channels in groups that lie across no block; and what the plans choose by themselves."""
-    for case in ("odd", "groups", "packed"):
-        args = arguments(**CASES[case])
+    for case in (CASES["odd"], CASES["groups"], CASES["packed"], dict(batch=6, length=20, width=200, states=5)):
+        args = arguments(**case)
         y, final, *saved = scan_kernels._forward(*args)
         weights = [normal(*y.shape), normal(*final.shape)]
         close([y, final, *scan_kernels._backward(weights, saved, *args)], reference(args, weights), 2e-5)

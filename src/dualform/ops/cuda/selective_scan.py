@@ -40,6 +40,10 @@ class Inputs(NamedTuple):
         """Channels that share their B and their C."""
         return self.u.shape[2] // max(self.B.shape[2], self.C.shape[2])
 
+    def in_blocks_of(self, channels: int) -> bool:
+        """Whether so many neighbouring channels share their B and their C, and few of the last block are not there."""
+        return self.per_group % channels == 0 or self.per_group == self.u.shape[2] >= 8 * channels
+
     @property
     def map_dtype(self) -> torch.dtype:
         """Of B and C, as the kernels read them."""
@@ -94,7 +98,7 @@ def plan_forward(x: Inputs) -> Plan:
     Wide states need more registers, which fewer warps have.
     """
     rows, width, limits, wide = len(x.h0), x.u.shape[2], compiler.limits(), x.lane_states > 4
-    channels = 2 if x.per_group % 16 == 0 and rows * width >= 1024 else 1
+    channels = 2 if x.in_blocks_of(16) and rows * width >= 1024 else 1
     teams = rows * -(-width // (8 * channels))
     if x.u.shape[1] <= 16 or teams > 4 * limits.multiprocessors:
         return Plan(channels, 1, 3 if wide else 4, teams=4)
@@ -114,13 +118,12 @@ def forward_shared(plan: Plan, x: Inputs) -> int:
 def plan_backward(x: Inputs) -> tuple[Plan, int, int]:
     """The plan, and the steps of a row's first span and of the others."""
     rows, (_, length, width), limits = len(x.h0), x.u.shape, compiler.limits()
-    channels = 2 if x.per_group % 16 == 0 else 1
+    channels = 2 if x.in_blocks_of(16) else 1
     plans = (Plan(channels, warps, 8 // warps) for warps in (4, 2, 1))
     plan = next(
         plan
         for plan in plans
-        if plan.warps == 1
-        or (x.per_group % (plan.line * plan.warps) == 0 and backward_shared(plan, x) <= limits.shared)
+        if plan.warps == 1 or (x.in_blocks_of(plan.line * plan.warps) and backward_shared(plan, x) <= limits.shared)
     )
     blocks, places = rows * -(-width // (plan.line * plan.warps)), limits.multiprocessors * plan.blocks
     even = x.cu_seqlens is not None or 2 * blocks < places
