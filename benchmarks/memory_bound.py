@@ -8,7 +8,8 @@ so that the host is not timed.
 
 import argparse
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,15 +30,13 @@ def conv_cases() -> dict[str, Case]:
         return F.silu(y[..., : x.shape[1]]).mT
 
     found: dict[str, Case] = {f"torch {torch.__version__} conv1d": portable}
-    try:
+    if find_spec("causal_conv1d"):
         from causal_conv1d import causal_conv1d_fn
 
         def peer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT
 
         found[f"causal-conv1d {version('causal-conv1d')}"] = peer
-    except (ImportError, PackageNotFoundError):
-        pass
     return found
 
 

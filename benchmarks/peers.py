@@ -4,6 +4,7 @@ Every function takes u, delta (B, T, D), A (D, N), B, C (B, T, N), D (D,) and op
 (B, T, D). Layouts that a peer asks for are made before the clock starts, in ``prepare``.
 """
 
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,10 +22,11 @@ def peers(device: str) -> dict[str, tuple[Callable[..., dict[str, Any]], Scan]]:
     for package, make in (("transformers", _transformers), ("mambapy", _mambapy), ("mamba-ssm", _mamba_ssm)):
         try:
             title = f"{package} {version(package)}"
-            prepare, run = make(device)
-        except (ImportError, PackageNotFoundError, LookupError):
+            found[title] = make(device)
+        except (PackageNotFoundError, LookupError):  # not installed, or nothing for this device
             continue
-        found[title] = (prepare, run)
+        except ImportError as error:
+            print(f"{title} is left out, as it cannot be imported: {error}", file=sys.stderr)
     return found
 
 

@@ -1,5 +1,7 @@
 """The selective scan of Mamba: a diagonal recurrence whose step, input and output maps depend on the input."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,6 +77,22 @@ def selective_scan(
     h0 = initial(where, initial_state, cu_seqlens, u, (sizes["D"], sizes["N"]), dtype)
     y, final = selective_scan_op(u, delta, A.to(dtype), B, C, D, z, delta_bias, delta_softplus, h0, cu_seqlens)
     return y, final
+
+
+class Arguments(NamedTuple):
+    """Those of the operator, as every backend is given them: as in :func:`selective_scan`."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    bias: Tensor | None
+    softplus: bool
+    h0: Tensor
+    cu_seqlens: Tensor | None
 
 
 def _reference(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualform.ops.linear_scan import as_grad, scan
 from dualform.ops.op import Backend
-from dualform.ops.selective_scan import selective_scan_op
+from dualform.ops.selective_scan import Arguments, selective_scan_op
 
 _CPU_SPAN = 3 * 2**18  # elements of (K, B, N, D) held at a time: few enough for a cache, enough to share out
 _GPU_SPAN = 2**23  # elsewhere launches cost more than cache misses
@@ -129,25 +129,13 @@ def _over_channels(h: Tensor, x: Tensor, groups: int) -> Tensor:
     return (h.unflatten(3, (groups, -1)).transpose(2, 3) @ x)[..., 0]
 
 
-def _inputs(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[_Inputs, _Borders]:
-    rates, start = A.T.contiguous(), h0.transpose(1, 2).contiguous()
-    return _Inputs(u, delta, B, C, rates, D, z, delta_bias, delta_softplus, start), _Borders(cu_seqlens)
+def _inputs(x: Arguments) -> tuple[_Inputs, _Borders]:
+    rates, start = x.A.T.contiguous(), x.h0.transpose(1, 2).contiguous()
+    return _Inputs(x.u, x.delta, x.B, x.C, rates, x.D, x.z, x.bias, x.softplus, start), _Borders(x.cu_seqlens)
 
 
 def _run(keep: bool, *args: Any) -> list[Tensor]:
-    of, borders = _inputs(*args)
+    of, borders = _inputs(Arguments(*args))
     size, save_every = _span_sizes(args[9], len(of.u))
     y, final = of.u.new_empty(of.u.shape), of.h0.clone()
     h = torch.zeros_like(of.h0[: len(of.u)]) if borders.packed else of.h0
@@ -187,7 +175,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
 
     With ``g_t = dL/dh_t`` in full, ``g_t = conj(C_t) dy_t + conj(a_{t+1}) g_{t+1}``, and everything else is a product.
     """
-    (of, borders), (entering,) = _inputs(*args), kept
+    (of, borders), (entering,) = _inputs(Arguments(*args)), kept
     real = of.h0.dtype.to_real()
     dfinal = grads[1].transpose(1, 2).contiguous()
     du, ddelta = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (of.u, of.delta))

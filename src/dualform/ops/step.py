@@ -35,3 +35,18 @@ def fast_step(name: str, *args: Any) -> tuple[Tensor, Tensor] | None:
             if found is not None:
                 return found
     return None
+
+
+def has_rates_by_state(state: Tensor, x: Tensor, dt: Tensor, A: Tensor) -> bool | None:
+    """How a kernel for ``selective_state_update`` finds its rates and steps; None for what none was written for.
+
+    True for a rate for every state and a step for every channel, ``(B, D, N)`` or ``(B, H, P, N)``; False for one of
+    each a head. States and rates are float32 or float64.
+    """
+    shape, inner = state.shape, x.shape
+    if state.dtype not in (torch.float32, torch.float64) or A.dtype != state.dtype or inner != shape[:-1]:
+        return None
+    if A.shape == shape[1:] and dt.shape == inner:
+        return True
+    by_head = len(shape) == 4 and A.shape == (shape[1], 1, 1) and dt.shape == (shape[0], shape[1], 1)
+    return False if by_head else None

@@ -9,26 +9,14 @@ from torch import Tensor
 from dualform.ops.cuda import compiler
 from dualform.ops.cuda.tensors import NO_VIEW, TYPES, aligned, alive, pointer, readable, view
 from dualform.ops.op import Backend
-from dualform.ops.selective_scan import selective_scan_op
+from dualform.ops.selective_scan import Arguments, selective_scan_op
 
 TILE = 64  # steps between the states that the backward starts from, as in selective_scan.cuh
 _LANE_STATES = (2, 4, 8)  # states of one of the four lanes of a channel
 
 
-class Inputs(NamedTuple):
-    """The arguments of the operator."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    bias: Tensor | None
-    softplus: bool
-    h0: Tensor
-    cu_seqlens: Tensor | None
+class Inputs(Arguments):
+    """The arguments, and what follows from them."""
 
     @property
     def empty(self) -> bool:

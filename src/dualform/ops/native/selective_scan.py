@@ -8,7 +8,7 @@ from torch import Tensor
 from dualform.ops.native import library
 from dualform.ops.native.library import NO_VIEW, fresh, readable, sequences, view
 from dualform.ops.op import Backend, differentiable
-from dualform.ops.selective_scan import selective_scan_op
+from dualform.ops.selective_scan import Arguments, selective_scan_op
 
 _TILE = 32  # SELECTIVE_SCAN_TILE in native/dualform.h
 _BACKWARD_ONLY = (0,) * 29  # fields of ``SelectiveScan``
@@ -20,7 +20,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     saved = [fresh(m) for m in _saved(*args)] if keep else []
     if h0.numel() == 0 or u.shape[1] == 0:
         return [y.zero_(), final, *saved]
-    given, fields = _fields(*args)
+    given, fields = _fields(Arguments(*args))
     library.call(
         "selective_scan", *fields, *view(y), final.data_ptr(), saved[0].data_ptr() if keep else 0, *_BACKWARD_ONLY
     )
@@ -54,7 +54,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         for g in found:
             g.zero_()
     else:
-        given, fields = _fields(*args)
+        given, fields = _fields(Arguments(*args))
         library.call(
             "selective_scan_backward",
             *fields,
@@ -77,32 +77,20 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     return [g.to(m.dtype) for g, m in zip((*found, dh0), differentiable(args), strict=True)]
 
 
-def _fields(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+def _fields(x: Arguments) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
     """What the kernels are given, to be kept alive, and the first fields of ``SelectiveScan``."""
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-    u, delta, B, C = readable(u), readable(delta), readable(B, 2), readable(C, 2)
-    z = None if z is None else readable(z)
-    A, h0 = A.contiguous(), h0.contiguous()
-    D, bias = (None if m is None else m.to(h0.dtype).contiguous() for m in (D, delta_bias))
+    cu_seqlens = None if x.cu_seqlens is None else x.cu_seqlens.to(torch.int64).contiguous()
+    u, delta, B, C = readable(x.u), readable(x.delta), readable(x.B, 2), readable(x.C, 2)
+    z = None if x.z is None else readable(x.z)
+    A, h0 = x.A.contiguous(), x.h0.contiguous()
+    D, bias = (None if m is None else m.to(h0.dtype).contiguous() for m in (x.D, x.bias))
     fields = (
         library.number(h0),
         *sequences(u, cu_seqlens),
         *A.shape,
         B.shape[2],
         C.shape[2],
-        delta_softplus,
+        x.softplus,
         *(field for m in (u, delta, B, C, z) for field in (NO_VIEW if m is None else view(m))),
         A.data_ptr(),
         0 if D is None else D.data_ptr(),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dualform.ops.native import library
 from dualform.ops.native.library import DTYPES, NO_VIEW, readable
-from dualform.ops.step import add_step
+from dualform.ops.step import add_step, has_rates_by_state
 
 _STATES = (torch.float32, torch.float64)
 
@@ -23,14 +23,9 @@ def selective_state_update(
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """``(B, D, N)`` or ``(B, H, P, N)``; a rate for every state and a step for every channel, or one of each a head."""
-    shape, dtype, inner = state.shape, state.dtype, x.shape
-    matrix = A.shape == shape[1:] and dt.shape == inner
-    by_head = len(shape) == 4 and A.shape == (shape[1], 1, 1) and dt.shape == (shape[0], shape[1], 1)
+    shape, dtype, inner, matrix = state.shape, state.dtype, x.shape, has_rates_by_state(state, x, dt, A)
     if (
-        not (matrix or by_head)
-        or dtype not in _STATES
-        or A.dtype != dtype
-        or inner != shape[:-1]
+        matrix is None
         or (z is not None and (z.dtype != x.dtype or z.shape != inner))
         or not all(_known(m) for m in (state, x, dt, A, B, C, D, z, dt_bias))
         or state.numel() == 0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualform.ops.step import add_step
+from dualform.ops.step import add_step, has_rates_by_state
 from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, power_of_two
 
 _STATES = (torch.float32, torch.float64)
@@ -24,15 +24,10 @@ def selective_state_update(
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """``(B, D, N)`` or ``(B, H, P, N)``; a rate for every state and a step for every channel, or one of each a head."""
-    shape, inner = state.shape, x.shape
-    matrix = A.shape == shape[1:] and dt.shape == inner
-    by_head = len(shape) == 4 and A.shape == (shape[1], 1, 1) and dt.shape == (shape[0], shape[1], 1)
+    shape, inner, matrix = state.shape, x.shape, has_rates_by_state(state, x, dt, A)
     if (
-        x.device.type not in DEVICES
-        or not (matrix or by_head)
-        or state.dtype not in _STATES
-        or A.dtype != state.dtype
-        or inner != shape[:-1]
+        matrix is None
+        or x.device.type not in DEVICES
         or (z is not None and z.shape != inner)
         or B.is_complex()
         or C.is_complex()

@@ -145,6 +145,16 @@ def _enter(a, b, carry, rows, COMPLEX: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _place(T, D, chunks, steps, BD: tl.constexpr):
+    """Of a program: its chunk of which row, its channels and which of them are there, and its steps."""
+    blocks = tl.cdiv(D, BD)
+    rest = tl.program_id(0) // blocks
+    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    begin = (rest % chunks) * steps
+    return rest, (rest // chunks).to(tl.int64), d, d < D, begin, tl.minimum(T, begin + steps)
+
+
+@triton.jit
 def summarize(
     a_ptr,
     b_ptr,
@@ -172,14 +182,10 @@ def summarize(
 ):
     """Every chunk's decay and its last state from zero, ``(B, chunks, D)``."""
     dtype: tl.constexpr = state_ptr.dtype.element_ty
-    blocks = tl.cdiv(D, BD)
-    rest = tl.program_id(0) // blocks
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    mask, rows = d < D, tl.arange(0, BT)
-    begin = (rest % chunks) * steps
-    end = tl.minimum(T, begin + steps)
-    a_ptr += (rest // chunks).to(tl.int64) * a_b * (2 if A_COMPLEX else 1)
-    b_ptr += (rest // chunks).to(tl.int64) * b_b * (2 if B_COMPLEX else 1)
+    rest, b64, d, mask, begin, end = _place(T, D, chunks, steps, BD)
+    rows = tl.arange(0, BT)
+    a_ptr += b64 * a_b * (2 if A_COMPLEX else 1)
+    b_ptr += b64 * b_b * (2 if B_COMPLEX else 1)
     decay = (tl.full((BD,), 1.0, dtype), tl.zeros((BD,), dtype))
     state = (tl.zeros((BD,), dtype), tl.zeros((BD,), dtype))
     for first in range(begin, end, BT):
@@ -224,12 +230,8 @@ def forward(
 ):
     """The states ``(B, T, D)``, from those that enter every chunk ``(B, chunks, D)``, and the final ones."""
     dtype: tl.constexpr = start_ptr.dtype.element_ty
-    blocks = tl.cdiv(D, BD)
-    rest = tl.program_id(0) // blocks
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    mask, rows, b64 = d < D, tl.arange(0, BT), (rest // chunks).to(tl.int64)
-    begin = (rest % chunks) * steps
-    end = tl.minimum(T, begin + steps)
+    rest, b64, d, mask, begin, end = _place(T, D, chunks, steps, BD)
+    rows = tl.arange(0, BT)
     a_ptr += b64 * a_b * (2 if A_COMPLEX else 1)
     b_ptr += b64 * b_b * (2 if B_COMPLEX else 1)
     carry = _load(entering_ptr, rest.to(tl.int64) * D + d, mask, 0.0, COMPLEX, dtype)
@@ -288,12 +290,8 @@ def backward(
 ):
     """With ``g`` the gradient of the states in full: ``db_t = g_t``, ``da_t = g_t conj(h_{t-1})``."""
     dtype: tl.constexpr = start_ptr.dtype.element_ty
-    blocks = tl.cdiv(D, BD)
-    rest = tl.program_id(0) // blocks
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    mask, rows, b64 = d < D, tl.arange(0, BT), (rest // chunks).to(tl.int64)
-    begin = (rest % chunks) * steps
-    end = tl.minimum(T, begin + steps)
+    rest, b64, d, mask, begin, end = _place(T, D, chunks, steps, BD)
+    rows = tl.arange(0, BT)
     a_ptr += b64 * a_b * (2 if A_COMPLEX else 1)
     dh_ptr += b64 * T * D * (2 if COMPLEX else 1)
     carry = _load(entering_ptr, rest.to(tl.int64) * D + d, mask, 0.0, COMPLEX, dtype)
