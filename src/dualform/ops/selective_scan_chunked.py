@@ -1,6 +1,7 @@
 """The portable selective scan: spans of time, whose states are recomputed in the backward instead of being stored."""
 
 from bisect import bisect_left
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -156,12 +157,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     return [y, final.transpose(1, 2).clone(memory_format=torch.contiguous_format), *saved]
 
 
-def _forward(*args: Any) -> list[Tensor]:
-    return _run(True, *args)
-
-
-def _infer(*args: Any) -> list[Tensor]:
-    return _run(False, *args)
+_forward, _infer = partial(_run, True), partial(_run, False)
 
 
 def _saved(*args: Any) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """State space duality: Mamba-2's scan with one decay per head, a recurrence that is also a masked matrix product."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -253,12 +254,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     return [y, final, *([torch.stack(saved) if saved else h.new_empty(0, *h.shape)] if keep else [])]
 
 
-def _forward(*args: Any) -> list[Tensor]:
-    return _run(True, *args)
-
-
-def _infer(*args: Any) -> list[Tensor]:
-    return _run(False, *args)
+_forward, _infer = partial(_run, True), partial(_run, False)
 
 
 def _backward(

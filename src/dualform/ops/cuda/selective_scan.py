@@ -1,6 +1,6 @@
 """The selective scan on an NVIDIA GPU."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -182,12 +182,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     return [y, final, *saved]
 
 
-def _forward(*args: Any) -> list[Tensor]:
-    return _run(True, *args)
-
-
-def _infer(*args: Any) -> list[Tensor]:
-    return _run(False, *args)
+_forward, _infer = partial(_run, True), partial(_run, False)
 
 
 def _saved(*args: Any) -> list[Tensor]:

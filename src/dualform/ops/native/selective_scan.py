@@ -1,5 +1,6 @@
 """The selective scan on a CPU, with the pointwise work around it."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     return [y, final, *saved]
 
 
-def _forward(*args: Any) -> list[Tensor]:
-    return _run(True, *args)
-
-
-def _infer(*args: Any) -> list[Tensor]:
-    return _run(False, *args)
+_forward, _infer = partial(_run, True), partial(_run, False)
 
 
 def _saved(*args: Any) -> list[Tensor]:

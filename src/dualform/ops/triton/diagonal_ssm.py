@@ -1,5 +1,7 @@
 """The diagonal state space model in Triton: its recurrence, chunks of time side by side where channels are few."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -78,12 +80,7 @@ def _run(keep: bool, u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens
     return [y, _numbers(final), *saved]
 
 
-def _forward(*args) -> list[Tensor]:
-    return _run(True, *args)
-
-
-def _infer(*args) -> list[Tensor]:
-    return _run(False, *args)
+_forward, _infer = partial(_run, True), partial(_run, False)
 
 
 def _saved(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The selective scan in Triton: 32 channels a program, and chunks of time side by side where channels are few."""
 
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -85,12 +86,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     return [y, final, *saved]
 
 
-def _forward(*args: Any) -> list[Tensor]:
-    return _run(True, *args)
-
-
-def _infer(*args: Any) -> list[Tensor]:
-    return _run(False, *args)
+_forward, _infer = partial(_run, True), partial(_run, False)
 
 
 def _saved(*args: Any) -> list[Tensor]:
