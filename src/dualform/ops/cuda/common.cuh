@@ -19,8 +19,8 @@ struct float16 {
 
 #if defined(DUALFORM_EMULATED)
 #define SHARED_MEMORY(name) char* const name = emulator::shared_memory
-// As far off as that of a GPU, as if it cut x off behind 24 binary places.
-DEVICE float exp2_of(float x) { return exp2f(x > -1e6f ? float(floor(double(x) * 0x1p24) * 0x1p-24) : x); }
+// As far off as that of a GPU: x is rounded down to 23 binary places, and the table is a little high.
+DEVICE float exp2_of(float x) { return exp2f(x > -1e6f ? float(floor(double(x) * 0x1p23) * 0x1p-23 + 0x1p-25) : x); }
 DEVICE float log2_of(float x) { return log2f(x); }
 DEVICE float reciprocal(float x) { return 1 / x; }
 DEVICE float from_bits(unsigned x) { return __builtin_bit_cast(float, x); }

@@ -7,13 +7,10 @@
 
 #include "sequences.cuh"
 
-// The unit that computes 2^x is as far off as if it cut x off behind 24 binary places. For a small x that is a bias,
-// and a slow state feels it hundreds of times over; but x + 1 has been rounded. So decays are twice what they are, and
-// the first of eight 2^-7 times: from a multiple of eight steps to the next the powers cancel. In between, after step
-// t, a state is 2^(t-7) what it is, and what comes to it must be, too; a gradient of it, which runs the other way, is
-// 2^(7-t) what it is.
-constexpr int PERIOD = 8;
-DEVICE float decay_of(float dt, float a, int t) { return exp2_of(dt * a + (t % PERIOD ? 1 : 1 - PERIOD)); }
+// exp(dt A), a given in units of log2. The unit that computes 2^x rounds x down to 23 binary places; of what that takes
+// on average its table gives half back. A slow state would feel the rest hundreds of times over, so x is as much more.
+// Without a step nothing decays: 2^(2^-25) is one.
+DEVICE float decay_of(float dt, float a) { return exp2_of(dt * a + 0x1p-25f); }
 
 constexpr int CH = CHANNELS, S = STATES;  // of one lane
 constexpr int WIDTH = 8 * CH;             // channels of a warp
@@ -66,7 +63,6 @@ struct Lane {
   int step, four;         // it reads channels four .. of step
   int64 first;            // of the warp's channels
   int width;              // how many of them there are
-  float small, large;     // the powers that states and their gradients have after its step
   METHOD Lane(const Scan& p, int64 block)
       : lane(threadIdx.x % 32),
         group(lane / 4),
@@ -74,9 +70,7 @@ struct Lane {
         step(lane / (WIDTH / 4)),
         four(lane % (WIDTH / 4) * 4),
         first(block * WIDTH),
-        width(int(least(p.width - first, int64(WIDTH)))),
-        small(from_bits((127 + 1 - PERIOD + step % PERIOD) << 23)),
-        large(from_bits((127 - 1 + PERIOD - step % PERIOD) << 23)) {}
+        width(int(least(p.width - first, int64(WIDTH)))) {}
   METHOD int count() const { return width - four; }  // channels to read
   METHOD int64 channel(int c) const { return first + group * CH + c; }
   METHOD bool has(int c) const { return group * CH + c < width; }

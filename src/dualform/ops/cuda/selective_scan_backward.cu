@@ -6,7 +6,7 @@
 // neighbouring channels of one span, and add up what B and C get from them.
 #include "selective_scan.cuh"
 
-constexpr int SUBS = TILE / K, HELD = PERIOD;  // steps whose decays are held in registers
+constexpr int SUBS = TILE / K, HELD = 8;  // steps whose decays are held in registers
 
 // The span of time that a block runs through, of the sequence that it belongs to.
 struct Span {
@@ -23,12 +23,12 @@ struct Span {
 };
 
 // Step t of the states, from pairs of dt and dt u, and from (NP) of B.
-DEVICE void advance(int t, const float (*steps)[2], const float* map, const Lane& l, const float* a, float* h) {
+DEVICE void advance(const float (*steps)[2], const float* map, const Lane& l, const float* a, float* h) {
   float step[2 * CH], b[S];
   read_floats<2 * CH>(steps[l.group * CH], step);
   read_floats<S>(map + l.part * S, b);
   UNROLL for (int i = 0; i < CH * S; i++)
-    h[i] = decay_of(step[i / S * 2], a[i], t) * h[i] + step[i / S * 2 + 1] * b[i % S];
+    h[i] = decay_of(step[i / S * 2], a[i]) * h[i] + step[i / S * 2 + 1] * b[i % S];
 }
 
 // What a lane needs of one step.
@@ -54,9 +54,9 @@ DEVICE void sum_channels(float* x, const Lane& l, float* to) {
   }
 }
 
-// What reaches the state from an output: its gradient before the gate, with its power.
-DEVICE float before_gate(float dy, float gate, bool inside, const Lane& l) {
-  return inside ? (GATED ? dy * gate * sigmoid(gate) : dy) * l.large : 0;
+// What reaches the state from an output: its gradient before the gate.
+DEVICE float before_gate(float dy, float gate, bool inside) {
+  return inside ? (GATED ? dy * gate * sigmoid(gate) : dy) : 0;
 }
 
 // What a span adds to the gradient of the state before it, and the sum of its steps; nobody asks the first of a
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
     unpack(dy, of);
     if (GATED) unpack(z, gate);
     UNROLL for (int i = 0; i < 4; i++)
-      of[i] = before_gate(of[i], gate[i], inside, l);
+      of[i] = before_gate(of[i], gate[i], inside);
     shared.steps.put(l, dt, of);
     Map::write(l, c, shared.map[0]);
     __syncwarp();
@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
       read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
       read_floats<S>(&shared.map[t][l.part * S], c);
       UNROLL for (int i = 0; i < CH * S; i++)
-        g[i] = decay_of(step[i / S * 2], a[i], t) * (g[i] + step[i / S * 2 + 1] * c[i % S]);
+        g[i] = decay_of(step[i / S * 2], a[i]) * (g[i] + step[i / S * 2 + 1] * c[i % S]);
       UNROLL for (int ch = 0; ch < CH; ch++)
         total[ch] += step[2 * ch];
     }
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
   for (int64 turn = spans - 1; turn >= 0; turn--) {
     const int64 s = row.span + turn * (p.borders ? 1 : p.rows);
     const float added = turn ? p.carry[s * size + i] : 0;
-    const float decay = turn ? exp2_of(a * p.seconds[s * p.width + i / p.states]) : 0;
+    const float decay = turn ? decay_of(p.seconds[s * p.width + i / p.states], a) : 0;
     p.carry[s * size + i] = g;
     g = added + decay * g;
   }
@@ -140,8 +140,8 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
 
 // The input of K steps, as a warp needs it.
 struct Given {
-  Pairs steps;                         // dt, and dt u with its power
-  float dy[K][WIDTH];                  // before the gate, with its power
+  Pairs steps;                         // dt and dt u
+  float dy[K][WIDTH];                  // before the gate
   Four<INPUT> u[32], dout[32], z[32];  // as read
   Four<DELTA> delta[32];
 };
@@ -202,13 +202,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   };
   auto prepare_steps = [&](bool inside, int i) {
     dt[i] = step_size(dt[i] + bias[i], inside);
-    in[i] *= dt[i] * l.small;
+    in[i] *= dt[i];
   };
   auto begin_outputs = [&] {
     unpack(dout, dy);
     if (GATED) unpack(z, gate);
   };
-  auto prepare_outputs = [&](bool inside, int i) { dy[i] = before_gate(dy[i], gate[i], inside, l); };
+  auto prepare_outputs = [&](bool inside, int i) { dy[i] = before_gate(dy[i], gate[i], inside); };
   auto end_preparing = [&](Given& to) {
     to.steps.put(l, dt, in);
     write_floats<4>(&to.dy[l.step][l.four], dy);
@@ -237,7 +237,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     }
   };
   auto finish = [&](bool inside, int i) {
-    dx[i] *= l.small, of[i] *= l.small;
     du[i] = dx[i] * steps_of[2 * i] + skip[i] * of[i];
     const float of_step = dx[i] * x[i] + dlog[i] * LN_2;
     ddelta[i] = inside ? SOFTPLUS ? of_step * sigmoid(raw[i] + biases[i]) : of_step : 0;
@@ -245,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     dbias[i] += ddelta[i];
     if (GATED) {
       const float z = open[i], part = sigmoid(z);
-      dz[i] = out[i] * (y[i] * l.large + skip[i] * x[i]) * part * (1 + z * (1 - part));
+      dz[i] = out[i] * (y[i] + skip[i] * x[i]) * part * (1 + z * (1 - part));
     }
   };
   auto end_finishing = [&](int t) {
@@ -296,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       write_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
       begin_steps();
       UNROLL for (int t = 0; t < K; t++) {
-        advance(t, shared.given[turn].steps.two[t], maps[sub * K + t], l, a, h);
+        advance(shared.given[turn].steps.two[t], maps[sub * K + t], l, a, h);
         if (t % (K / 4) == 0) prepare_steps(true, t / (K / 4));
       }
       shared.given[turn ^ 1].steps.put(l, dt, in);
@@ -329,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         float decay[HELD][CH * S], decayed[HELD][CH * S];  // a_t, and a_t h_{t-1}
         read_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
 #pragma unroll 4
-        for (int t = 0; t < from; t++) advance(t, given.steps.two[t], maps[sub * K + t], l, a, h);
+        for (int t = 0; t < from; t++) advance(given.steps.two[t], maps[sub * K + t], l, a, h);
         float to_c[HELD * S], to_b[HELD * S];
         Step steps[HELD], again[HELD];  // each read a step before it is needed, ahead of what the last one writes
         auto read = [&](Step& step, int t) { step.read(given.steps, given.dy, maps, l, from + t, sub * K + from + t); };
@@ -340,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
           float y[CH] = {};
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
-            decay[t][i] = decay_of(of.dt[2 * ch], a[i], t);
+            decay[t][i] = decay_of(of.dt[2 * ch], a[i]);
             decayed[t][i] = decay[t][i] * h[i];
             h[i] = decayed[t][i] + of.dt[2 * ch + 1] * of.b[s];
             y[ch] += h[i] * of.c[s];

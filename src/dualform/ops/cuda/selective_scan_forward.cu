@@ -9,7 +9,7 @@
 #include "selective_scan.cuh"
 
 struct Buffer {
-  Pairs steps;           // dt, and dt u with its power
+  Pairs steps;           // dt and dt u
   float maps[2][K][NP];  // B and C
   Sums y;
   Four<INPUT> u[32], z[32];  // as read
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   auto begin_preparing = [&] { unpack(u, in), unpack(delta, dt); };
   auto prepare = [&](int t, int i) {
     dt[i] = step_size(dt[i] + bias[i], t + l.step < row.length);
-    in[i] *= dt[i] * l.small;
+    in[i] *= dt[i];
   };
   auto end_preparing = [&](Buffer& to) {
     to.steps.put(l, dt, in);
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
     from.y.read(l, y);
   };
   auto finish = [&](int i) {
-    y[i] = y[i] * l.large + skip[i] * direct[i];
+    y[i] += skip[i] * direct[i];
     if (GATED) y[i] *= gate[i] * sigmoid(gate[i]);
   };
   auto end_finishing = [&](int t) { ys.put(t + l.step, y); };
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
       UNROLL for (int t = 0; t < K; t++) {
         if (t + AHEAD < K) steps[t + AHEAD].read(*now, l, t + AHEAD, true);
         UNROLL for (int i = 0; i < CH * S; i++)
-          h[i] = decay_of(steps[t].dt[i / S * 2], a[i], t) * h[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
+          h[i] = decay_of(steps[t].dt[i / S * 2], a[i]) * h[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
         steps[t].output(*now, l, t, h);
         if (t % (K / 8) == 0) {
           const int i = t / (K / 8);
@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
       UNROLL for (int t = 0; t < K; t++) {
         if (t + AHEAD < K) steps[t + AHEAD].read(*now, l, t + AHEAD, false);
         UNROLL for (int i = 0; i < CH * S; i++) {
-          decay[t][i] = decay_of(steps[t].dt[i / S * 2], a[i], t);
+          decay[t][i] = decay_of(steps[t].dt[i / S * 2], a[i]);
           end[i] = decay[t][i] * end[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
         }
         UNROLL for (int ch = 0; ch < CH; ch++)
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
       end_finishing(before);
       float through[CH * S];
       UNROLL for (int i = 0; i < CH * S; i++)
-        pin(through[i] = exp2_of(total[i / S] * a[i])), pin(end[i]);
+        pin(through[i] = decay_of(total[i / S], a[i])), pin(end[i]);
       if (t0 > 0) {
         await(team * WARPS + warp, p.rows < 0);
         read_floats<CH * S>(shared.carried[l.lane], h);
