@@ -85,19 +85,19 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         }
 
     def selective(
-        batch: int, states: int, groups: int = 3, complex: bool = False, without: tuple[str, ...] = ()
+        batch: int, states: int, groups: int = 3, complex: bool = False, without: tuple[str, ...] = (), width: int = 24
     ) -> dict[str, Tensor]:
-        A = decay(6, 5)
+        A = decay(width, 5)
         found = {
-            "u": normal(batch, length, 6),
-            "delta": normal(batch, length, 6) - 1,
-            "A": torch.complex(A, normal(6, 5)) if complex else A,
+            "u": normal(batch, length, width),
+            "delta": normal(batch, length, width) - 1,
+            "A": torch.complex(A, normal(width, 5)) if complex else A,
             "B": normal(batch, length, groups, 5),
             "C": normal(batch, length, groups, 5, complex=complex),
-            "D": normal(6),
-            "z": normal(batch, length, 6),
-            "delta_bias": normal(6),
-            "initial_state": normal(states, 6, 5, complex=complex),
+            "D": normal(width),
+            "z": normal(batch, length, width),
+            "delta_bias": normal(width),
+            "initial_state": normal(states, width, 5, complex=complex),
         }
         return {name: tensor for name, tensor in found.items() if name not in without}
 
@@ -145,7 +145,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         }
 
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
-    plain = {**selective(3, 3, 1, without=("D", "z", "delta_bias")), "delta": 0.3 * normal(3, length, 6).abs()}
+    plain = {**selective(3, 3, 1, without=("D", "z", "delta_bias")), "delta": 0.3 * normal(3, length, 24).abs()}
+    narrow = selective(3, 3, 2, without=("z",), width=6)  # groups of fewer channels than a vector has lanes
     runs, silu = {"cu_seqlens": packed}, {"activation": "silu"}
     return [
         OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
@@ -155,7 +156,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("selective_scan complex", "selective_scan", selective_scan, selective(3, 3, 1, True), soft),
         OpCase("selective_scan packed", "selective_scan", selective_scan, selective(1, rows), {**soft, **runs}),
         OpCase("selective_scan plain", "selective_scan", selective_scan, plain),
-        OpCase("selective_scan no gate", "selective_scan", selective_scan, selective(3, 3, 2, without=("z",)), soft),
+        OpCase("selective_scan no gate", "selective_scan", selective_scan, narrow, soft),
         OpCase("ssd", "ssd", ssd, dual(3, 3), soft2),
         OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),
         OpCase("ssd packed", "ssd", ssd, dual(1, rows), {**soft2, **runs, "chunk": 13}),

@@ -45,12 +45,17 @@ def check(
     from dualform.check.run import DEFAULT_LENGTH, plan
 
     length = DEFAULT_LENGTH if length is None else length
-    results = _run(plan(names or None, device=device, dtype=dtype, length=length))
+    checks = plan(names or None, device=device, dtype=dtype, length=length)
     console = Console(highlight=False, soft_wrap=True)
-    for kind, title in _TITLES.items():
-        if found := [result for result in results if result.table == kind]:
+    results: list[Result] = []
+    for kind, title in _TITLES.items():  # each table as soon as it is there
+        if found := _run([check for check in checks if check.table == kind]):
             console.print(f"\n[bold]{title}[/bold] ({device}, {dtype}, length {length})")
             _print_table(console, found)
+            refused = [result for result in found if result.error is None and result.message]
+            for why in _in_order(f"{result.case}: {result.message.splitlines()[0]}" for result in refused):
+                console.print(f"not run, {why}", style="dim", markup=False)
+            results += found
     failures = [result for result in results if not result.ok]
     for result in failures:
         where = f"{result.case}, {result.law}: {_number(result.error)}, allowed {result.tolerance:g}"
