@@ -1,11 +1,17 @@
 #include "pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
+#include <string>
 #include <system_error>
 #include <thread>
 
@@ -103,6 +109,54 @@ Pool& pool() {
   return *found;
 }
 
+// PyTorch's own threads, where it uses OpenMP: they spin for a while after an operation of PyTorch, and would hold up
+// threads of ours. The function runs another one in every thread of a team; it is null where there is none, and in the
+// child of a fork, which a team does not survive.
+using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+std::atomic<bool> forked{false};
+const int watched = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+#if defined(__linux__)
+Team find_team() {
+  std::string found;
+  auto look = [](dl_phdr_info* info, size_t, void* to) {
+    const char *path = info->dlpi_name, *slash = std::strrchr(path, '/'), *name = slash ? slash + 1 : "";
+    for (const char* known : {"libgomp", "libiomp", "libomp"})
+      if (!std::strncmp(name, known, std::strlen(known))) *static_cast<std::string*>(to) = path;
+    return *static_cast<std::string*>(to) == path && std::strstr(path, "torch") ? 1 : 0;  // others may bring theirs
+  };
+  dl_iterate_phdr(look, &found);
+  void* library = found.empty() ? nullptr : dlopen(found.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  return library ? reinterpret_cast<Team>(dlsym(library, "GOMP_parallel")) : nullptr;
+}
+#else
+Team find_team() { return nullptr; }
+#endif
+
+Team team() {
+  static const Team found = find_team();
+  return watched == 0 && !forked.load(std::memory_order_relaxed) ? found : nullptr;
+}
+
+// One job of a team. The team has the size that PyTorch gives it, as another one would have to be built first; those
+// who find no seat do nothing.
+struct Shift {
+  int64_t threads, tasks;
+  void (*f)(void*, int64_t);
+  void* context;
+  std::atomic<int64_t> seated{0}, next{0};
+
+  void run() {
+    auto work = [](void* shift) {
+      Shift& s = *static_cast<Shift*>(shift);
+      if (s.seated.fetch_add(1, std::memory_order_relaxed) >= s.threads) return;
+      for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) s.f(s.context, i);
+    };
+    team()(work, this, 0, 0);
+  }
+};
+
 struct Memory {
   void* at = nullptr;
   int64_t bytes = 0;
@@ -113,7 +167,9 @@ thread_local Memory memory;
 }  // namespace
 
 void parallel(int64_t threads, int64_t tasks, void (*f)(void*, int64_t), void* context) {
-  if (threads > 1 && tasks > 1)
+  if (threads > 1 && tasks > 1 && team())
+    Shift{threads, tasks, f, context}.run();
+  else if (threads > 1 && tasks > 1)
     pool().run(threads, tasks, f, context);
   else
     for (int64_t i = 0; i < tasks; i++) f(context, i);

@@ -1,4 +1,4 @@
-// Threads that are kept alive between calls.
+// Threads that are kept alive between calls: those of PyTorch where they can be had, else our own.
 #pragma once
 
 #include <cstdint>
