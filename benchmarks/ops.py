@@ -5,7 +5,9 @@ Run it as ``python benchmarks/ops.py [--repeats 9] [--threads 2] [--out results.
 
 import argparse
 import statistics
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import interleaved, report, row
@@ -42,6 +44,15 @@ def matrix_products(length: int, heads: int, width: int, states: int, chunk: int
     maps, square = torch.randn(n, chunk, states), torch.randn(n * heads, chunk, chunk)
     by_head, wide = torch.randn(n * heads, chunk, width), torch.randn(n, chunk, heads * width)
     return [(maps, maps.mT), (square, by_head), (maps.mT, wide), (maps, torch.randn(n, states, heads * width))]
+
+
+def transformers_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> dict[str, Any]:
+    """The chunked scan that transformers runs without extensions, at its layers' chunk, where it is installed."""
+    try:
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+    except ImportError:
+        return {}
+    return {f"ssd, transformers {version('transformers')}": lambda: mamba2_chunk_scan(x, dt, A, B, C, 256)}
 
 
 def forced(name: str, run, *args, **kwargs):
@@ -93,7 +104,10 @@ def main() -> None:
         "selective_scan with all, forward + backward": with_gradients(selective_scan, scan, **around),
         gemm: lambda: [a @ b for a, b in products],
         "ssd (1, 2048, 24 x 64, N 128)": lambda: ssd(*dual),
+        "ssd in PyTorch": forced("torch", ssd, *dual),
+        **transformers_ssd(*dual),
         "ssd forward + backward": with_gradients(ssd, dual),
+        "ssd in PyTorch, forward + backward": forced("torch", with_gradients(ssd, dual)),
         "causal_conv1d (1, 2048, 1536), width 4": lambda: causal_conv1d(x, taps, activation="silu"),
         "causal_conv1d forward + backward": with_gradients(causal_conv1d, (x, taps), activation="silu"),
         "linear_scan (1, 2048, 1536)": lambda: linear_scan(decay, x),

@@ -52,6 +52,13 @@ struct Task {
   void* memory;
 };
 
+// One task: heads [first, end) of one group, in one row of the batch. Sums over its heads go to a part of their own.
+struct Heads {
+  int64_t row, group, first, end;
+  int64_t part;
+  void* memory;
+};
+
 // Gradients that several tasks share, before they are added up.
 struct Parts {
   void *da, *db, *dc, *dd = nullptr, *dbias = nullptr;

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 5  // of this interface
+#define DUALFORM_VERSION 6  // of this interface
 
 typedef struct {
   uint16_t bits;
@@ -66,6 +66,32 @@ typedef struct {
   void *da, *dd, *dbias;  // (D, N), (D) and (D)
   void* dh0;              // (sequences, D, N); rows of empty sequences are left alone
 } SelectiveScan;
+
+#define SSD_TILE 64   // steps of a matrix product
+#define SSD_SPAN 256  // steps between the states that the backward of ssd starts from
+
+// h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t for H heads of width P.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of the state, A and its gradient
+  Sequences sequences;
+  int64_t heads, width, states, groups;
+  View x;          // (rows, T, H, P)
+  View dt;         // (rows, T, H)
+  View b, c;       // (rows, T, G, N)
+  const void* a;   // (H)
+  const void* h0;  // (sequences, H, P, N)
+  View y;          // (rows, T, H, P)
+  void* final;     // (sequences, H, P, N); rows of empty sequences are left alone
+  void* saved;     // (rows, ceil(T / SSD_SPAN), H, N, P), the states entering each span; or null
+  // Backward only.
+  View dy;             // (rows, T, H, P)
+  const void* dfinal;  // (sequences, H, P, N)
+  View dx, ddt;        // (rows, T, H, P) and (rows, T, H)
+  View db, dc;         // (rows, T, G, N)
+  void* da;            // (H)
+  void* dh0;           // (sequences, H, P, N); rows of empty sequences are left alone
+} Ssd;
 
 // h_t = A h_{t-1} + u_t, y_t = 2 Re sum_n C_n h_n; A, C and states are complex, as pairs of numbers.
 typedef struct {

@@ -5,6 +5,7 @@
 #include "diagonal_ssm.h"
 #include "linear_scan.h"
 #include "selective_scan.h"
+#include "ssd.h"
 #include "update.h"
 
 #define JOIN(a, b) a##b
@@ -19,6 +20,8 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     isa::WIDTH,
     {isa::selective::forward<float>, isa::selective::forward<double>},
     {isa::selective::backward<float>, isa::selective::backward<double>},
+    {isa::ssd::forward<float>, isa::ssd::forward<double>},
+    {isa::ssd::backward<float>, isa::ssd::backward<double>},
     {isa::diagonal::forward<float>, isa::diagonal::forward<double>},
     {isa::diagonal::backward<float>, isa::diagonal::backward<double>},
     {{isa::linear::forward<float, false>, isa::linear::forward<float, true>},

@@ -9,6 +9,8 @@ struct Kernels {
   // Each for float and double states. They return the bytes of scratch memory they need if the task has none.
   int64_t (*selective_scan[2])(const SelectiveScan&, const Task&);
   int64_t (*selective_scan_backward[2])(const SelectiveScan&, const Task&, const Parts&);
+  int64_t (*ssd[2])(const Ssd&, const Heads&);
+  int64_t (*ssd_backward[2])(const Ssd&, const Heads&, const Parts&);
   int64_t (*diagonal_ssm[2])(const DiagonalSSM&, const Task&);
   int64_t (*diagonal_ssm_backward[2])(const DiagonalSSM&, const Task&, const Parts&);
   int64_t (*linear_scan[2][2])(const LinearScan&, const Task&);  // real and complex

@@ -91,6 +91,29 @@ struct Cut {
   }
 };
 
+// The heads of every group cut into shares, whose sums are parts.
+struct Shares {
+  int64_t rows, each, shares;   // each: heads of a group
+  std::vector<int64_t> groups;  // of every part
+
+  Shares(const Ssd& s, int64_t tasks) : rows(s.sequences.rows), each(s.heads / s.groups) {
+    shares = std::min(each, over(tasks, at_least_one(rows * s.groups)));
+    for (int64_t part = 0; part < s.groups * shares; part++) groups.push_back(part / shares);
+  }
+
+  int64_t parts() const { return static_cast<int64_t>(groups.size()); }
+
+  // Run kernel(task) for every row and part.
+  template <class K>
+  void run(int64_t threads, const K& kernel) const {
+    in_scratch(threads, rows * parts(), [&](int64_t i, void* memory) {
+      const int64_t part = i % parts(), share = part % shares, first = groups[part] * each;
+      return kernel({i / parts(), groups[part], first + each * share / shares, first + each * (share + 1) / shares,
+                     part, memory});
+    });
+  }
+};
+
 // Uninitialised memory.
 class Memory {
  public:
@@ -185,6 +208,34 @@ EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
     add_up(da, s->dtype, cut.strides, s->width * s->states, s->da);
     if (s->d) add_up(dd, s->dtype, cut.strides, s->width, s->dd);
     if (s->bias) add_up(dbias, s->dtype, cut.strides, s->width, s->dbias);
+  });
+}
+
+EXPORT int dualform_ssd(const Ssd* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->heads * s->width * s->states);
+    auto kernel = kernels->ssd[s->dtype];
+    Shares(*s, threads == 1 ? 1 : 2 * threads).run(threads, [&](const Heads& task) { return kernel(*s, task); });
+  });
+}
+
+EXPORT int dualform_ssd_backward(const Ssd* s) {
+  return guarded([&] {
+    const Sequences& q = s->sequences;
+    int64_t threads = threads_for(s->threads, q.rows * q.length * s->heads * s->width * s->states);
+    const Shares cut(*s, threads == 1 ? 1 : 2 * threads);
+    int64_t size = cut.parts() * q.rows * q.length * s->states;
+    Memory da(q.rows * s->heads, s->dtype), db(size, s->dtype), dc(size, s->dtype);
+    Parts parts = {da.get(), db.get(), dc.get()};
+    auto kernel = kernels->ssd_backward[s->dtype];
+    cut.run(threads, [&](const Heads& task) { return kernel(*s, task, parts); });
+
+    auto add = kernels->add_groups[s->dtype];
+    Groups b = {s->db, db.get(), cut.groups.data(), cut.parts(), q.rows, q.length, s->states};
+    Groups c = {s->dc, dc.get(), cut.groups.data(), cut.parts(), q.rows, q.length, s->states};
+    parallel(threads, q.rows * 2, [&](int64_t i) { add(i % 2 ? b : c, i / 2); });
+    add_up(da, s->dtype, q.rows, s->heads, s->da);
   });
 }
 

@@ -98,6 +98,20 @@ def diagonal(batch, length, width, modes, dtype=float32, borders=None):
     )
 
 
+def dual(batch, length, heads, width, states, groups=1, dtype=float32, borders=None):
+    real = wide(dtype)
+    return (
+        normal(batch, length, heads, width, dtype=dtype),
+        torch.rand(batch, length, heads).to(real),
+        (-3 * torch.rand(heads)).to(real),
+        normal(batch, length, groups, states, dtype=dtype),
+        normal(batch, length, groups, states, dtype=dtype),
+        normal(rows(batch, borders), heads, width, states, dtype=real),
+        packed(borders),
+        64,
+    )
+
+
 def conv(batch, length, width, taps, dtype=float32, borders=None, bias=True, silu=False):
     return (
         normal(batch, length, width, dtype=dtype),
@@ -137,6 +151,15 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "linear real decay": ("linear_scan", lambda: linear(2, 40, (21,), (float32, complex64))),
     "linear alike": ("linear_scan", lambda: linear(2, 50, (64,), (bfloat16, bfloat16), alike="t")),
     "linear channels alike": ("linear_scan", lambda: linear(2, 33, (6, 4), (float64, float64), alike="c")),
+    "dual one": ("ssd", lambda: dual(1, 1, 1, 1, 1)),
+    "dual odd": ("ssd", lambda: dual(2, 65, 6, 5, 7, 3)),
+    "dual tiles": ("ssd", lambda: dual(1, 600, 5, 16, 32)),
+    "dual wide": ("ssd", lambda: dual(2, 130, 3, 70, 13)),
+    "dual packed": ("ssd", lambda: dual(1, 130, 4, 17, 9, 2, float32, SHORT)),
+    "dual packed spans": ("ssd", lambda: dual(1, 700, 2, 16, 8, 1, float64, [0, 100, 256, 257, 257, 520, 700])),
+    "dual bfloat16": ("ssd", lambda: dual(2, 100, 4, 32, 16, 2, bfloat16)),
+    "dual float16": ("ssd", lambda: dual(1, 70, 2, 20, 12, 1, float16)),
+    "dual float64": ("ssd", lambda: dual(3, 300, 7, 9, 20, 1, float64)),
     "diagonal one": ("diagonal_ssm", lambda: diagonal(1, 1, 1, 1)),
     "diagonal odd": ("diagonal_ssm", lambda: diagonal(2, 65, 17, 3)),
     "diagonal three rows": ("diagonal_ssm", lambda: diagonal(3, 200, 48, 32)),
@@ -200,7 +223,9 @@ def test_every_kernel_is_the_definition(case, count, instructions, poison, threa
         assert error <= tolerance, f"result {i}: {error:.3g}"
 
 
-@pytest.mark.parametrize("case", ["scan groups", "linear complex", "diagonal three rows", "conv wide bfloat16"])
+@pytest.mark.parametrize(
+    "case", ["scan groups", "dual tiles", "linear complex", "diagonal three rows", "conv wide bfloat16"]
+)
 def test_two_runs_are_alike_to_the_last_bit(case, instructions, threads):
     threads(2)
     op, make = CASES[case]
@@ -210,7 +235,7 @@ def test_two_runs_are_alike_to_the_last_bit(case, instructions, threads):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("case", ["scan packed", "diagonal packed"])
+@pytest.mark.parametrize("case", ["scan packed", "dual packed", "diagonal packed"])
 def test_inference_gives_the_same(case, instructions):
     op, make = CASES[case]
     args = make()
@@ -222,12 +247,13 @@ def test_inference_gives_the_same(case, instructions):
 
 
 @pytest.mark.parametrize(
-    "op, state", [("selective_scan", 9), ("linear_scan", 2), ("diagonal_ssm", 3), ("causal_conv1d", 4)]
+    "op, state", [("selective_scan", 9), ("ssd", 5), ("linear_scan", 2), ("diagonal_ssm", 3), ("causal_conv1d", 4)]
 )
 @pytest.mark.parametrize("batch, length", [(2, 0), (0, 3)])
 def test_nothing_to_do(op, state, batch, length):
     args = {
         "selective_scan": lambda: scan(batch, length, 5, 3, around="Dzbs"),
+        "ssd": lambda: dual(batch, length, 4, 5, 3, 2),
         "linear_scan": lambda: linear(batch, length, (5,)),
         "diagonal_ssm": lambda: diagonal(batch, length, 5, 3),
         "causal_conv1d": lambda: conv(batch, length, 5, 4, silu=True),

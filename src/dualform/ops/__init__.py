@@ -17,7 +17,7 @@ from dualform.ops.vandermonde import vandermonde_kernel
 import_module("dualform.ops.selective_scan_chunked")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
     import_module(f"dualform.ops.triton.{_name}")
-for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
+for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.native.{_name}")
 if torch.version.cuda:  # last, and so preferred
     for _name in ("causal_conv1d", "diagonal_ssm", "selective_scan"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualform.ops.layout import inner_contiguous
 
-_VERSION = 5  # of the interface, DUALFORM_VERSION in native/dualform.h
+_VERSION = 6  # of the interface, DUALFORM_VERSION in native/dualform.h
 _LARGE = 2**22  # bytes: below, memory that was used before is found again
 _FILE = Path(__file__).parent / "kernels.so"
 _WINDOWS = "the C++ kernels do not run on Windows; run dualform under Linux, such as that of WSL"

@@ -1,0 +1,342 @@
+// h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t per head, and its backward: matrix products within tiles of
+// time, the states of a head in a core's cache from tile to tile.
+//
+// Within a piece of a sequence, with l_t the sum of dt A up to step t, y = (M o C B^T) x dt + e^l C h, where M_ts =
+// e^(l_t - l_s) for s <= t; and what leaves it is e^l h + (e^(l - l_t) x dt)^T B. The products C B^T are those of all
+// heads of a group. The backward goes from the last span of time to the first, finds the states that enter its tiles
+// again, and keeps what B, C and their products get from all heads until the span is done.
+#pragma once
+
+#include "gemm.h"
+
+namespace DUALFORM_ISA {
+namespace ssd {
+
+constexpr int64_t Q = SSD_TILE, TILES = SSD_SPAN / SSD_TILE;
+
+INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// (rows, columns) -> (columns, at least `wide` rows), the further ones 0.
+template <class T>
+INLINE void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to, int64_t wide) {
+  for (int64_t j = 0; j < columns; j += 8)
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t k = j; k < least(j + 8, columns); k++) to[k][i] = from[i][k];
+  for (int64_t j = 0; j < columns; j++)
+    for (int64_t i = rows; i < wide; i++) to[j][i] = 0;
+}
+
+// What the heads of a group share of a tile.
+template <class T>
+struct Maps {
+  T *b, *c;    // (Q, N)
+  T *bt, *ct;  // (N, Q), of the backward alone ct
+  T* cb;       // (Q, Q), C_t . B_s
+
+  static Maps take(Arena& arena, int64_t N) {
+    return {arena.take<T>(Q * N), arena.take<T>(Q * N), arena.take<T>(Q * N), arena.take<T>(Q * N),
+            arena.take<T>(Q * Q)};
+  }
+  void read(const Ssd& s, int64_t row, int64_t begin, int64_t end, int64_t group) const {
+    const int64_t N = s.states, steps = end - begin, wide = up(steps, LANES<T>);
+    const Window w = {row, begin, end, group * N, N, N};
+    copy(s.b, w, b), copy(s.c, w, c);
+    transpose<T>({b, N}, steps, N, {bt, Q}, wide);
+    gemm<T>({c, N, 1, Band::FULL}, {bt, Q}, {cb, Q}, steps, N, wide / LANES<T>, 0);
+  }
+};
+
+// The steps of one head in a piece. The sums of dt A up to a step, in units of log2, are kept in two parts: what counts
+// is the difference of two of them, which may be far smaller than either.
+template <class T>
+struct Steps {
+  alignas(LINE) T dt[Q], log[Q], rest[Q], since[Q], until[Q];
+  T decay;
+
+  void read(const T* dts, int64_t stride, T a, int64_t count) {
+    double sum = 0;
+    for (int64_t t = 0; t < Q; t++) {
+      dt[t] = t < count ? dts[t * stride] : T(0);
+      sum += double(dt[t]) * a * LOG2_E;
+      log[t] = T(sum), rest[t] = T(sum - log[t]);
+    }
+    for (int64_t t = 0; t < Q; t += LANES<T>) {
+      store(since + t, exp2<T>(load(log + t)));
+      store(until + t, decay_to(Q - 1, t));
+    }
+    decay = since[Q - 1];
+  }
+
+  // From each of the steps of a vector to step t.
+  vec<T> decay_to(int64_t t, int64_t from) const {
+    return exp2<T>((log[t] - load(log + from)) + (rest[t] - load(rest + from)));
+  }
+
+  // M and M o C B^T, lower triangles with 0 beyond.
+  void weights(const T* cb, int64_t count, T* mask, T* weights) const {
+    constexpr int L = LANES<T>;
+    for (int64_t t = 0; t < count; t++) {
+      for (int64_t i = 0; i <= t; i += L) {
+        const vec<T> m = decay_to(t, i);
+        store(mask + t * Q + i, m);
+        store(weights + t * Q + i, m * load(cb + t * Q + i));
+      }
+      for (int64_t i = t + 1; i < least(up(t + GEMM_ROWS, L), Q); i++) mask[t * Q + i] = weights[t * Q + i] = 0;
+    }
+  }
+};
+
+// The rows of a matrix times one number each.
+template <class T>
+INLINE void scale_rows(Rows<const T> from, const T* by, Rows<T> to, int64_t rows, int64_t columns) {
+  for (int64_t t = 0; t < rows; t++) {
+    int64_t i = 0;
+    for (; i + LANES<T> <= columns; i += LANES<T>) store(to[t] + i, load(from[t] + i) * by[t]);
+    for (; i < columns; i++) to[t][i] = from[t][i] * by[t];
+  }
+}
+
+// The states of a head, (N, wide P), from and to (P, N).
+template <class T>
+INLINE void read_state(const void* all, int64_t at, int64_t P, int64_t N, T* h, int64_t wide) {
+  transpose<T>({static_cast<const T*>(all) + at * P * N, N}, P, N, {h, wide}, wide);
+}
+template <class T>
+INLINE void write_state(const T* h, int64_t wide, int64_t P, int64_t N, void* all, int64_t at) {
+  transpose<T>({h, wide}, N, P, {static_cast<T*>(all) + at * P * N, N}, 0);
+}
+
+// Where the states of a head that enter a span are kept, (N, P).
+template <class T>
+INLINE Rows<T> saved_state(const Ssd& s, int64_t row, int64_t begin, int64_t head) {
+  const int64_t spans = (s.sequences.length + SSD_SPAN - 1) / SSD_SPAN, size = s.states * s.width;
+  return {static_cast<T*>(s.saved) + ((row * spans + begin / SSD_SPAN) * s.heads + head) * size, s.width};
+}
+
+template <class T>
+int64_t forward(const Ssd& s, const Heads& task) {
+  constexpr int L = LANES<T>;
+  const int64_t N = s.states, P = up(s.width, L), V = P / L, T_ = s.sequences.length;
+  const int64_t heads = task.end - task.first, row = task.row;
+  Arena arena(task.memory);
+  const Maps<T> maps = Maps<T>::take(arena, N);
+  T *states = arena.take<T>(heads * N * P), *dts = arena.take<T>(Q * heads);
+  T *x = arena.take<T>(Q * P), *xdt = arena.take<T>(Q * P), *kept = arena.take<T>(Q * P), *y = arena.take<T>(Q * P);
+  T *mask = arena.take<T>(Q * Q), *weights = arena.take<T>(Q * Q), *since = arena.take<T>(Q * N);
+  Steps<T>& steps = *arena.take<Steps<T>>(1);
+  if (!task.memory) return arena.used(task.memory);
+
+  for (int64_t begin = 0; begin < T_; begin += Q) {
+    const int64_t end = least(begin + Q, T_);
+    maps.read(s, row, begin, end, task.group);
+    copy(s.dt, {row, begin, end, task.first, heads, heads}, dts);
+    for (int64_t head = task.first; head < task.end; head++) {
+      T* h = states + (head - task.first) * N * P;
+      const T a = static_cast<const T*>(s.a)[head];
+      for (int64_t t = begin; t < end;) {
+        const Piece piece = first_piece(s.sequences, row, t, end);
+        const int64_t count = piece.end - t, from = t - begin, state = piece.sequence * s.heads + head;
+        if (piece.starts) read_state(s.h0, state, s.width, N, h, P);
+        if (s.saved && t % SSD_SPAN == 0) convert(Rows<const T>{h, P}, saved_state<T>(s, row, t, head), N, s.width);
+        const Window w = {row, t, piece.end, head * s.width, s.width, P};
+        steps.read(dts + from * heads + head - task.first, heads, a, count);
+        scale_rows(read(s.x, w, x), steps.dt, {xdt, P}, count, P);
+        scale_rows({xdt, P}, steps.until, {kept, P}, count, P);
+        scale_rows({maps.c + from * N, N}, steps.since, {since, N}, count, N);
+        steps.weights(maps.cb + from * (Q + 1), count, mask, weights);
+        gemm<T>({since, N, 1, Band::FULL}, {h, P}, {y, P}, count, N, V, 0);
+        gemm<T>({weights, Q, 1, Band::LOWER}, {xdt, P}, {y, P}, count, count, V, 1);
+        gemm<T>({maps.b + from * N, 1, N, Band::FULL}, {kept, P}, {h, P}, N, count, V, steps.decay);
+        write(s.y, w, Rows<T>{y, P});
+        if (piece.ends) write_state(h, P, s.width, N, s.final, state);
+        t = piece.end;
+      }
+    }
+  }
+  end_stream();
+  return 0;
+}
+
+// A head in a piece, as the backward needs it.
+template <class T>
+struct Replay {
+  T *x, *xdt, *kept, *dy, *dsince;  // (Q, P): dsince is dy e^l
+  T *turned, *dturned;              // (P, Q), x dt or kept, and dy or dsince
+  T *mask, *weights, *dweights;     // (Q, Q)
+  T *dmap, *until;                  // (N, Q), what a map gets from the head; (Q, N), B e^(l - l_t)
+  T *dx, *dlog;                     // (Q, P) and (Q)
+};
+
+template <class T>
+INLINE T sum_of(vec<T> v) {
+  T sum = 0;
+  for (int i = 0; i < LANES<T>; i++) sum += v[i];
+  return sum;
+}
+
+// The sums over rows of a o b, (rows, columns), to `to`; and b added to `all`, where columns of others are neighbours.
+template <class T>
+INLINE void add_products(Rows<const T> a, Rows<const T> b, Rows<T> all, int64_t rows, int64_t columns, T* to) {
+  for (int64_t i = 0; i < columns; i += LANES<T>) {
+    vec<T> sum = {};
+    for (int64_t n = 0; n < rows; n++) {
+      const vec<T> x = load(b[n] + i);
+      sum = fma(load(a[n] + i), x, sum);
+      store_some(all[n] + i, load(all[n] + i) + x, columns - i);
+    }
+    store(to + i, sum);
+  }
+}
+
+template <class T>
+int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
+  constexpr int L = LANES<T>;
+  const int64_t N = s.states, P = up(s.width, L), V = P / L, T_ = s.sequences.length, size = N * P;
+  const int64_t heads = task.end - task.first, row = task.row, wide = Q + L;
+  Arena arena(task.memory);
+  Maps<T> maps[TILES];
+  T *dcb[TILES], *dbt[TILES], *dct[TILES], *enter[TILES];
+  for (int j = 0; j < TILES; j++) {
+    maps[j] = Maps<T>::take(arena, N);
+    dcb[j] = arena.take<T>(Q * Q + L), dbt[j] = arena.take<T>(Q * N + L), dct[j] = arena.take<T>(Q * N + L);
+    enter[j] = arena.take<T>(size);
+  }
+  T *carries = arena.take<T>(heads * size), *h0 = arena.take<T>(size);
+  T *dts = arena.take<T>(SSD_SPAN * heads), *ddts = arena.take<T>(SSD_SPAN * heads), *da = arena.take<T>(heads);
+  const Replay<T> of = {arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P),
+                        arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * Q),
+                        arena.take<T>(Q * Q), arena.take<T>(Q * Q), arena.take<T>(Q * N), arena.take<T>(Q * N),
+                        arena.take<T>(Q * P), arena.take<T>(wide)};
+  T *of_b = arena.take<T>(wide), *of_c = arena.take<T>(wide);
+  Steps<T>& steps = *arena.take<Steps<T>>(1);
+  if (!task.memory) return arena.used(task.memory);
+
+  memset(da, 0, sizeof(T) * heads);
+  for (int64_t first = (T_ - 1) / SSD_SPAN * SSD_SPAN; first >= 0; first -= SSD_SPAN) {
+    const int64_t last = least(first + SSD_SPAN, T_), tiles = (last - first + Q - 1) / Q;
+    copy(s.dt, {row, first, last, task.first, heads, heads}, dts);
+    for (int64_t j = 0; j < tiles; j++) {
+      const int64_t begin = first + j * Q, end = least(begin + Q, last);
+      maps[j].read(s, row, begin, end, task.group);
+      transpose<T>({maps[j].c, N}, end - begin, N, {maps[j].ct, Q}, up(end - begin, L));
+      memset(dcb[j], 0, sizeof(T) * Q * Q), memset(dbt[j], 0, sizeof(T) * Q * N), memset(dct[j], 0, sizeof(T) * Q * N);
+    }
+    for (int64_t head = task.first; head < task.end; head++) {
+      const int64_t own = head - task.first;
+      const T a = static_cast<const T*>(s.a)[head];
+      T* g = carries + own * size;
+      auto begin_piece = [&](const Piece& piece) {
+        const Window w = {row, piece.begin, piece.end, head * s.width, s.width, P};
+        const int64_t count = piece.end - piece.begin;
+        steps.read(dts + (piece.begin - first) * heads + own, heads, a, count);
+        const Rows<const T> x = read(s.x, w, of.x);
+        scale_rows(x, steps.dt, {of.xdt, P}, count, P);
+        scale_rows({of.xdt, P}, steps.until, {of.kept, P}, count, P);
+        return x;
+      };
+      auto number_of = [&](const Piece& piece) { return piece.sequence * s.heads + head; };
+
+      const Rows<T> kept = saved_state<T>(s, row, first, head);
+      memset(enter[0], 0, sizeof(T) * size);
+      convert(Rows<const T>{kept.data, kept.stride}, Rows<T>{enter[0], P}, N, s.width);
+      for (int64_t j = 0; j + 1 < tiles; j++) {
+        const int64_t begin = first + j * Q, end = begin + Q;
+        memcpy(enter[j + 1], enter[j], sizeof(T) * size);
+        for (int64_t t = begin; t < end;) {
+          const Piece piece = first_piece(s.sequences, row, t, end);
+          if (piece.starts) read_state(s.h0, number_of(piece), s.width, N, enter[j + 1], P);
+          begin_piece(piece);
+          const T* b = maps[j].b + (t - begin) * N;
+          gemm<T>({b, 1, N, Band::FULL}, {of.kept, P}, {enter[j + 1], P}, N, piece.end - t, V, steps.decay);
+          t = piece.end;
+        }
+      }
+
+      for (int64_t j = tiles - 1; j >= 0; j--) {
+        const int64_t begin = first + j * Q, end = least(begin + Q, last);
+        for (int64_t stop = end; stop > begin;) {
+          const Piece piece = last_piece(s.sequences, row, begin, stop);
+          const int64_t from = piece.begin - begin, count = piece.end - piece.begin, C = (count + L - 1) / L;
+          const Window w = {row, piece.begin, piece.end, head * s.width, s.width, P};
+          const T *b = maps[j].b + from * N, *c = maps[j].c + from * N;
+          if (piece.ends) read_state(s.dfinal, number_of(piece), s.width, N, g, P);
+          if (piece.starts) read_state(s.h0, number_of(piece), s.width, N, h0, P);
+          const T* h = piece.starts ? h0 : enter[j];
+          const Rows<const T> x = begin_piece(piece), dy = read(s.dy, w, of.dy);
+
+          // Within the piece: the weights, their gradient, and what x gets through them.
+          steps.weights(maps[j].cb + from * (Q + 1), count, of.mask, of.weights);
+          transpose<T>({of.xdt, P}, count, s.width, {of.turned, Q}, up(count, L));
+          gemm<T>({dy.data, dy.stride, 1, Band::FULL}, {of.turned, Q}, {of.dweights, Q}, count, s.width, C, 0);
+          gemm<T>({of.weights, 1, Q, Band::UPPER}, dy, {of.dx, P}, count, count, V, 0);
+          memset(of.dlog, 0, sizeof(T) * wide);
+          for (int64_t t = 0; t < count; t++) {
+            vec<T> sum = {};
+            T* to = dcb[j] + (from + t) * Q + from;
+            for (int64_t i = 0; i <= t; i += L) {
+              const vec<T> d = load(of.dweights + t * Q + i), through = d * load(of.weights + t * Q + i);
+              store_some(to + i, fma(d, load(of.mask + t * Q + i), load(to + i)), t + 1 - i);
+              store(of.dlog + i, load(of.dlog + i) - through);
+              sum += through;
+            }
+            of.dlog[t] += sum_of<T>(sum);
+          }
+
+          // Through the state that enters: C, and the state itself; through the one that leaves: B and x.
+          scale_rows(dy, steps.since, {of.dsince, P}, count, P);
+          transpose<T>({of.dsince, P}, count, s.width, {of.dturned, Q}, up(count, L));
+          gemm<T>({h, P, 1, Band::FULL}, {of.dturned, Q}, {of.dmap, Q}, N, s.width, C, 0);
+          add_products<T>({maps[j].ct + from, Q}, {of.dmap, Q}, {dct[j] + from, Q}, N, count, of_c);
+          for (int64_t i = 0; i < C * L; i += L)  // x dt e^(l - l_t), from x dt
+            for (int64_t p = 0; p < s.width; p++)
+              store(of.turned + p * Q + i, load(of.turned + p * Q + i) * load(steps.until + i));
+          gemm<T>({g, P, 1, Band::FULL}, {of.turned, Q}, {of.dmap, Q}, N, s.width, C, 0);
+          add_products<T>({maps[j].bt + from, Q}, {of.dmap, Q}, {dbt[j] + from, Q}, N, count, of_b);
+          scale_rows({b, N}, steps.until, {of.until, N}, count, N);
+          gemm<T>({of.until, N, 1, Band::FULL}, {g, P}, {of.dx, P}, count, N, V, 1);
+          vec<T> through = {};
+          for (int64_t i = 0; i < size; i += L) through = fma(load(g + i), load(h + i), through);
+          T sum = sum_of<T>(through) * steps.decay;
+          for (int64_t t = 0; t < count; t++) sum += of_b[t], of.dlog[t] += of_c[t] - of_b[t];
+          of.dlog[count - 1] += sum;
+          gemm<T>({c, 1, N, Band::FULL}, {of.dsince, P}, {g, P}, N, count, V, steps.decay);
+
+          // The decays are sums of steps; x enters times its step.
+          T sum_of_logs = 0;
+          for (int64_t t = count - 1; t >= 0; t--) {
+            sum_of_logs += of.dlog[t];
+            vec<T> dot = {};
+            for (int64_t i = 0; i < P; i += L) dot = fma(load(of.dx + t * P + i), load(x[t] + i), dot);
+            ddts[(piece.begin - first + t) * heads + own] = sum_of_logs * a + sum_of<T>(dot);
+            da[own] += sum_of_logs * steps.dt[t];
+          }
+          scale_rows({of.dx, P}, steps.dt, {of.dx, P}, count, P);
+          write(s.dx, w, Rows<T>{of.dx, P});
+          if (piece.starts) {
+            write_state(g, P, s.width, N, s.dh0, number_of(piece));
+            memset(g, 0, sizeof(T) * size);
+          }
+          stop = piece.begin;
+        }
+      }
+    }
+    write(s.ddt, {row, first, last, task.first, heads, heads}, Rows<T>{ddts, heads});
+
+    // What B and C get through their products, and all of it to this task's part.
+    for (int64_t j = 0; j < tiles; j++) {
+      const int64_t begin = first + j * Q, count = least(begin + Q, last) - begin, C = (count + L - 1) / L;
+      transpose<T>({dcb[j], Q}, count, count, {of.weights, Q}, up(count, L));
+      gemm<T>({maps[j].c, 1, N, Band::FULL}, {dcb[j], Q}, {dbt[j], Q}, N, count, C, 1);
+      gemm<T>({maps[j].b, 1, N, Band::FULL}, {of.weights, Q}, {dct[j], Q}, N, count, C, 1);
+      const int64_t at = ((task.part * s.sequences.rows + row) * T_ + begin) * N;
+      transpose<T>({dbt[j], Q}, N, count, {static_cast<T*>(parts.db) + at, N}, 0);
+      transpose<T>({dct[j], Q}, N, count, {static_cast<T*>(parts.dc) + at, N}, 0);
+    }
+  }
+  for (int64_t i = 0; i < heads; i++) static_cast<T*>(parts.da)[row * s.heads + task.first + i] = da[i];
+  end_stream();
+  return 0;
+}
+
+}  // namespace ssd
+}  // namespace DUALFORM_ISA
