@@ -13,6 +13,7 @@ namespace DUALFORM_ISA {
 namespace ssd {
 
 constexpr int64_t Q = SSD_TILE, TILES = SSD_SPAN / SSD_TILE;
+constexpr double FORGOTTEN = 1e4;  // 2^-FORGOTTEN is 0, and sums of it are numbers
 
 INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -57,7 +58,8 @@ struct Steps {
     double sum = 0;
     for (int64_t t = 0; t < Q; t++) {
       dt[t] = t < count ? dts[t * stride] : T(0);
-      sum += double(dt[t]) * a * LOG2_E;
+      const double step = double(dt[t]) * a * LOG2_E;
+      sum += step < -FORGOTTEN ? -FORGOTTEN : step;
       log[t] = T(sum), rest[t] = T(sum - log[t]);
     }
     for (int64_t t = 0; t < Q; t += LANES<T>) {

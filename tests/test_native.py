@@ -286,12 +286,14 @@ def test_slow_decay_is_as_exact_as_a_loop(instructions):
     """Rounding of decays near 1 accumulates over thousands of steps, in the kernel no more than in a float32 loop."""
     u, dt = normal(1, 3000, 16), torch.rand(1, 3000, 16) * 1e-3
     maps, plain = normal(2, 1, 3000, 1, 8), (None, None, None, False)
-    args = u, dt, -torch.rand(16, 8), *maps, *plain, torch.zeros(1, 16, 8), None
-    with backend("reference"):
-        exact, loop = OPS["selective_scan"](*(double(x) for x in args))[0], OPS["selective_scan"](*args)[0]
-    with backend("native"):
-        y = OPS["selective_scan"](*args)[0]
-    assert (y - exact).norm() <= 2 * (loop - exact).norm()
+    scan = u, dt, -torch.rand(16, 8), *maps, *plain, torch.zeros(1, 16, 8), None
+    dual = u.view(1, 3000, 2, 8), dt[..., :2], -torch.rand(2), *maps, torch.zeros(1, 2, 8, 8), None, 64
+    for op, args in (("selective_scan", scan), ("ssd", dual)):
+        with backend("reference"):
+            exact, loop = OPS[op](*(double(x) for x in args))[0], OPS[op](*args)[0]
+        with backend("native"):
+            y = OPS[op](*args)[0]
+        assert (y - exact).norm() <= 2 * (loop - exact).norm()
 
 
 @pytest.mark.parametrize("step, state", [(0.0, 1.0), (1e4, 0.0), (3e38, 0.0), (float("nan"), float("nan"))])
@@ -301,6 +303,28 @@ def test_extreme_steps(step, state, instructions):
     with backend("native"):
         _, h = selective_scan(one, dt, -torch.ones(1, 1), one[None], one[None], initial_state=torch.ones(1, 1, 1))
     assert float(h) == pytest.approx(state, abs=1e-37, nan_ok=True)
+
+
+@pytest.mark.parametrize("step", [0.0, 1e4, 1e30])
+def test_extreme_steps_of_a_head(step, instructions):
+    """What came before is kept or forgotten, what comes after is as if alone; another sequence's NaN is its own."""
+    x, B, C = normal(1, 200, 2, 3), normal(1, 200, 1, 4), normal(1, 200, 1, 4)
+    dt = torch.rand(1, 200, 2) * 0.1
+    dt[:, 90:100] = step
+    x[:, 90:100] = 0  # a step is also a weight
+    x[:, 70] = float("nan")
+    args = x, dt, -torch.ones(2), B, C, normal(3, 2, 3, 4), packed([0, 69, 75, 200]), 64
+    weights = [normal(*x.shape), normal(3, 2, 3, 4)]
+    want = evaluate("ssd", tuple(map(double, args)), "reference", weights)
+    both = [*evaluate("ssd", args, "native", weights), *evaluate("ssd", args, "torch", weights)]
+    for i, (a, b) in enumerate(zip(both, [*want, *want], strict=True)):
+        if a.dim() == 1:  # of A, to which all sequences add
+            continue
+        if len(a) == 1:  # along time
+            a, b = (torch.cat((m[:, :69], m[:, 75:]), 1) for m in (a, b))
+        else:
+            a, b = a[[0, 2]], b[[0, 2]]
+        assert b.isfinite().all() and (a - b).abs().max() <= 1e-5 * b.abs().max(), i
 
 
 def test_a_fading_state_becomes_zero(instructions):

@@ -85,3 +85,8 @@ def wide(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def widest(tensor: Tensor) -> torch.dtype:
+    """The widest real dtype where a tensor is: float64, or float32 on a device without it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

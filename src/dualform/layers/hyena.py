@@ -12,7 +12,7 @@ from torch import Tensor
 from dualform.core.errors import ConfigError
 from dualform.core.modal import fit_modes
 from dualform.core.packing import check_cu_seqlens
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_tensors, wide, widest
 from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
 from dualform.layers.hyena_operator import HyenaOperator
 from dualform.layers.implicit_filter import ImplicitFilter
@@ -283,7 +283,7 @@ def _long(u: Tensor, history: Tensor, k: Tensor) -> Tensor:
     one: that of single precision spreads rounding errors over all times, to earlier outputs too.
     """
     (batch, length, width), reach, dtype = u.shape, k.shape[1] - 1, u.dtype
-    line, hop, double = torch.cat([history, u], 1), 4 * reach, dtype if u.device.type == "mps" else torch.float64
+    line, hop, double = torch.cat([history, u], 1), 4 * reach, widest(u)
     line, k = line.to(double), k.to(double)
     if reach == 0 or length <= hop:
         return fft_conv(line, k)[:, history.shape[1] :].to(dtype)

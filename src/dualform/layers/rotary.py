@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dualform.core.shapes import wide
+from dualform.core.shapes import wide, widest
 
 
 def rotate(
@@ -25,7 +25,7 @@ def rotate(
         Su et al. (2021), arXiv:2104.09864, section 3.2.2, with the pairing of GPT-NeoX and Llama.
     """
     half = x.shape[-1] // 2
-    exact, dtype = torch.float32 if x.device.type == "mps" else torch.float64, wide(x)
+    exact, dtype = widest(x), wide(x)
     frequency = base ** (-torch.arange(half, device=x.device, dtype=exact) / max(half, 1))
     angle = positions[..., None, None] * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import each_alone, sequence_ids
-from dualform.core.shapes import check_floating, check_tensors, wide
+from dualform.core.shapes import check_floating, check_tensors, wide, widest
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import initial
 
 _SPAN_ELEMENTS = 2**21  # of the (K, K) masks held at a time
 _DEFAULT_CHUNK = 64
+_FORGOTTEN = -1e4  # the exponential is 0, and sums of it are numbers
 
 
 def ssd(
@@ -190,12 +191,15 @@ class _Span(NamedTuple):
 def _span(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> _Span:
     """``x`` ``(B, S, K, H, P)``, dt ``(B, S, K, H)``, B and C ``(B, S, K, G, N)``."""
     groups = B.shape[3]
-    total = (dt * A).transpose(2, 3).contiguous().cumsum(3)
+    exact = (dt.to(widest(dt)) * A).clamp_(min=_FORGOTTEN).transpose(2, 3).contiguous().cumsum(3)
+    total = exact.to(dt.dtype)
+    rest = (exact - total).to(dt.dtype)  # what counts is the difference of two sums, which may be far smaller
     above = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).triu_(1)
-    mask = (total[..., None] - total[..., None, :]).masked_fill_(above, -torch.inf).exp_()
+    mask = total[..., None] - total[..., None, :]
+    mask.add_(rest[..., None]).sub_(rest[..., None, :]).masked_fill_(above, -torch.inf).exp_()
     B, C = (m.transpose(2, 3).contiguous() for m in (B, C))
     xdt = (x * dt[..., None]).transpose(2, 3).contiguous()
-    until = (total[..., -1:] - total).exp_()
+    until = (exact[..., -1:] - exact).to(dt.dtype).exp_()
     kept = _by_group(xdt * until[..., None], groups)
     return _Span(xdt, B, C, mask, C @ B.mT, total.exp(), until, kept)
 
