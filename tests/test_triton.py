@@ -24,6 +24,7 @@ from dualform.ops import (
     linear_scan,
     selective_scan,
     selective_state_update,
+    ssd,
 )
 from dualform.ops.triton import support
 from dualform.ops.triton.support import INTERPRETED, missing
@@ -88,6 +89,18 @@ def diagonal(batch, length, width, modes, packed=None):
     return case("diagonal_ssm", diagonal_ssm, tensors, packed)
 
 
+def dual(batch, length, heads, width, states, groups=1, packed=None):
+    tensors = {
+        "x": normal(batch, length, heads, width),
+        "dt": normal(batch, length, heads),
+        "A": -torch.rand(heads, dtype=torch.float64) - 0.1,
+        "B": normal(batch, length, groups, states),
+        "C": normal(batch, length, groups, states),
+        "initial_state": normal(len(packed) if packed else batch, heads, width, states),
+    }
+    return case("ssd", ssd, tensors, packed, dt_softplus=True)
+
+
 def case(op, function, tensors, packed, **options):
     if packed:
         options["cu_seqlens"] = from_lengths(torch.tensor(packed)).to(torch.int32)
@@ -117,6 +130,10 @@ CASES = {
     "selective chunked": lambda: selective(1, 19, 17, 3),
     "selective wide": lambda: selective(1, 1, 130, 1, plain=True),
     "selective packed": lambda: selective(1, 25, 2, 3, packed=[0, 3, 0, 11, 1, 10, 0]),
+    "dual": lambda: dual(2, 37, 4, 5, 3, 2),
+    "dual one": lambda: dual(1, 1, 1, 1, 1),
+    "dual wide": lambda: dual(1, 70, 2, 17, 70),
+    "dual packed": lambda: dual(1, 55, 2, 3, 4, packed=[0, 3, 0, 41, 1, 10, 0]),
     "diagonal": lambda: diagonal(2, 5, 3, 6),
     "diagonal chunked": lambda: diagonal(1, 19, 17, 3),
     "diagonal wide": lambda: diagonal(1, 1, 130, 1),
@@ -127,9 +144,16 @@ EMPTY = {
     "conv": lambda: conv(2, 0, 3, 4),
     "scan": lambda: line(2, 0, 3),
     "selective": lambda: selective(2, 0, 3, 5),
+    "dual": lambda: dual(2, 0, 3, 5, 4),
     "diagonal": lambda: diagonal(2, 0, 3, 5),
 }
-STRIDED = {"conv": ("x",), "scan": ("a", "b"), "selective": ("u", "delta", "z", "B", "C"), "diagonal": ("u",)}
+STRIDED = {
+    "conv": ("x",),
+    "scan": ("a", "b"),
+    "selective": ("u", "delta", "z", "B", "C"),
+    "dual": ("x", "dt", "B", "C"),
+    "diagonal": ("u",),
+}
 # In the sizes that kernels are made for, and packed.
 COMPILED = {
     "conv": lambda: conv(2, 256, 256, 4),
@@ -139,6 +163,8 @@ COMPILED = {
     "scan chunked, packed": lambda: line(1, 195, 16, packed=[100, 0, 95], reverse=True),
     "selective": lambda: selective(4, 64, 128, 16),
     "selective chunked, packed": lambda: selective(1, 39, 32, 16, packed=[30, 9]),
+    "dual": lambda: dual(4, 128, 8, 64, 128),
+    "dual chunked, packed": lambda: dual(1, 200, 2, 64, 128, packed=[150, 50]),
     "diagonal": lambda: diagonal(4, 64, 64, 32),
     "diagonal chunked, packed": lambda: diagonal(1, 39, 16, 32, packed=[30, 9]),
 }
@@ -152,12 +178,15 @@ def short_segments(monkeypatch):
     """Segments of a few steps, so that short sequences cross several."""
     for op in ("diagonal_ssm", "selective_scan"):
         monkeypatch.setattr(sys.modules[f"dualform.ops.triton.{op}"], "_SAVE_EVERY", 8)
+    monkeypatch.setattr(sys.modules["dualform.ops.triton.ssd"], "_CHUNK", 16)
 
 
 @runs
 @pytest.mark.parametrize(("dtype", "name"), [(d, n) for d, names in DTYPES.items() for n in names], ids=str)
 def test_kernels_are_the_definition(name, dtype, poison):
     given = CASES[name]()
+    if GPU and given.op == "ssd" and dtype != torch.bfloat16:
+        pytest.skip("its products are those of tensor cores")
     for backward in (False, True):
         found, allowed = compare(given, "triton", DEVICE, dtype, backward=backward)
         assert found.error <= allowed, found
@@ -167,7 +196,8 @@ def test_kernels_are_the_definition(name, dtype, poison):
 @pytest.mark.parametrize("name", EMPTY)
 def test_no_time_passes_the_state_on(name, poison):
     given = EMPTY[name]()
-    tensors = {k: v.to(DEVICE).requires_grad_() for k, v in given.tensors.items()}
+    dtype = torch.bfloat16 if GPU else torch.float64
+    tensors = {k: v.requires_grad_() for k, v in given.cast(DEVICE, dtype).items()}
     with backend("triton"):
         y, final = given.call(tensors)
         found = dict(zip(tensors, torch.autograd.grad(3 * final.real.sum(), list(tensors.values())), strict=True))
@@ -179,7 +209,7 @@ def test_no_time_passes_the_state_on(name, poison):
 @pytest.mark.parametrize("name", STRIDED)
 def test_slices_of_a_projection_are_read_in_place(name):
     given = CASES[name]()
-    whole = given.cast(DEVICE, torch.float32)
+    whole = given.cast(DEVICE, torch.bfloat16 if GPU and given.op == "ssd" else torch.float32)
     sliced = {k: slice_of(v) if v.dim() > 2 and k in STRIDED[name] else v for k, v in whole.items()}
     with backend("triton"):
         for got, want in zip(given.call(sliced), given.call(whole), strict=True):
@@ -246,6 +276,7 @@ def test_kernels_compile_for(target, monkeypatch):
     from triton_targets import TARGETS, compiled, resources
 
     monkeypatch.setattr(sys.modules["dualform.ops.triton.step"], "DEVICES", ("cpu",))
+    monkeypatch.setattr(sys.modules["dualform.ops.triton.ssd"], "_CHUNK", 64)
     with compiled(TARGETS[target]) as kernels:
         for name in STEPS:
             step(name, "cpu", torch.bfloat16)

@@ -15,7 +15,7 @@ from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 
 import_module("dualform.ops.selective_scan_chunked")
-for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "step"):
+for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.triton.{_name}")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.native.{_name}")

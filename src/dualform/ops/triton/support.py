@@ -48,3 +48,24 @@ def _processors(device: torch.device) -> int:
 def processors(x: Tensor) -> int:
     """How many processors the device of ``x`` has: fewer programs leave some idle."""
     return 2 if x.device.type == "cpu" else _processors(x.device)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    from triton.runtime import driver
+
+    utils = driver.active.utils  # pyright: ignore[reportAttributeAccessIssue]
+    return utils.get_device_properties(device.index or 0)["max_shared_mem"]
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes that a program may share on the device of ``x``; without a limit where kernels use little of it."""
+    return 2**30 if x.device.type in ("cpu", "meta") or torch.version.hip else _shared_memory(x.device)
+
+
+def warps(threads: int) -> int:
+    """How many warps so many threads are on the device at hand."""
+    from triton.runtime import driver
+
+    target = None if INTERPRETED else driver.active.get_current_target()
+    return threads // (target.warp_size if target else 32)

@@ -1,0 +1,330 @@
+"""State space duality: the states between chunks of time, then outputs or gradients of all chunks side by side.
+
+Within a chunk everything is a matrix product. ``x`` and ``dy`` are ``(B, T, H, P)``, ``dt`` is ``(B, T, H)`` and the
+maps are ``(B, T, G, N)``, given as ``(pointer, stride of B, stride of T)``; a head has ``(P, N)`` states.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _chunk(table_ptr, c, b, length, Q: tl.constexpr):
+    """Where chunk c lies, its sequence, and whether it is the first and the last one of that."""
+    begin = c * Q
+    end, row = tl.minimum(begin + Q, length), b
+    first, last = c == 0, end == length
+    if table_ptr is not None:
+        begin, end = tl.load(table_ptr + 4 * c), tl.load(table_ptr + 4 * c + 1)
+        row, flags = tl.load(table_ptr + 4 * c + 2), tl.load(table_ptr + 4 * c + 3)
+        first, last = flags % 2 == 1, flags // 2 == 1
+    return begin, end, row, first, last
+
+
+@triton.jit
+def _read(tensor, b, begin, first, size: tl.constexpr, inside, width):
+    """Steps from ``begin`` of a tensor, ``width`` columns from ``first``; in 32 bits within a chunk."""
+    base = tensor[0] + tl.cast(b, tl.int64) * tensor[1] + tl.cast(begin, tl.int64) * tensor[2] + first
+    column = tl.arange(0, size)
+    at = tl.arange(0, inside.shape[0])[:, None] * tl.cast(tensor[2], tl.int32) + column[None, :]
+    return tl.load(base + at, mask=inside[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _steps(dt, A_ptr, b, begin, h, inside, dtype: tl.constexpr):
+    """dt, the sums of dt A up to every step, and all of it, in units of log2.
+
+    The sums are float64, and no step is worth more than makes an exponential 0, as the differences are what counts.
+    """
+    base = dt[0] + tl.cast(b, tl.int64) * dt[1] + tl.cast(begin, tl.int64) * dt[2] + h
+    at = tl.arange(0, inside.shape[0]) * tl.cast(dt[2], tl.int32)
+    dt = tl.load(base + at, mask=inside, other=0.0).to(dtype)
+    log = dt.to(tl.float64) * tl.load(A_ptr + h).to(tl.float64) * 1.4426950408889634
+    log = tl.where(log < -1e4, -1e4, log)
+    return dt, tl.cumsum(log, 0), tl.sum(log, 0)
+
+
+@triton.jit
+def _mask(total, inside, dtype: tl.constexpr):
+    """The decay from every step to every later one of a chunk, ``(t, s)``."""
+    high = total.to(dtype)
+    low = (total - high.to(tl.float64)).to(dtype)
+    log = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    t = tl.arange(0, inside.shape[0])
+    return tl.where((t[:, None] >= t[None, :]) & inside[None, :], tl.exp2(log), 0.0)
+
+
+@triton.jit
+def _state(ptr, row, heads, h, p, n, P: tl.constexpr, N: tl.constexpr):
+    """The states of a head ``(P, N)``: pointers and mask."""
+    base = ptr + (tl.cast(row, tl.int64) * heads + h) * P * N
+    return base + (p[:, None] * N + n[None, :]), (p[:, None] < P) & (n[None, :] < N)
+
+
+@triton.jit
+def states(
+    x,
+    maps,
+    dt,
+    A_ptr,
+    table_ptr,
+    start_ptr,
+    entering_ptr,
+    saved_ptr,
+    final_ptr,
+    decay_ptr,
+    state_ptr,
+    length,
+    heads,
+    per_group,
+    slots,
+    segments,
+    steps,
+    BACKWARD: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """The state that enters every chunk, over the chunks of a segment; BACKWARD, the gradient of the one that leaves.
+
+    ``h' = e^l h + (e^(l - l_t) dt_t x_t) B_t^T``, or with dy for x and C for B ``g' = e^l g + (e^(l_t) dy_t) C_t^T``.
+    Without ``saved_ptr``: the decay of the segment and what it adds, ``(B, segments, H, P, N)``.
+    """
+    dtype: tl.constexpr = start_ptr.dtype.element_ty
+    blocks: tl.constexpr = (N + BN - 1) // BN
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    segment, rest = rest % segments, rest // segments
+    h, b = rest % heads, rest // heads
+    p, n = tl.arange(0, BP), block * BN + tl.arange(0, BN)
+    state = tl.zeros((BP, BN), dtype)
+    if entering_ptr is not None:
+        at, there = _state(entering_ptr, b * segments + segment, heads, h, p, n, P, N)
+        state = tl.load(at, mask=there, other=0.0)
+    forgets, logs = segment < 0, tl.zeros((), tl.float64)
+    for k in range(segment * steps, tl.minimum(slots, (segment + 1) * steps)):
+        c = slots - 1 - k if BACKWARD else k
+        begin, end, row, first, last = _chunk(table_ptr, c, b, length, Q)
+        starts = last if BACKWARD else first
+        if starts:
+            at, there = _state(start_ptr, row, heads, h, p, n, P, N)
+            state = tl.load(at, mask=there, other=0.0)
+            forgets = starts
+        if saved_ptr is not None:
+            at, there = _state(saved_ptr, b * slots + c, heads, h, p, n, P, N)
+            tl.store(at, state.to(saved_ptr.dtype.element_ty), mask=there)
+        inside = begin + tl.arange(0, Q) < end
+        given = _read(x, b, begin, h * P, BP, inside, P)
+        map = _read(maps, b, begin, h // per_group * N + block * BN, BN, inside, N - block * BN)
+        of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
+        weight = tl.exp2(total.to(dtype)) if BACKWARD else tl.exp2((whole - total).to(dtype)) * of
+        weighted = (map.to(dtype) * weight[:, None]).to(map.dtype)
+        state = state * tl.exp2(whole.to(dtype)) + tl.dot(tl.trans(given), weighted)
+        logs += whole
+        if saved_ptr is not None:
+            stops = first if BACKWARD else last
+            at, there = _state(final_ptr, row, heads, h, p, n, P, N)
+            tl.store(at, state, mask=there & stops)
+    if saved_ptr is None:
+        decay = tl.where(forgets, 0.0, tl.exp2(logs.to(dtype)))
+        at, there = _state(decay_ptr, b * segments + segment, heads, h, p, n, P, N)
+        tl.store(at, tl.zeros((BP, BN), dtype) + decay, mask=there)
+        at, there = _state(state_ptr, b * segments + segment, heads, h, p, n, P, N)
+        tl.store(at, state, mask=there)
+
+
+@triton.jit
+def _place(table_ptr, length, heads, per_group, slots, parts, Q: tl.constexpr):
+    """Of a program: a part of the heads of a group, the group, the chunk and the batch row; where the chunk lies."""
+    part, rest = tl.program_id(0) % parts, tl.program_id(0) // parts
+    group, rest = rest % (heads // per_group), rest // (heads // per_group)
+    c, b = rest % slots, rest // slots
+    begin, end, _row, _first, _last = _chunk(table_ptr, c, b, length, Q)
+    first, last = group * per_group + per_group * part // parts, group * per_group + per_group * (part + 1) // parts
+    return part, group, c, b, begin, begin + tl.arange(0, Q) < end, first, last
+
+
+@triton.jit
+def _products(B, C, b, begin, group, inside, N: tl.constexpr, NP: tl.constexpr):
+    """B, C, and ``C B^T``, of a chunk."""
+    of_b = _read(B, b, begin, group * N, NP, inside, N)
+    of_c = _read(C, b, begin, group * N, NP, inside, N)
+    return of_b, of_c, tl.dot(of_c, tl.trans(of_b))
+
+
+@triton.jit
+def _write(ptr, first, stride, x, inside, width: tl.constexpr):
+    """Steps of a chunk to rows ``stride`` apart, the first number of which is ``first``."""
+    column = tl.arange(0, x.shape[1])
+    at = tl.arange(0, x.shape[0])[:, None] * stride + column[None, :]
+    tl.store(ptr + first + at, x.to(ptr.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def outputs(
+    x,
+    B,
+    C,
+    dt,
+    A_ptr,
+    table_ptr,
+    saved_ptr,
+    y_ptr,
+    length,
+    heads,
+    per_group,
+    slots,
+    parts,
+    BACKWARD: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BP: tl.constexpr,
+    NP: tl.constexpr,
+    Q: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """One chunk, some heads of a group: ``y = (M o C B^T) dt x + e^l C h``.
+
+    BACKWARD: ``dx = dt (M o C B^T)^T dy + dt e^(l - l_t) B g``, with dy for x and the gradients g for the states.
+    """
+    _part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
+    of_b, of_c, products = _products(B, C, b, begin, group, inside, N, NP)
+    for h in range(first, last):
+        of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
+        given = _read(x, b, begin, h * P, BP, inside, P)
+        weights = (products * _mask(total, inside, dtype) * of[None, :]).to(given.dtype)
+        at, there = _state(saved_ptr, b * slots + c, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
+        state = tl.load(at, mask=there, other=0.0)
+        if BACKWARD:
+            y = tl.dot(of_b, tl.trans(state)) * (tl.exp2((whole - total).to(dtype)) * of)[:, None]
+            y += tl.dot(tl.trans(weights), given)
+        else:
+            y = tl.dot(of_c, tl.trans(state)) * tl.exp2(total.to(dtype))[:, None]
+            y += tl.dot(weights, given)
+        step = (tl.cast(b, tl.int64) * length + begin) * heads + h
+        _write(y_ptr, step * P, heads * P, y, inside, P)
+
+
+@triton.jit
+def gradients_c(
+    x,
+    B,
+    C,
+    dt,
+    A_ptr,
+    table_ptr,
+    entering_ptr,
+    leaving_ptr,
+    dy,
+    dlog_ptr,
+    dC_ptr,
+    length,
+    heads,
+    per_group,
+    slots,
+    parts,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BP: tl.constexpr,
+    NP: tl.constexpr,
+    Q: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """One chunk, some heads of a group: what C gets, and the sums of dt A from the state that enters.
+
+    ``dC`` is ``(parts, B, T, G, N)``, ``dlog`` ``(B, T, H)``.
+    """
+    part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
+    of_c = _read(C, b, begin, group * N, NP, inside, N)
+    dc, dproducts = tl.zeros((Q, NP), dtype), tl.zeros((Q, Q), dtype)
+    for h in range(first, last):
+        of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
+        given, pulled = _read(x, b, begin, h * P, BP, inside, P), _read(dy, b, begin, h * P, BP, inside, P)
+        dweights = tl.dot(pulled, tl.trans(given))
+        dproducts += dweights * _mask(total, inside, dtype) * of[None, :]
+        at, there = _state(entering_ptr, b * slots + c, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
+        state = tl.load(at, mask=there, other=0.0)
+        found = tl.dot(pulled, state) * tl.exp2(total.to(dtype))[:, None]
+        dc += found
+        dlog = tl.sum(found * of_c.to(dtype), 1)
+        at, there = _state(leaving_ptr, b * slots + c, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
+        leaving = tl.load(at, mask=there, other=0.0)
+        carried = tl.sum(state.to(dtype) * leaving.to(dtype)) * tl.exp2(whole.to(dtype))
+        ends = tl.arange(0, Q) == tl.sum(inside.to(tl.int32), 0) - 1
+        step = (tl.cast(b, tl.int64) * length + begin) * heads + h
+        tl.store(dlog_ptr + step + tl.arange(0, Q) * heads, dlog + tl.where(ends, carried, 0.0), mask=inside)
+    of_b = _read(B, b, begin, group * N, NP, inside, N)
+    dc += tl.dot(dproducts.to(of_b.dtype), of_b)
+    groups = heads // per_group
+    rows = tl.num_programs(0) // (parts * groups * slots)
+    step = (tl.cast(part, tl.int64) * rows + b) * length + begin
+    _write(dC_ptr, (step * groups + group) * N, groups * N, dc, inside, N)
+
+
+@triton.jit
+def gradients(
+    x,
+    B,
+    C,
+    dt,
+    A_ptr,
+    table_ptr,
+    leaving_ptr,
+    dy,
+    dlog_ptr,
+    ddt_ptr,
+    dA_ptr,
+    dB_ptr,
+    length,
+    heads,
+    per_group,
+    slots,
+    parts,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BP: tl.constexpr,
+    NP: tl.constexpr,
+    Q: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """One chunk, some heads of a group: what B, dt and A get, from the state that leaves and from ``dlog``.
+
+    ``dB`` is ``(parts, B, T, G, N)``, ``dA`` ``(B, chunks, H)``.
+    """
+    part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
+    of_b, _of_c, products = _products(B, C, b, begin, group, inside, N, NP)
+    db, dproducts = tl.zeros((Q, NP), dtype), tl.zeros((Q, Q), dtype)
+    for h in range(first, last):
+        of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
+        given, pulled = _read(x, b, begin, h * P, BP, inside, P), _read(dy, b, begin, h * P, BP, inside, P)
+
+        # Within the chunk.
+        dweights = tl.dot(pulled, tl.trans(given)) * _mask(total, inside, dtype)
+        dproducts += dweights * of[None, :]
+        dweights *= products
+        ddt = tl.sum(dweights, 0)
+        dlog = tl.sum(dweights * of[None, :], 1) - ddt * of
+
+        # Through the state that leaves.
+        at, there = _state(leaving_ptr, b * slots + c, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
+        leaving = tl.load(at, mask=there, other=0.0)
+        until = tl.exp2((whole - total).to(dtype))
+        found = tl.dot(given, leaving) * until[:, None]
+        db += found * of[:, None]
+        added = tl.sum(found * of_b.to(dtype), 1)
+        ddt += added
+        dlog -= added * of
+
+        step = (tl.cast(b, tl.int64) * length + begin) * heads + h
+        dlog += tl.load(dlog_ptr + step + tl.arange(0, Q) * heads, mask=inside, other=0.0)
+        dlog = tl.where(inside, tl.cumsum(dlog, 0, reverse=True) + tl.sum(added * of, 0), 0.0)
+        ddt += dlog * tl.load(A_ptr + h).to(dtype)
+        tl.store(ddt_ptr + step + tl.arange(0, Q) * heads, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
+        tl.store(dA_ptr + (tl.cast(b, tl.int64) * slots + c) * heads + h, tl.sum(dlog * of, 0))
+    of_c = _read(C, b, begin, group * N, NP, inside, N)  # again, so that no register holds it meanwhile
+    db += tl.dot(tl.trans(dproducts).to(of_c.dtype), of_c)
+    groups = heads // per_group
+    rows = tl.num_programs(0) // (parts * groups * slots)
+    step = (tl.cast(part, tl.int64) * rows + b) * length + begin
+    _write(dB_ptr, (step * groups + group) * N, groups * N, db, inside, N)
