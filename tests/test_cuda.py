@@ -120,6 +120,15 @@ def test_slow_states_are_as_exact_as_a_loop_in_float32(emulated):
     as_exact_as_a_loop([y, final, *scan_kernels._backward(weights, saved, *args)], args, weights)
 
 
+def test_sums_over_long_spans(emulated, monkeypatch):
+    """Of D and of the bias, to which every step adds: what is put aside on the way is there at the end."""
+    args = slow(2100)
+    monkeypatch.setattr(scan_kernels, "plan_backward", lambda *a: (scan_kernels.Plan(1, 1, 1), 2112, 2112))
+    y, final, *saved = scan_kernels._forward(*args)
+    weights = [normal(*y.shape), normal(*final.shape)]
+    as_exact_as_a_loop([y, final, *scan_kernels._backward(weights, saved, *args)], args, weights)
+
+
 @pytest.mark.gpu
 def test_slow_states_on_a_gpu():
     args = [x.cuda() if isinstance(x, Tensor) else x for x in slow(2000)]

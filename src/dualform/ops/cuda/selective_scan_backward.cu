@@ -7,6 +7,7 @@
 #include "selective_scan.cuh"
 
 constexpr int SUBS = TILE / K, HELD = 8;  // steps whose decays are held in registers
+constexpr int LEVEL = 16 * TILE;
 
 // The span of time that a block runs through, of the sequence that it belongs to.
 struct Span {
@@ -170,6 +171,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   float a[CH * S], da[CH * S] = {}, g[CH * S];
   load_rates(p, l, a);
   load_states(p, l, span.end < row.length ? p.carry + span.slot * size : p.dfinal + span.r * size, g);
+  // What lanes have found for D and the bias, added to what the span has: every LEVEL steps, as a sum of a thousand
+  // numbers, a thousand times, is far more exact than a sum of a million.
+  bool some = false;
+  auto add_totals = [&] {
+    const float zero[4] = {};
+    for (int k = 0; k < 2; k++) {
+      float* to = (k ? p.dbias : p.dd) + span.slot * p.width + l.first + l.four;
+      float total[4];
+      read_floats<4>(shared.totals[k][l.lane], total);
+      write_floats<4>(shared.totals[k][l.lane], zero);
+      UNROLL for (int i = 0; i < 4; i++) {
+        UNROLL for (int distance = WIDTH / 4; distance < 32; distance *= 2)
+          total[i] += from_lane(total[i], distance);
+        if (l.step == 0 && i < l.count()) to[i] = some ? to[i] + total[i] : total[i];
+      }
+    }
+    some = true;
+  };
   {
     const float zero[4] = {};
     write_floats<4>(shared.totals[0][l.lane], zero);
@@ -382,22 +401,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     UNROLL for (int i = 0; i < 4; i++)
       finish(is_inside(begin), i);
     end_finishing(begin + l.step);
+    if (begin % LEVEL == 0) add_totals();
   }
+  if (span.begin % LEVEL || span.begin >= span.end) add_totals();
 
   if (span.begin == 0 && row.length > 0) store_states(p, l, p.dh0 + span.r * size, g);
   store_states(p, l, p.da + span.slot * size, da);
-  read_floats<4>(shared.totals[0][l.lane], dd);
-  read_floats<4>(shared.totals[1][l.lane], dbias);
-  UNROLL for (int i = 0; i < 4; i++) {
-    UNROLL for (int distance = WIDTH / 4; distance < 32; distance *= 2) {
-      dd[i] += from_lane(dd[i], distance);
-      dbias[i] += from_lane(dbias[i], distance);
-    }
-    if (l.step == 0 && i < l.count()) {
-      p.dd[span.slot * p.width + l.first + l.four + i] = dd[i];
-      p.dbias[span.slot * p.width + l.first + l.four + i] = dbias[i];
-    }
-  }
 }
 
 // What the blocks of channels have found for B and C, and the spans for A, D and the bias, added up: a thread adds four
