@@ -12,7 +12,7 @@ constexpr int64_t TILE = 64;                 // steps
 constexpr int BLOCK = 4;                     // modes in registers at once, forward
 constexpr int BACK = WIDTH == LINE ? 2 : 1;  // and backward, where a mode has more numbers
 
-INLINE int64_t padded(int64_t modes) { return (modes + BLOCK - 1) / BLOCK * BLOCK; }
+INLINE int64_t padded(int64_t modes) { return up(modes, BLOCK); }
 
 // A, or C, of every slice of a slab, (slices, padded N, 2, lanes), times a factor for each part.
 template <class T>

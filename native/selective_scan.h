@@ -21,7 +21,7 @@ struct Inputs {
 };
 
 // States come in blocks; those that are not there stay 0.
-INLINE int64_t padded(int64_t states) { return (states + BACKWARD_BLOCK - 1) / BACKWARD_BLOCK * BACKWARD_BLOCK; }
+INLINE int64_t padded(int64_t states) { return up(states, BACKWARD_BLOCK); }
 
 // A log2(e) of every slice of a slab, (slices, padded N, lanes).
 template <class T>

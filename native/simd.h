@@ -127,6 +127,7 @@ INLINE vec<float> merge(const vec<float>* v) {
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }  // to a multiple
 
 // Polynomials p(f) = 1 + f (c_0 + c_1 f + ...) for 2^f on [-1/2, 1/2], of least relative error: 2.0e-9 and 3.4e-18.
 // p(0) = 1 exactly, so that slow decays, which are raised to high powers by the recurrence, are the most exact.

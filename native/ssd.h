@@ -15,8 +15,6 @@ namespace ssd {
 constexpr int64_t Q = SSD_TILE, TILES = SSD_SPAN / SSD_TILE;
 constexpr double FORGOTTEN = 1e4;  // 2^-FORGOTTEN is 0, and sums of it are numbers
 
-INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // (rows, columns) -> (columns, at least `wide` rows), the further ones 0.
 template <class T>
 INLINE void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to, int64_t wide) {

@@ -218,7 +218,7 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     T* found = reinterpret_cast<T*>(at);
-    at += (count * int64_t(sizeof(T)) + LINE - 1) / LINE * LINE;
+    at += up(count * int64_t(sizeof(T)), LINE);
     return found;
   }
   int64_t used(const void* memory) const { return at - static_cast<const char*>(memory); }

@@ -44,8 +44,6 @@ INLINE void step(const States<T>& of, const T* log_decay, const T* dt, const T* 
   }
 }
 
-INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Channels [first, end) of one row; `memory` as for the other kernels. `first` and `end` begin a new step size.
 template <class T>
 int64_t selective(const SelectiveUpdate& s, int64_t row, int64_t first, int64_t end, void* memory) {

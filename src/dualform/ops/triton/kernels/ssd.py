@@ -62,6 +62,13 @@ def _state(ptr, row, heads, h, p, n, P: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _load_state(ptr, row, heads, h, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, NP: tl.constexpr):
+    """All states of a head."""
+    at, there = _state(ptr, row, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
+    return tl.load(at, mask=there, other=0.0)
+
+
+@triton.jit
 def states(
     x,
     maps,
@@ -162,6 +169,14 @@ def _write(ptr, first, stride, x, inside, width: tl.constexpr):
 
 
 @triton.jit
+def _write_map(ptr, x, part, b, begin, group, inside, length, groups, slots, parts, N: tl.constexpr):
+    """What some heads have found for B or C, to ``(parts, B, T, G, N)``."""
+    rows = tl.num_programs(0) // (parts * groups * slots)
+    step = (tl.cast(part, tl.int64) * rows + b) * length + begin
+    _write(ptr, (step * groups + group) * N, groups * N, x, inside, N)
+
+
+@triton.jit
 def outputs(
     x,
     B,
@@ -194,8 +209,7 @@ def outputs(
         of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
         given = _read(x, b, begin, h * P, BP, inside, P)
         weights = (products * _mask(total, inside, dtype) * of[None, :]).to(given.dtype)
-        at, there = _state(saved_ptr, b * slots + c, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
-        state = tl.load(at, mask=there, other=0.0)
+        state = _load_state(saved_ptr, b * slots + c, heads, h, P, N, BP, NP)
         if BACKWARD:
             y = tl.dot(of_b, tl.trans(state)) * (tl.exp2((whole - total).to(dtype)) * of)[:, None]
             y += tl.dot(tl.trans(weights), given)
@@ -243,23 +257,18 @@ def gradients_c(
         given, pulled = _read(x, b, begin, h * P, BP, inside, P), _read(dy, b, begin, h * P, BP, inside, P)
         dweights = tl.dot(pulled, tl.trans(given))
         dproducts += dweights * _mask(total, inside, dtype) * of[None, :]
-        at, there = _state(entering_ptr, b * slots + c, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
-        state = tl.load(at, mask=there, other=0.0)
+        state = _load_state(entering_ptr, b * slots + c, heads, h, P, N, BP, NP)
         found = tl.dot(pulled, state) * tl.exp2(total.to(dtype))[:, None]
         dc += found
         dlog = tl.sum(found * of_c.to(dtype), 1)
-        at, there = _state(leaving_ptr, b * slots + c, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
-        leaving = tl.load(at, mask=there, other=0.0)
+        leaving = _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
         carried = tl.sum(state.to(dtype) * leaving.to(dtype)) * tl.exp2(whole.to(dtype))
         ends = tl.arange(0, Q) == tl.sum(inside.to(tl.int32), 0) - 1
         step = (tl.cast(b, tl.int64) * length + begin) * heads + h
         tl.store(dlog_ptr + step + tl.arange(0, Q) * heads, dlog + tl.where(ends, carried, 0.0), mask=inside)
     of_b = _read(B, b, begin, group * N, NP, inside, N)
     dc += tl.dot(dproducts.to(of_b.dtype), of_b)
-    groups = heads // per_group
-    rows = tl.num_programs(0) // (parts * groups * slots)
-    step = (tl.cast(part, tl.int64) * rows + b) * length + begin
-    _write(dC_ptr, (step * groups + group) * N, groups * N, dc, inside, N)
+    _write_map(dC_ptr, dc, part, b, begin, group, inside, length, heads // per_group, slots, parts, N)
 
 
 @triton.jit
@@ -307,8 +316,7 @@ def gradients(
         dlog = tl.sum(dweights * of[None, :], 1) - ddt * of
 
         # Through the state that leaves.
-        at, there = _state(leaving_ptr, b * slots + c, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
-        leaving = tl.load(at, mask=there, other=0.0)
+        leaving = _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
         until = tl.exp2((whole - total).to(dtype))
         found = tl.dot(given, leaving) * until[:, None]
         db += found * of[:, None]
@@ -324,7 +332,4 @@ def gradients(
         tl.store(dA_ptr + (tl.cast(b, tl.int64) * slots + c) * heads + h, tl.sum(dlog * of, 0))
     of_c = _read(C, b, begin, group * N, NP, inside, N)  # again, so that no register holds it meanwhile
     db += tl.dot(tl.trans(dproducts).to(of_c.dtype), of_c)
-    groups = heads // per_group
-    rows = tl.num_programs(0) // (parts * groups * slots)
-    step = (tl.cast(part, tl.int64) * rows + b) * length + begin
-    _write(dB_ptr, (step * groups + group) * N, groups * N, db, inside, N)
+    _write_map(dB_ptr, db, part, b, begin, group, inside, length, heads // per_group, slots, parts, N)
