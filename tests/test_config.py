@@ -8,11 +8,12 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 import pytest
 
 from dualform.core.errors import ConfigError
+from dualform.core.options import suggestion
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.registry import FEEDFORWARDS, MIXERS
-from dualform.models.config import ModelConfig, suggestion
+from dualform.models.config import ModelConfig
 
 KINDS = {**MIXERS, **FEEDFORWARDS}
 HYBRID = ModelConfig(

@@ -3,8 +3,9 @@
 Names are resolved on first use, so that importing the package costs nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dualform.core.lazy import lazy
 
 if TYPE_CHECKING:
     from dualform.core.errors import DualformError
@@ -62,17 +63,4 @@ _HOME = {
 }
 _PACKAGES = ("check", "core", "gaussian", "inspect", "layers", "models", "ops", "train")
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(import_module(f"dualform.{_HOME[name]}"), name)
-    elif name in _PACKAGES:
-        value = import_module(f"dualform.{name}")
-    else:
-        raise AttributeError(f"module 'dualform' has no attribute {name!r}; it has {', '.join(__all__)}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, *_PACKAGES])
+__getattr__, __dir__ = lazy(__name__, _HOME, _PACKAGES)

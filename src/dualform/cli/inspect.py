@@ -68,8 +68,8 @@ def _load(what: str) -> "nn.Module":
 
 def _unknown(what: str) -> Exception:
     from dualform.core.errors import ArgumentError
+    from dualform.core.options import suggestion
     from dualform.layers.registry import MIXERS
-    from dualform.models.config import suggestion
 
     hint = suggestion(what, [*MIXERS, f"{_HIPPO}legs"])
     return ArgumentError(f"inspect: {what!r} is no folder, preset, layer or {_HIPPO}MEASURE", hint=hint)

@@ -1,12 +1,25 @@
 """Trees of tensors: a Tensor, or a (named) tuple of trees. Every state of the library is one."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Tree = Any  # Tensor | tuple[Tree, ...] | NamedTuple of Trees
+Kind = TypeVar("Kind", bound=type)
+
+
+def state_class(cls: Kind) -> Kind:
+    """Decorate the NamedTuple of a state, so that files of PyTorch may hold it.
+
+    ``torch.load(..., weights_only=True)`` then accepts a state that ``torch.save`` wrote, and ``torch.export.save`` a
+    program that takes or returns one.
+    """
+    torch.serialization.add_safe_globals([cls])
+    pytree._register_namedtuple(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    return cls
 
 
 def tree_map(f: Callable[..., Tensor], tree: Tree, *rest: Tree) -> Tree:
@@ -33,8 +46,11 @@ def named_leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def take(tree: Tree, rows: Any) -> Tree:
-    """Rows of every leaf along the batch axis: a slice, a list of indices or an index tensor."""
-    return tree_map(lambda leaf: leaf[rows], tree)
+    """Rows of every leaf along the batch axis, copied: a slice, a list of indices or an index tensor.
+
+    The result shares no memory with ``tree``, so that using it as a state leaves ``tree`` as it was.
+    """
+    return tree_map(lambda leaf: _owned(leaf[rows], leaf), tree)
 
 
 def concat(trees: list[Tree], dim: int = 0) -> Tree:
@@ -47,6 +63,19 @@ def clone(tree: Tree) -> Tree:
     return tree_map(torch.clone, tree)
 
 
+def detach(tree: Tree) -> Tree:
+    """The same tensors outside of the graph of gradients: what truncated backpropagation passes on.
+
+    It shares the memory of ``tree``; what is to be kept beside it is to be cloned.
+    """
+    return tree_map(Tensor.detach, tree)
+
+
 def nbytes(tree: Tree) -> int:
     """Bytes held by the leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
+
+
+def _owned(part: Tensor, whole: Tensor) -> Tensor:
+    """``part`` of ``whole``, copied where indexing has given a view."""
+    return part.clone() if part._is_view() or part is whole else part

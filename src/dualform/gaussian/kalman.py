@@ -12,10 +12,11 @@ from dualform.core.linalg import as_tensors, matvec, symmetric_part
 from dualform.core.packing import check_cu_seqlens, keep_mask, unpack
 from dualform.core.scan import associative_scan
 from dualform.core.shapes import check_floating, check_tensors, wide
-from dualform.core.tree import concat, tree_map
+from dualform.core.tree import concat, state_class, tree_map
 from dualform.gaussian.model import Gaussian, LinearGaussian
 
 
+@state_class
 class Filtered(NamedTuple):
     """Moments of ``p(h_t | y_1 .. y_t)``, and ``log p(y_t | y_1 .. y_{t-1})``."""
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, matvec, symmetric_part
 from dualform.core.shapes import check_tensors
+from dualform.core.tree import state_class
 
 
+@state_class
 class Gaussian(NamedTuple):
     """A normal distribution; as the state of a filter, with the batch first in both."""
 

@@ -5,7 +5,6 @@ what the one before it left. Randomness is counter-based: the draw at a position
 only, so a generation that is interrupted, moved to another machine or batched with others keeps its random stream.
 """
 
-from dataclasses import dataclass
 from math import isfinite
 
 import torch
@@ -13,13 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.options import options
 
 _INF = float("inf")
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-@dataclass(frozen=True)
+@options(error=ArgumentError)
 class Sampling:
     """How a token is drawn from the logits; the defaults sample the model's own distribution.
 
@@ -32,7 +32,7 @@ class Sampling:
             off. "Recent" are the last ``dualform.generation.session.WINDOW`` tokens, prompt included.
 
     Raises:
-        ArgumentError: for a value outside its range.
+        ArgumentError: for an unknown keyword, or a value outside its range.
 
     References:
         top-k: Fan et al. (2018), arXiv:1805.04833. top-p: Holtzman et al. (2020), arXiv:1904.09751.
@@ -48,7 +48,7 @@ class Sampling:
     def __post_init__(self) -> None:
         ranges = {
             "temperature": (self.temperature >= 0 and isfinite(self.temperature), "a finite number of at least 0"),
-            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0 (0 keeps all)"),
+            "top_k": (self.top_k >= 0, "a whole number of at least 0 (0 keeps all)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1] (1 keeps all)"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1] (0 keeps all)"),
             "repetition_penalty": (

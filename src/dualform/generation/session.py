@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dualform.core.errors import CheckpointError
 from dualform.core.recurrence import State
-from dualform.core.tree import clone, nbytes, tree_map
+from dualform.core.tree import clone, nbytes, state_class, tree_map
 from dualform.models.lm import LanguageModel
 from dualform.models.state_file import fingerprint, load_meta, load_state, save_state
 
@@ -16,6 +16,7 @@ WINDOW = 256  # tokens remembered for the repetition penalty, and the longest st
 _MODEL = "session_model"  # the key of the file's metadata that holds the model's fingerprint
 
 
+@state_class
 class Session(NamedTuple):
     """Where a generation stands. A tree of tensors, batch first in every leaf, as every state of the library.
 

@@ -1,6 +1,85 @@
-"""Published layers, one per file: config, state, mixer. ``MIXERS[kind](...).build(d_model)`` makes one."""
+"""Published layers, one per file: config, state, mixer.
 
-from dualform.layers.mixer import Hint, Mixer
-from dualform.layers.registry import FEEDFORWARDS, MIXERS
+``Mamba2(64, d_state=16)`` is a module from ``(B, T, 64)`` to ``(B, T, 64)`` and a state; ``Mamba2Config(d_state=16)``
+describes it for a model. ``MIXERS`` and ``FEEDFORWARDS`` hold the configs by the names that files use.
+"""
 
-__all__ = ["FEEDFORWARDS", "MIXERS", "Hint", "Mixer"]
+from typing import TYPE_CHECKING
+
+from dualform.core.lazy import lazy
+
+if TYPE_CHECKING:
+    from dualform.layers.attention import Attention, AttentionConfig
+    from dualform.layers.dss import DSS, DSSConfig
+    from dualform.layers.h3 import H3, H3Config
+    from dualform.layers.hyena import Hyena, HyenaConfig
+    from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
+    from dualform.layers.lru import LRU, LRUConfig
+    from dualform.layers.lstm import LSTM, LSTMConfig
+    from dualform.layers.mamba import Mamba, MambaConfig
+    from dualform.layers.mamba2 import Mamba2, Mamba2Config
+    from dualform.layers.mixer import Hint, Mixer
+    from dualform.layers.mlp import MLP, MLPConfig
+    from dualform.layers.part import Part
+    from dualform.layers.registry import FEEDFORWARDS, MIXERS
+    from dualform.layers.s4 import S4, S4Config
+    from dualform.layers.s4d import S4D, S4DConfig
+    from dualform.layers.s5 import S5, S5Config
+
+__all__ = [
+    "DSS",
+    "FEEDFORWARDS",
+    "H3",
+    "LRU",
+    "LSTM",
+    "MIXERS",
+    "MLP",
+    "S4",
+    "S4D",
+    "S5",
+    "Attention",
+    "AttentionConfig",
+    "DSSConfig",
+    "H3Config",
+    "Hint",
+    "Hyena",
+    "HyenaConfig",
+    "HyenaModal",
+    "HyenaModalConfig",
+    "LRUConfig",
+    "LSTMConfig",
+    "MLPConfig",
+    "Mamba",
+    "Mamba2",
+    "Mamba2Config",
+    "MambaConfig",
+    "Mixer",
+    "Part",
+    "S4Config",
+    "S4DConfig",
+    "S5Config",
+]
+
+_HOME = {
+    "Attention": "attention",
+    "DSS": "dss",
+    "FEEDFORWARDS": "registry",
+    "H3": "h3",
+    "Hint": "mixer",
+    "Hyena": "hyena",
+    "HyenaModal": "hyena_modal",
+    "LRU": "lru",
+    "LSTM": "lstm",
+    "MIXERS": "registry",
+    "MLP": "mlp",
+    "Mamba": "mamba",
+    "Mamba2": "mamba2",
+    "Mixer": "mixer",
+    "Part": "part",
+    "S4": "s4",
+    "S4D": "s4d",
+    "S5": "s5",
+}
+_HOME |= {f"{name}Config": home for name, home in _HOME.items() if f"{name}Config" in __all__}
+
+__getattr__, __dir__ = lazy(__name__, _HOME)

@@ -1,7 +1,6 @@
 """Causal attention as a Recurrence: its state is the keys and values that later tokens may still see."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
+from dualform.core.options import options
 from dualform.core.packing import check_cu_seqlens, sequence_ids
 from dualform.core.shapes import check_tensors
+from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer
 from dualform.layers.ring import held, write
 from dualform.layers.rotary import rotate
@@ -19,7 +20,7 @@ from dualform.layers.rotary import rotate
 _SCORES = 2**26  # how many scores (rows x heads x queries x keys) one masked call may span
 
 
-@dataclass(frozen=True)
+@options
 class AttentionConfig:
     """Sizes of an :class:`Attention`.
 
@@ -44,6 +45,7 @@ class AttentionConfig:
         return Attention(self, d_model)
 
 
+@state_class
 class AttentionState(NamedTuple):
     """Rotated keys and values of the tokens seen so far.
 

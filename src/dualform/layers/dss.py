@@ -1,7 +1,6 @@
 """DSS: diagonal state spaces, whose kernel is a sum of exponentials, each normalised like a row of a softmax."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from dualform.core.discretize import zoh
 from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
+from dualform.core.options import options
 from dualform.layers.diagonal import DiagonalMixer, Poles
 from dualform.layers.structured import check_choice, check_pairs
 
@@ -16,7 +16,7 @@ KERNELS = ("softmax", "exp")
 _EPSILON = 1e-7  # of the paper's bounded reciprocal
 
 
-@dataclass(frozen=True)
+@options
 class DSSConfig:
     """Sizes and initialisation of a :class:`DSS`.
 

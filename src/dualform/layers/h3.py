@@ -1,7 +1,6 @@
 """H3: a shift and a diagonal state space model between multiplications, in place of attention's comparisons."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from dualform.core.discretize import EXPONENTS, RULES
 from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
+from dualform.core.options import options
 from dualform.core.packing import check_cu_seqlens, sequence_ids
 from dualform.core.shapes import check_tensors, wide
+from dualform.core.tree import state_class
 from dualform.layers.diagonal import Poles
 from dualform.layers.mixer import Hint, Mixer, exactly
 from dualform.layers.structured import check_choice, check_pairs
@@ -23,7 +24,7 @@ from dualform.ops.chunks import CHUNK
 INITS = DIAGONALS  # the poles at the start
 
 
-@dataclass(frozen=True)
+@options
 class H3Config:
     """Sizes and initialisation of an :class:`H3`.
 
@@ -51,6 +52,7 @@ class H3Config:
         return H3(self, d_model)
 
 
+@state_class
 class H3State(NamedTuple):
     """Constant in the length of the context."""
 

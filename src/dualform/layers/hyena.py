@@ -1,7 +1,6 @@
 """Hyena: long convolutions with implicit filters between gates, over the whole history."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from dualform.core.errors import ConfigError
 from dualform.core.modal import fit_modes
+from dualform.core.options import options
 from dualform.core.packing import check_cu_seqlens
 from dualform.core.shapes import check_tensors, wide, widest
+from dualform.core.tree import state_class
 from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
 from dualform.layers.hyena_operator import HyenaOperator
 from dualform.layers.implicit_filter import ImplicitFilter
@@ -20,7 +21,7 @@ from dualform.layers.ring import held, write
 from dualform.ops.fft_conv import fft_conv
 
 
-@dataclass(frozen=True)
+@options
 class HyenaConfig:
     """Sizes and initialisation of a :class:`Hyena`.
 
@@ -50,6 +51,7 @@ class HyenaConfig:
         return Hyena(self, d_model)
 
 
+@state_class
 class HyenaState(NamedTuple):
     """Grows with the context up to ``l_max - 1`` tokens, which is all that a filter sees.
 

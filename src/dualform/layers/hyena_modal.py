@@ -1,7 +1,6 @@
 """Hyena with long filters of finite state: each a diagonal system, so that it streams in constant memory."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,15 +9,17 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
+from dualform.core.options import options
 from dualform.core.packing import check_cu_seqlens
 from dualform.core.shapes import check_tensors, wide
+from dualform.core.tree import state_class
 from dualform.layers.diagonal import Poles
 from dualform.layers.hyena_operator import HyenaOperator
 from dualform.layers.mixer import Hint
 from dualform.layers.structured import check_pairs
 
 
-@dataclass(frozen=True)
+@options
 class HyenaModalConfig:
     """Sizes and initialisation of a :class:`HyenaModal`.
 
@@ -41,6 +42,7 @@ class HyenaModalConfig:
         return HyenaModal(self, d_model)
 
 
+@state_class
 class HyenaModalState(NamedTuple):
     """Constant in the length of the context."""
 

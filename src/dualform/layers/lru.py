@@ -1,7 +1,6 @@
 """LRU: the linear recurrent unit, a diagonal recurrence that is discrete from the start, then GELU and a gated map."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,13 +9,14 @@ from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
+from dualform.core.options import options
 from dualform.core.packing import check_cu_seqlens
 from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mimo import Mimo
 from dualform.layers.mixer import Hint, Mixer, check_intervals, exactly
 
 
-@dataclass(frozen=True)
+@options
 class LRUConfig:
     """Sizes and initialisation of an :class:`LRU`.
 

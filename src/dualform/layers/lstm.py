@@ -1,6 +1,5 @@
 """The LSTM, the classic recurrent baseline, as a mixer around ``torch.nn.LSTM``."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,12 +8,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dualform.core.errors import ConfigError
+from dualform.core.options import options
 from dualform.core.packing import check_cu_seqlens
 from dualform.core.shapes import check_tensors, wide
+from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer
 
 
-@dataclass(frozen=True)
+@options
 class LSTMConfig:
     """Sizes of an :class:`LSTM`.
 
@@ -31,6 +32,7 @@ class LSTMConfig:
         return LSTM(self, d_model)
 
 
+@state_class
 class LSTMState(NamedTuple):
     """Hidden and cell state of every stacked layer, float32 or wider."""
 

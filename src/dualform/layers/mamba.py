@@ -1,7 +1,6 @@
 """Mamba: a selective scan between a short convolution and a gate."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 from dualform.core.discretize import held
 from dualform.core.errors import ConfigError
+from dualform.core.options import options
 from dualform.core.shapes import wide
+from dualform.core.tree import state_class
 from dualform.layers.mixer import Hint, Mixer, check_intervals
 from dualform.layers.spans import in_spans
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
@@ -20,7 +21,7 @@ from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.state import initial
 
 
-@dataclass(frozen=True)
+@options
 class MambaConfig:
     """A Mamba layer.
 
@@ -49,6 +50,7 @@ class MambaConfig:
         return Mamba(self, d_model)
 
 
+@state_class
 class MambaState(NamedTuple):
     """Constant in the length of the context."""
 

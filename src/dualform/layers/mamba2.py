@@ -1,7 +1,6 @@
 """Mamba-2: projections and a short convolution around state space duality, one decay per head."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,7 +9,9 @@ from torch import Tensor, nn
 
 from dualform.core.discretize import held
 from dualform.core.errors import ConfigError
+from dualform.core.options import options
 from dualform.core.shapes import wide
+from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes, initial_step
 from dualform.layers.mixer import Hint, Mixer, check_intervals
 from dualform.layers.norm import GatedRMSNorm
@@ -19,7 +20,7 @@ from dualform.ops.selective_scan import selective_state_update
 from dualform.ops.ssd import limit_step, ssd
 
 
-@dataclass(frozen=True)
+@options
 class Mamba2Config:
     """A Mamba-2 layer.
 
@@ -52,6 +53,7 @@ class Mamba2Config:
         return Mamba2(self, d_model)
 
 
+@state_class
 class Mamba2State(NamedTuple):
     """Constant in the length of the context."""
 

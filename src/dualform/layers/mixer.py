@@ -1,6 +1,6 @@
 """The base of every token-mixing layer."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors
+from dualform.layers.part import Part
 
 
 class Hint(NamedTuple):
@@ -20,8 +21,10 @@ class Hint(NamedTuple):
     max_lr: float | None = None
 
 
-class Mixer(nn.Module, ABC):
-    """A Recurrence on features: ``(B, T, D) -> (B, T, D)``. Built by its config: ``Config(...).build(d_model)``.
+class Mixer(Part):
+    """A Recurrence on features, ``(B, T, D) -> (B, T, D)``.
+
+    ``Layer(d_model, ...)`` makes one, with the options of its config, and so does ``LayerConfig(...).build(d_model)``.
 
     ``hints`` names the layer's own parameters that want special treatment by the optimiser.
 

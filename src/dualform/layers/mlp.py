@@ -1,15 +1,17 @@
 """SwiGLU, the feed-forward layer of most language models: it sees one token at a time, so it has no state."""
 
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
+from dualform.core.options import options
+from dualform.layers.part import Part
 
 
-@dataclass(frozen=True)
+@options
 class MLPConfig:
     """Sizes of an :class:`MLP`.
 
@@ -27,7 +29,7 @@ class MLPConfig:
         return MLP(self, d_model)
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """``y = W_down (silu(W_gate x) * W_up x)``, ``(..., D) -> (..., D)``.
 
     Raises:
@@ -36,6 +38,8 @@ class MLP(nn.Module):
     References:
         Shazeer (2020), arXiv:2002.05202, equation 6 (FFN_SwiGLU).
     """
+
+    residual: ClassVar[tuple[str, ...]] = ("down_proj.weight",)
 
     def __init__(self, config: MLPConfig, d_model: int):
         super().__init__()

@@ -1,7 +1,6 @@
 """S4: a time-invariant state space model per channel whose state matrix is diagonal plus low rank."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -9,13 +8,14 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS, LOW_RANK, nplr
+from dualform.core.options import options
 from dualform.core.shapes import wide
 from dualform.layers.dplr import LowRank
 from dualform.layers.mixer import Hint
 from dualform.layers.structured import Structured, check_choice, check_pairs
 
 
-@dataclass(frozen=True)
+@options
 class S4Config:
     """Sizes and initialisation of an :class:`S4`.
 

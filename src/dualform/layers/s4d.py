@@ -1,18 +1,17 @@
 """S4D: a diagonal, time-invariant state space model per channel."""
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from dualform.core.discretize import EXPONENTS, RULES
 from dualform.core.nplr import DIAGONALS
+from dualform.core.options import options
 from dualform.layers.diagonal import DiagonalMixer, Poles
 from dualform.layers.structured import check_choice, check_pairs
 
 INITS = DIAGONALS  # the poles at the start
 
 
-@dataclass(frozen=True)
+@options
 class S4DConfig:
     """Sizes and initialisation of an :class:`S4D`.
 

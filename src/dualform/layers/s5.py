@@ -1,7 +1,6 @@
 """S5: one diagonal state space model for all channels together, then a gated GELU."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from dualform.core.discretize import EXPONENTS, RULES
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.nplr import nplr
+from dualform.core.options import options
 from dualform.core.packing import check_cu_seqlens
 from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mimo import Mimo
 from dualform.layers.mixer import Hint, Mixer, check_intervals, exactly
 
 
-@dataclass(frozen=True)
+@options
 class S5Config:
     """Sizes and initialisation of an :class:`S5`.
 
@@ -71,6 +71,7 @@ class S5(Mixer):
     """
 
     continuous: ClassVar[bool] = True
+    residual: ClassVar[tuple[str, ...]] = ("C", "D")  # its gate is no map into the stream
     hints: ClassVar[dict[str, Hint]] = {
         "log_dt": Hint(decay=False, max_lr=1e-3),
         "log_A_re": Hint(decay=False, max_lr=1e-3),

@@ -11,8 +11,6 @@ from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
 from dualform.layers.mixer import Mixer, PartConfig
 
-_OUTPUTS = ("out_proj", "down_proj")  # the names of the linear map with which a part writes to the residual stream
-
 
 class Block(nn.Module):
     """``x = x + part(norm(x))`` for each part: a Recurrence on features ``(B, T, D)``.
@@ -73,17 +71,18 @@ class Block(nn.Module):
         """Start the biases of linear maps at zero, and scale down what each part adds to the stream.
 
         It is divided by the root of the number of parts in the whole model, so that the variance of the stream does
-        not grow with depth: Radford et al. (2019), section 2.3, as in Mamba's own initialisation. A part names its
-        last linear map ``out_proj`` or ``down_proj``; a bias that must start elsewhere is a parameter of its own,
-        such as Mamba's ``dt_bias``.
+        not grow with depth: Radford et al. (2019), section 2.3, as in Mamba's own initialisation. Scaled are the
+        parameters that a part names in ``residual``; a part without them, such as an LSTM as wide as the stream, starts
+        as it is. A bias that must not start at zero is a parameter of its own, such as Mamba's ``dt_bias``.
         """
         for part in self.parts:
             for module in part.modules():
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
-            for name in _OUTPUTS:
-                if isinstance(output := getattr(part, name, None), nn.Linear):
-                    output.weight.div_(math.sqrt(residual_parts))
+            parameters = dict(part.named_parameters())
+            for name in getattr(part, "residual", ()):
+                if name in parameters:
+                    parameters[name].div_(math.sqrt(residual_parts))
 
     def _sublayers(self) -> Iterator[tuple[nn.RMSNorm, Any, bool]]:
         """Norm, part, and whether the part is a mixer."""

@@ -2,19 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import field, fields
+from typing import Any
 
 from dualform.core.errors import ConfigError
+from dualform.core.options import check_keys, check_types, options, suggestion
 from dualform.layers.mixer import PartConfig
 from dualform.layers.registry import FEEDFORWARDS, MIXERS
 
-Config = TypeVar("Config")
 
-
-@dataclass(frozen=True)
+@options
 class ModelConfig:
     """A model: embedding, one block per letter of ``pattern``, norm, head.
 
@@ -44,7 +41,6 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_types(type(self), {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parts"}, "model")
         for name, least in (("vocab_size", 0), ("d_model", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"model: {name} is {getattr(self, name)}, expected at least {least}")
@@ -70,24 +66,20 @@ class ModelConfig:
         return {f.name: parts if f.name == "parts" else _encode(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> "ModelConfig":
+    def from_dict(cls, table: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of :meth:`to_dict`; optional keys may be left out.
 
         Raises:
             ConfigError: names an unknown or missing key, an unknown kind, or a value of the wrong type.
         """
-        _check_keys(cls, options, "model")
-        given = options["parts"]
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"model: {type(table).__name__}, expected a table of options")
+        check_keys(cls, table, "model")
+        given = table["parts"]
         if not isinstance(given, Mapping):
             raise ConfigError(f"model: parts is {type(given).__name__}, expected a table from letters to sub-layers")
-        values: dict[str, Any] = {name: _decode(value) for name, value in options.items() if name != "parts"}
+        values: dict[str, Any] = {name: _decode(value) for name, value in table.items() if name != "parts"}
         return cls(parts={letter: _parts_from_dicts(letter, listed) for letter, listed in given.items()}, **values)
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """``did you mean 'mamba2'? known: ...``, the hint for a name that does not exist."""
-    near = get_close_matches(word, known, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known) or 'none'}"
 
 
 def _kinds() -> dict[str, type[Any]]:
@@ -123,61 +115,18 @@ def _parts_from_dicts(letter: str, listed: Any) -> tuple[PartConfig, ...]:
     return tuple(_part_from_dict(options, f"parts.{letter}[{i}]") for i, options in enumerate(listed))
 
 
-def _part_from_dict(options: Any, where: str) -> PartConfig:
-    if not isinstance(options, Mapping) or "kind" not in options:
-        raise ConfigError(f"{where}: {options!r} has no kind", hint=f"known: {', '.join(_kinds())}")
-    options = dict(options)
-    kind = options.pop("kind")
+def _part_from_dict(listed: Any, where: str) -> PartConfig:
+    if not isinstance(listed, Mapping) or "kind" not in listed:
+        raise ConfigError(f"{where}: {listed!r} has no kind", hint=f"known: {', '.join(_kinds())}")
+    given = dict(listed)
+    kind = given.pop("kind")
     if not isinstance(kind, str) or kind not in _kinds():
         raise ConfigError(f"{where}: unknown kind {kind!r}", hint=suggestion(str(kind), list(_kinds())))
     config, where = _kinds()[kind], f"{where} ({kind})"
-    _check_keys(config, options, where)
-    values = {name: _decode(value) for name, value in options.items()}
-    _check_types(config, values, where)
+    check_keys(config, given, where)
+    values = {name: _decode(value) for name, value in given.items()}
+    check_types(config, values, where)
     return config(**values)
-
-
-def _check_keys(config: type[Any], options: Any, where: str) -> None:
-    """Every option is a field, and every field without a default is there."""
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"{where}: {type(options).__name__}, expected a table of options")
-    known = [f.name for f in fields(config)]
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"{where}: unknown key {name!r}", hint=suggestion(str(name), known))
-    needed = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in options]:
-        raise ConfigError(f"{where}: missing key {', '.join(missing)}", hint=f"required: {', '.join(needed)}")
-
-
-def _check_types(config: type[Any], values: Mapping[str, Any], where: str) -> None:
-    """Every value is of the annotated type of its field."""
-    hints = get_type_hints(config)
-    for name, value in values.items():
-        hint = hints[name]
-        if not _fits(value, hint):
-            expected = hint.__name__ if isinstance(hint, type) and not get_origin(hint) else hint
-            raise ConfigError(f"{where}: {name} is {value!r}, expected {expected}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a config value is of an annotated type; an int passes for a float, a bool does not for an int."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        each = args[:1] * len(value) if args[1:] == (...,) else args
-        return len(each) == len(value) and all(_fits(v, a) for v, a in zip(value, each, strict=True))
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    if hint in (None, NoneType):
-        return value is None
-    plain = origin or hint
-    return isinstance(value, plain) if isinstance(plain, type) else True
 
 
 def _encode(value: Any) -> Any:

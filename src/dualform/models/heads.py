@@ -12,6 +12,7 @@ from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import check_cu_seqlens, pack, sequence_ids
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors, wide
+from dualform.core.tree import state_class
 from dualform.models.backbone import Backbone
 from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
@@ -19,6 +20,7 @@ from dualform.models.config import ModelConfig
 POOLINGS = ("mean", "last", "max")
 
 
+@state_class
 class PooledState(NamedTuple):
     """What a pooled model knows of a sequence so far."""
 

@@ -1,6 +1,7 @@
 """Models by name: the sizes of the papers, and small byte-level ones that a laptop trains."""
 
 from dualform.core.errors import ConfigError
+from dualform.core.options import suggestion
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
@@ -8,7 +9,7 @@ from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mixer import PartConfig
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.s4d import S4DConfig
-from dualform.models.config import ModelConfig, suggestion
+from dualform.models.config import ModelConfig
 
 
 def preset(name: str) -> ModelConfig:

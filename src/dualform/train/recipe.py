@@ -11,11 +11,11 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from dualform.core.errors import ConfigError
-from dualform.models.config import ModelConfig, suggestion
+from dualform.core.options import check_names, check_types, suggestion
+from dualform.models.config import ModelConfig
 from dualform.models.presets import preset
 
 RECIPES = Path(__file__).parent / "recipes"  # those that have a name
@@ -163,13 +163,13 @@ class Recipe:
             ConfigError: names an unknown key or a value that does not fit.
         """
         tables: dict[str, Any] = {"data": Data, "optim": Optim}
-        _check_names(options, [f.name for f in fields(cls)], "")
+        check_names(options, [f.name for f in fields(cls)], "recipe")
         chosen = dict(options)
         for name, table in tables.items():
             given = chosen.get(name, {})
             if not isinstance(given, Mapping):
                 raise ConfigError(f"recipe: {name} is {given!r}, expected a table", hint=f"write [{name}]")
-            _check_names(given, [f.name for f in fields(table)], f"{name}.")
+            check_names(given, [f.name for f in fields(table)], "recipe", prefix=f"{name}.")
             chosen[name] = table(**given)
         return cls(**chosen)
 
@@ -233,29 +233,8 @@ def _override(options: dict[str, Any], override: str) -> str:
     return key.strip()
 
 
-def _check_names(options: Mapping[str, Any], known: list[str], prefix: str) -> None:
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"recipe: unknown key '{prefix}{name}'", hint=suggestion(str(name), known))
-
-
 def _check_types(config: Any, prefix: str) -> None:
-    hints = get_type_hints(type(config))
-    for f in fields(config):
-        value, hint = getattr(config, f.name), hints[f.name]
-        choices = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-        if not any(_is_a(value, choice) for choice in choices):
-            named = " or ".join(getattr(c, "__name__", str(c)) for c in choices if c is not type(None))
-            raise ConfigError(f"recipe: {prefix}{f.name} is {value!r}, expected {named}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is tuple:
-        args = get_args(hint)
-        return isinstance(value, tuple) and len(value) == len(args) and all(map(_is_a, value, args))
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, get_origin(hint) or hint)
+    check_types(type(config), {f.name: getattr(config, f.name) for f in fields(config)}, "recipe", prefix)
 
 
 def _demand(holds: bool, name: str, value: Any, expected: str) -> None:

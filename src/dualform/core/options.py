@@ -1,0 +1,126 @@
+"""Frozen dataclasses of options, whose constructors explain a keyword or a value that does not fit."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from functools import cache, wraps
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
+
+from dualform.core.errors import ConfigError, DualformError
+
+T = TypeVar("T")
+
+
+@overload
+def options(cls: type[T]) -> type[T]: ...
+@overload
+def options(*, error: type[DualformError]) -> Callable[[type[T]], type[T]]: ...
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def options(cls: type[Any] | None = None, *, error: type[DualformError] = ConfigError) -> Any:
+    """``dataclass(frozen=True)`` whose constructor raises an ``error`` that says what is wrong.
+
+    That is: a keyword that is no field, with the nearest field as the hint; a field without a default that is missing;
+    a value that is not of the annotated type of its field (an int passes for a float, a bool does not for an int).
+    """
+    if cls is None:
+        return lambda cls: _explained(cls, error)
+    return _explained(cls, error)
+
+
+def _explained(cls: type[T], error: type[DualformError]) -> type[T]:
+    made: Any = dataclass(frozen=True)(cls)
+    plain: Callable[..., None] = made.__init__
+
+    @wraps(plain)
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        try:
+            values = _values(made, args, given)
+        except ConfigError as wrong:
+            raise error(str(wrong)) from None
+        plain(self, **values)
+
+    made.__init__ = init
+    return made
+
+
+def _values(cls: type[Any], args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor by name, checked."""
+    where, names = cls.__name__, [f.name for f in fields(cls)]
+    if len(args) > len(names):
+        raise ConfigError(f"{where}: {len(args)} values, expected at most {len(names)}: {', '.join(names)}")
+    first = dict(zip(names, args, strict=False))
+    if twice := [name for name in first if name in given]:
+        raise ConfigError(f"{where}: {twice[0]} is given twice, by its place and by its name")
+    values = {**first, **given}
+    check_keys(cls, values, where, "keyword")
+    check_types(cls, values, where)
+    return values
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """``did you mean 'mamba2'? known: ...``, the hint for a name that does not exist."""
+    near = get_close_matches(word, known, n=1) or [name for name in known if word and name.startswith(word)]
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known) or 'none'}"
+
+
+def check_names(given: Iterable[Any], known: Sequence[str], where: str, what: str = "key", prefix: str = "") -> None:
+    """That every name is a known one.
+
+    Raises:
+        ConfigError: names the first that is not, ``prefix`` before it, and suggests the nearest.
+    """
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown {what} {f'{prefix}{name}'!r}", hint=suggestion(str(name), known))
+
+
+def check_keys(cls: type[Any], given: Mapping[str, Any], where: str, what: str = "key") -> None:
+    """That every key is a field of a dataclass, and every field without a default is there.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    check_names(given, [f.name for f in fields(cls)], where, what)
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in given]:
+        raise ConfigError(f"{where}: missing {what} {', '.join(missing)}", hint=f"required: {', '.join(needed)}")
+
+
+def check_types(cls: type[Any], values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """That every value is of the annotated type of its field.
+
+    Raises:
+        ConfigError: names the field, ``prefix`` before it, the value and the type.
+    """
+    hints = _hints(cls)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ConfigError(f"{where}: {prefix}{name} is {value!r}, expected {_shown(hints[name])}")
+
+
+@cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _shown(hint: Any) -> Any:
+    return hint.__name__ if isinstance(hint, type) and not get_origin(hint) else hint
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; of containers other than tuples the elements are not looked at."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = args[:1] * len(value) if args[1:] == (...,) else args
+        return len(each) == len(value) and all(_fits(v, a) for v, a in zip(value, each, strict=True))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    plain = origin or hint
+    return isinstance(value, plain) if isinstance(plain, type) else True
