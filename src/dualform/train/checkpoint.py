@@ -121,7 +121,8 @@ def restore_checkpoint(
         )
     if differing := _differences(read_config(place / "model").to_dict(), model.config.to_dict()):
         raise CheckpointError(f"{place} is of another model: {_told(differing)[0]}", hint="start a new run")
-    differing = _differences(about["recipe"], recipe.to_dict())
+    trained = Recipe.from_dict(about["recipe"])  # of a version without some keys: those have their defaults
+    differing = _differences(trained.to_dict(), recipe.to_dict())
     differing = {name: pair for name, pair in differing.items() if not name.startswith("model")}
     if fixed := {
         name: pair for name, pair in differing.items() if name not in _FREE and not name.startswith(_FREE_TABLES)

@@ -11,8 +11,9 @@ import gzip
 import hashlib
 import json
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,13 +42,15 @@ class Dataset:
 
     ``nbytes`` are the bytes of text that each held-out token adds, none for a separator; ``about`` is what is known
     of the corpus: counts of documents and bytes, and what gzip and xz, given the held-out text and nothing else, make
-    of it in bits per byte.
+    of it in bits per byte. ``train_starts`` and ``held_out_starts`` are where each document begins with its separator.
     """
 
     train: np.ndarray  # uint8, uint16 or uint32
     held_out: np.ndarray
     nbytes: np.ndarray  # uint32
     about: dict[str, Any]
+    train_starts: np.ndarray | None = None  # int64; read for packed runs alone
+    held_out_starts: np.ndarray | None = None
 
     def windows(self, data: Data, seed: int, step: int, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
         """This process's share of a step's windows, ``(B, length + 1)`` int64, in ``data.accumulate`` portions."""
@@ -80,7 +83,9 @@ def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
                 if held_back:
                     held.append(document.text)
                     added += [np.zeros(len(separator)), nbytes]
-    if train.tokens <= data.length:
+    if not train.bytes:
+        raise DataError(f"data.path {data.path!r} is too short: all of it is held out", hint="use more text")
+    if train.tokens <= data.length and not data.packed:
         raise DataError(
             f"data.path {data.path!r} gives {train.tokens} training tokens, fewer than one window of {data.length} + 1",
             hint="use more text, or lower data.length",
@@ -89,6 +94,8 @@ def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
     if not text:
         raise DataError(f"data.path {data.path!r} is too short to hold anything out", hint="use more text")
     np.concatenate(added).astype(np.uint32).tofile(incoming / "held_out.nbytes")
+    for name, part in (("train", train), ("held_out", held_out)):
+        np.array(part.starts, np.int64).tofile(incoming / f"{name}.starts")
     about = {
         "source": _source(data, tokenizer),
         "dtype": dtype.name,
@@ -110,14 +117,16 @@ def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
     """
     try:
         about = json.loads((folder / "about.json").read_text())
-        files = (("train.ids", about["dtype"]), ("held_out.ids", about["dtype"]), ("held_out.nbytes", np.uint32))
-        train, held_out, nbytes = (np.memmap(folder / name, dtype, "r") for name, dtype in files)
+        files = [("train.ids", about["dtype"]), ("held_out.ids", about["dtype"]), ("held_out.nbytes", np.uint32)]
+        if data.packed:
+            files += [("train.starts", np.int64), ("held_out.starts", np.int64)]
+        train, held_out, nbytes, *starts = (np.memmap(folder / name, dtype, "r") for name, dtype in files)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: no prepared data: {error}", hint="start a new run in another folder") from error
     for name, value in _source(data, tokenizer).items():
         if about["source"].get(name) != value:
             raise DataError(f"{folder} was made with {name} {about['source'].get(name)!r}, now it is {value!r}")
-    return Dataset(train, held_out, nbytes, about)
+    return Dataset(train, held_out, nbytes, about, *starts)
 
 
 @dataclass
@@ -126,18 +135,18 @@ class _Part:
 
     file: BinaryIO
     dtype: np.dtype
-    documents: int = 0
     bytes: int = 0
     tokens: int = 0
+    starts: "array[int]" = field(default_factory=lambda: array("q"))
 
     def add(self, document: Document, ids: np.ndarray) -> None:
         self.file.write(ids.astype(self.dtype).tobytes())
-        self.documents += 1
+        self.starts.append(self.tokens)
         self.bytes += len(document.text)
         self.tokens += len(ids)
 
     def counts(self) -> dict[str, int]:
-        return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
+        return {"documents": len(self.starts), "bytes": self.bytes, "tokens": self.tokens}
 
 
 def _batches(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:

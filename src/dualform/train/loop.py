@@ -24,6 +24,7 @@ from dualform.train.data import Dataset, open_dataset
 from dualform.train.evaluate import bits_per_byte
 from dualform.train.interrupt import Interrupts
 from dualform.train.optim import build_optimizer, schedule, set_learning_rate
+from dualform.train.packed import Packed, Portion
 from dualform.train.recipe import Recipe
 from dualform.train.report import Report, amount, duration
 from dualform.train.setup import (
@@ -87,8 +88,11 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, windows: Tensor) -> Tensor:
-        return self.model.loss(windows[:, :-1], windows[:, 1:])
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Of windows ``(B, length + 1)``, or of packed sequences ``(1, T)``."""
+        if cu_seqlens is None:
+            return self.model.loss(tokens[:, :-1], tokens[:, 1:])
+        return self.model.loss(tokens, cu_seqlens=cu_seqlens)
 
 
 class _Run:
@@ -106,8 +110,11 @@ class _Run:
         at, self.changed = Position(), list[str]()
         if saved := checkpoints(self.out / CHECKPOINTS):
             at, self.changed = restore_checkpoint(saved[-1], recipe, self.model, self.optimizer)
+        self.packed = None
+        if recipe.data.packed:
+            self.packed = Packed(dataset.train, dataset.train_starts, recipe.data.length, recipe.seed)
         self.objective, self.captured = accelerator.prepare(Objective(self.model)), False
-        if recipe.graphs and self.device.type == "cuda" and accelerator.num_processes == 1:
+        if recipe.graphs and not self.packed and self.device.type == "cuda" and accelerator.num_processes == 1:
             sample = next(iter(dataset.windows(recipe.data, recipe.seed, 0))).to(self.device)
             self.objective, self.captured = capture(self.objective, self.model, sample, self.bfloat16)
         self.step, self.elapsed, self.counted = at.step, at.elapsed, at.loss_count
@@ -162,11 +169,15 @@ class _Run:
         recipe, ranks = self.recipe, self.accelerator.num_processes
         rank = self.accelerator.process_index
         torch.manual_seed(hash((recipe.seed, self.step, rank)))  # so that a layer's randomness follows from the step
-        portions = list(self.dataset.windows(recipe.data, recipe.seed, self.step, rank, ranks))
-        for left, windows in zip(reversed(range(len(portions))), portions, strict=True):
+        if self.packed:
+            portions = list(self.packed.portions(recipe.data, self.step, rank, ranks))
+        else:
+            portions = [Portion(w) for w in self.dataset.windows(recipe.data, recipe.seed, self.step, rank, ranks)]
+        for left, (tokens, cu_seqlens, share) in zip(reversed(range(len(portions))), portions, strict=True):
+            given = [x.to(self.device, non_blocking=True) for x in (tokens, cu_seqlens) if x is not None]
             with self.accelerator.no_sync(self.objective) if left else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                    loss = self.objective(windows.to(self.device, non_blocking=True)) / len(portions)
+                    loss = self.objective(*given) * (share / len(portions))
                 self.accelerator.backward(loss)
             self.losses += loss.detach()
         self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optim.clip or math.inf)
@@ -198,6 +209,13 @@ class _Run:
             self.elapsed, received = cast("Tensor", self.accelerator.gather(mine)).amax(0).tolist()
         return int(received)
 
+    def _tokens(self, begin: int, end: int) -> int:
+        """Tokens that the steps from ``begin`` to before ``end`` predict, over all processes."""
+        data = self.recipe.data
+        if self.packed:
+            return sum(self.packed.predicted(data, step) for step in range(begin, end))
+        return (end - begin) * data.batch * data.length
+
     def _mean_over_processes(self, value: Tensor) -> Tensor:
         return cast("Tensor", self.accelerator.reduce(value, "mean"))
 
@@ -211,7 +229,7 @@ class _Run:
             )
         step, at = self.mark
         self.mark = self.step, time.monotonic()
-        self.rate = (self.step - step) * self.recipe.data.batch * self.recipe.data.length / (self.mark[1] - at)
+        self.rate = self._tokens(step, self.step) / (self.mark[1] - at)
         if self.report:
             trained = self.dataset.about["train"]
             self.report.record(
@@ -237,9 +255,15 @@ class _Run:
             self.mark = self.mark[0], self.mark[1] + time.monotonic() - began
 
     def _bits_per_byte(self, limit: int | None) -> float:
-        length = self.recipe.data.length
         with as_written(self.captured):
-            return bits_per_byte(self.model, self.dataset, length=length, limit=limit, bfloat16=self.bfloat16)
+            return bits_per_byte(
+                self.model,
+                self.dataset,
+                length=self.recipe.data.length,
+                packed=self.recipe.data.packed,
+                limit=limit,
+                bfloat16=self.bfloat16,
+            )
 
     def _save(self) -> Path | None:
         """Write a checkpoint; its place, on the main process."""
@@ -284,7 +308,7 @@ class _Run:
     def _conclude(self, report: Report) -> None:
         """The last evaluation, on all held-out text, and the summary."""
         about = self.dataset.about
-        bits, tokens = self._bits_per_byte(None), self.step * self.recipe.data.batch * self.recipe.data.length
+        bits, tokens = self._bits_per_byte(None), self._tokens(0, self.step)
         report.record("held_out", self.step, self.elapsed, bits_per_byte=bits)
         summary = {
             "bits_per_byte": bits,

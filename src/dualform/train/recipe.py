@@ -34,6 +34,9 @@ class Data:
         separator: the text that goes before every document.
         held_out: one document in this many is held out, whole, chosen by a hash of its name.
         length: tokens of a training window.
+        packed: whether a window holds whole documents, as many as fit, each a sequence with a state of its own; one
+            longer than ``length`` is cut into several. If not, windows begin anywhere in the text, and a state passes
+            from one document into the next.
         batch: windows per step, over all processes together.
         accumulate: parts in which each process computes its windows, one after another: less memory, same result.
     """
@@ -44,6 +47,7 @@ class Data:
     separator: str = "\n"
     held_out: int = 20
     length: int = 128
+    packed: bool = False
     batch: int = 8
     accumulate: int = 1
 
@@ -112,7 +116,7 @@ class Recipe:
         recompute: whether the backward computes each block once more instead of keeping what is in it: less memory,
             same result.
         graphs: whether a step on one CUDA device is captured in CUDA graphs, its blocks compiled: same result, without
-            waiting for launches.
+            waiting for launches. A packed step is not: its shapes change.
         device: ``"auto"``, the best there is, or ``"cpu"``.
         data: what a model learns from.
         optim: how.
