@@ -77,7 +77,7 @@ def test_poles_are_drawn_where_they_are():
 
 def test_responses_are_drawn_as_they_are():
     lag = df.StateSpace([[-1.0]], [1.0], [1.0])
-    (axes,) = draw_impulse({"lag": lag.discretize(0.5)}, 4).axes
+    (axes,) = draw_impulse({"lag": lag.discretize_recurrence(0.5)}, 4).axes
     step = axes.lines[-1]
     np.testing.assert_allclose(step.get_xdata(), [0, 0.5, 1, 1.5])
     np.testing.assert_allclose(step.get_ydata(), (1 - np.exp(-0.5)) * np.exp(-0.5 * np.arange(4)))

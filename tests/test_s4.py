@@ -151,7 +151,7 @@ def test_the_measure_is_the_dense_hippo_matrix(measure: str):
     """The kernel of the rotated system, diagonal plus low rank, is that of the matrix that it came from."""
     form, (A, B) = nplr(measure, 16), transition(measure, 16)
     C = torch.randn(16, dtype=torch.float64)
-    want = StateSpace(A, B, C).discretize(0.05, "bilinear").kernel(60)[:, 0, 0]
+    want = StateSpace(A, B, C).discretize_recurrence(0.05, "bilinear").kernel(60)[:, 0, 0]
     system = DPLR(form.Lambda[None], form.P[:, None], form.B[None], torch.tensor([0.05], dtype=torch.float64))
     close(system.kernel((C.to(form.V.dtype) @ form.V)[None], 60)[0], want, 1e-10)
     layer = S4Config(d_state=16, init=measure).build(3).double()

@@ -1,14 +1,19 @@
 """StateSpace: golden responses, simulation against the convolution and SciPy, control forms, and bad input."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.signal
 import torch
 
 import dualform as df
+from dualform.core.discretize import discretize_dense
 from dualform.core.errors import ArgumentError
 from dualform.core.hippo import legs
 from vectors import close, load
+
+NAN = float("nan")
 
 
 def system(n=3, inputs=2, outputs=2, dt: float | None = 0.5, dtype=torch.float64):
@@ -26,7 +31,7 @@ def test_impulse_responses_equal_the_golden_values(case, method):
     g = load(case)
     continuous = df.StateSpace(g["A"], g["B"], g["C"], g["D"])
     for j, dt in enumerate(g["dt"].tolist()):
-        close(continuous.discretize(dt, method).kernel(23), g[f"impulse_{method}_{j}"], 1e-10)
+        close(continuous.discretize_recurrence(dt, method).kernel(23), g[f"impulse_{method}_{j}"], 1e-10)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 63, 65, 300])
@@ -128,6 +133,103 @@ def test_first_order_hold_follows_a_ramp_exactly(rate):
     close(s.simulate(t)[0][:, 0], t / rate - (1 - (-rate * t).exp()) / rate**2, 1e-12)
 
 
+SCIPY = {
+    "zoh": "zoh",
+    "foh": "foh",
+    "euler": "euler",
+    "forward_diff": "euler",
+    "bilinear": "bilinear",
+    "tustin": "bilinear",
+    "backward_euler": "backward_diff",
+    "backward_diff": "backward_diff",
+}
+
+
+def same_system(got, want, u):
+    """The same frequency response, and the same output from rest."""
+    omega = torch.linspace(-0.99, 0.99, 9, dtype=torch.float64) * torch.pi / want.dt
+    close(got.frequency_response(omega), want.frequency_response(omega), 1e-12)
+    close(got.simulate(u)[0], want.simulate(u)[0], 1e-12)
+
+
+@pytest.mark.parametrize("rates", [(0.5, 1.0, 2.0), (1.0, 40.0, 300.0)])  # of the second some are over after a step
+@pytest.mark.parametrize("method", [*SCIPY, 0.0, 0.3, 0.5, 1.0])
+def test_discretisation_is_that_of_scipy(method, rates):
+    """All four matrices are SciPy's; where Abar is nearly singular the output arrives through further states."""
+    g = torch.Generator().manual_seed(0)
+    T, B, C, D, u = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((3, 3), (3, 2), (2, 3), (2, 2), (60, 2))
+    )
+    A = T @ torch.diag(-torch.tensor(rates, dtype=torch.float64)) @ T.inverse()
+    for dt in (0.1, 0.01, 0.7) if rates[2] == 2.0 else (0.1,):
+        if isinstance(method, str):
+            named, alpha = SCIPY[method], None
+            got = df.StateSpace(A, B, C, D).discretize(dt, method)
+        else:
+            named, alpha = "gbt", method
+            got = df.StateSpace(A, B, C, D).discretize(dt, "gbt", method)
+        want = scipy.signal.cont2discrete((A.numpy(), B.numpy(), C.numpy(), D.numpy()), dt, named, alpha)
+        if not (rates[2] == 300.0 and (named == "euler" or alpha in (0.0, 0.3))):  # which are unstable there
+            _, y, _ = scipy.signal.dlsim(want, u.numpy())
+            close(got.simulate(u)[0], torch.from_numpy(y), 1e-12)
+        same_system(got, df.StateSpace.from_control_form(*want), u[:4])
+
+
+def test_sampling_a_singular_transition_takes_more_states():
+    """``I + z`` of Euler at ``dt = 1`` and ``exp(-300)``: the output is delayed in the state."""
+    for rate, method in ((1.0, "euler"), (300.0, "zoh"), (2.0, "bilinear")):
+        s = df.StateSpace([[-rate]], [1.0], [2.0], 0.5)
+        got = s.discretize(1.0, method)
+        assert got.A.shape == (2, 2)
+        matrices = tuple(np.array([[number]]) for number in (-rate, 1.0, 2.0, 0.5))
+        want = scipy.signal.cont2discrete(matrices, 1.0, method)
+        same_system(got, df.StateSpace.from_control_form(*want), torch.randn(20, dtype=torch.float64))
+
+
+def test_tustin_bends_the_frequency_axis_and_nothing_else():
+    s, dt = system(dt=None), 0.3
+    omega = torch.linspace(-10, 10, 21, dtype=torch.float64)
+    bent = 2 / dt * (omega * dt / 2).tan()
+    close(s.discretize(dt, "tustin").frequency_response(omega), s.frequency_response(bent), 1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 0.5, 1.0])
+def test_a_generalised_bilinear_simulation_starts_where_it_is_told(alpha):
+    """Against the implicit step itself, solved for the new state, from the initial state of the docstring."""
+    s, dt = system(dt=None), 0.3
+    u, h = torch.randn(9, 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    x0 = h - alpha * dt * (s.A @ h + s.B @ u[0])
+    y, _ = s.discretize(dt, "gbt", alpha).simulate(u, x0)
+    for k in range(9):
+        close(y[k], s.C @ h + s.D @ u[k], 1e-12)
+        old = h + (1 - alpha) * dt * (s.A @ h + s.B @ u[k])
+        if k < 8:
+            h = torch.linalg.solve(torch.eye(3, dtype=h.dtype) - alpha * dt * s.A, old + alpha * dt * s.B @ u[k + 1])
+
+
+@pytest.mark.parametrize("method", ["zoh", "bilinear", "euler", "backward_euler"])
+def test_the_recurrence_keeps_c_and_d(method):
+    s = system(dt=None)
+    got = s.discretize_recurrence(0.1, method)
+    assert torch.equal(got.C, s.C) and torch.equal(got.D, s.D) and got.dt == 0.1
+    Abar, Bbar = discretize_dense(s.A, s.B, 0.1, method)
+    assert torch.equal(got.A, Abar) and torch.equal(got.B, Bbar)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_units_of_input_and_states_cost_no_digits(unit):
+    """A lag whose input comes in other units, and an oscillator with place and speed in units far apart."""
+    lag = df.StateSpace([[-1.0]], [[unit]], [[1.0]])
+    for method in ("zoh", "foh"):
+        assert abs(lag.discretize(1.0, method).A.item() * math.e - 1) < 4e-16
+    close(lag.discretize_recurrence(1.0).B, torch.tensor([[unit * (1 - 1 / math.e)]], dtype=torch.float64), 4e-16)
+    swing = df.StateSpace([[0.0, unit], [-1 / unit, 0.0]], [0.0, 1.0], [1.0, 0.0])
+    turn = swing.discretize_recurrence(2.0).A * torch.tensor([[1.0, 1 / unit], [unit, 1.0]], dtype=torch.float64)
+    want = torch.tensor([[math.cos(2), math.sin(2)], [-math.sin(2), math.cos(2)]], dtype=torch.float64)
+    close(turn, want, 1e-15)
+    assert swing.discretize(2.0).A.shape == (2, 2)  # a choice of units does not make Abar singular
+
+
 def test_generalised_bilinear_passes_through_its_neighbours():
     s = system(dt=None)
     for alpha, method in ((0.0, "euler"), (0.5, "bilinear"), (1.0, "backward_euler")):
@@ -153,10 +255,13 @@ def test_frequency_response_of_a_lag_and_of_an_integrator():
 
 def test_zoh_follows_a_held_input_exactly():
     """h' = -2 h + u with u held at 1: h(t) = (1 - exp(-2 t)) / 2, in float32 to float32's digits."""
-    y, _ = df.StateSpace([[-2.0]], [1.0], [1.0]).discretize(0.25).simulate(torch.ones(40))
-    assert y.dtype == torch.float32
-    t = 0.25 * torch.arange(1, 41, dtype=torch.float64)
-    close(y[:, 0], (1 - (-2 * t).exp()) / 2, 3e-7)
+    one = torch.ones(1)
+    continuous = df.StateSpace(-2 * one[None], one, one)
+    for discrete, first in ((continuous.discretize(0.25), 0), (continuous.discretize_recurrence(0.25), 1)):
+        y, _ = discrete.simulate(torch.ones(40))
+        assert y.dtype == torch.float32
+        t = 0.25 * torch.arange(first, first + 40, dtype=torch.float64)
+        close(y[:, 0], (1 - (-2 * t).exp()) / 2, 4e-7)
 
 
 def test_a_simulation_continues_from_its_last_state():
@@ -197,12 +302,27 @@ def test_vectors_numbers_and_lists_are_taken_without_losing_digits():
     s = df.StateSpace(A, B, [0.1, 0.2, 0.3, 0.4], 0.7)
     assert s.A.dtype == s.C.dtype == s.D.dtype == torch.float64 and s.C[0, 0].item() == 0.1
     assert s.B.shape == (4, 1) and s.C.shape == (1, 4) and s.D.shape == (1, 1) and s.dt is None
-    assert df.StateSpace([[0, 1], [0, 0]], [0, 1], [1, 0]).A.dtype == torch.float32
+    assert df.StateSpace([[0, 1], [0, 0]], [0, 1], [1, 0]).A.dtype == torch.float64
+    assert df.StateSpace([[1]], [0.1], [2]).B.item() == 0.1
+    assert df.StateSpace([[1j]], [1], [1]).B.dtype == torch.complex128
+    assert df.StateSpace(np.eye(2, dtype=int), [0.1, 0], np.ones(2, dtype=int)).B[0].item() == 0.1
+    assert df.StateSpace(torch.eye(2), [0.1, 0], [1, 0], 2).D.dtype == torch.float32
+    assert df.StateSpace(np.eye(2, dtype=np.float32), [0.1, 0], [1j, 0]).A.dtype == torch.complex64
+    assert df.StateSpace(torch.eye(2), np.ones(2), [1, 0]).A.dtype == torch.float64
     assert df.StateSpace(A.numpy(), B.half(), [1, 0, 0, 0]).B.dtype == torch.float64
     assert repr(s) == "StateSpace(N=4, inputs=1, outputs=1, continuous)"
     assert repr(s.discretize(0.5)) == "StateSpace(N=4, inputs=1, outputs=1, dt=0.5)"
     y, x = s.discretize(0.1).simulate(torch.zeros(0))
     assert y.shape == (0, 1) and x.shape == (0, 4)
+
+
+def test_masked_inputs_are_unknown():
+    """From a masked input on, outputs are NaN; the number under the mask plays no part."""
+    lag = df.StateSpace([[0.5]], [1.0], [1.0], dt=1.0)
+    u = np.ma.masked_equal([1.0, 2.0, -9999.0, 2.5], -9999.0)
+    for given in (u, list(u), u[:, None], [[value] for value in u], np.ma.masked_equal([1, 2, -9999, 2], -9999)):
+        y = lag.simulate(given)[0].flatten()
+        assert y.dtype == torch.float64 and y[:2].tolist() == [1.0, 2.5] and y[2:].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -213,13 +333,21 @@ def test_vectors_numbers_and_lists_are_taken_without_losing_digits():
         (lambda: df.StateSpace(torch.eye(2), torch.ones(2), torch.ones(2), torch.ones(2, 2)), "D has shape"),
         (lambda: df.StateSpace(torch.eye(2), torch.ones(2), torch.ones(2), dt=0.0), "dt is 0, expected a positive"),
         (lambda: df.StateSpace("no", [1.0], [1.0]), "A is not a numeric array"),
+        (lambda: df.StateSpace([[0.0, NAN], [0.0, 0.0]], [1, 1], [1, 1]), r"StateSpace: A is nan at \(0, 1\)"),
+        (
+            lambda: df.StateSpace([[0.0]], np.ma.masked_equal([7], 7), [1]),
+            r"B is nan at \(0, 0\), expected",
+        ),
         (lambda: system(dt=None).discretize(-0.1), r"discretize: dt is -0\.1"),
         (lambda: system(dt=None).discretize(float("nan")), "discretize: dt is nan"),
         (lambda: system(dt=None).discretize(torch.ones(2)), r"dt has shape \(2,\), expected a number"),
         (lambda: system(dt=None).discretize(0.1, "spline"), r"'spline' is unknown[\s\S]*zoh[\s\S]*gbt, foh"),
         (lambda: system(dt=None).discretize(0.1, "gbt"), "alpha is None with method 'gbt'"),
         (lambda: system(dt=None).discretize(0.1, "zoh", 0.3), r"alpha is 0\.3 with method 'zoh'"),
-        (lambda: system().discretize(0.1), "discrete already, with dt=0.5"),
+        (lambda: system(dt=None).discretize(0.1, "gbt", 1.5), r"alpha is 1\.5, expected a weight from 0"),
+        (lambda: system().discretize(0.1), "discretize: the system is discrete already, with dt=0.5"),
+        (lambda: system().discretize_recurrence(0.1), "discretize_recurrence: .*discrete already, with dt=0.5"),
+        (lambda: system(dt=None).discretize_recurrence(0.1, "foh"), r"'foh' is unknown[\s\S]*use discretize"),
         (lambda: system(dt=None).simulate(torch.zeros(3, 2)), r"continuous[\s\S]*system\.discretize"),
         (lambda: system(dt=None).kernel(3), r"continuous[\s\S]*system\.discretize"),
         (lambda: system().kernel(-1), "length is -1"),

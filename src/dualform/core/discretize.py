@@ -13,15 +13,19 @@ With ``z = dt A``:
     ``backward_euler``  ``1 / (1 - z)``              ``dt / (1 - z)``
     ==================  ===========================  ========================
 
-For dense A there are two more: ``gbt``, the generalised bilinear transform with a weight of one's own, and the
-first-order hold, see :func:`first_order_hold`.
+``zoh`` (zero-order hold) is exact for an input that is constant during each step; ``bilinear`` (Tustin) maps the
+stable half plane onto the unit disc; ``euler`` may turn a stable system into an unstable one.
+
+Dense systems have two more methods: ``gbt``, the generalised bilinear transform, whose weight the caller gives, and
+``foh``, the first-order hold, see :func:`first_order_hold`.
+
+Deep layers keep C and D and read the output from the new state, ``y_t = C h_t + D u_t``. The control literature reads
+it from the state before the input acts, and its methods come with a C and a D of their own:
+:func:`control_form` gives them.
 
 Where samples come at irregular times, a layer with the step dt holds an input over an ``interval`` of s steps:
 :func:`held` makes one update of s of them, from ``log Abar``, which :data:`EXPONENTS` gives for the rules that keep
 a stable system stable. For ``zoh`` that is the rule at the step ``s dt``.
-
-``zoh`` (zero-order hold) is exact for an input that is constant during each step; ``bilinear`` (Tustin) maps the
-stable half plane onto the unit disc; ``euler`` may turn a stable system into an unstable one.
 
 References:
     Gu, Goel, Gupta and Re (2022), "On the parameterization and initialization of diagonal state space models",
@@ -89,6 +93,8 @@ EXPONENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"zoh": lambda A, dt:
 """``log Abar`` of a rule for complex diagonal A with Re A < 0, on the branch that tends to ``dt A`` for small dt."""
 
 _IMPLICIT = {"euler": 0.0, "bilinear": 0.5, "backward_euler": 1.0}  # the weight of the new state in A h
+ALIASES = {"tustin": "bilinear", "forward_diff": "euler", "backward_diff": "backward_euler"}
+"""Other names that the control literature and SciPy have for the methods of dense systems."""
 
 
 def rule(method: str) -> Rule:
@@ -105,14 +111,14 @@ def rule(method: str) -> Rule:
 def held(log_a: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Several steps of ``h <- a h + b`` under one b in a single update, ``h <- a^s h + w b``: ``a^s`` and w.
 
-    ``w = 1 + a + ... + a^(s-1) = (a^s - 1) / (a - 1)``, whose closed form holds for any positive s, so that
-    intervals add: s steps, then r, are s + r. It is the only such weight that is 1 at s = 1.
+    ``w = 1 + a + ... + a^(s-1) = (a^s - 1) / (a - 1)``. The closed form is used for every positive s, whole or not.
+    With it intervals add up: an update of s steps and one of r steps, under the same b, are an update of s + r.
 
     Args:
         log_a: logarithm of the decay, real or complex, with a real part of at most 0.
         steps: s, positive; broadcasts against ``log_a``.
     """
-    least = torch.finfo(log_a.dtype).eps ** 2  # below it w is s, to the last digit
+    least = torch.finfo(log_a.dtype).eps ** 2  # below it w equals s to the last digit
     log_a = torch.where(log_a.abs() < least, -least, log_a)
     total = steps * log_a
     return total.exp(), torch.expm1(total) / torch.expm1(log_a)
@@ -140,7 +146,8 @@ def discretize_dense(A: Tensor, B: Tensor, dt: float | Tensor, method: str = "zo
         return generalized_bilinear(A, B, dt, _IMPLICIT[method])
     n = A.shape[-1]
     both = _scaled(A, B, dt)
-    exponential = matrix_exp(torch.nn.functional.pad(both, (0, 0, 0, B.shape[-1])))[..., :n, :]
+    inputs = B.shape[-1]
+    exponential = matrix_exp(torch.nn.functional.pad(both, (0, 0, 0, inputs)), driven=inputs)[..., :n, :]
     return exponential[..., :n], exponential[..., n:]
 
 
@@ -165,16 +172,69 @@ def generalized_bilinear(A: Tensor, B: Tensor, dt: float | Tensor, alpha: float)
     return new[..., :n], new[..., n:]
 
 
+def control_form(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt: float | Tensor, method: str = "zoh", alpha: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Discretise a dense system as ``scipy.signal.cont2discrete`` does, to ``(Abar, Bbar, Cbar, Dbar)``.
+
+        x_{k+1} = Abar x_k + Bbar u_k,   y_k = Cbar x_k + Dbar u_k
+
+    ``zoh`` keeps C and D. The generalised bilinear transform of weight w has ``x = (I - w z) h - w dt B u`` for its
+    state, and so ``Cbar = C (I - w z)^-1`` and ``Dbar = D + w C Bbar``; ``bilinear`` is then Tustin's map, whose
+    response at the frequency w is that of the continuous system at ``2/dt tan(w dt / 2)``. ``foh`` is
+    :func:`first_order_hold`.
+
+    Args:
+        A: state matrix ``(..., N, N)``, in 1 / (the unit of ``dt``).
+        B: input matrix ``(..., N, inputs)``.
+        C: output matrix ``(..., outputs, N)``.
+        D: feed-through ``(..., outputs, inputs)``.
+        dt: step size, a number or a tensor that broadcasts against the leading axes of A.
+        method: ``zoh``, ``bilinear``, ``euler``, ``backward_euler``, ``gbt`` or ``foh``.
+        alpha: the weight w of ``gbt``, from 0 to 1.
+
+    Raises:
+        ArgumentError: for a weight outside of 0 .. 1.
+    """
+    if method == "zoh":
+        return *discretize_dense(A, B, dt), C, D
+    if method == "foh":
+        Abar, Bbar, lead = first_order_hold(A, B, dt)
+        return Abar, Bbar, C, D + C @ lead
+    weight = _IMPLICIT[method] if alpha is None else alpha
+    Abar, Bbar = generalized_bilinear(A, B, dt, weight)
+    n = A.shape[-1]
+    left = torch.eye(n, dtype=A.dtype, device=A.device) - weight * _scaled(A, B, dt)[..., :n]
+    return Abar, Bbar, torch.linalg.solve(left, C, left=False), D + weight * C @ Bbar
+
+
+def known_method(where: str, method: str, alpha: float | None, *, foh: bool) -> str:
+    """The name of a method of dense systems, without its aliases.
+
+    Raises:
+        ArgumentError: for an unknown name, listing those that exist, or a weight that is missing or not asked for.
+    """
+    method = ALIASES.get(method, method)
+    known = (*RULES, "gbt", "foh") if foh else (*RULES, "gbt")
+    if method not in known:
+        other = "; foh changes C and D: use discretize" if method == "foh" else ""
+        raise ArgumentError(f"{where}: method {method!r} is unknown", hint=f"one of {', '.join(known)}{other}")
+    if (alpha is not None) != (method == "gbt"):
+        raise ArgumentError(
+            f"{where}: alpha is {alpha} with method {method!r}, expected a weight with 'gbt' and none with the others"
+        )
+    return method
+
+
 def first_order_hold(A: Tensor, B: Tensor, dt: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(Abar, Bbar, lead)`` for an input that is linear between its samples: exact, for singular A too.
 
         h(t_k) = x_k + lead u_k,   x_{k+1} = Abar x_k + Bbar u_k,   y_k = C x_k + (D + C lead) u_k
 
     ``Abar = M1``, ``lead = M3`` and ``Bbar = M2 - M3 + M1 M3`` with ``[M1 M2 M3]`` the first rows of
-    ``exp [[z, dt B, 0], [0, 0, I], [0, 0, 0]]``. The new state depends on the input at both ends of the step; this
-    form, of SciPy and of the control literature, moves the part at the new end into the output. It is not
-    ``h_t = A h_{t-1} + B u_t`` with C as it was, so it is no rule of :data:`RULES`;
-    :meth:`dualform.core.system.StateSpace.discretize` makes the equivalent system of that form.
+    ``exp [[z, dt B, 0], [0, 0, I], [0, 0, 0]]``. The state at the end of a step depends on the input at both ends of
+    it; this form, of SciPy and of the control literature, moves the part of the new input into the output. No system
+    ``h_t = Abar h_{t-1} + Bbar u_t`` with an unchanged C does the same, so ``foh`` is no rule of :data:`RULES`.
 
     References:
         Franklin, Powell and Workman, "Digital control of dynamic systems", 3rd edition, pages 204-206, the
@@ -185,8 +245,8 @@ def first_order_hold(A: Tensor, B: Tensor, dt: float | Tensor) -> tuple[Tensor, 
     block = padded + torch.nn.functional.pad(
         torch.eye(inputs, dtype=padded.dtype, device=padded.device), (n + inputs, 0, n, inputs)
     )
-    Abar, held, lead = matrix_exp(block)[..., :n, :].split([n, inputs, inputs], -1)
-    return Abar, held - lead + Abar @ lead, lead
+    Abar, constant, lead = matrix_exp(block, driven=2 * inputs)[..., :n, :].split([n, inputs, inputs], -1)
+    return Abar, constant - lead + Abar @ lead, lead
 
 
 def _scaled(A: Tensor, B: Tensor, dt: float | Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.core.discretize import RULES, discretize_dense, first_order_hold, generalized_bilinear
+from dualform.core.discretize import control_form, discretize_dense, generalized_bilinear, known_method
 from dualform.core.errors import ArgumentError
 from dualform.core.gramian import balance, gramian
-from dualform.core.linalg import as_tensors, orbit
+from dualform.core.linalg import as_tensors, balancing, check_finite, orbit
 from dualform.core.shapes import check_tensors, wide
 
 
@@ -39,7 +39,7 @@ class StateSpace:
     Tensors, NumPy arrays and nested lists are taken; see :func:`dualform.core.linalg.as_tensors` for their dtype.
 
     Raises:
-        ArgumentError: for shapes that do not fit, or a step size that is not positive.
+        ArgumentError: for shapes that do not fit, values that are not finite, or a step size that is not positive.
 
     Example:
         >>> import dualform as df
@@ -69,6 +69,7 @@ class StateSpace:
             C=(m["C"], "outputs N"),
             D=(m["D"], "outputs inputs"),
         )
+        check_finite("StateSpace", **m)
         for name, value in (m | {"dt": None if dt is None else _step("StateSpace", dt)}).items():
             object.__setattr__(self, name, value)
 
@@ -78,37 +79,51 @@ class StateSpace:
         return f"StateSpace(N={n}, inputs={inputs}, outputs={outputs}, {time})"
 
     def discretize(self, dt: float | Tensor, method: str = "zoh", alpha: float | None = None) -> "StateSpace":
-        """The discrete system with step ``dt``; C and D stay as they are, but for ``foh``.
+        """The discrete system with step ``dt``, with the input and output of ``scipy.signal.cont2discrete``.
 
-        ``foh``, the first-order hold, is exact for an input linear between its samples. Its state at a sample
-        depends on the input at both ends of the step, so C and D change: the system is the one that
-        :meth:`from_control_form` makes of :func:`dualform.core.discretize.first_order_hold`, with the input and output
-        of ``scipy.signal.cont2discrete(..., "foh")``. To start at the state h with first input u, take
-        ``x0 = h - lead u``.
+        Output k belongs to the time ``k dt``, and the input at k acts from then on. The methods give SciPy's matrices
+        ``(A, B, C, D)``, with a C and a D of their own, and :meth:`from_control_form` makes the system of this class
+        from them, which may take ``outputs`` more states. So with ``zoh`` the output at k does not contain the input
+        at k, but for D; and ``bilinear`` is Tustin's map, whose response at the frequency w is the continuous one at
+        ``2/dt tan(w dt / 2)``. :meth:`discretize_recurrence` keeps C and D instead.
+
+        To start a simulation at the state h of the continuous system, with the first input u, take ``x0 = h`` for
+        ``zoh``, ``h - lead u`` for ``foh`` (:func:`dualform.core.discretize.first_order_hold`), and
+        ``h - w dt (A h + B u)`` for the others, with w = 0 (``euler``), 1/2 (``bilinear``), 1 (``backward_euler``)
+        or alpha (``gbt``); append ``outputs`` zeros where there are more states.
 
         Args:
             dt: step size; a tensor with no axes may require a gradient.
-            method: ``zoh`` (exact for inputs constant during a step), ``bilinear``, ``euler``, ``backward_euler``,
-                ``gbt`` (generalised bilinear) or ``foh``; see :mod:`dualform.core.discretize`.
+            method: ``zoh`` (exact for inputs constant during a step), ``foh`` (exact for inputs linear between their
+                samples), ``bilinear`` or ``tustin``, ``euler`` or ``forward_diff``, ``backward_euler`` or
+                ``backward_diff``, or ``gbt`` (generalised bilinear).
             alpha: weight of the new state, for ``gbt`` only, from 0 (``euler``) to 1 (``backward_euler``).
 
         Raises:
             ArgumentError: for a system that is discrete already, an unknown method, a step that is not positive, or
-                a weight that is missing or not asked for.
+                a weight that is missing, not asked for, or outside of 0 .. 1.
         """
-        if self.dt is not None:
-            raise ArgumentError(f"discretize: the system is discrete already, with dt={_number(self.dt):g}")
-        if method not in (*RULES, "gbt", "foh"):
-            names = ", ".join((*RULES, "gbt", "foh"))
-            raise ArgumentError(f"discretize: method {method!r} is unknown", hint=f"one of {names}")
-        if (alpha is not None) != (method == "gbt"):
-            raise ArgumentError(
-                f"discretize: alpha is {alpha} with method {method!r}; it belongs to 'gbt', and only there"
-            )
-        dt = _step("discretize", dt)
-        if method == "foh":
-            A, B, lead = first_order_hold(self.A, self.B, dt)
-            return StateSpace.from_control_form(A, B, self.C, self.D + self.C @ lead, dt)
+        self._need_continuous("discretize")
+        method, dt = known_method("discretize", method, alpha, foh=True), _step("discretize", dt)
+        if method == "backward_euler" or alpha == 1:  # the only methods for which both forms have the same response
+            return self.discretize_recurrence(dt, method, alpha)
+        return StateSpace.from_control_form(*control_form(self.A, self.B, self.C, self.D, dt, method, alpha), dt)
+
+    def discretize_recurrence(
+        self, dt: float | Tensor, method: str = "zoh", alpha: float | None = None
+    ) -> "StateSpace":
+        """The recurrence of deep state space models, ``h_t = Abar h_{t-1} + Bbar u_t`` with C and D as they are.
+
+        Output t belongs to the end of the step in which input t acts: with ``zoh`` the state h_t is that of the
+        continuous system at the time ``t dt``, counted from 1, when input t was held over the step before it. The
+        other methods give the update alone, which the papers read out with the same C; their responses differ from
+        those of :meth:`discretize`, but for ``backward_euler``.
+
+        Args and errors are those of :meth:`discretize`, without ``foh``, which needs another C and D.
+        """
+        self._need_continuous("discretize_recurrence")
+        method = known_method("discretize_recurrence", method, alpha, foh=False)
+        dt = _step("discretize_recurrence", dt)
         if alpha is not None:
             A, B = generalized_bilinear(self.A, self.B, dt, alpha)
         else:
@@ -294,9 +309,10 @@ class StateSpace:
     def from_control_form(cls, A: Any, B: Any, C: Any, D: Any = None, dt: float | Tensor | None = None) -> "StateSpace":
         """The system that SciPy and python-control write ``x_{k+1} = A x_k + B u_k``, ``y_k = C x_k + D u_k``.
 
-        Where A can be inverted safely (``|A^-1| max(1, |A|) < 1 / sqrt(eps)``) that is ``(A, B, C A^-1,
-        D - C A^-1 B)``. Otherwise, as for a pure delay, the delayed output joins the state, which then has
-        ``N + outputs`` components; ``(x_0, 0)`` is the initial state that corresponds to ``x_0``.
+        Where A can be inverted at the cost of at most three digits (``|A^-1| max(1, |A|) < 1000`` in balanced
+        coordinates), that is ``(A, B, C A^-1, D - C A^-1 B)``. Otherwise, as for a pure delay, the delayed output
+        joins the state, which then has ``N + outputs`` components; ``(x_0, 0)`` is the initial state that
+        corresponds to ``x_0``.
 
         Args:
             A: state matrix; B, C, D as for the class.
@@ -316,9 +332,11 @@ class StateSpace:
         if continuous:
             return given
         A, B, C, D = given.A, given.B, given.C, given.D
-        gains = torch.linalg.svdvals(A.detach())
-        if float(gains.min()) > torch.finfo(A.dtype).eps ** 0.5 * max(1.0, float(gains.max())):
-            ahead = torch.linalg.solve(A, C, left=False)
+        units = balancing(A)
+        balanced = A * units / units[:, None]
+        gains = torch.linalg.svdvals(balanced.detach())
+        if float(gains.min()) > 1e-3 * max(1.0, float(gains.max())):
+            ahead = torch.linalg.solve(balanced, C * units, left=False) / units
             return replace(given, C=ahead, D=D - ahead @ B)
         n, outputs = len(A), len(C)
         return replace(
@@ -327,6 +345,10 @@ class StateSpace:
             B=torch.nn.functional.pad(B, (0, 0, 0, outputs)),
             C=torch.nn.functional.pad(torch.eye(outputs, dtype=A.dtype, device=A.device), (n, 0)),
         )
+
+    def _need_continuous(self, where: str) -> None:
+        if self.dt is not None:
+            raise ArgumentError(f"{where}: the system is discrete already, with dt={_number(self.dt):g}")
 
     def _need_discrete(self, where: str) -> None:
         if self.dt is None:

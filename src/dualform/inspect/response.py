@@ -71,7 +71,7 @@ def _check(where: str, systems: Mapping[str, StateSpace]) -> None:
         raise ArgumentError(f"{where}: no systems, expected at least one")
     for name, system in systems.items():
         if system.dt is None:
-            hint = "discretize(dt) with a step that is small for its poles"
+            hint = "discretize_recurrence(dt) with a step that is small for its poles"
             raise ArgumentError(f"{where}: {name} is continuous, expected a discrete system", hint=hint)
 
 
