@@ -1,11 +1,14 @@
 """The linear recurrence on a CPU, real and complex."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dualform.ops.linear_scan import as_grad, linear_scan_op
 from dualform.ops.native import library
-from dualform.ops.native.library import NO_VIEW, fresh, readable, sequences, view
+from dualform.ops.native.library import borders, fresh, readable
+from dualform.ops.native.structs import LINEAR_SCAN
 from dualform.ops.op import Backend
 
 
@@ -16,10 +19,7 @@ def _forward(a: Tensor, b: Tensor, h0: Tensor, cu_seqlens: Tensor | None, revers
     final = h0.clone(memory_format=torch.contiguous_format)
     if h.numel() == 0:
         return [h, final]
-    given, fields = _fields(a, b, h0, cu_seqlens, reverse)
-    kept = _flat(h, h0)
-    library.call("linear_scan", *fields, *view(kept), final.data_ptr(), *NO_VIEW, 0, *NO_VIEW, *NO_VIEW, 0)
-    del given
+    library.call("linear_scan", LINEAR_SCAN, **_inputs(a, b, h0, cu_seqlens, reverse), h=_flat(h, h0), final=final)
     return [h, final]
 
 
@@ -30,40 +30,33 @@ def _backward(
     if b.numel() == 0:
         return [torch.zeros_like(a), torch.zeros_like(b), dh0]
     da, db = (fresh(h0.new_empty(b.shape, dtype=_grad_dtype(x, h0))) for x in (a, b))
-    given, fields = _fields(a, b, h0, cu_seqlens, reverse)
-    h, dh = (_flat(x, h0) for x in (kept[0], grads[0]))
     library.call(
         "linear_scan_backward",
-        *fields,
-        *view(h),
-        0,
-        *view(dh),
-        grads[1].data_ptr(),
-        *view(_flat(da, h0)),
-        *view(_flat(db, h0)),
-        dh0.data_ptr(),
+        LINEAR_SCAN,
+        **_inputs(a, b, h0, cu_seqlens, reverse),
+        h=_flat(kept[0], h0),
+        dh=_flat(grads[0], h0),
+        dfinal=grads[1].resolve_conj().contiguous(),
+        da=_flat(da, h0),
+        db=_flat(db, h0),
+        dh0=dh0,
     )
-    del given
     return [as_grad(da, a), as_grad(db, b), dh0]
 
 
-def _fields(
-    a: Tensor, b: Tensor, h0: Tensor, cu_seqlens: Tensor | None, reverse: bool
-) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """What the kernels are given, to be kept alive, and the first fields of ``LinearScan``."""
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+def _inputs(a: Tensor, b: Tensor, h0: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> dict[str, Any]:
+    """The fields of ``LinearScan`` that forward and backward read."""
     a, b, h0 = _flat(a, h0), _flat(b, h0), h0.resolve_conj().contiguous()
-    fields = (
-        library.number(h0.real),
-        h0.is_complex(),
-        reverse,
-        *sequences(b, cu_seqlens),
-        b.shape[2],
-        *view(a),
-        *view(b),
-        h0.data_ptr(),
-    )
-    return (a, b, h0, cu_seqlens), fields
+    return {
+        "dtype": h0.dtype.to_real(),
+        "complex": h0.is_complex(),
+        "reverse": reverse,
+        "sequences": (b, borders(cu_seqlens)),
+        "width": b.shape[2],
+        "a": a,
+        "b": b,
+        "h0": h0,
+    }
 
 
 def _flat(x: Tensor, state: Tensor) -> Tensor:

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from dualform.ops.native import library
-from dualform.ops.native.library import NO_VIEW, fresh, readable, sequences, view
+from dualform.ops.native.library import borders, fresh, readable
+from dualform.ops.native.structs import SELECTIVE_SCAN, SELECTIVE_SCAN_TILE
 from dualform.ops.op import Backend, differentiable
 from dualform.ops.selective_scan import Arguments, selective_scan_op
-
-_TILE = 32  # SELECTIVE_SCAN_TILE in native/dualform.h
-_BACKWARD_ONLY = (0,) * 29  # fields of ``SelectiveScan``
 
 
 def _run(keep: bool, *args: Any) -> list[Tensor]:
@@ -21,11 +19,8 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     saved = [fresh(m) for m in _saved(*args)] if keep else []
     if h0.numel() == 0 or u.shape[1] == 0:
         return [y.zero_(), final, *saved]
-    given, fields = _fields(Arguments(*args))
-    library.call(
-        "selective_scan", *fields, *view(y), final.data_ptr(), saved[0].data_ptr() if keep else 0, *_BACKWARD_ONLY
-    )
-    del given
+    inputs, kept = _inputs(Arguments(*args)), saved[0] if keep else None
+    library.call("selective_scan", SELECTIVE_SCAN, **inputs, y=y, final=final, saved=kept)
     return [y, final, *saved]
 
 
@@ -34,7 +29,7 @@ _forward, _infer = partial(_run, True), partial(_run, False)
 
 def _saved(*args: Any) -> list[Tensor]:
     u, h0 = args[0], args[9]
-    return [h0.new_empty(u.shape[0], -(-u.shape[1] // _TILE), h0.shape[2], h0.shape[1])]
+    return [h0.new_empty(u.shape[0], -(-u.shape[1] // SELECTIVE_SCAN_TILE), h0.shape[2], h0.shape[1])]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
@@ -50,50 +45,48 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         for g in found:
             g.zero_()
     else:
-        given, fields = _fields(Arguments(*args))
         library.call(
             "selective_scan_backward",
-            *fields,
-            *NO_VIEW,
-            0,
-            kept[0].data_ptr(),
-            *view(grads[0]),
-            grads[1].data_ptr(),
-            *view(du),
-            *view(ddelta),
-            *view(dB),
-            *view(dC),
-            *(NO_VIEW if dz is None else view(dz)),
-            dA.data_ptr(),
-            0 if dD is None else dD.data_ptr(),
-            0 if dbias is None else dbias.data_ptr(),
-            dh0.data_ptr(),
+            SELECTIVE_SCAN,
+            **_inputs(Arguments(*args)),
+            saved=kept[0],
+            dy=readable(grads[0]),
+            dfinal=grads[1].contiguous(),
+            du=du,
+            ddelta=ddelta,
+            db=dB,
+            dc=dC,
+            dz=dz,
+            da=dA,
+            dd=dD,
+            dbias=dbias,
+            dh0=dh0,
         )
-        del given
     return [g.to(m.dtype) for g, m in zip((*found, dh0), differentiable(args), strict=True)]
 
 
-def _fields(x: Arguments) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """What the kernels are given, to be kept alive, and the first fields of ``SelectiveScan``."""
-    cu_seqlens = None if x.cu_seqlens is None else x.cu_seqlens.to(torch.int64).contiguous()
-    u, delta, B, C = readable(x.u), readable(x.delta), readable(x.B, 2), readable(x.C, 2)
-    z = None if x.z is None else readable(x.z)
-    A, h0 = x.A.contiguous(), x.h0.contiguous()
+def _inputs(x: Arguments) -> dict[str, Any]:
+    """The fields of ``SelectiveScan`` that forward and backward read."""
+    u, B, C, h0 = readable(x.u), readable(x.B, 2), readable(x.C, 2), x.h0.contiguous()
     D, bias = (None if m is None else m.to(h0.dtype).contiguous() for m in (x.D, x.bias))
-    fields = (
-        library.number(h0),
-        *sequences(u, cu_seqlens),
-        *A.shape,
-        B.shape[2],
-        C.shape[2],
-        x.softplus,
-        *(field for m in (u, delta, B, C, z) for field in (NO_VIEW if m is None else view(m))),
-        A.data_ptr(),
-        0 if D is None else D.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        h0.data_ptr(),
-    )
-    return (u, delta, A, B, C, D, z, bias, h0, cu_seqlens), fields
+    return {
+        "dtype": h0.dtype,
+        "sequences": (u, borders(x.cu_seqlens)),
+        "width": h0.shape[1],
+        "states": h0.shape[2],
+        "groups_b": B.shape[2],
+        "groups_c": C.shape[2],
+        "softplus": x.softplus,
+        "u": u,
+        "delta": readable(x.delta),
+        "b": B,
+        "c": C,
+        "z": None if x.z is None else readable(x.z),
+        "a": x.A.contiguous(),
+        "d": D,
+        "bias": bias,
+        "h0": h0,
+    }
 
 
 def _refuses(*args: Any) -> str | None:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dualform.ops.native import library
-from dualform.ops.native.library import DTYPES, NO_VIEW, readable
+from dualform.ops.native.library import readable
+from dualform.ops.native.structs import CONV_UPDATE, DTYPES, SELECTIVE_UPDATE
 from dualform.ops.step import add_step, has_rates_by_state
 
 _STATES = (torch.float32, torch.float64)
@@ -39,27 +40,28 @@ def selective_state_update(
     y, after = torch.empty(inner, dtype=x.dtype), torch.empty(shape, dtype=dtype)
     library.call(
         "selective_update",
-        DTYPES[dtype],
-        shape[0],
-        inner.numel() // shape[0],
-        shape[-1],
-        B.shape[1],
-        C.shape[1],
-        per,
-        matrix,
-        dt_softplus,
-        z is not None,
-        state.data_ptr(),
-        *_view(x),
-        *_view(dt),
-        A.data_ptr(),
-        *_view(B),
-        *_view(C),
-        0 if skip is None else skip.data_ptr(),
-        *(NO_VIEW if z is None else _view(z)),
-        0 if bias is None else bias.data_ptr(),
-        *_view(y),
-        after.data_ptr(),
+        SELECTIVE_UPDATE,
+        dtype=dtype,
+        rows=shape[0],
+        width=inner.numel() // shape[0],
+        states=shape[-1],
+        groups_b=B.shape[1],
+        groups_c=C.shape[1],
+        per=per,
+        matrix=matrix,
+        softplus=dt_softplus,
+        gated=z is not None,
+        h=state,
+        x=x,
+        dt=dt,
+        a=A,
+        b=B,
+        c=C,
+        d=skip,
+        z=z,
+        dt_bias=bias,
+        y=y,
+        next=after,
     )
     return y, after
 
@@ -81,16 +83,18 @@ def causal_conv1d_update(
     y, after = torch.empty(x.shape, dtype=x.dtype), torch.empty(shape, dtype=dtype)
     library.call(
         "conv_update",
-        DTYPES[dtype],
-        shape[0],
-        *weight.shape,
-        silu,
-        *_view(x),
-        state.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        *_view(y),
-        after.data_ptr(),
+        CONV_UPDATE,
+        dtype=dtype,
+        rows=shape[0],
+        width=weight.shape[0],
+        taps=weight.shape[1],
+        silu=silu,
+        x=x,
+        h=state,
+        weight=weight,
+        bias=bias,
+        y=y,
+        next=after,
     )
     return y, after
 
@@ -109,11 +113,6 @@ def _like(m: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     m = m if m.dtype == dtype else m.to(dtype)
     return m if m.shape == x.shape[1:] and m.is_contiguous() else m.expand(x.shape[1:]).contiguous()
-
-
-def _view(x: Tensor) -> tuple[int, int, int, int]:
-    """``View`` of ``(B, ...)``, with one step of time."""
-    return x.data_ptr(), x.stride(0), 0, DTYPES[x.dtype]
 
 
 if not library.missing:

@@ -1,0 +1,141 @@
+"""The structures of ``native/dualform.h``: their fields in order, checked against the header by a test."""
+
+import torch
+from torch import Tensor
+
+from dualform.ops.structs import INT64, POINTER, Kind, Structure
+
+VERSION = 6  # DUALFORM_VERSION
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
+SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
+SSD_SPAN = 256  # the same for ssd
+
+
+def _view(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), x.stride(0), x.stride(1), DTYPES[x.dtype]
+
+
+def _view_of_step(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), x.stride(0), 0, DTYPES[x.dtype]
+
+
+def _sequences(of: tuple[Tensor, Tensor | None]) -> tuple[int, ...]:
+    x, borders = of
+    rows, length = x.shape[:2]
+    return (rows, length, rows, 0) if borders is None else (rows, length, len(borders) - 1, borders.data_ptr())
+
+
+_VIEW = (POINTER, "data"), (INT64, "row time dtype")
+DTYPE = Kind("int64", 1, DTYPES.__getitem__)
+# A tensor (B, T, ...) whose axes after time are contiguous; and one step of it, (B, ...).
+VIEW, STEP = Structure("View", *_VIEW, of=_view), Structure("View", *_VIEW, of=_view_of_step)
+# A tensor (B, T, ...) and its cumulative lengths, int64 and contiguous, or None.
+SEQUENCES = Structure("Sequences", (INT64, "rows length count"), (POINTER, "borders"), of=_sequences)
+
+SELECTIVE_SCAN = Structure(
+    "SelectiveScan",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (SEQUENCES, "sequences"),
+    (INT64, "width states groups_b groups_c softplus"),
+    (VIEW, "u delta b c z"),
+    (POINTER, "a d bias h0"),
+    (VIEW, "y"),
+    (POINTER, "final saved"),
+    (VIEW, "dy"),
+    (POINTER, "dfinal"),
+    (VIEW, "du ddelta db dc dz"),
+    (POINTER, "da dd dbias dh0"),
+)
+
+SSD = Structure(
+    "Ssd",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (SEQUENCES, "sequences"),
+    (INT64, "heads width states groups"),
+    (VIEW, "x dt b c"),
+    (POINTER, "a h0"),
+    (VIEW, "y"),
+    (POINTER, "final saved"),
+    (VIEW, "dy"),
+    (POINTER, "dfinal"),
+    (VIEW, "dx ddt db dc"),
+    (POINTER, "da dh0"),
+)
+
+DIAGONAL_SSM = Structure(
+    "DiagonalSSM",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (SEQUENCES, "sequences"),
+    (INT64, "width states"),
+    (VIEW, "u"),
+    (POINTER, "a c h0"),
+    (VIEW, "y"),
+    (POINTER, "final"),
+    (VIEW, "dy"),
+    (POINTER, "dfinal"),
+    (VIEW, "du"),
+    (POINTER, "da dc dh0"),
+)
+
+LINEAR_SCAN = Structure(
+    "LinearScan",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (INT64, "complex reverse"),
+    (SEQUENCES, "sequences"),
+    (INT64, "width"),
+    (VIEW, "a b"),
+    (POINTER, "h0"),
+    (VIEW, "h"),
+    (POINTER, "final"),
+    (VIEW, "dh"),
+    (POINTER, "dfinal"),
+    (VIEW, "da db"),
+    (POINTER, "dh0"),
+)
+
+CAUSAL_CONV1D = Structure(
+    "CausalConv1d",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (SEQUENCES, "sequences"),
+    (INT64, "width taps silu"),
+    (VIEW, "x"),
+    (POINTER, "weight bias h0"),
+    (VIEW, "y"),
+    (POINTER, "final"),
+    (VIEW, "dy"),
+    (POINTER, "dfinal"),
+    (VIEW, "dx"),
+    (POINTER, "dweight dbias dh0"),
+)
+
+SELECTIVE_UPDATE = Structure(
+    "SelectiveUpdate",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (INT64, "rows width states groups_b groups_c per matrix softplus gated"),
+    (POINTER, "h"),
+    (STEP, "x dt"),
+    (POINTER, "a"),
+    (STEP, "b c"),
+    (POINTER, "d"),
+    (STEP, "z"),
+    (POINTER, "dt_bias"),
+    (STEP, "y"),
+    (POINTER, "next"),
+)
+
+CONV_UPDATE = Structure(
+    "ConvUpdate",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (INT64, "rows width taps silu"),
+    (STEP, "x"),
+    (POINTER, "h weight bias"),
+    (STEP, "y"),
+    (POINTER, "next"),
+)
