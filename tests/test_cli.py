@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from dualform.layers.mamba2 import Mamba2Config
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.tokenizer import ByteTokenizer
-from dualform.ops.op import OPS
+from dualform.ops.op import OPS, Backend, backend
 
 COMMANDS = ["demo", "train", "generate", "info", "check", "doctor"]
 
@@ -270,6 +271,17 @@ def test_check_prints_tables_and_judges(dualform, monkeypatch):
     assert code == 1 and "failed: fft_conv" in out and "checks failed" in out
     code, out, err = dualform("check", "mamba2b")
     assert code == 2 and out == "" and "did you mean 'mamba2'" in err
+
+
+def test_check_does_not_pass_where_nothing_ran(dualform, monkeypatch):
+    """A backend for GPUs refuses every call on the CPU."""
+    with backend("cuda"):
+        code, out, _ = dualform("check", "mamba2 d=1", "--length", "9")
+    assert code == 1 and re.search(r"^0 of \d+ checks ran", out, re.M) and "passed" not in out
+    absent = Backend("absent", lambda *a: [], lambda *a: [], refuses=lambda *a: "not today")
+    monkeypatch.setattr(OPS["fft_conv"], "backends", [absent, *OPS["fft_conv"].backends])
+    code, out, _ = dualform("check", "fft_conv", "--length", "9")
+    assert code == 0 and "all 12 checks passed, 6 not run" in out
 
 
 def test_info_of_a_preset(dualform):

@@ -6,6 +6,13 @@ import pytest
 import torch
 
 from dualform.check import long
+from dualform.ops.op import OPS
+
+
+def test_every_op_with_kernels_that_index_memory_has_a_case():
+    kernels = {op for op, found in OPS.items() if {b.name for b in found.backends} & {"triton", "cuda", "native"}}
+    sequences = {op for op in kernels if not op.endswith("_update")}  # an update is one step
+    assert sequences <= {case.op for case in long.CASES} and len(sequences) > 3
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -1,5 +1,6 @@
 """Operators on more elements than 32 bits can count: one call over the whole sequence against two over its pieces."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,20 +13,22 @@ from dualform.ops.causal_conv1d import causal_conv1d
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.selective_scan import selective_scan
+from dualform.ops.ssd import ssd
 
 ELEMENTS = 2**31  # a case has more, batch x length x width
 WIDTH = 2048
+_HEADS = 32
 _AT_ONCE = 2**26  # elements that are compared at once
 
 
 @dataclass(frozen=True)
 class LongCase:
-    """One operator, ``(1, T, 2048)``.
+    """One operator on one sequence of 2048 numbers per step.
 
     Args:
         op: its name.
         function: the public function; it returns y and the final state.
-        varying: names of arguments with a time axis, and their axes after it.
+        varying: names of arguments with a time axis, and their axes after it; y has those of the first.
         constant: makes the other tensors, float32.
         options: the other arguments.
         positive: those among the varying that lie between 0 and 1.
@@ -40,7 +43,7 @@ class LongCase:
 
     def bytes(self, dtype: torch.dtype, elements: int = ELEMENTS) -> int:
         """Memory that it takes: inputs, outputs, gradients and the pieces beside the whole, with some to spare."""
-        wide = sum(axes == (WIDTH,) for axes in self.varying.values())
+        wide = sum(math.prod(axes) == WIDTH for axes in self.varying.values())
         return int(elements * dtype.itemsize * (3.5 * wide + 5))
 
 
@@ -50,6 +53,10 @@ def _rates() -> dict[str, Tensor]:
         "D": torch.randn(WIDTH),
         "delta_bias": torch.randn(WIDTH) - 4,
     }
+
+
+def _heads() -> dict[str, Tensor]:
+    return {"A": -torch.rand(_HEADS) - 0.1, "D": torch.randn(_HEADS), "dt_bias": torch.randn(_HEADS) - 4}
 
 
 def _modes() -> dict[str, Tensor]:
@@ -64,6 +71,13 @@ CASES = (
         {"u": (WIDTH,), "delta": (WIDTH,), "B": (1, 16), "C": (1, 16), "z": (WIDTH,)},
         _rates,
         {"delta_softplus": True},
+    ),
+    LongCase(
+        "ssd",
+        ssd,
+        {"x": (_HEADS, WIDTH // _HEADS), "dt": (_HEADS,), "B": (1, 16), "C": (1, 16)},
+        _heads,
+        {"dt_softplus": True},
     ),
     LongCase("linear_scan", linear_scan, {"a": (WIDTH,), "b": (WIDTH,)}, positive=("a",)),
     LongCase(
@@ -102,7 +116,7 @@ def split_error(case: LongCase, device: torch.device, dtype: torch.dtype, *, bac
             del y1
             y2, end = case.function(**_piece(case, given, cut, length), initial_state=middle, **case.options)
             return worst([*errors, _far(y[:, cut:], y2, "output"), _far(final, end, "final state")])
-    dy = torch.randn(1, length, WIDTH, device=device, dtype=dtype)
+    dy = torch.randn(1, length, *next(iter(case.varying.values())), device=device, dtype=dtype)
     whole, _ = _gradients(case, given, None, dy, None)
     with torch.no_grad():
         _, middle = case.function(**_piece(case, given, 0, cut), **case.options)

@@ -103,7 +103,7 @@ def run_checks(
         on_result: called after each check.
 
     Returns:
-        One result per check; the contract holds when all are ``ok``.
+        One result per check; :func:`holds` says whether the contract holds.
 
     Raises:
         ArgumentError: for a name, device, dtype or length that cannot be checked.
@@ -114,6 +114,12 @@ def run_checks(
         if on_result is not None:
             on_result(results[-1])
     return results
+
+
+def holds(results: Iterable[Result]) -> bool:
+    """Whether the contract holds: every result is ``ok``, and at least one check ran."""
+    results = list(results)
+    return all(result.ok for result in results) and any(result.error is not None for result in results)
 
 
 def plan(

@@ -38,11 +38,11 @@ def check(
     """Check that all forms of every layer are one function, here: on this device, dtype and length.
 
     Whole = split = stepped = packed = padded, forward and backward; every backend = its reference.
-    Exit code 1 if anything fails.
+    Exit code 1 if anything fails, or nothing could be run.
     """
     from rich.console import Console
 
-    from dualform.check.run import DEFAULT_LENGTH, plan
+    from dualform.check.run import DEFAULT_LENGTH, holds, plan
 
     length = DEFAULT_LENGTH if length is None else length
     checks = plan(names or None, device=device, dtype=dtype, length=length)
@@ -61,11 +61,20 @@ def check(
         where = f"{result.case}, {result.law}: {_number(result.error)}, allowed {result.tolerance:g}"
         console.print("failed: ", style="bold red", end="")
         console.print(f"{where}; {result.message}", markup=False)
-    seconds = sum(result.seconds for result in results)
-    verdict = f"{len(failures)} of {len(results)} checks failed" if failures else f"all {len(results)} checks passed"
-    console.print(f"{verdict}, in {seconds:.0f} s")
-    if failures:
+    console.print(f"{_verdict(results)}, in {sum(result.seconds for result in results):.0f} s")
+    if not holds(results):
         raise typer.Exit(1)
+
+
+def _verdict(results: "list[Result]") -> str:
+    """What ran, of all that was asked for; a law that does not apply to a case was not."""
+    ran = [result for result in results if result.error is not None]
+    refused = sum(result.error is None and bool(result.message) for result in results)
+    if not ran:
+        return f"0 of {refused} checks ran"
+    failed = sum(not result.ok for result in ran)
+    verdict = f"{failed} of {len(ran)} checks failed" if failed else f"all {len(ran)} checks passed"
+    return f"{verdict}, {refused} not run" if refused else verdict
 
 
 def _run(checks: "list[Check]") -> "list[Result]":
