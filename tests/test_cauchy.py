@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualform.core.dplr import DPLR
+from dualform.core.dplr import DiscreteDPLR
 from dualform.core.errors import ArgumentError
 from dualform.ops import cauchy
 from dualform.ops.cauchy import cauchy_kernel
@@ -38,7 +38,7 @@ def test_powers(length: int):
     """What it computes, by squaring the discrete matrix; and the same gradients."""
     arguments = [m.requires_grad_() for m in golden("s4_dplr_b", 0, torch.float64)]
     A, P, B, C, dt = arguments
-    got, want = cauchy_kernel(*arguments, length), DPLR(A, P, B, dt).kernel(C, length)
+    got, want = cauchy_kernel(*arguments, length), DiscreteDPLR.of(A, P, B, dt).kernel(C, length)
     close(got, want, 1e-11)
     weight = torch.randn_like(want)
     pairs = zip(*(torch.autograd.grad(k, arguments, weight) for k in (got, want)), strict=True)

@@ -16,7 +16,7 @@ def test_golden(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.Monkey
     case = load("dss_kernel")
     A, B, C = (torch.view_as_complex(case[k]) for k in "ABC")
     layer = DSSConfig(d_state=16, length=64).build(3).to(dtype)
-    monkeypatch.setattr(layer, "_out", lambda y, x: y)  # the models alone
+    monkeypatch.setattr(layer, "_out", lambda s, x: s)  # the models alone
     for channel in range(2):
         own = {"log_dt": case["dt"].log(), "log_A_re": (-A.real).log(), "A_im": A.imag, "D": case["D"][channel]}
         layer.load_state_dict({**layer.state_dict(), **own, "C": torch.view_as_real(C[channel] * B)})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualform.check.cases import CASES, Irregular
-from dualform.core.discretize import EXPONENTS, RULES, held
+from dualform.core.discretize import EXPONENTS, RULES, hold
 from dualform.core.errors import ArgumentError
 from dualform.core.laws import LAWS
 from dualform.core.tree import leaves
@@ -65,10 +65,10 @@ def test_an_interval_of_two_is_two_steps_under_a_held_input(layer: Any) -> None:
         (layer(x.repeat_interleave(torch.tensor([3, 1, 2, 1]), 1), intervals=parts), [2, 3, 5, 6]),
     ]
     if not layer.causal:  # the second recurrence reads the beginning of an interval, the first its end
-        system = layer._systems()[0]
+        system = layer._systems(1.0)[0]
         h = torch.zeros(2, len(system.a), dtype=system.a.dtype)
-        want, want_state = system.run(held_input, h)
-        forms = [(system.run(x, h, intervals=counts.expand(2, 4).double()), slice(None))]
+        want, want_state = system.run(held_input, h, None)
+        forms = [(system.run(x, h, None, counts.expand(2, 4).double()), slice(None))]
     for (y, state), at in forms:
         close(y[:, at], want[:, ends], 1e-10)
         for got, expected in zip(states(state), states(want_state), strict=True):
@@ -201,19 +201,19 @@ def test_exponents_are_logarithms_of_the_rules(rule: str) -> None:
     close(EXPONENTS[rule](A, step), A * step, 1e-6, "no cancellation where steps are tiny")
 
 
-def test_held_is_a_geometric_series() -> None:
+def test_hold_is_a_geometric_series() -> None:
     log_a = torch.complex(-torch.rand(20, dtype=torch.float64), torch.randn(20, dtype=torch.float64))
-    a, weight = held(log_a, torch.tensor(5.0))
+    a, weight = hold(log_a, torch.tensor(5.0))
     close(a, log_a.exp() ** 5, 1e-12)
     close(weight, sum(log_a.exp() ** k for k in range(5)), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_held_near_a_decay_of_one(dtype: torch.dtype) -> None:
+def test_hold_near_a_decay_of_one(dtype: torch.dtype) -> None:
     """No cancellation where steps are tiny, and a limit, with its gradient by s, where a is 1."""
     log_a = -torch.tensor([0.0, 1e-300, 1e-30, 1e-12, 1e-7, 1e-4], dtype=torch.float64).to(dtype)
     log_a, s = log_a.requires_grad_(), torch.full((6,), 2.5, dtype=dtype, requires_grad=True)
-    a, weight = held(log_a, s)
+    a, weight = hold(log_a, s)
     close(weight, s + log_a * s * (s - 1) / 2, 1e-6)
     by_log_a, by_s = torch.autograd.grad((a + weight).sum(), [log_a, s])
     assert bool(by_log_a.isfinite().all())

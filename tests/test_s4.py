@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualform.core.dplr import DPLR
+from dualform.core.dplr import DiscreteDPLR
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.hippo import transition
 from dualform.core.nplr import nplr
@@ -152,7 +152,8 @@ def test_the_measure_is_the_dense_hippo_matrix(measure: str):
     form, (A, B) = nplr(measure, 16), transition(measure, 16)
     C = torch.randn(16, dtype=torch.float64)
     want = StateSpace(A, B, C).discretize_recurrence(0.05, "bilinear").kernel(60)[:, 0, 0]
-    system = DPLR(form.Lambda[None], form.P[:, None], form.B[None], torch.tensor([0.05], dtype=torch.float64))
+    step = torch.tensor([0.05], dtype=torch.float64)
+    system = DiscreteDPLR.of(form.Lambda[None], form.P[:, None], form.B[None], step)
     close(system.kernel((C.to(form.V.dtype) @ form.V)[None], 60)[0], want, 1e-10)
     layer = S4Config(d_state=16, init=measure).build(3).double()
     close(torch.complex(-layer.log_A_re.exp(), layer.A_im)[1], form.Lambda - 1e-4 * (form.Lambda.real > -1e-4), 1e-6)
@@ -172,7 +173,7 @@ def test_golden(name: str, dtype: torch.dtype, tolerance: float, monkeypatch: py
     case = load(name)
     rank, width, pairs, _ = case["P"].shape
     layer = S4Config(d_state=2 * pairs, init="random", rank=rank).build(width).to(dtype)
-    monkeypatch.setattr(layer, "_out", lambda y, x: y)  # the models alone
+    monkeypatch.setattr(layer, "_out", lambda s, x: s)  # the models alone
     u, h0 = case["u"].mT.to(dtype), torch.view_as_complex(case["state0"]).to(dtype.to_complex())
     for channel in range(len(case["C"])):
         layer.load_state_dict(weights(case, layer, channel))

@@ -24,7 +24,7 @@ it from the state before the input acts, and its methods come with a C and a D o
 :func:`control_form` gives them.
 
 Where samples come at irregular times, a layer with the step dt holds an input over an ``interval`` of s steps:
-:func:`held` makes one update of s of them, from ``log Abar``, which :data:`EXPONENTS` gives for the rules that keep
+:func:`hold` makes one update of s of them, from ``log Abar``, which :data:`EXPONENTS` gives for the rules that keep
 a stable system stable. For ``zoh`` that is the rule at the step ``s dt``.
 
 References:
@@ -108,7 +108,7 @@ def rule(method: str) -> Rule:
     return RULES[method]
 
 
-def held(log_a: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+def hold(log_a: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Several steps of ``h <- a h + b`` under one b in a single update, ``h <- a^s h + w b``: ``a^s`` and w.
 
     ``w = 1 + a + ... + a^(s-1) = (a^s - 1) / (a - 1)``. The closed form is used for every positive s, whole or not.

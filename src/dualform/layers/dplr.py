@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.core.dplr import DPLR, as_complex, as_real
+from dualform.core.dplr import DiscreteDPLR, as_complex, as_real
+from dualform.core.system import StateSpace
 from dualform.layers.mixer import exactly
 from dualform.ops.chunks import CHUNK, Chunks, chunk_size, toeplitz
 
@@ -21,31 +22,56 @@ class _Tables(NamedTuple):
     into: Tensor  # (D, K, S), from K tokens to what they add to the state after them
 
 
-class LowRank(DPLR):
-    """A :class:`~dualform.core.dplr.DPLR` as a structured :class:`~dualform.layers.structured.System`.
+class DPLRSystem(NamedTuple):
+    """``h_t = Abar h_{t-1} + Bbar u_t``, ``s_t = Re(C h_t)`` per channel: a :class:`~dualform.layers.lti.System`.
 
     Diagonalising Abar would make the scan of states cheaper, but the eigenvectors of HiPPO matrices are exponentially
     ill-conditioned in N.
     """
 
-    def run(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None, C: Tensor) -> tuple[Tensor, Tensor]:
-        """``2 Re(C h)`` ``(B, T, D)`` and the final states ``(rows, D, N)``; a long row goes span by span."""
+    system: DiscreteDPLR
+    C: Tensor  # (D, N), complex, twice the output vector, as one of each conjugate pair of states is given
+
+    def step(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``u`` ``(B, D)``, ``h`` ``(B, D, N)``."""
+        h = self.system.step(u, h)
+        return (self.C * h).sum(-1).real, h
+
+    def run(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``u`` ``(B, T, D)``, ``h`` ``(rows, D, N)``; a long row goes span by span."""
         u, states, outputs = u.to(h.real.dtype), as_real(h).transpose(0, 1), []
         with exactly(u.device.type):
-            tables = self._tables(C, chunk_size(u, cu_seqlens, CHUNK))
+            chunked = _Chunked(self, chunk_size(u, cu_seqlens, CHUNK))
             for part in u.split(SPAN, 1) if cu_seqlens is None else [u]:
-                y, states = self._span(part, states, cu_seqlens, tables)
+                y, states = chunked.span(part, states, cu_seqlens)
                 outputs.append(y)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), as_complex(states).transpose(0, 1)
 
-    def _tables(self, C: Tensor, size: int) -> _Tables:
-        column, row = as_real(self.B)[:, None], as_real(2 * C.conj())[:, None]
-        after = self.orbit(self.moved(row, 0, adjoint=True), size, adjoint=True)
-        kernel = torch.cat([row, after[:, :-1]], 1) @ column.mT
-        return _Tables(toeplitz(kernel[..., 0]), after.mT, self.orbit(column, size).flip(1))
+    def kernel(self, length: int) -> Tensor:
+        """``Re(C Abar^l Bbar)`` for ``l < length``, ``(D, length)``."""
+        return self.system.kernel(self.C / 2, length)
 
-    def _span(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None, tables: _Tables) -> tuple[Tensor, Tensor]:
-        """:meth:`run` with states ``(D, rows, S)``."""
+    def dense(self, D: Tensor) -> list[StateSpace]:
+        """One system per channel."""
+        change = self.system.powers().change(0).mT
+        A = torch.eye(change.shape[-1], dtype=change.dtype) + change
+        matrices = A, as_real(self.system.B), as_real(self.C.conj()), D
+        return [StateSpace(*channel, dt=1.0) for channel in zip(*matrices, strict=True)]
+
+
+class _Chunked:
+    """The parallel form on chunks of K steps."""
+
+    def __init__(self, system: DPLRSystem, size: int):
+        self.powers = powers = system.system.powers()
+        column, row = as_real(system.system.B)[:, None], as_real(system.C.conj())[:, None]
+        after = powers.orbit(powers.moved(row, 0, adjoint=True), size, adjoint=True)
+        kernel = torch.cat([row, after[:, :-1]], 1) @ column.mT
+        self.tables = _Tables(toeplitz(kernel[..., 0]), after.mT, powers.orbit(column, size).flip(1))
+
+    def span(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs and final states ``(D, rows, S)``."""
+        tables = self.tables
         size = tables.within.shape[-1]
         chunks, level = Chunks(u, cu_seqlens, size), size.bit_length() - 1
         left, right = chunks.both(u)
@@ -60,9 +86,9 @@ class LowRank(DPLR):
         """``Abar^count h``, the count at most ``2^level``, one number or one per row."""
         for bit in range(level + 1):
             if isinstance(count, Tensor):
-                h = torch.where((count >> bit & 1)[:, None] > 0, self.moved(h, bit), h)
+                h = torch.where((count >> bit & 1)[:, None] > 0, self.powers.moved(h, bit), h)
             elif count >> bit & 1:
-                h = self.moved(h, bit)
+                h = self.powers.moved(h, bit)
         return h
 
     def _prefix(self, chunks: Chunks, v: Tensor, level: int) -> Tensor:
@@ -85,7 +111,7 @@ class LowRank(DPLR):
         length = v.shape[2]
 
         def carried(h: Tensor, to: slice) -> Tensor:
-            h = self.moved(h.flatten(1, 2), level).view_as(h)
+            h = self.powers.moved(h.flatten(1, 2), level).view_as(h)
             return h if since is None else torch.where((since[to] > 0)[:, None], h, 0)
 
         if length <= _IN_TURN:

@@ -3,14 +3,15 @@
 import math
 
 import torch
-from torch import Tensor
 
 from dualform.core.discretize import zoh
 from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
-from dualform.layers.diagonal import DiagonalMixer, Poles
-from dualform.layers.structured import check_choice, check_pairs
+from dualform.layers.diagonal import DiagonalSystem
+from dualform.layers.lti import ContinuousLTI
+from dualform.layers.poles import check_choice, check_pairs
+from dualform.layers.structured import Structured
 
 KERNELS = ("softmax", "exp")
 _EPSILON = 1e-7  # of the paper's bounded reciprocal
@@ -43,7 +44,7 @@ class DSSConfig:
         return DSS(self, d_model)
 
 
-class DSS(DiagonalMixer):
+class DSS(Structured, ContinuousLTI):
     """``s`` is the causal convolution of x with K plus ``D x``; ``y_t = GLU(W gelu(s_t) + b)``.
 
         exp:      K_l = Re sum_n C_n (exp(dt A_n) - 1) / A_n  exp(l dt A_n)
@@ -76,12 +77,12 @@ class DSS(DiagonalMixer):
             self.C.mul_(math.sqrt(2))  # each part from the standard normal distribution
         self.length = config.length if config.kernel == "softmax" else None
 
-    def _system(self, dt: Tensor) -> Poles:
-        A = self._poles()
+    def _systems(self, rate: float) -> list[DiagonalSystem]:
+        A, dt = self._poles(), self._dt(rate)
         if self.length is None:
             a, b = zoh(A, dt)
         else:
             a = torch.exp(dt * A)
-            x = A * torch.expm1(self.length * self._dt(1.0) * A)
+            x = A * torch.expm1(self.length * self._dt() * A)
             b = torch.expm1(dt * A) * x.conj() / (x * x.conj() + _EPSILON)
-        return Poles(dt * A, a, b / 2)  # the half of Re(z) = (z + conj(z)) / 2
+        return [DiagonalSystem(dt * A, a, b / 2, C) for C in self._C()]  # the half of Re(z) = (z + conj(z)) / 2

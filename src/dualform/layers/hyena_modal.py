@@ -1,6 +1,8 @@
 """Hyena with long filters of finite state: each a diagonal system, so that it streams in constant memory."""
 
+import copy
 import math
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,11 +14,12 @@ from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
 from dualform.core.packing import check_cu_seqlens
 from dualform.core.shapes import check_tensors, wide
-from dualform.core.tree import state_class
-from dualform.layers.diagonal import Poles
+from dualform.core.system import StateSpace
+from dualform.core.tree import clone, state_class
+from dualform.layers.diagonal import DiagonalSystem
 from dualform.layers.hyena_operator import HyenaOperator
-from dualform.layers.mixer import Hint
-from dualform.layers.structured import check_pairs
+from dualform.layers.mixer import Hint, Prepared, check_state
+from dualform.layers.poles import check_pairs
 
 
 @options
@@ -100,15 +103,15 @@ class HyenaModal(HyenaOperator):
         """The parallel form."""
         check_tensors("hyena_modal", x=(x, f"B T {self.d_model}"))
         rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens("hyena_modal", cu_seqlens, *x.shape[:2])
-        state = self._state(x, state, rows)
+        state = check_state("hyena_modal", state, self.init_state(rows))
         if x.numel() == 0:
             return x, state
         p, conv = self._short(x, state.conv, cu_seqlens)
         borders = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.int64)
-        C, last = self._C(), []
+        filters, last = self._filters(), []
 
         def convolve(n: int, u: Tensor) -> Tensor:
-            y, h = self._system(n).run(u, state.h[:, n], borders, C[n])
+            y, h = filters[n].run(u, state.h[:, n], borders)
             last.append(h)
             return y
 
@@ -116,21 +119,21 @@ class HyenaModal(HyenaOperator):
 
     def step(self, x: Float[Tensor, "B D"], state: HyenaModalState) -> tuple[Float[Tensor, "B D"], HyenaModalState]:
         """The recurrent form."""
-        check_tensors("hyena_modal", x=(x, f"B {self.d_model}"))
-        state = self._state(x, state, len(x))
-        p, conv = self._short_step(x, state.conv)
-        C, last = self._C(), []
+        return self._step(self._filters(), x, state)
 
-        def convolve(n: int, u: Tensor) -> Tensor:
-            last.append(self._system(n).step(u, state.h[:, n]))
-            return 2 * (C[n] * last[n]).sum(-1).real
-
-        return self._gate(p, convolve, x), HyenaModalState(conv, torch.stack(last, 1))
+    def prepare(self) -> Prepared:
+        """Steps that do not make the poles anew; see :class:`~dualform.layers.mixer.Prepared`."""
+        return Prepared(partial(self._step, clone(self._filters())))
 
     def kernel(self, length: int) -> Float[Tensor, "n D K"]:
         """The long filters of every channel, ``2 Re sum_m C_m a_m^t``, without the skips D."""
-        C = self._C()
-        return torch.stack([self._system(n).kernel(C[n], length) for n in range(len(C))])
+        return torch.stack([system.kernel(length) for system in self._filters()])
+
+    @torch.no_grad()
+    def systems(self) -> list[StateSpace]:
+        """The long filters, channel by channel and with their skips, on the CPU in float64, with ``dt`` 1."""
+        exact = copy.deepcopy(self).to("cpu", torch.float64)
+        return [one for filter, D in zip(exact._filters(), exact.D, strict=True) for one in filter.dense(D)]
 
     @torch.no_grad()
     def set_modes(self, poles: Complex[Tensor, "n D N"], C: Complex[Tensor, "n D N"]) -> None:
@@ -139,19 +142,23 @@ class HyenaModal(HyenaOperator):
         self.phase.copy_(poles.angle())
         self.C.copy_(torch.view_as_real(C))
 
-    def _system(self, n: int) -> Poles:
+    def _step(
+        self, filters: tuple[DiagonalSystem, ...], x: Tensor, state: HyenaModalState
+    ) -> tuple[Tensor, HyenaModalState]:
+        check_tensors("hyena_modal", x=(x, f"B {self.d_model}"))
+        state = check_state("hyena_modal", state, self.init_state(len(x)))
+        p, conv = self._short_step(x, state.conv)
+        last = []
+
+        def convolve(n: int, u: Tensor) -> Tensor:
+            y, h = filters[n].step(u, state.h[:, n])
+            last.append(h)
+            return y
+
+        return self._gate(p, convolve, x), HyenaModalState(conv, torch.stack(last, 1))
+
+    def _filters(self) -> tuple[DiagonalSystem, ...]:
         dtype = wide(self.D)
-        log_a = torch.complex(-self.log_decay[n].to(dtype).exp(), self.phase[n].to(dtype))
-        return Poles(log_a, log_a.exp(), torch.ones_like(log_a))
-
-    def _C(self) -> Tensor:
-        return torch.view_as_complex(self.C.to(wide(self.D)))
-
-    def _state(self, x: Tensor, state: HyenaModalState | None, rows: int) -> HyenaModalState:
-        start = self.init_state(rows)
-        if state is None:
-            return start
-        pairs = zip(state._fields, state, start, strict=True)
-        expected = {f"state.{name}": (leaf, " ".join(map(str, like.shape))) for name, leaf, like in pairs}
-        check_tensors("hyena_modal", x=(x, "* ..."), **expected)
-        return HyenaModalState(state.conv.to(start.conv.dtype), state.h.to(start.h.dtype))
+        log_a = torch.complex(-self.log_decay.to(dtype).exp(), self.phase.to(dtype))
+        C = 2 * torch.view_as_complex(self.C.to(dtype))
+        return tuple(map(DiagonalSystem, log_a, log_a.exp(), torch.ones_like(log_a), C))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
-from dualform.core.discretize import held
+from dualform.core.discretize import hold
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.shapes import wide
@@ -179,7 +179,7 @@ class Mamba(Mixer):
 
         def span(h: Tensor, cu_seqlens: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
             u, dt, B, C, steps, A = parts
-            a, weight = held(dt[..., None] * A, steps[..., None, None])
+            a, weight = hold(dt[..., None] * A, steps[..., None, None])
             hs, h = linear_scan(a, weight * (dt * u)[..., None] * B[:, :, None], h, cu_seqlens=cu_seqlens)
             return (hs * C[:, :, None]).sum(-1), h
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
-from dualform.core.discretize import held
+from dualform.core.discretize import hold
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.shapes import wide
@@ -189,7 +189,7 @@ class Mamba2(Mixer):
         """The input and the step ``s dt`` with which the scan's own rule, weight ``s dt x``, is that of s steps."""
         A, s = self.A(), intervals[..., None]
         dt = limit_step(dt.to(A.dtype), self.dt_bias, True, self.config.dt_limit)
-        _, weight = held(dt * A, s)
+        _, weight = hold(dt * A, s)
         return (weight / s)[..., None].to(x.dtype) * x, s * dt
 
     def _maps(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

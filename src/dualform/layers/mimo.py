@@ -1,63 +1,65 @@
-"""The recurrence that S5 and LRU share: diagonal and complex, every input reaches every state."""
+"""The discrete system of S5 and LRU: diagonal and complex, every input reaches every state."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dualform.core.discretize import held
+from dualform.core.discretize import hold
+from dualform.core.dplr import as_complex, as_real, as_rotations
+from dualform.core.system import StateSpace
+from dualform.layers.mixer import exactly
 from dualform.layers.spans import in_spans
 from dualform.ops.linear_scan import linear_scan
 
 
-class Mimo(NamedTuple):
-    """``h_t = a h_{t-1} + B u_t``, ``y_t = Re(C h_t)``; everything complex but u and y."""
+class MimoSystem(NamedTuple):
+    """``h_t = a h_{t-1} + B u_t``, ``s_t = Re(C h_t)``; u and s are real.
 
-    a: Tensor  # (N,)
-    log_a: Tensor  # (N,), which counts where steps are not all alike
-    B: Tensor  # (N, D)
-    C: Tensor  # (D, N)
+    A :class:`~dualform.layers.lti.System`; states are ``(rows, N)``. B and C are real matrices on the real and
+    imaginary parts of states side by side, ``u @ into`` and ``h @ out``.
+    """
 
-    def run(
-        self, u: Tensor, h: Tensor, *, cu_seqlens: Tensor | None = None, intervals: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The parallel form: ``u`` ``(B, T, D)`` from the states ``h`` ``(rows, N)``.
+    log_a: Tensor  # (N,), complex; it counts where intervals are given
+    a: Tensor  # (N,), complex
+    into: Tensor  # (D, 2 N)
+    out: Tensor  # (2 N, D)
 
-        With ``intervals`` ``(B, T)`` the input at t is held over so many steps. Of a long sequence the states are
-        held for one span at a time.
-        """
-        inputs, decay = ((u,), self.a) if intervals is None else ((u, intervals), self.log_a)
-        weights = decay, self._into(), self._out()
-        return in_spans(_span, h, inputs, weights, width=len(decay), cu_seqlens=cu_seqlens)
+    @classmethod
+    def of(cls, log_a: Tensor, a: Tensor, B: Tensor, C: Tensor) -> "MimoSystem":
+        """From complex ``B`` ``(N, D)`` and ``C`` ``(D, N)``."""
+        return cls(log_a, a, as_real(B.T), as_real(C.conj()).T)
 
     def step(self, u: Tensor, h: Tensor, interval: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The recurrent form: ``u`` ``(B, D)``, ``h`` ``(B, N)``, ``interval`` ``(B,)``."""
-        a, b = self.a, _complex(u @ self._into())
-        if interval is not None:
-            a, weight = held(self.log_a, interval[:, None])
-            b = weight * b
-        h = a * h + b
-        return torch.view_as_real(h).flatten(-2) @ self._out(), h
+        """``u`` ``(B, D)``, ``h`` ``(B, N)``, ``interval`` ``(B,)``."""
+        with exactly(u.device.type):
+            a, b = self.a, as_complex(u @ self.into)
+            if interval is not None:
+                a, weight = hold(self.log_a, interval[:, None])
+                b = weight * b
+            h = torch.addcmul(b, a, h)
+            return as_real(h) @ self.out, h
 
-    def _into(self) -> Tensor:
-        """``(D, 2 N)`` real, so that ``u @ into`` is ``B u`` with real and imaginary parts side by side."""
-        return torch.stack([self.B.real, self.B.imag], -1).transpose(0, 1).flatten(1)
+    def run(
+        self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None, intervals: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``u`` ``(B, T, D)``, ``h`` ``(rows, N)``, ``intervals`` ``(B, T)``; states are held one span at a time."""
+        u = u.to(self.into.dtype)
+        inputs, decay = ((u,), self.a) if intervals is None else ((u, intervals), self.log_a)
+        weights = decay, self.into, self.out
+        return in_spans(_span, h, inputs, weights, width=len(decay), cu_seqlens=cu_seqlens)
 
-    def _out(self) -> Tensor:
-        """``(2 N, D)`` real: ``Re(C h) = Re(C) Re(h) - Im(C) Im(h)``."""
-        return torch.stack([self.C.real, -self.C.imag], -1).flatten(1).T
+    def dense(self, D: Tensor) -> list[StateSpace]:
+        """One system for all channels."""
+        return [StateSpace(as_rotations(self.a), self.into.T, self.out.T, torch.diag(D), dt=1.0)]
 
 
 def _span(h: Tensor, cu_seqlens: Tensor | None, u: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     """One span; ``rest`` is the intervals where there are any, then a or its logarithm, ``into`` and ``out``."""
     *intervals, a, into, out = rest
-    b = _complex(u @ into)
+    b = as_complex(u @ into)
     if intervals:
-        a, weight = held(a, intervals[0][..., None])
+        a, weight = hold(a, intervals[0][..., None])
         b = weight * b
     hs, h = linear_scan(a.expand_as(b), b, h, cu_seqlens=cu_seqlens)
-    return torch.view_as_real(hs).flatten(-2) @ out, h
-
-
-def _complex(m: Tensor) -> Tensor:
-    return torch.view_as_complex(m.unflatten(-1, (-1, 2)))
+    return as_real(hs) @ out, h

@@ -1,8 +1,9 @@
 """The base of every token-mixing layer."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors
+from dualform.core.tree import named_leaves, tree_map
 from dualform.layers.part import Part
+
+S = TypeVar("S", bound=Any)  # a tree of tensors
 
 
 class Hint(NamedTuple):
@@ -19,6 +23,39 @@ class Hint(NamedTuple):
 
     decay: bool = False
     max_lr: float | None = None
+
+
+class Prepared:
+    """Steps of a recurrence, with what depends on its weights alone computed in advance; made by ``prepare()``.
+
+    ``prepared.step(...)`` takes the arguments of the recurrence's own ``step`` and returns the same. What was computed
+    in advance is a snapshot: it does not notice that weights change, so prepare again afterwards. Weights that
+    are used as they are, such as those of output maps, are not copied. No gradient with respect to the weights
+    would come out, so steps are refused where gradients are recorded.
+
+    Args:
+        step: ``(x, state, ...) -> (y, state)``.
+
+    Raises:
+        ArgumentError: where gradients are recorded.
+    """
+
+    def __init__(self, step: Callable[..., tuple[Any, State]]):
+        self._step = step
+        _refuse_gradients("prepare")
+
+    def step(self, x: Tensor, state: State, *args: Any, **options: Any) -> tuple[Any, State]:
+        """One element."""
+        _refuse_gradients("step of what was prepared")
+        return self._step(x, state, *args, **options)
+
+
+def _refuse_gradients(where: str) -> None:
+    if torch.is_grad_enabled():
+        raise ArgumentError(
+            f"{where}: gradients are being recorded, and those of the weights would be lost",
+            hint="call it under torch.no_grad() or torch.inference_mode(), or use the layer's own step",
+        )
 
 
 class Mixer(Part):
@@ -60,6 +97,41 @@ class Mixer(Part):
         """One element. The default is ``forward`` at T = 1; a layer overrides it only to be faster."""
         y, state = self.forward(x[:, None], state)
         return y[:, 0], state
+
+    def prepare(self) -> Prepared:
+        """Steps that compute in advance what depends on the weights alone; see :class:`Prepared`.
+
+        The default prepares nothing: its steps are those of the layer.
+        """
+        return Prepared(self.step)
+
+
+def check_state(where: str, state: S | None, like: S) -> S:
+    """A caller's state in the dtypes of ``like``, the initial one; None is ``like`` itself.
+
+    Raises:
+        ArgumentError: for a structure, shape or device other than that of ``like``.
+    """
+    if state is None:
+        return like
+    expected = dict(named_leaves(like, "state"))
+    found = dict(named_leaves(state, "state")) if isinstance(state, (Tensor, tuple)) else {}
+    if found.keys() != expected.keys():
+        raise ArgumentError(
+            f"{where}: state is {type(state).__name__} of {', '.join(found) or 'no tensors'}, "
+            f"expected {type(like).__name__} of {', '.join(expected)}",
+            hint="a state comes from init_state, forward or step of the same layer",
+        )
+    for name, leaf in found.items():
+        want = expected[name]
+        if leaf.shape != want.shape:
+            raise ArgumentError(f"{where}: {name} has shape {tuple(leaf.shape)}, expected {tuple(want.shape)}")
+        if leaf.device != want.device:
+            raise ArgumentError(
+                f"{where}: {name} is on {leaf.device}, but the layer is on {want.device}",
+                hint=f"move it: {name}.to({str(want.device)!r})",
+            )
+    return tree_map(lambda leaf, start: leaf.to(start.dtype), state, like)
 
 
 def check_intervals(where: str, x: Tensor, intervals: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -6,13 +6,15 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dualform.core.dplr import DiscreteDPLR
 from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS, LOW_RANK, nplr
 from dualform.core.options import options
 from dualform.core.shapes import wide
-from dualform.layers.dplr import LowRank
+from dualform.layers.dplr import DPLRSystem
 from dualform.layers.mixer import Hint
-from dualform.layers.structured import Structured, check_choice, check_pairs
+from dualform.layers.poles import check_choice, check_pairs
+from dualform.layers.structured import Structured
 
 
 @options
@@ -46,7 +48,7 @@ class S4(Structured):
     """``h_t = Abar h_{t-1} + Bbar x_t``, ``s_t = 2 Re(C h_t) + D x_t``, ``y_t = GLU(W gelu(s_t) + b)``.
 
     Abar and Bbar discretise ``A = diag(Lambda) - sum_r P_r P_r^*`` and B by the bilinear rule, see
-    :class:`~dualform.core.dplr.DPLR`, where Lambda, P, B and C stand for themselves and their conjugates. As P
+    :class:`~dualform.core.dplr.DiscreteDPLR`, where Lambda, P, B and C stand for themselves and their conjugates. As P
     appears twice, A stays stable whatever training does. For the parametrisation of Lambda, for ``rate`` and for
     bidirectional layers see :class:`~dualform.layers.structured.Structured`.
 
@@ -84,10 +86,10 @@ class S4(Structured):
         self.P = nn.Parameter(torch.view_as_real(P.resolve_conj()).to(dtype).contiguous())  # (rank, D, N, 2)
         self.B = nn.Parameter(torch.view_as_real(B.resolve_conj()).to(dtype).contiguous())  # (D, N, 2)
 
-    def _system(self, dt: Tensor) -> LowRank:
-        dtype = wide(self.log_dt)
-        P, B = (torch.view_as_complex(m.to(dtype)) for m in (self.P, self.B))
-        return LowRank(self._poles(), P, B, dt[:, 0])
+    def _systems(self, rate: float) -> list[DPLRSystem]:
+        P, B = (torch.view_as_complex(m.to(wide(m))) for m in (self.P, self.B))
+        system = DiscreteDPLR.of(self._poles(), P, B, self._dt(rate)[:, 0])
+        return [DPLRSystem(system, C) for C in self._C()]
 
 
 class _Start(NamedTuple):

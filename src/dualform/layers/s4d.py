@@ -1,12 +1,12 @@
 """S4D: a diagonal, time-invariant state space model per channel."""
 
-from torch import Tensor
-
 from dualform.core.discretize import EXPONENTS, RULES
 from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
-from dualform.layers.diagonal import DiagonalMixer, Poles
-from dualform.layers.structured import check_choice, check_pairs
+from dualform.layers.diagonal import DiagonalSystem
+from dualform.layers.lti import ContinuousLTI
+from dualform.layers.poles import check_choice, check_pairs
+from dualform.layers.structured import Structured
 
 INITS = DIAGONALS  # the poles at the start
 
@@ -36,7 +36,7 @@ class S4DConfig:
         return S4D(self, d_model)
 
 
-class S4D(DiagonalMixer):
+class S4D(Structured, ContinuousLTI):
     """``h_t = Abar h_{t-1} + Bbar x_t``, ``s_t = 2 Re(C h_t) + D x_t``, ``y_t = GLU(W gelu(s_t) + b)``.
 
     Abar and Bbar discretise ``(A, 1)`` for the N poles A of each channel; the input vector is part of C. For the
@@ -59,6 +59,7 @@ class S4D(DiagonalMixer):
         super().__init__(config, d_model, INITS[config.init](config.d_state))
         self.rule = config.rule
 
-    def _system(self, dt: Tensor) -> Poles:
-        A = self._poles()
-        return Poles(EXPONENTS[self.rule](A, dt), *RULES[self.rule](A, dt))
+    def _systems(self, rate: float) -> list[DiagonalSystem]:
+        A, dt = self._poles(), self._dt(rate)
+        log_a, (a, b) = EXPONENTS[self.rule](A, dt), RULES[self.rule](A, dt)
+        return [DiagonalSystem(log_a, a, b, C) for C in self._C()]

@@ -1,21 +1,21 @@
 """S5: one diagonal state space model for all channels together, then a gated GELU."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor, nn
 
 from dualform.core.discretize import EXPONENTS, RULES
-from dualform.core.errors import ArgumentError, ConfigError
+from dualform.core.errors import ConfigError
 from dualform.core.nplr import nplr
 from dualform.core.options import options
-from dualform.core.packing import check_cu_seqlens
-from dualform.core.shapes import check_tensors, wide
-from dualform.layers.mimo import Mimo
-from dualform.layers.mixer import Hint, Mixer, check_intervals, exactly
+from dualform.core.shapes import wide
+from dualform.layers.lti import ContinuousLTI
+from dualform.layers.mimo import MimoSystem
+from dualform.layers.mixer import Hint
+from dualform.layers.poles import Poles, check_choice
 
 
 @options
@@ -23,7 +23,7 @@ class S5Config:
     """Sizes and initialisation of an :class:`S5`.
 
     Args:
-        d_state: eigenvalues of the state matrix.
+        d_state: eigenvalues of the state matrix, of the whole layer.
         blocks: J, blocks on its diagonal at the start, each the normal part of a HiPPO-LegS matrix of
             ``d_state / blocks`` eigenvalues, an even number.
         rule: discretisation, ``zoh`` or ``bilinear``.
@@ -47,13 +47,13 @@ class S5Config:
         return S5(self, d_model)
 
 
-class S5(Mixer):
+class S5(Poles, ContinuousLTI):
     """``h_t = Abar h_{t-1} + Bbar x_t``, ``s_t = 2 Re(C h_t) + D x_t``, ``y_t = gelu(s_t) sigmoid(W gelu(s_t) + b)``.
 
-    The state matrix is diagonal with N poles ``A = -exp(log_A_re) + i A_im`` and steps ``dt = exp(log_dt)``, B is
-    ``(N, D)`` and C ``(D, N)``; ``Abar, Bbar`` discretise them. N is half of ``d_state`` with conjugate pairs, and
-    all of it without; there is no factor 2 then. The state is h, ``(B, N)``, complex64 or, with float64 weights,
-    complex128; everything before the output map is computed in that precision.
+    The state matrix is diagonal with N poles and N steps, see :class:`~dualform.layers.poles.Poles`; B is ``(N, D)``
+    and C ``(D, N)``; ``Abar, Bbar`` discretise them. N is half of ``d_state`` with conjugate pairs, and all of it
+    without; there is no factor 2 then. For the state ``(B, N)``, ``intervals`` and ``rate`` see
+    :class:`~dualform.layers.lti.LTI` and :class:`~dualform.layers.lti.ContinuousLTI`.
 
     A bidirectional layer adds ``2 Re(C' h'_t)`` with ``h'_t = Abar h'_{t+1} + Bbar x_t``.
 
@@ -70,111 +70,37 @@ class S5(Mixer):
         pairs, steps), appendix G.1 (gate).
     """
 
-    continuous: ClassVar[bool] = True
     residual: ClassVar[tuple[str, ...]] = ("C", "D")  # its gate is no map into the stream
-    hints: ClassVar[dict[str, Hint]] = {
-        "log_dt": Hint(decay=False, max_lr=1e-3),
-        "log_A_re": Hint(decay=False, max_lr=1e-3),
-        "A_im": Hint(decay=False, max_lr=1e-3),
-        "B": Hint(decay=False, max_lr=1e-3),
-        "D": Hint(decay=False),
-    }
+    hints: ClassVar[dict[str, Hint]] = {**Poles.hints, "B": Hint(decay=False, max_lr=1e-3)}
+    _next_first: ClassVar[bool] = False
 
     def __init__(self, config: S5Config, d_model: int):
-        super().__init__()
-        c, self.config, self.d_model, dtype = config, config, d_model, torch.get_default_dtype()
+        c = config
         if c.blocks < 1 or c.d_state < 2 or c.d_state % (2 * c.blocks):
             raise ConfigError(
                 f"s5: d_state {c.d_state} does not split into {c.blocks} blocks of an even number of eigenvalues",
                 hint="make d_state a multiple of 2 * blocks",
             )
-        if c.rule not in EXPONENTS:
-            raise ConfigError(f"s5: rule {c.rule!r} is unknown", hint=f"one of {', '.join(EXPONENTS)}")
-        if not 0 < c.dt_min <= c.dt_max:
-            raise ConfigError(f"s5: dt_min {c.dt_min} and dt_max {c.dt_max}, expected 0 < dt_min <= dt_max")
-        self.causal = not c.bidirectional
+        check_choice("s5", "rule", c.rule, tuple(EXPONENTS))
         A, B, C = _hippo(c, d_model)
-        self.log_dt = nn.Parameter(math.log(c.dt_min) + torch.rand(len(A)) * math.log(c.dt_max / c.dt_min))
-        self.log_A_re = nn.Parameter((-A.real).log().to(dtype))
-        self.A_im = nn.Parameter(A.imag.to(dtype))
+        super().__init__(d_model, A.shape, c.bidirectional)
+        self.config, dtype = c, torch.get_default_dtype()
+        self._set_poles(A, len(A), c)
         self.B = nn.Parameter(torch.view_as_real(B).to(dtype))  # (N, D, 2), (real, imaginary)
         self.C = nn.Parameter(torch.view_as_real(C).to(dtype))  # (D, N, 2); bidirectional (D, 2 N, 2), forward first
         self.D = nn.Parameter(torch.randn(d_model))
         self.gate = nn.Linear(d_model, d_model)
 
-    def init_state(self, batch: int, *, max_len: int = 0) -> Complex[Tensor, "B N"]:
-        """Zeros."""
-        self._check_causal()
-        return self._zeros(batch)
+    def _systems(self, rate: float) -> list[MimoSystem]:
+        A, dt = self._poles(), self._dt(rate)
+        log_a, (a, factor) = EXPONENTS[self.config.rule](A, dt), RULES[self.config.rule](A, dt)
+        B, C = (torch.view_as_complex(m.to(wide(m))) for m in (self.B, self.C))
+        C = 2 * C if self.config.conj_pairs else C
+        return [MimoSystem.of(log_a, a, factor[:, None] * B, part) for part in C.split(len(A), 1)]
 
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: Complex[Tensor, "rows N"] | None = None,
-        *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
-        intervals: Real[Tensor, "B T"] | None = None,
-    ) -> tuple[Float[Tensor, "B T D"], Any]:
-        """The parallel form. Of a long sequence the states are held for one span at a time."""
-        check_tensors("s5", x=(x, f"B T {self.d_model}"))
-        rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens("s5", cu_seqlens, *x.shape[:2])
-        intervals = check_intervals("s5", x, intervals, wide(self.log_dt))
-        h = self._state(x, state, rows)
-        if x.numel() == 0:
-            return x, h if self.causal else ()
-        with exactly(x.device.type):
-            u, (forward, *backward) = x.to(wide(self.log_dt)), self._systems()
-            y, last = forward.run(u, h, cu_seqlens=cu_seqlens, intervals=intervals)
-            for system in backward:
-                turned = None if cu_seqlens is None else x.shape[1] - cu_seqlens.flip(0)
-                steps = None if intervals is None else intervals.flip(1)
-                y = y + system.run(u.flip(1), h, cu_seqlens=turned, intervals=steps)[0].flip(1)
-        return self._out(y, u, x), last if self.causal else ()
-
-    def step(
-        self, x: Float[Tensor, "B D"], state: Complex[Tensor, "B N"], interval: Real[Tensor, " B"] | None = None
-    ) -> tuple[Float[Tensor, "B D"], Complex[Tensor, "B N"]]:
-        """The recurrent form."""
-        self._check_causal()
-        check_tensors("s5", x=(x, f"B {self.d_model}"))
-        interval = check_intervals("s5", x, interval, wide(self.log_dt))
-        h, u = self._state(x, state, len(x)), x.to(wide(self.log_dt))
-        with exactly(x.device.type):
-            y, h = self._systems()[0].step(u, h, interval)
-        return self._out(y, u, x), h
-
-    def _systems(self) -> list[Mimo]:
-        """The recurrence, or the two of a bidirectional layer."""
-        c, dtype = self.config, wide(self.log_dt)
-        A = torch.complex(-self.log_A_re.to(dtype).exp(), self.A_im.to(dtype))
-        dt = self.log_dt.to(dtype).exp()
-        Abar, factor = RULES[c.rule](A, dt)
-        B = factor[:, None] * torch.view_as_complex(self.B.to(dtype))
-        C = torch.view_as_complex(self.C.to(dtype)) * (2 if c.conj_pairs else 1)
-        return [Mimo(Abar, EXPONENTS[c.rule](A, dt), B, part) for part in C.split(len(A), 1)]
-
-    def _out(self, y: Tensor, u: Tensor, x: Tensor) -> Tensor:
-        g = F.gelu(y.addcmul_(u, self.D.to(u.dtype))).to(x.dtype)
+    def _out(self, s: Tensor, x: Tensor) -> Tensor:
+        g = F.gelu(s).to(x.dtype)
         return g * torch.sigmoid(self.gate(g))
-
-    def _zeros(self, rows: int) -> Tensor:
-        dtype = torch.promote_types(wide(self.log_dt), torch.complex64)
-        return torch.zeros(rows, len(self.A_im), dtype=dtype, device=self.A_im.device)
-
-    def _state(self, x: Tensor, state: Tensor | None, rows: int) -> Tensor:
-        start = self._zeros(rows)
-        if state is None:
-            return start
-        self._check_causal()
-        check_tensors("s5", x=(x, "* ..."), state=(state, f"{rows} {len(self.A_im)}"))
-        return state.to(start.dtype)
-
-    def _check_causal(self) -> None:
-        if not self.causal:
-            raise ArgumentError(
-                "s5: a bidirectional layer has no state and no step: its outputs depend on inputs still to come",
-                hint="call forward on whole sequences, without a state",
-            )
 
 
 def _hippo(c: S5Config, d_model: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dualform.core.dplr import DPLR, as_complex, as_real
+from dualform.core.dplr import DiscreteDPLR, as_complex, as_real
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_floating, check_tensors, wide
 from dualform.ops.op import Backend, Op
@@ -73,12 +73,12 @@ def cauchy_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length
 
 def _truncated(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
     """``C (I - Abar^length)``, by squaring."""
-    system = DPLR(A, P, B, dt)
-    row = as_real(C.conj().resolve_conj())[:, None]
+    powers = DiscreteDPLR.of(A, P, B, dt).powers()
+    row = as_real(C.conj())[:, None]
     power = row
     for bit in range(length.bit_length()):
         if length >> bit & 1:
-            power = system.moved(power, bit, adjoint=True)
+            power = powers.moved(power, bit, adjoint=True)
     return as_complex((row - power)[:, 0]).conj()
 
 
