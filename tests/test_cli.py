@@ -1,22 +1,26 @@
 """The command line: what reaches standard output, what reaches a person, and with which exit code."""
 
+import inspect
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dualform.check.run import TOLERANCE
+from dualform.check.run import TOLERANCE, run_checks
 from dualform.cli import main as cli
+from dualform.cli.check import check as check_command
+from dualform.cli.generate import generate as generate_command
 from dualform.cli.text import Until, printable
 from dualform.generation.engine import generate
-from dualform.generation.sampling import Sampling
+from dualform.generation.options import Sampling
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
@@ -108,6 +112,15 @@ def test_version_and_unknown_options(dualform):
     assert code == 2 and out == "" and "--colour" in err
 
 
+def test_a_default_is_the_same_here_and_in_python():
+    defaults = {name: p.default for name, p in inspect.signature(generate_command).parameters.items()}
+    assert {f.name: defaults[f.name] for f in fields(Sampling)} == asdict(Sampling())
+    here, there = (inspect.signature(f).parameters for f in (check_command, run_checks))
+    assert [here[name].default for name in ("device", "dtype", "length")] == [
+        there[name].default for name in ("device", "dtype", "length")
+    ]
+
+
 def test_generate_writes_the_text_alone(dualform, folder, model):
     code, out, err = dualform("generate", folder, "import os", "-n", "40", "-t", "0.9", "--seed", "3")
     tokens = generate(model, b"import os", 40, sampling=Sampling(0.9), seed=3)
@@ -123,7 +136,7 @@ def test_generate_reads_standard_input(dualform, folder, argument):
 def test_every_sampling_option_reaches_the_engine(dualform, folder, model):
     options = ["--top-k", "50", "--top-p", "0.9", "--min-p", "0.01", "--repetition-penalty", "1.3"]
     out = dualform("generate", folder, "x", "-n", "30", *options)[1]
-    sampling = Sampling(0.8, 50, 0.9, 0.01, 1.3)
+    sampling = Sampling(1.0, 50, 0.9, 0.01, 1.3)
     assert out == ByteTokenizer().decode(list(generate(model, b"x", 30, sampling=sampling)))
 
 

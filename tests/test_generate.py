@@ -10,7 +10,8 @@ from dualform.core.errors import ArgumentError
 from dualform.core.tree import leaves, nbytes
 from dualform.generation import engine
 from dualform.generation.engine import generate
-from dualform.generation.sampling import Sampling, sample, uniform
+from dualform.generation.options import Sampling
+from dualform.generation.sampling import sample, uniform
 from dualform.generation.session import WINDOW
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.mamba2 import Mamba2Config

@@ -35,7 +35,7 @@ def test_the_built_in_recipe_names_every_key():
     assert "# steps = " in (RECIPES / "stdlib.toml").read_text()
     recipe = Recipe.load("stdlib")
     assert recipe.data == Data() and recipe.optim == Optim()
-    assert recipe == Recipe(minutes=2, out=recipe.out)
+    assert recipe == Recipe(minutes=2)
 
 
 @pytest.mark.parametrize("table", [Recipe, Data, Optim])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dualform.core.errors import ArgumentError
+from dualform.generation.options import Sampling
 from dualform.generation.sampling import (
     _GOLDEN,
-    Sampling,
     _mix,
     keep_min_p,
     keep_top_k,

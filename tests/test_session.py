@@ -9,7 +9,7 @@ import torch
 from dualform.core.errors import CheckpointError
 from dualform.core.tree import concat, leaves, named_leaves, take
 from dualform.generation.engine import generate
-from dualform.generation.sampling import Sampling
+from dualform.generation.options import Sampling
 from dualform.generation.session import WINDOW, Session
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.mamba2 import Mamba2Config

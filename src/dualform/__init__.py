@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dualform.gaussian.kalman import KalmanFilter
     from dualform.gaussian.model import LinearGaussian
     from dualform.generation.engine import generate
-    from dualform.generation.sampling import Sampling
+    from dualform.generation.options import Sampling
     from dualform.models.config import ModelConfig
     from dualform.models.heads import SequenceClassifier, SequenceRegressor
     from dualform.models.lm import LanguageModel
@@ -51,7 +51,7 @@ _HOME = {
     "LinearGaussian": "gaussian.model",
     "Memory": "core.memory",
     "ModelConfig": "models.config",
-    "Sampling": "generation.sampling",
+    "Sampling": "generation.options",
     "SequenceClassifier": "models.heads",
     "SequenceRegressor": "models.heads",
     "StateSpace": "core.system",

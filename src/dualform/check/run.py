@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dualform.check import long
 from dualform.check.cases import CASES, Case
+from dualform.check.defaults import DEVICE, DTYPE, LENGTH
 from dualform.check.op_cases import OpCase, op_cases
 from dualform.core.deviation import Worst, deviation
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.laws import LAWS, Law, Trial, functional
 from dualform.ops.op import OPS, backend
 
-DEFAULT_LENGTH = 65  # one more than a chunk of 64
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative. In 16 bits outputs are rounded to 2^-11 and 2^-8; the states that accumulate are float32 all the same."""
 GRADIENT_TOLERANCE = {**TOLERANCE, torch.float16: 5e-2, torch.bfloat16: 3e-1}
@@ -83,9 +83,9 @@ class Check:
 def run_checks(
     names: Iterable[str] | None = None,
     *,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    length: int = DEFAULT_LENGTH,
+    device: str | torch.device = DEVICE,
+    dtype: str | torch.dtype = DTYPE,
+    length: int = LENGTH,
     on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Prove the contract: every law for every mixer, filter and model; every backend against its float64 reference.
@@ -125,9 +125,9 @@ def holds(results: Iterable[Result]) -> bool:
 def plan(
     names: Iterable[str] | None = None,
     *,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    length: int = DEFAULT_LENGTH,
+    device: str | torch.device = DEVICE,
+    dtype: str | torch.dtype = DTYPE,
+    length: int = LENGTH,
 ) -> list[Check]:
     """What :func:`run_checks` would run, in order; arguments and errors are the same."""
     device, dtype = _device(device), _dtype(dtype)

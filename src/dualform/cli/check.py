@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualform.check.defaults import DEVICE, DTYPE, LENGTH
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -31,9 +33,9 @@ def check(
         list[str] | None,
         typer.Argument(metavar="[MIXER]...", help="Mixers, operators, kalman or lm; all of them by default."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = "float32",
-    length: Annotated[int | None, typer.Option(help="Length of the sequences; 65 by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = DEVICE,
+    dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = DTYPE,
+    length: Annotated[int, typer.Option(help="Length of the sequences.")] = LENGTH,
 ) -> None:
     """Check that all forms of every layer are one function, here: on this device, dtype and length.
 
@@ -42,9 +44,8 @@ def check(
     """
     from rich.console import Console
 
-    from dualform.check.run import DEFAULT_LENGTH, holds, plan
+    from dualform.check.run import holds, plan
 
-    length = DEFAULT_LENGTH if length is None else length
     checks = plan(names or None, device=device, dtype=dtype, length=length)
     console = Console(highlight=False, soft_wrap=True)
     results: list[Result] = []

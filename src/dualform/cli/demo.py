@@ -28,7 +28,9 @@ _WRITTEN, _SHORT, _LONG, _RESUMED = 400, 100, 20_000, 120  # tokens
 
 
 def demo(
-    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 2.0,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes of training, if not those of the built-in recipe.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The run's folder; one that a demo made before is replaced.")] = Path(
         "runs/demo"
     ),
@@ -41,12 +43,13 @@ def demo(
     from dualform.train.recipe import Recipe
 
     console = Console(highlight=False, soft_wrap=True)
-    recipe = Recipe.load("stdlib", [f"minutes={minutes}", f"seed={seed}", f"out={json.dumps(str(out))}"])
+    overrides = [f"seed={seed}", f"out={json.dumps(str(out))}"]
+    recipe = Recipe.load(overrides=overrides if minutes is None else [*overrides, f"minutes={minutes}"])
     _claim(out)
     _heading(console, "train")
     console.print(
         "A hybrid of Mamba-2 and windowed attention learns the Python standard library, byte by byte,\n"
-        f"for {minutes:g} minutes. Nothing is downloaded; Ctrl-C stops it.\n"
+        f"for {recipe.minutes:g} minutes. Nothing is downloaded; Ctrl-C stops it.\n"
     )
     train(recipe, console=console)
     _show(console, out, seed)
@@ -94,7 +97,7 @@ def _show(console: "Console", out: Path, seed: int) -> None:
 def _write(console: "Console", model: "LanguageModel", tokenizer: "Tokenizer", seed: int) -> "Session":
     """Stream a completion; the session it leaves."""
     from dualform.generation.engine import generate
-    from dualform.generation.sampling import Sampling
+    from dualform.generation.options import Sampling
 
     sampling = Sampling(temperature=0.7, top_p=0.95)
     generation = generate(model, tokenizer.encode(PROMPT), _WRITTEN, sampling=sampling, seed=seed)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dualform.cli.text import Until, printable, read_prompt
+from dualform.generation.options import Sampling
 
 if TYPE_CHECKING:
     from dualform.generation.engine import Generation
     from dualform.models.tokenizer import TextStream
 
+_DEFAULT = Sampling()
 EPILOG = """[bold]Examples[/bold]
   dualform generate runs/demo "import "                stream to the terminal
   head notes.py | dualform generate runs/demo > more   new text alone in a pipe
@@ -36,11 +38,17 @@ def generate(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=0, help="The most tokens to generate.")] = 256,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="Below 1 is safer, above is wilder; 0 takes the likeliest.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that sum to this; 1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the best; 0 is off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes recent tokens less likely.")] = 1.0,
+    ] = _DEFAULT.temperature,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0 is off.")] = _DEFAULT.top_k,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that sum to this; 1 is off.")
+    ] = _DEFAULT.top_p,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens less likely than this share of the best; 0 is off.")
+    ] = _DEFAULT.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes recent tokens less likely.")
+    ] = _DEFAULT.repetition_penalty,
     seed: Annotated[
         int | None, typer.Option(help="Of the random draws; default 0, or the stream of the state.", show_default=False)
     ] = None,
@@ -53,7 +61,6 @@ def generate(
 
     from dualform.cli.folders import load_model
     from dualform.generation.engine import generate as engine
-    from dualform.generation.sampling import Sampling
     from dualform.generation.session import WINDOW, Session
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)

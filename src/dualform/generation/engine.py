@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.core.tree import clone
-from dualform.generation.sampling import Sampling, sample, uniform
+from dualform.generation.options import Sampling
+from dualform.generation.sampling import sample, uniform
 from dualform.generation.session import WINDOW, Session
 from dualform.models.lm import LanguageModel
 

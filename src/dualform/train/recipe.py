@@ -123,7 +123,7 @@ class Recipe:
     """
 
     model: str | dict[str, Any] = "byte-hybrid"
-    out: str = "runs/dualform"
+    out: str = "runs/stdlib"
     steps: int | None = None
     minutes: float | None = None
     seed: int = 0
