@@ -1,13 +1,20 @@
 """The family of linear time-invariant layers: prepared steps, linear systems, empty batches, the weights of now."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.core.tree import clone, leaves
+from dualform.layers.mamba import MambaConfig
 from dualform.layers.mixer import Mixer
 from dualform.layers.registry import MIXERS
+from dualform.layers.s4d import S4DConfig
+from dualform.models.config import ModelConfig
+from dualform.models.heads import SequenceClassifier
+from dualform.models.lm import LanguageModel
 from vectors import close
 
 FAMILY = ("s4", "s4d", "dss", "s5", "lru", "h3", "hyena_modal")
@@ -93,6 +100,23 @@ def test_a_mixer_with_nothing_to_prepare_steps_with_its_weights() -> None:
     layer, x = MIXERS["lstm"]().build(4).double(), samples(2)
     got, want = layer.prepare().step(x, layer.init_state(2)), layer.step(x, layer.init_state(2))
     close(got[0], want[0], 1e-12)
+
+
+@torch.no_grad()
+def test_models_prepare_their_blocks() -> None:
+    """A language model and a classifier, with a block that is used twice."""
+    config = ModelConfig(
+        vocab_size=7, d_model=4, parts={"S": (S4DConfig(),), "M": (MambaConfig(),)}, pattern="SMS", shared="S"
+    )
+    models: list[tuple[Any, Tensor]] = [
+        (LanguageModel(config), torch.tensor([3, 5])),
+        (SequenceClassifier(config, classes=3), torch.tensor([3, 5])),
+    ]
+    for model, x in models:
+        got, want = model.prepare().step(x, model.init_state(2)), model.step(x, model.init_state(2))
+        close(got[0], want[0], 1e-6)
+        for a, b in zip(leaves(got[1]), leaves(want[1]), strict=True):
+            close(a, b, 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["s4", "s4d", "dss", "s5"])

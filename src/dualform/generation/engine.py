@@ -12,6 +12,7 @@ from dualform.core.tree import clone
 from dualform.generation.options import Sampling
 from dualform.generation.sampling import sample, uniform
 from dualform.generation.session import WINDOW, Session
+from dualform.layers.mixer import Prepared
 from dualform.models.lm import LanguageModel
 
 # Features of the residual stream per prefill chunk: bounds the memory of a prompt of any length. Small on a CPU, where
@@ -44,7 +45,8 @@ def generate(
     model's state itself holds.
 
     Args:
-        model: evaluated without gradients, on its own device; its training flag is left as it was.
+        model: evaluated without gradients, on its own device; its training flag is left as it was. Its weights should
+            not change before the last token: what follows from them alone is computed once, at the first step.
         prompt_tokens: token ids of one sequence, a list, bytes or a tensor ``(T,)``; may be empty with a state.
         max_new_tokens: the most tokens to yield; 0 only reads the prompt, when ``state`` is asked for.
         sampling: how a token is drawn; the default is ``Sampling()``, the model's own distribution.
@@ -99,6 +101,7 @@ class Generation(Iterator[int]):
         self._chunk = max(_LEAST_CHUNK, features // model.config.d_model)
         self._remaining = max_new_tokens
         self._prompt, self._pending = prompt, None
+        self._prepared: Prepared | None = None
         session = session.to(self._device)
         self._state, self._logits = session.state, session.logits
         self._history = deque((token for token in session.history[0].tolist() if token >= 0), maxlen=WINDOW)
@@ -142,7 +145,8 @@ class Generation(Iterator[int]):
                     self._logits = self.model.logits(features[:, -1:])[:, 0].float()
             if self._pending is not None:
                 token = torch.tensor([self._pending], device=self._device)
-                logits, self._state = self.model.step(token, self._state)
+                self._prepared = self._prepared or self.model.prepare()
+                logits, self._state = self._prepared.step(token, self._state)
                 self._logits, self._pending = logits.float(), None
 
     def _draw(self) -> int:

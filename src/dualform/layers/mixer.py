@@ -16,6 +16,7 @@ from dualform.core.tree import named_leaves, tree_map
 from dualform.layers.part import Part
 
 S = TypeVar("S", bound=Any)  # a tree of tensors
+Step = Callable[..., tuple[Any, State]]  # (x, state, ...) -> (y, state)
 
 
 class Hint(NamedTuple):
@@ -33,14 +34,11 @@ class Prepared:
     are used as they are, such as those of output maps, are not copied. No gradient with respect to the weights
     would come out, so steps are refused where gradients are recorded.
 
-    Args:
-        step: ``(x, state, ...) -> (y, state)``.
-
     Raises:
         ArgumentError: where gradients are recorded.
     """
 
-    def __init__(self, step: Callable[..., tuple[Any, State]]):
+    def __init__(self, step: Step):
         self._step = step
         _refuse_gradients("prepare")
 

@@ -1,5 +1,7 @@
 """What every model shares: an entrance for tokens or features, blocks from a pattern, a final norm."""
 
+from abc import abstractmethod
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,7 +14,7 @@ from dualform.core.packing import check_cu_seqlens
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_floating, check_tensors, wide
 from dualform.core.tree import leaves
-from dualform.layers.mixer import Mixer
+from dualform.layers.mixer import Mixer, Prepared, Step
 from dualform.models.block import Block
 from dualform.models.config import ModelConfig
 from dualform.ops.op import backend, forced
@@ -100,11 +102,23 @@ class Backbone(nn.Module):
         """Number of parameters; tied and shared ones count once."""
         return sum(p.numel() for p in self.parameters())
 
-    def _step_features(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def prepare(self) -> Prepared:
+        """Steps with prepared blocks; see :class:`~dualform.layers.mixer.Prepared`."""
+        steps = {block: block.prepare().step for block in self._stack()}  # a shared block once
+        return Prepared(partial(self._step, [steps[block] for block in self._stack()]))
+
+    @abstractmethod
+    def _step(self, steps: list[Step], x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One element, given the steps of the blocks in order."""
+
+    def _block_steps(self) -> list[Step]:
+        return [block.step for block in self._stack()]
+
+    def _step_features(self, steps: list[Step], x: Tensor, state: State) -> tuple[Tensor, State]:
         self._check_inputs(x, "B")
         h, new = self._embed(x), []
-        for block, old in zip(self._stack(), self._states(state, len(x)), strict=True):
-            h, left = block.step(h, old)
+        for step, old in zip(steps, self._states(state, len(x)), strict=True):
+            h, left = step(h, old)
             new.append(left)
         return self._final(h), tuple(new)
 

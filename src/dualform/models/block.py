@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
-from dualform.layers.mixer import Mixer, PartConfig
+from dualform.layers.mixer import Mixer, PartConfig, Prepared, Step
 
 
 class Block(nn.Module):
@@ -55,11 +56,20 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One element ``(B, D)``."""
+        return self._step([part.step for _, part, mixes in self._sublayers() if mixes], x, state)
+
+    def prepare(self) -> Prepared:
+        """Steps with prepared mixers; see :class:`~dualform.layers.mixer.Prepared`."""
+        steps = [part.prepare().step for _, part, mixes in self._sublayers() if mixes]
+        return Prepared(partial(self._step, steps))
+
+    def _step(self, steps: list[Step], x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One element, given the steps of the mixers in order."""
         old, new = self._states(state), []
         for norm, part, mixes in self._sublayers():
             y = norm(x.to(norm.weight.dtype))
             if mixes:
-                y, left = part.step(y, old[len(new)])
+                y, left = steps[len(new)](y, old[len(new)])
                 new.append(left)
             else:
                 y = part(y[:, None])[:, 0]

@@ -13,6 +13,7 @@ from dualform.core.packing import check_cu_seqlens, pack, sequence_ids
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
+from dualform.layers.mixer import Step
 from dualform.models.backbone import Backbone
 from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
@@ -108,10 +109,13 @@ class PooledModel(Backbone):
 
     def step(self, x: Tensor, state: PooledState) -> tuple[Float[Tensor, "B outputs"], PooledState]:
         """The outputs after one more element: tokens ``(B,)`` or features ``(B, inputs)``."""
+        return self._step(self._block_steps(), x, state)
+
+    def _step(self, steps: list[Step], x: Tensor, state: PooledState) -> tuple[Tensor, PooledState]:
         self._check_inputs(x, "B")
         old = self._split(state, len(x))
         assert old is not None
-        h, blocks = self._step_features(x, old.blocks)
+        h, blocks = self._step_features(steps, x, old.blocks)
         pooled, seen = self._pool(h[:, None].to(old.pooled.dtype), old.pooled), old.seen + 1
         return self._read(pooled, seen), PooledState(blocks, pooled, seen)
 

@@ -11,6 +11,7 @@ from dualform.core.errors import ConfigError
 from dualform.core.packing import pack, sequence_ids, unpack
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors
+from dualform.layers.mixer import Step
 from dualform.models.backbone import Backbone
 from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
@@ -68,7 +69,10 @@ class LanguageModel(Backbone):
 
     def step(self, tokens: Int[Tensor, " B"], state: State) -> tuple[Float[Tensor, "B V"], State]:
         """One token per row."""
-        h, state = self._step_features(tokens, state)
+        return self._step(self._block_steps(), tokens, state)
+
+    def _step(self, steps: list[Step], x: Int[Tensor, " B"], state: State) -> tuple[Float[Tensor, "B V"], State]:
+        h, state = self._step_features(steps, x, state)
         return self.logits(h), state
 
     def loss(
