@@ -1,7 +1,7 @@
 """What the laws are tried on: every mixer in several odd sizes, the Kalman filter, whole hybrid language models."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from dualform.layers.s5 import S5Config
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 
+_WIDTH = 16  # d_model of a mixer without a case of its own
 Sample = Callable[[int, int, torch.Generator], Tensor]  # (batch, length, generator) -> float64 or integer inputs
 Build = Callable[[torch.device, torch.dtype], tuple[Any, Mapping[str, Tensor] | None]]
 
@@ -91,15 +92,24 @@ def mixer_case(name: str, config: PartConfig, d_model: int) -> Case:
         config: of the mixer, registered in ``MIXERS``.
         d_model: D.
     """
-    kind = next(kind for kind, known in MIXERS.items() if known is type(config))
+    kind = MIXERS.name_of(type(config)) or type(config).__name__
+    return _on_features(" ".join(filter(None, (kind, name, f"d={d_model}"))), kind, lambda: config, d_model)
 
+
+def default_cases(known: Iterable[Case]) -> list[Case]:
+    """A case for every mixer of the registry that has none among those ``known``, such as one of another package."""
+    without = [kind for kind in MIXERS if kind not in {case.kind for case in known}]
+    return [_on_features(f"{kind} d={_WIDTH}", kind, lambda kind=kind: MIXERS[kind](), _WIDTH) for kind in without]
+
+
+def _on_features(name: str, kind: str, config: Callable[[], PartConfig], d_model: int) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> tuple[Any, None]:
-        return config.build(d_model).to(device, dtype), None
+        return config().build(d_model).to(device, dtype), None
 
     def sample(batch: int, length: int, generator: torch.Generator) -> Tensor:
         return torch.randn(batch, length, d_model, generator=generator, dtype=torch.float64)
 
-    return Case(" ".join(filter(None, (kind, name, f"d={d_model}"))), kind, build, sample)
+    return Case(name, kind, build, sample)
 
 
 class Irregular(nn.Module):

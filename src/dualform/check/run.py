@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dualform.check import long
-from dualform.check.cases import CASES, Case
+from dualform.check.cases import CASES, Case, default_cases
 from dualform.check.defaults import DEVICE, DTYPE, LENGTH
 from dualform.check.op_cases import OpCase, op_cases
 from dualform.core.deviation import Worst, deviation
@@ -134,8 +134,9 @@ def plan(
     if length < 1:
         raise ArgumentError(f"check: length is {length}, expected at least 1")
     operators = op_cases(min(length, LONGEST_REFERENCE))
+    recurrences = [*CASES.values(), *default_cases(CASES.values())]
     if names is not None:
-        names = _known(names, operators)
+        names = _known(names, recurrences, operators)
 
     @lru_cache(maxsize=1)
     def trial(case: Case) -> Trial:
@@ -143,7 +144,7 @@ def plan(
 
     checks = [
         Check("laws", case.name, name, partial(_measure_law, name, law, partial(trial, case), dtype))
-        for case in CASES.values()
+        for case in recurrences
         if names is None or {case.name, case.kind} & names
         for name, law in LAWS.items()
     ]
@@ -254,13 +255,13 @@ def _backends(op: str, device: torch.device) -> list[str]:
     return [*(b.name for b in OPS[op].backends if b.runs_on(device.type)), "reference"]
 
 
-def _known(names: Iterable[str], operators: list[OpCase]) -> set[str]:
-    known = [*CASES, *(c.kind for c in CASES.values()), *(c.name for c in operators), *(c.op for c in operators)]
+def _known(names: Iterable[str], recurrences: list[Case], operators: list[OpCase]) -> set[str]:
+    kinds = dict.fromkeys([*(c.kind for c in recurrences), *(c.op for c in operators)])
+    known = [*kinds, *(c.name for c in recurrences), *(c.name for c in operators)]
     names = set(names)
     for name in sorted(names - set(known)):
         near = difflib.get_close_matches(name, known, n=1)
-        kinds = ", ".join(dict.fromkeys([*(c.kind for c in CASES.values()), *(c.op for c in operators)]))
-        hint = (f"did you mean {near[0]!r}? " if near else "") + f"known: {kinds}"
+        hint = (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(kinds)}"
         raise ArgumentError(f"check: nothing is called {name!r}", hint=hint)
     return names
 

@@ -110,11 +110,10 @@ def _state(model: "Backbone") -> str:
 def _described(part: Any) -> str:
     from dataclasses import fields
 
-    from dualform.layers.registry import FEEDFORWARDS, MIXERS
+    from dualform.layers.registry import kind_of
 
-    kinds = {config: kind for kind, config in {**MIXERS, **FEEDFORWARDS}.items()}
     options = ", ".join(f"{f.name}={value}" for f in fields(part) if (value := getattr(part, f.name)) is not None)
-    return f"[bold]{kinds.get(type(part), type(part).__name__)}[/bold] [dim]{options}[/dim]"
+    return f"[bold]{kind_of(type(part)) or type(part).__name__}[/bold] [dim]{options}[/dim]"
 
 
 def _folded(pattern: str) -> str:

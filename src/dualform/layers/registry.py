@@ -1,7 +1,12 @@
-"""The names that configs use for layers. A new layer is one line here."""
+"""The names that configs use for layers. A new layer is one line here, or an entry point of another package."""
 
+import warnings
+from collections.abc import Iterator, MutableMapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from dualform.core.errors import ConfigError
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.dss import DSSConfig
 from dualform.layers.h3 import H3Config
@@ -16,18 +21,114 @@ from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
 
-MIXERS: dict[str, type[Any]] = {
-    "attention": AttentionConfig,
-    "dss": DSSConfig,
-    "h3": H3Config,
-    "hyena": HyenaConfig,
-    "hyena_modal": HyenaModalConfig,
-    "lru": LRUConfig,
-    "lstm": LSTMConfig,
-    "mamba": MambaConfig,
-    "mamba2": Mamba2Config,
-    "s4": S4Config,
-    "s4d": S4DConfig,
-    "s5": S5Config,
-}
-FEEDFORWARDS: dict[str, type[Any]] = {"mlp": MLPConfig}
+
+class Registry(MutableMapping[str, type[Any]]):
+    """Configs by the names that files use: those given, and those that installed packages name in an entry point group.
+
+    A package is imported when one of its names is looked up, not before.
+
+    Args:
+        group: of entry points, each ``name = "module:Config"``.
+        known: configs that need no entry point.
+
+    Raises:
+        ConfigError: by a lookup, for an entry point that cannot be imported or is no config with ``build(d_model)``.
+    """
+
+    def __init__(self, group: str, known: dict[str, type[Any]]):
+        self.group, self._known = group, known
+
+    def __getitem__(self, name: str) -> type[Any]:
+        if name not in self._known:
+            self._known[name] = self._load(self._installed[name])
+        return self._known[name]
+
+    def __setitem__(self, name: str, config: type[Any]) -> None:
+        self._known[name] = config
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def __repr__(self) -> str:
+        return f"Registry({self.group!r}: {', '.join(self)})"
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known or name in self._installed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._known, **self._installed})
+
+    def __len__(self) -> int:
+        return len({**self._known, **self._installed})
+
+    def name_of(self, config: type[Any]) -> str | None:
+        """The name of a config's class; None where it has none.
+
+        A package that cannot be imported does not stand in the way of other names.
+        """
+        for name in self:
+            try:
+                if self[name] is config:
+                    return name
+            except ConfigError:
+                continue
+        return None
+
+    @cached_property
+    def _installed(self) -> dict[str, EntryPoint]:
+        found: dict[str, EntryPoint] = {}
+        for entry in entry_points(group=self.group):
+            if entry.name in found or entry.name in self._known:
+                warnings.warn(f"{_package(entry)}: {self.group} has {entry.name!r} already; not used", stacklevel=2)
+            else:
+                found[entry.name] = entry
+        return found
+
+    def _load(self, entry: EntryPoint) -> type[Any]:
+        where = f"{_package(entry)}: {self.group} {entry.name!r} is {entry.value}"
+        try:
+            config = entry.load()
+        except Exception as error:
+            raise ConfigError(f"{where}, which cannot be imported: {error}", hint="update or remove it") from error
+        if not (isinstance(config, type) and callable(getattr(config, "build", None))):
+            raise ConfigError(f"{where}, expected a config class with build(d_model)")
+        return config
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an installed package"
+
+
+MIXERS = Registry(
+    "dualform.mixers",
+    {
+        "attention": AttentionConfig,
+        "dss": DSSConfig,
+        "h3": H3Config,
+        "hyena": HyenaConfig,
+        "hyena_modal": HyenaModalConfig,
+        "lru": LRUConfig,
+        "lstm": LSTMConfig,
+        "mamba": MambaConfig,
+        "mamba2": Mamba2Config,
+        "s4": S4Config,
+        "s4d": S4DConfig,
+        "s5": S5Config,
+    },
+)
+FEEDFORWARDS = Registry("dualform.feedforwards", {"mlp": MLPConfig})
+
+
+def kinds() -> list[str]:
+    """The names of all sub-layers."""
+    return [*MIXERS, *FEEDFORWARDS]
+
+
+def config_of(kind: str) -> type[Any]:
+    """The config of one of :func:`kinds`."""
+    return MIXERS[kind] if kind in MIXERS else FEEDFORWARDS[kind]
+
+
+def kind_of(config: type[Any]) -> str | None:
+    """The name of a config's class; None where it has none."""
+    return MIXERS.name_of(config) or FEEDFORWARDS.name_of(config)

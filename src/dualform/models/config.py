@@ -8,7 +8,7 @@ from typing import Any
 from dualform.core.errors import ConfigError
 from dualform.core.options import check_keys, check_types, options, suggestion
 from dualform.layers.mixer import PartConfig
-from dualform.layers.registry import FEEDFORWARDS, MIXERS
+from dualform.layers.registry import config_of, kind_of, kinds
 
 
 @options
@@ -82,10 +82,6 @@ class ModelConfig:
         return cls(parts={letter: _parts_from_dicts(letter, listed) for letter, listed in given.items()}, **values)
 
 
-def _kinds() -> dict[str, type[Any]]:
-    return {**MIXERS, **FEEDFORWARDS}
-
-
 def _check_letter(letter: Any, parts: Any) -> None:
     if not isinstance(letter, str) or len(letter) != 1:
         raise ConfigError(f"model: parts has the key {letter!r}, expected one letter")
@@ -100,7 +96,7 @@ def _check_letter(letter: Any, parts: Any) -> None:
 
 
 def _part_to_dict(part: PartConfig) -> dict[str, Any]:
-    kind = next((kind for kind, config in _kinds().items() if config is type(part)), None)
+    kind = kind_of(type(part))
     if kind is None:
         raise ConfigError(
             f"{type(part).__name__} has no kind to be written as",
@@ -117,12 +113,12 @@ def _parts_from_dicts(letter: str, listed: Any) -> tuple[PartConfig, ...]:
 
 def _part_from_dict(listed: Any, where: str) -> PartConfig:
     if not isinstance(listed, Mapping) or "kind" not in listed:
-        raise ConfigError(f"{where}: {listed!r} has no kind", hint=f"known: {', '.join(_kinds())}")
+        raise ConfigError(f"{where}: {listed!r} has no kind", hint=f"known: {', '.join(kinds())}")
     given = dict(listed)
     kind = given.pop("kind")
-    if not isinstance(kind, str) or kind not in _kinds():
-        raise ConfigError(f"{where}: unknown kind {kind!r}", hint=suggestion(str(kind), list(_kinds())))
-    config, where = _kinds()[kind], f"{where} ({kind})"
+    if not isinstance(kind, str) or kind not in kinds():
+        raise ConfigError(f"{where}: unknown kind {kind!r}", hint=suggestion(str(kind), kinds()))
+    config, where = config_of(kind), f"{where} ({kind})"
     check_keys(config, given, where)
     values = {name: _decode(value) for name, value in given.items()}
     check_types(config, values, where)
