@@ -1,5 +1,6 @@
 """Systems recovered from their inputs and outputs."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,12 @@ def test_a_pure_delay_is_found():
     torch.testing.assert_close(markov(found)[:, 0, 0], want, rtol=0, atol=1e-12)
 
 
+def gap_at(signal, k):
+    signal = signal.clone()
+    signal[k] = torch.nan
+    return signal
+
+
 def test_bad_input_is_explained():
     s, u = system(0), torch.randn(300, dtype=torch.float64)
     y, _ = s.simulate(u)
@@ -77,6 +84,12 @@ def test_bad_input_is_explained():
         (lambda: identify(u, torch.zeros(300), 2), "shows only 0 states"),
         (lambda: identify(t.sin(), s.simulate(t.sin())[0], 4), r"does not excite the system enough[\s\S]*white noise"),
         (lambda: identify(0 * u, y, 4), "does not excite the system enough"),
+        (
+            lambda: identify(u, gap_at(y, 17), 2),
+            r"identify: y has values that are not finite: nan at \(17, 0\)\n.*without",
+        ),
+        (lambda: identify(gap_at(u, 3), y, 2), r"identify: u has values that are not finite: nan at \(3, 0\)"),
+        (lambda: identify(u, np.ma.masked_less(y.numpy(), 0), 2), r"identify: y has .*: nan at \(\d+, 0\)"),
         (lambda: identify(u, y[:200], 4), r"y has shape \(200, 1\).*axis 0 is 200, not 300"),
     ]:
         with pytest.raises(ArgumentError, match=message):

@@ -6,11 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualform as df
 from dualform.core.errors import ArgumentError
 from dualform.core.tree import leaves, take
 from dualform.gaussian import Filtered, Gaussian
+from dualform.gaussian.filtering import is_parallel_faster
 from vectors import close, load
 
 FORMS = [False, True]
@@ -296,6 +298,120 @@ def test_arrays_lists_and_single_series_are_taken():
     assert kf.forward(y[:0])[0].mean.shape == (0, 6, 2)
 
 
+def co2(seasons=12, number=list):
+    """Level, slope and monthly season for values like those of Mauna Loa, from plain numbers, with a vague prior."""
+    n = seasons + 1
+    A, Q, P0 = ([[0.0] * n for _ in range(n)] for _ in range(3))
+    A[0][0] = A[0][1] = A[1][1] = 1.0
+    A[2][2:] = [-1.0] * (n - 2)
+    for i in range(3, n):
+        A[i][i - 1] = 1.0
+    Q[0][0], Q[1][1], Q[2][2] = 0.05, 1e-6, 1e-3
+    for i in range(n):
+        P0[i][i] = 1e7
+    C = [[1.0, 0.0, 1.0] + [0.0] * (n - 3)]
+    return df.LinearGaussian(*(number(z) for z in (A, C, Q, [[0.01]], [0.0] * n, P0)))
+
+
+def test_lists_and_numbers_are_float64():
+    """A season and a vague prior have a range that float32 cannot hold."""
+    t = torch.arange(300, dtype=torch.float64)
+    y = 315 + 0.1 * t + 3 * (2 * math.pi * t / 12).sin() + 0.1 * torch.randn(300, dtype=torch.float64)
+    lg = co2()
+    assert lg.A.dtype == lg.P0.dtype == torch.float64 and lg.Q[2, 2].item() == 1e-3
+    for parallel in (None, False):
+        out = df.KalmanFilter(lg, parallel=parallel).filter(y.tolist())
+        assert out.mean.dtype == torch.float64 and (out.mean[50:, 0] - 315 - 0.1 * t[50:]).abs().max() < 1
+    assert co2(number=lambda z: torch.tensor(z, dtype=torch.float32)).A.dtype == torch.float32
+    assert co2(number=lambda z: np.array(z, dtype=np.float32)).A.dtype == torch.float32
+    assert df.LinearGaussian([[1]], [[1]], [[2]], [[3]], [0], torch.ones(1, 1)).Q.dtype == torch.float32
+    assert (
+        df.LinearGaussian([[1]], [[1]], [[2]], [[3]], np.zeros(1, int), np.ones((1, 1), int)).Q.dtype == torch.float64
+    )
+    with pytest.raises(ArgumentError, match=r"C P C\^T \+ R.*not positive definite.*eigenvalue|compute in float64"):
+        df.KalmanFilter(lg.to(torch.float32), parallel=False).filter(y.float())
+
+
+def test_masked_values_are_missing():
+    lg = df.LinearGaussian([[1.0]], [[1.0]], [[1.0]], [[1.0]], [0.0], [[10.0]])
+    kf, u = df.KalmanFilter(lg), np.ma.masked_equal([1.0, 2.0, -9999.0, 2.5], -9999.0)
+    want = kf.filter([1.0, 2.0, NAN, 2.5])
+    integers = np.ma.masked_equal([1, 2, -9999, 2], -9999)
+    for given in (u, u[:, None], list(u), [[value] for value in u], u.astype(np.float32)):
+        equal(kf.filter(given), want, 1e-12)
+    equal(kf.filter(integers), kf.filter([1.0, 2.0, NAN, 2.0]), 1e-12)
+    batch = kf.filter([[[value] for value in u], [[value] for value in u[::-1]]])
+    equal(take(batch, 0), want, 1e-12)
+    equal(take(batch, 1), kf.filter([2.5, NAN, 2.0, 1.0]), 1e-12)
+    with pytest.raises(ArgumentError, match=r"LinearGaussian: Q has values that are not finite: nan at \(0, 0\)"):
+        df.LinearGaussian([[1.0]], [[1.0]], np.ma.masked_equal([[5.0]], 5.0), [[1.0]], [0.0], [[10.0]])
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(kf, y):
+    with Operations() as counted:
+        out = kf.filter(y)
+    return out, counted.count
+
+
+@pytest.mark.parametrize("prior", [1.0, 1e12])
+def test_a_long_series_on_a_cpu_is_filtered_by_the_scan(prior):
+    """In far fewer operations than the loop, and with its digits, even from a prior that the scan alone would lose."""
+    lg = model(2, 1)
+    lg = df.LinearGaussian(lg.A, lg.C, lg.Q, lg.R, lg.m0, prior * torch.eye(2, dtype=torch.float64))
+    y = observations(1, 400, 1, missing=0.1)
+    y[:, :2] = 1.0
+    (want, loop), (got, scan) = (operations(df.KalmanFilter(lg, parallel=parallel), y) for parallel in (False, None))
+    assert scan < loop / 4
+    equal(got, want, 1e-11)
+
+
+def test_the_form_is_chosen_by_size():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert is_parallel_faster(1, 1000, 1, cpu) and is_parallel_faster(1, 200, 13, cpu)
+    assert not is_parallel_faster(1, 20, 1, cpu)  # short
+    assert not is_parallel_faster(1000, 300, 3, cpu) and not is_parallel_faster(1, 100, 64, cpu)  # much at each step
+    assert is_parallel_faster(1000, 300, 3, gpu)
+    y = observations(200, 40, 1)
+    (_, loop), (_, chosen) = (
+        operations(df.KalmanFilter(model(2, 1), parallel=parallel), y) for parallel in (False, None)
+    )
+    assert chosen == loop
+
+
+def test_what_the_scan_cannot_do_is_left_to_the_loop():
+    """An observation without noise; and a prior that stays vague because nothing is seen at first."""
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    exact = df.LinearGaussian(0.5 * one, one, zero, zero, one[0], one)
+    y = torch.full((1, 50, 1), NAN, dtype=torch.float64)
+    y[0, 40] = 3.0
+    assert df.KalmanFilter(exact).filter(y).mean[0, 40].item() == 3.0
+    lg = model(2, 1)
+    vague = df.LinearGaussian(lg.A, lg.C, lg.Q, lg.R, lg.m0, 1e15 * torch.eye(2, dtype=torch.float64))
+    y = torch.cat([y, observations(1, 50, 1)], 1)
+    want, got = (df.KalmanFilter(vague, parallel=parallel).filter(y) for parallel in (False, None))
+    equal(got, want, 1e-10)
+
+
+def test_a_loop_of_steps_keeps_no_graph_under_inference_mode():
+    lg = model()
+    kf = df.KalmanFilter(df.LinearGaussian(lg.A.requires_grad_(), lg.C, lg.Q, lg.R, lg.m0, lg.P0))
+    with torch.inference_mode():
+        state = kf.init_state(1)
+        for y in observations(1, 20).unbind(1):
+            out, state = kf.step(y, state)
+            assert all(z.grad_fn is None and not z.requires_grad for z in leaves((out, state)))
+
+
 def test_samples_have_the_moments_of_the_model():
     lg = model(3, 2, rank=1)
     y, h = lg.sample(3, 40_000, generator=torch.Generator().manual_seed(0))
@@ -316,6 +432,17 @@ def changed(**values):
 
 
 EYE = torch.eye(3, dtype=torch.float64)
+FAR = torch.zeros(5, 2, dtype=torch.float64)
+FAR[3, 1] = -math.inf
+
+
+def wrong(value):
+    state = df.KalmanFilter(model()).init_state(1)
+    return Gaussian(state.mean.masked_fill(EYE[:1] == 1, value), state.cov)
+
+
+def stepped(name, y, value=0.0):
+    return getattr(df.KalmanFilter(model()), name)(y, wrong(value))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +453,31 @@ EYE = torch.eye(3, dtype=torch.float64)
         (lambda: changed(m0=torch.ones(3, 1)), r"m0 has shape \(3, 1\)"),
         (lambda: changed(Q=EYE + EYE.roll(1, 0)), r"Q is not symmetric: it differs from its transpose by 1"),
         (lambda: changed(P0=-EYE), r"P0 is not a covariance: it has the negative eigenvalue -1[\s\S]*L @ L\.mT"),
-        (lambda: changed(A=EYE * NAN), "A has values that are not finite"),
+        (lambda: changed(A=EYE * NAN), r"A has values that are not finite: nan at \(0, 0\)"),
+        (lambda: changed(m0=[0.0, -math.inf, 0.0]), "m0 has values that are not finite: -inf at 1"),
+        (
+            lambda: df.KalmanFilter(model(2, 1)).filter([0.0, math.inf]),
+            r"filter: y has infinite values: inf at 1\n.*NaN",
+        ),
+        (lambda: df.KalmanFilter(model()).log_likelihood(FAR), r"log_likelihood: y has infinite.*: -inf at \(3, 1\)"),
+        (lambda: df.KalmanFilter(model()).forward(FAR[None]), r"forward: x has infinite values: -inf at \(0, 3, 1\)"),
+        (
+            lambda: df.KalmanFilter(model(), parallel=True).forward(FAR[None], cu_seqlens=torch.tensor([0, 2, 5])),
+            r"forward: x has infinite values: -inf at \(0, 3, 1\)",
+        ),
+        (lambda: stepped("step", FAR[3:4]), r"step: x has infinite values: -inf at \(0, 1\)"),
+        (lambda: stepped("update", FAR[3:4]), r"update: x has infinite values: -inf at \(0, 1\)"),
+        (lambda: stepped("step", FAR[:1], NAN), r"step: state\.mean has values that are not finite: nan at \(0, 0\)"),
+        (lambda: df.KalmanFilter(model()).predict(wrong(NAN)), r"predict: state\.mean has values.*: nan at \(0, 0\)"),
+        (lambda: df.KalmanFilter(model()).forward(FAR[None, :2], wrong(NAN)), r"forward: state\.mean has values"),
+        (
+            lambda: df.KalmanFilter(changed(A=1e200 * EYE), parallel=False).filter(FAR[:3]),
+            r"the prediction overflows at row 0, time [01]\n.*eigenvalue of A|the prediction overflows at row 0",
+        ),
+        (
+            lambda: df.KalmanFilter(model()).filter(1e200 * (1 + FAR[:3])),
+            "log-likelihood is not finite at row 0, time 0",
+        ),
         (lambda: changed(R="noise"), "R is not a numeric array"),
         (lambda: changed(m0=[EYE[0, 0].clone().requires_grad_(), 0, 0]), "m0 is not a numeric array .*requires grad"),
         (lambda: changed(A=EYE * 1j), "complex values, expected real ones"),
@@ -338,7 +489,8 @@ EYE = torch.eye(3, dtype=torch.float64)
         ),
         (lambda: df.KalmanFilter(model()).forward(torch.zeros(1, 5, 2, dtype=torch.int64)), r"x is torch\.int64"),
         (lambda: df.KalmanFilter(model()).forward([[1.0, 2.0]]), "x is list, expected a tensor"),
-        (lambda: df.KalmanFilter(model()).filter(torch.zeros(5)), r"y has shape|x has shape"),
+        (lambda: df.KalmanFilter(model()).filter(torch.zeros(5)), r"filter: y has shape \(5,\), expected .*\(T, 2\)"),
+        (lambda: df.KalmanFilter(model()).filter(torch.zeros(5, 3)), r"filter: y has shape \(1, 5, 3\)"),
         (
             lambda: df.KalmanFilter(model()).forward(torch.zeros(4, 5, 2), df.KalmanFilter(model()).init_state(3)),
             r"mean has shape \(3, 3\), expected \(4, 3\)",

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,6 +178,13 @@ def test_snapshots_show_the_memory_as_time_passes(measure):
     assert shots[2].times[-1] == pytest.approx(59.95)
 
 
+def test_numbers_are_not_rounded_to_float32():
+    kept = Memory("legs", 1)
+    kept.update(0.1)
+    kept.extend([0.3])
+    assert abs(kept.coefficients.item() - 0.2) < 1e-15
+
+
 def test_bad_input_is_explained():
     kept = Memory("legs", 8)
     kept.extend(torch.ones(5, 2))
@@ -192,6 +200,8 @@ def test_bad_input_is_explained():
         (lambda: kept.update(1.0), r"samples have shape \(\), those before had \(2,\)"),
         (lambda: kept.extend(torch.ones(3, 1)), r"samples have shape \(1,\), those before had \(2,\)"),
         (lambda: kept.extend(1.0), "the signal is a number"),
+        (lambda: kept.update([1.0, math.inf]), r"Memory\.update: u_t has values that are not finite: inf at 1"),
+        (lambda: kept.extend(np.ma.masked_equal([[1, 2], [7, 4]], 7)), r"Memory\.extend: u has .*: nan at \(1, 0\)"),
         (lambda: kept.error(torch.ones(6, 2)), r"u has shape \(6, 2\), expected at most 5 samples of shape \(2,\)"),
         (lambda: snapshots(kept, torch.ones(9, 2), [9]), "has seen 5 samples"),
         (lambda: snapshots(Memory("legs", 8), torch.ones(9), [4, 9]), r"at is \[4, 9\].*from 8.*to 9"),

@@ -7,36 +7,37 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import as_tensors, orbit
+from dualform.core.linalg import as_tensors, check_finite, orbit
 from dualform.core.shapes import check_tensors
 from dualform.core.system import StateSpace
 
-_SEGMENT = 512  # samples that share a free initial state
+_SPAN = 512  # samples that share a free initial state
 
 
 def identify(u: Any, y: Any, order: int, *, dt: float = 1.0) -> StateSpace:
     """A discrete system of ``order`` states that turns u into y, by subspace identification.
 
-    The column space of the extended observability matrix is that part of the future outputs which the past inputs
-    and outputs explain once the future inputs are accounted for (an oblique view through a QR factorisation of block
-    Hankel matrices); it gives A and C. B and D then follow by least squares on the whole record, free responses aside.
-    Without noise the system is recovered exactly; with noise in the outputs that is independent of u, consistently.
+    The future outputs are projected onto the past inputs and outputs, after what the future inputs explain has been
+    removed (by a QR factorisation of block Hankel matrices). The column space of the result is that of the extended
+    observability matrix, which gives A and C. B and D then follow by least squares on the whole record, with the
+    free responses projected out. Without noise the system is recovered exactly, up to rounding; with noise in the
+    outputs that is independent of u, the estimate is consistent.
 
     Args:
-        u: inputs ``(T, inputs)`` or ``(T,)``, rich enough: white noise is, one sinusoid is not.
+        u: inputs ``(T, inputs)`` or ``(T,)``, exciting at enough frequencies: white noise is, one sinusoid is not.
         y: outputs ``(T, outputs)`` or ``(T,)``.
         order: number of states.
         dt: step size of the result.
 
     Returns:
-        The system in float64, in coordinates of no meaning. What the record determines are the responses ``D + C B``,
-        ``C A B``, ``C A^2 B``, ..: how the first divides into D and C B is a matter of form. Where A cannot be
-        inverted safely, as after a pure delay, it has ``order + outputs`` states; see
+        The system in float64, in arbitrary coordinates. The record determines the responses ``D + C B``, ``C A B``,
+        ``C A^2 B``, .., and not how the first divides into D and C B. Where A is nearly singular, as after a pure
+        delay, the system has ``order + outputs`` states; see
         :meth:`dualform.core.system.StateSpace.from_control_form`.
 
     Raises:
-        ArgumentError: for a record too short for the order, an input that does not excite the system enough, or an
-            order above that of the record.
+        ArgumentError: for values that are not finite, a record too short for the order, an input that does not excite
+            the system enough, or an order above that of the record.
 
     References:
         Verhaegen (1994), "Identification of the deterministic part of MIMO state space models given in innovations
@@ -53,9 +54,11 @@ def identify(u: Any, y: Any, order: int, *, dt: float = 1.0) -> StateSpace:
     u, y = (value[:, None] if value.dim() == 1 else value for value in (given["u"], given["y"]))
     sizes = check_tensors("identify", u=(u, "T inputs"), y=(y, "T outputs"))
     length, inputs = sizes["T"], sizes["inputs"]
+    check_finite("identify", {"u": u, "y": y}, hint="no sample may be missing: give a part of the record without gaps")
     if order < 1:
         raise ArgumentError(f"identify: the order is {order}, expected at least 1")
-    # Block rows of past and of future: more than the order, for A follows from a shift; many, for noise to average out.
+    # Block rows of past and of future: A follows from a shift by one row, which takes more rows than the order; the
+    # more there are, the better noise averages out.
     per_row = 2 * (inputs + sizes["outputs"] + 1)
     depth = min(4 * order + 4, (length + 1) // per_row)
     if depth < order + 2:
@@ -99,14 +102,14 @@ def _hankel(signal: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _input_matrices(A: Tensor, C: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """B and D in control form: the output is linear in them, and in the state at the start of each segment.
+    """B and D in control form, by least squares: the output is linear in them and in the first state of each span.
 
-    Segments are so short that no free response overflows; what they cannot explain is projected away, the same for
-    all.
+    Spans are short enough that no free response overflows. The free responses, which are the same functions of time
+    in every span, are projected out.
     """
     n, inputs, outputs = len(A), u.shape[1], len(C)
     growth = float(torch.linalg.eigvals(A).abs().max())
-    longest = min(_SEGMENT, int(math.log(1e6) / math.log(growth))) if growth > 1 else _SEGMENT
+    longest = min(_SPAN, int(math.log(1e6) / math.log(growth))) if growth > 1 else _SPAN
     count = -(-len(u) // max(longest, 2 * n + 2))
     length = len(u) // count
     u, y = (signal[: count * length].unflatten(0, (count, length)) for signal in (u, y))

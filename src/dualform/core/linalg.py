@@ -1,6 +1,6 @@
 """Numbers into tensors, and operations on matrices: products, symmetric parts, powers, balancing, exponentials."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,27 +40,29 @@ def as_tensors(where: str, **values: Any) -> dict[str, Tensor]:
     return {name: value.to(device=device, dtype=dtype) for name, value in made.items()}
 
 
-def check_finite(where: str, hint: str = "", **tensors: Tensor) -> None:
+def check_finite(where: str, tensors: Mapping[str, Tensor], hint: str = "") -> None:
     """Every element must be finite. Values are not read on the meta device, nor while a graph is compiled.
 
     Raises:
         ArgumentError: names the tensor, its first element that is NaN or infinite, and where that is.
     """
     for name, tensor in tensors.items():
-        refuse(where, name, tensor, ~tensor.detach().isfinite(), "only finite values", hint)
+        refuse(where, name, tensor, ~tensor.detach().isfinite(), "has values that are not finite", hint)
 
 
-def refuse(where: str, name: str, tensor: Tensor, wrong: Tensor, expected: str, hint: str = "") -> None:
-    """Raise for the first element of a tensor that a mask of the same shape marks as wrong.
+def refuse(where: str, name: str, tensor: Tensor, wrong: Tensor, what: str, hint: str = "") -> None:
+    """Raise where a mask of the tensor's shape marks an element as wrong.
+
+    The mask is not read on the meta device, nor while a graph is compiled.
 
     Raises:
-        ArgumentError: names the tensor, the element, its place, and what was expected.
+        ArgumentError: names the tensor, what is wrong with it, and the first such element with its place.
     """
     if tensor.device.type == "meta" or torch.compiler.is_compiling() or not wrong.any():
         return
     place = tuple(wrong.nonzero()[0].tolist())
     at = f" at {place[0] if len(place) == 1 else place}" if place else ""
-    raise ArgumentError(f"{where}: {name} is {tensor[place].item():g}{at}, expected {expected}", hint=hint)
+    raise ArgumentError(f"{where}: {name} {what}: {tensor[place].item():g}{at}", hint=hint)
 
 
 def _tensor(where: str, name: str, value: Any) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor
 from dualform.core.discretize import discretize_dense
 from dualform.core.errors import ArgumentError
 from dualform.core.hippo import transition
-from dualform.core.linalg import as_tensors, orbit
+from dualform.core.linalg import as_tensors, check_finite, orbit
 from dualform.core.shapes import check_tensors
 
-_BLOCK = 1024  # samples whose basis functions are in memory at once
+_SPAN = 1024  # samples whose basis functions are in memory at once
 
 
 class Memory:
@@ -36,8 +36,8 @@ class Memory:
         lagt                   Laguerre functions of the age over ``window``: all ages, recent ones best
         tlagt, glagt           Laguerre polynomials, in a weight fading as ``exp(-beta age / window)``
 
-    Before its first sample a signal counts as zero. The windows of finite length close their equation by reading what
-    leaves the window from the approximation itself, so they are projections only approximately.
+    Before its first sample a signal counts as zero. With a window of finite length, the equation needs the value that
+    leaves the window, and takes it from the reconstruction; so these memories are projections only approximately.
 
     Args:
         measure: one of the names above.
@@ -89,13 +89,13 @@ class Memory:
         """One more sample, ``(*channels,)`` or a number -> the coefficients.
 
         Raises:
-            ArgumentError: for channels other than those of the samples before.
+            ArgumentError: for channels other than those of the samples before, or a value that is not finite, since
+                it would stay in the coefficients for ever.
         """
-        u = as_tensors("Memory.update", u_t=u_t)["u_t"].to(torch.float64)[None]
+        u = self._signal("Memory.update", "u_t", u_t, one=True)
         if self.window is not None or not self.samples:
-            return self.extend(u)
-        self._check(u)
-        # A constant is its own projection, so the sample may be taken off, the rest squeezed, the sample put back.
+            return self._take(u)
+        # A constant is its own projection: subtract the sample, age the rest, and add the sample again.
         constant = torch.nn.functional.pad(u[0][..., None], (0, self.order - 1))
         self.coefficients = constant + self._age(self.coefficients - constant)
         self.samples += 1
@@ -107,10 +107,11 @@ class Memory:
         The same as T updates, in time ``O(T N)``.
 
         Raises:
-            ArgumentError: for channels other than those of the samples before.
+            ArgumentError: as :meth:`update`.
         """
-        u = as_tensors("Memory.extend", u=u)["u"].to(torch.float64)
-        self._check(u)
+        return self._take(self._signal("Memory.extend", "u", u))
+
+    def _take(self, u: Tensor) -> Tensor:
         if len(u) == 0:
             return self.coefficients
         if not self.samples:
@@ -180,12 +181,17 @@ class Memory:
         lost, whole = (v.reshape(len(v), -1).square().sum(1) @ weight for v in (u - self.reconstruct(times), u))
         return math.sqrt(float(lost) / max(float(whole), 1e-300))
 
-    def _check(self, u: Tensor) -> None:
+    def _signal(self, where: str, name: str, given: Any, *, one: bool = False) -> Tensor:
+        """Samples as a float64 tensor with time first, checked; ``one`` sample comes without the axis of time."""
+        u = as_tensors(where, **{name: given})[name].to(torch.float64)
+        check_finite(where, {name: u}, hint="interpolate what is missing, or leave it out")
+        u = u[None] if one else u
         channels = tuple(self.coefficients.shape[:-1])
         if u.dim() == 0:
             raise ArgumentError("Memory: the signal is a number, expected an array with time first")
         if self.samples and u.shape[1:] != channels:
             raise ArgumentError(f"Memory: the samples have shape {tuple(u.shape[1:])}, those before had {channels}")
+        return u
 
     def _age(self, c: Tensor) -> Tensor:
         """LegS, one step without input: ``exp(A log((k + 1) / k)) c``."""
@@ -208,22 +214,22 @@ class Memory:
         """LegS: what was known, squeezed into the first part of the longer interval, plus the new samples."""
         total = self.samples + len(u)
         result = self.coefficients @ _squeeze(self.samples / total, self.order).mT.to(u.device)
-        for first in range(0, len(u), _BLOCK):
-            block = u[first : first + _BLOCK]
-            edges = torch.arange(len(block) + 1, dtype=torch.float64, device=u.device) + (self.samples + first)
+        for first in range(0, len(u), _SPAN):
+            span = u[first : first + _SPAN]
+            edges = torch.arange(len(span) + 1, dtype=torch.float64, device=u.device) + (self.samples + first)
             integrals = _legendre_integrals(edges / total, self.order).diff(dim=0)
-            result = result + torch.einsum("t...,tn->...n", block, integrals)
+            result = result + torch.einsum("t...,tn->...n", span, integrals)
         return result
 
     def _slide(self, u: Tensor) -> Tensor:
         A, B = self._A.to(u.device), self._B.to(u.device)
-        size = min(_BLOCK, len(u))
+        size = min(_SPAN, len(u))
         responses = orbit(A, B, size)[..., 0]
         result = self.coefficients
-        for block in u.split(size):
-            power = torch.linalg.matrix_power(A, len(block))
-            held = torch.einsum("t...,tn->...n", block, responses[: len(block)].flip(0))
-            result = result @ power.mT + held
+        for span in u.split(size):
+            power = torch.linalg.matrix_power(A, len(span))
+            driven = torch.einsum("t...,tn->...n", span, responses[: len(span)].flip(0))
+            result = result @ power.mT + driven
         return result
 
 

@@ -69,7 +69,7 @@ class StateSpace:
             C=(m["C"], "outputs N"),
             D=(m["D"], "outputs inputs"),
         )
-        check_finite("StateSpace", **m)
+        check_finite("StateSpace", m)
         for name, value in (m | {"dt": None if dt is None else _step("StateSpace", dt)}).items():
             object.__setattr__(self, name, value)
 

@@ -1,39 +1,19 @@
 """The Kalman filter, one step at a time and in parallel over time: the same function."""
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualform.core.elements import GaussianElement, combine_gaussian
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import as_tensors, matvec, symmetric_part
+from dualform.core.linalg import as_tensors, check_finite, refuse, symmetric_part
 from dualform.core.packing import check_cu_seqlens, keep_mask, unpack
-from dualform.core.scan import associative_scan
 from dualform.core.shapes import check_floating, check_tensors, wide
-from dualform.core.tree import concat, state_class, tree_map
+from dualform.core.tree import concat, tree_map
+from dualform.gaussian.filtering import Blame, Filtered, Steps, predict, run, update
 from dualform.gaussian.model import Gaussian, LinearGaussian
 
-
-@state_class
-class Filtered(NamedTuple):
-    """Moments of ``p(h_t | y_1 .. y_t)``, and ``log p(y_t | y_1 .. y_{t-1})``."""
-
-    mean: Tensor  # (B, T, N)
-    cov: Tensor  # (B, T, N, N)
-    loglik: Tensor  # (B, T)
-
-
-class _Steps(NamedTuple):
-    """The model as each step sees it: missing components carry no information, padding does nothing at all."""
-
-    A: Tensor  # (B, T, N, N)
-    Q: Tensor  # (B, T, N, N)
-    C: Tensor  # (B, T, M, N), zero rows where missing
-    R: Tensor  # (B, T, M, M), rows and columns of the identity where missing
-    y: Tensor  # (B, T, M), zero where missing
-    seen: Tensor  # (B, T, M), bool
+__all__ = ["Filtered", "KalmanFilter"]
 
 
 class KalmanFilter:
@@ -46,19 +26,21 @@ class KalmanFilter:
         update    S = C P C^T + R,       K = P C^T S^-1
                   m = m + K (y - C m),   P = (I - K C) P (I - K C)^T + K R K^T     (Joseph)
 
-    **NaN means missing**, component by component: what is left is the exact marginal over the missing ones. A step
-    with nothing observed is a prediction, of log-likelihood 0. Gradients reach the model's tensors, the
-    observations and the initial state, and stay finite where data are missing.
+    **NaN means missing**, and so do the masked values of ``numpy.ma``, component by component: the observed components
+    are filtered with their exact joint distribution. A step with nothing observed is a prediction, of log-likelihood
+    0. Gradients reach the model's tensors, the observations and the initial state, and stay finite where data are
+    missing.
 
     The parallel form finds the state before every step by an associative scan of depth ``O(log T)``, then makes
     all steps at once with the arithmetic of the sequential form, so that its error does not grow with T. It takes
-    a singular Q, and needs ``C Q C^T + R`` to be positive definite. It meets the prior in information form: where
-    P0 exceeds the scale of the noise by more than the dtype's digits, as vague priors do in float32, take float64
-    or the sequential form. On a CPU it pays for few and long series of small models.
+    a singular Q, and needs ``C Q C^T + R`` to be positive definite. It meets the prior in information form, and loses
+    as many digits as P0 exceeds the variance of the noise by: more than float32 has, where the prior is vague.
 
     Args:
         model: the parameters; results have the widest dtype among theirs, the data's and the state's.
-        parallel: run :meth:`forward` in parallel over time; None means on every device but the CPU.
+        parallel: the form that :meth:`forward` takes. None chooses: the parallel form where
+            :func:`dualform.gaussian.filtering.is_parallel_faster` says so and no more than a quarter of the digits is
+            lost, if need be behind N sequential steps; otherwise the sequential form.
 
     References:
         Kalman (1960), "A new approach to linear filtering and prediction problems"; Bucy and Joseph (1968),
@@ -94,19 +76,24 @@ class KalmanFilter:
             The moments of every step, and the state after the last, one row per series.
 
         Raises:
-            ArgumentError: for shapes, dtypes or devices that do not fit, or an innovation covariance that is not
-                positive definite.
+            ArgumentError: for shapes, dtypes or devices that do not fit, an observation that is infinite, a state that
+                is not finite, or an innovation covariance that is not positive definite.
         """
-        where = "KalmanFilter.forward"
-        check_tensors(where, x=(x, f"B T {len(self.model.C)}"), model=(self.model.A, "* *"))
-        check_floating(where, x=x)
+        return self._forward("KalmanFilter.forward", "x", x, state, cu_seqlens)
+
+    def _forward(
+        self, where: str, name: str, x: Tensor, state: Gaussian | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Filtered, Gaussian]:
+        self._check_observations(where, name, x, "B T")
         rows = len(x) if cu_seqlens is None else check_cu_seqlens(where, cu_seqlens, *x.shape[:2])
         state = self._check_state(where, rows, x, state)
+        blame = _blame(where, name, x, state)
+        blame()
         if cu_seqlens is None:
-            return self._run(x, state, None)
+            return self._run(x, state, None, blame)
         cu_seqlens = cu_seqlens.to(x.device)
         keep = keep_mask(cu_seqlens)
-        out, _ = self._run(unpack(x, keep), state, keep)
+        out, _ = self._run(unpack(x, keep), state, keep, blame)
         history = concat([tree_map(lambda z: z[:, None], state), Gaussian(out.mean, out.cov)], dim=1)
         last = torch.arange(rows, device=x.device), cu_seqlens.diff().long()
         return tree_map(lambda z: z[keep][None], out), tree_map(lambda z: z[last], history)
@@ -114,11 +101,18 @@ class KalmanFilter:
     def step(self, x: Tensor, state: Gaussian) -> tuple[Filtered, Gaussian]:
         """One observation ``x`` ``(B, M)``: :meth:`predict`, then :meth:`update`; outputs have no time axis.
 
+        While parameters require gradients, every state holds the graph of all steps before it; without one, memory
+        stays constant:
+
+            with torch.inference_mode():
+                for x in stream:
+                    now, state = kalman.step(x, state)
+
         Raises:
             ArgumentError: as :meth:`forward`.
         """
-        state, steps = self._one("KalmanFilter.step", x, state)
-        return _finish(*_update(_predict(state, steps), steps))
+        state, steps, blame = self._one("KalmanFilter.step", x, state)
+        return update(predict(state, steps), steps, blame)
 
     def predict(self, state: Gaussian) -> Gaussian:
         """One transition of a state, B rows: ``p(h_t | y_1 .. y_{t-1})``, which forecasts when repeated.
@@ -127,8 +121,10 @@ class KalmanFilter:
             ArgumentError: for a state that does not fit.
         """
         rows = len(state.mean)
-        state, steps = self._one("KalmanFilter.predict", self.model.A.new_zeros(rows, len(self.model.C)), state)
-        return _predict(state, steps)
+        nothing = self.model.A.new_full((rows, len(self.model.C)), torch.nan)
+        state, steps, blame = self._one("KalmanFilter.predict", nothing, state)
+        blame()
+        return predict(state, steps)
 
     def update(self, x: Tensor, predicted: Gaussian) -> tuple[Filtered, Gaussian]:
         """Condition a predicted state on one observation ``x`` ``(B, M)``, without a transition.
@@ -136,8 +132,8 @@ class KalmanFilter:
         Raises:
             ArgumentError: as :meth:`forward`.
         """
-        predicted, steps = self._one("KalmanFilter.update", x, predicted)
-        return _finish(*_update(predicted, steps))
+        predicted, steps, blame = self._one("KalmanFilter.update", x, predicted)
+        return update(predicted, steps, blame)
 
     def filter(self, y: Any, state: Gaussian | None = None) -> Filtered:
         """Filter one series or a batch: :meth:`forward` for arrays, without the final state.
@@ -152,47 +148,52 @@ class KalmanFilter:
         Raises:
             ArgumentError: as :meth:`forward`.
         """
-        y = as_tensors("KalmanFilter.filter", model=self.model.A, y=y)["y"]
-        single = y.dim() < 3
-        if y.dim() == 1 and len(self.model.C) == 1:
-            y = y[:, None]
-        if y.dim() == 2:
-            y = y[None]
-        if y.dim() != 3:
-            raise ArgumentError(
-                f"KalmanFilter.filter: y has shape {tuple(y.shape)}, "
-                f"expected (B, T, {len(self.model.C)}) or (T, {len(self.model.C)})"
-            )
-        out, _ = self.forward(y, state)
-        return tree_map(lambda z: z[0], out) if single else out
+        return self._filter("KalmanFilter.filter", y, state)
 
     def log_likelihood(self, y: Any, state: Gaussian | None = None) -> Tensor:
         """``log p(y_1 .. y_T)`` of the observed components, every constant included, ``(B,)``.
 
         Args and errors are those of :meth:`filter`; for one series the result has no axes.
         """
-        return self.filter(y, state).loglik.sum(-1)
+        return self._filter("KalmanFilter.log_likelihood", y, state).loglik.sum(-1)
 
-    def _one(self, where: str, x: Tensor, state: Gaussian) -> tuple[Gaussian, _Steps]:
-        """The arguments of a single step, checked, without a time axis."""
-        check_tensors(where, x=(x, f"B {len(self.model.C)}"), model=(self.model.A, "* *"))
-        check_floating(where, x=x)
+    def _filter(self, where: str, y: Any, state: Gaussian | None) -> Filtered:
+        y = as_tensors(where, model=self.model.A, y=y)["y"]
+        m, batched = len(self.model.C), y.dim() == 3
+        if not batched and (y.dim() not in (1, 2) or (y.dim() == 1 and m > 1)):
+            raise ArgumentError(
+                f"{where}: y has shape {tuple(y.shape)}, expected (B, T, {m}) or (T, {m}){' or (T,)' * (m == 1)}"
+            )
+        _refuse_infinite(where, "y", y)
+        x = y if batched else y.view(1, len(y), -1)
+        out, _ = self._forward(where, "y", x, state)
+        return out if batched else tree_map(lambda z: z[0], out)
+
+    def _one(self, where: str, x: Tensor, state: Gaussian) -> tuple[Gaussian, Steps, Blame]:
+        """The arguments of a single step, without a time axis: their shapes are checked, their values on failure."""
+        self._check_observations(where, "x", x, "B")
         state = self._check_state(where, len(x), x, state)
-        return state, tree_map(lambda z: z[:, 0], self._steps(x[:, None], state.mean.dtype, None))
+        steps = tree_map(lambda z: z[:, 0], self._steps(x[:, None], state.mean.dtype, None))
+        return state, steps, _blame(where, "x", x, state)
+
+    def _check_observations(self, where: str, name: str, x: Tensor, axes: str) -> None:
+        check_tensors(where, **{name: (x, f"{axes} {len(self.model.C)}"), "model": (self.model.A, "* *")})
+        check_floating(where, **{name: x})
+        if x.is_complex():
+            raise ArgumentError(f"{where}: complex values in {name}, expected real ones")
 
     def _check_state(self, where: str, rows: int, x: Tensor, state: Gaussian | None) -> Gaussian:
         """The state in the dtype of the results, with a symmetric covariance."""
         state = self.init_state(rows) if state is None else state
         n = len(self.model.A)
-        check_tensors(
-            where, model=(self.model.A, "* *"), mean=(state.mean, f"{rows} {n}"), cov=(state.cov, f"{rows} {n} {n}")
-        )
+        wanted = {"state.mean": (state.mean, f"{rows} {n}"), "state.cov": (state.cov, f"{rows} {n} {n}")}
+        check_tensors(where, model=(self.model.A, "* *"), **wanted)
         dtype = wide(x, self.model.A, state.mean, state.cov)
         if dtype.is_complex:
-            raise ArgumentError(f"{where}: complex values in the observations or the state, expected real ones")
+            raise ArgumentError(f"{where}: complex values in the state, expected real ones")
         return Gaussian(state.mean.to(dtype), symmetric_part(state.cov.to(dtype)))
 
-    def _steps(self, x: Tensor, dtype: torch.dtype, keep: Tensor | None) -> _Steps:
+    def _steps(self, x: Tensor, dtype: torch.dtype, keep: Tensor | None) -> Steps:
         model, (b, t, m) = self.model, x.shape
         A, C = model.A.to(dtype), model.C.to(dtype)
         Q, R = symmetric_part(model.Q.to(dtype)), symmetric_part(model.R.to(dtype))
@@ -204,92 +205,25 @@ class KalmanFilter:
             Q = torch.where(here, Q, torch.zeros_like(Q))
         R = torch.where(seen.unsqueeze(-1) & seen.unsqueeze(-2), R, torch.eye(m, dtype=dtype, device=x.device))
         y = torch.where(seen, x.to(dtype), torch.zeros_like(x, dtype=dtype))
-        return _Steps(A, Q, C * seen.unsqueeze(-1), R, y, seen)
+        return Steps(A, Q, C * seen.unsqueeze(-1), R, y, seen)
 
-    def _run(self, x: Tensor, state: Gaussian, keep: Tensor | None) -> tuple[Filtered, Gaussian]:
+    def _run(self, x: Tensor, state: Gaussian, keep: Tensor | None, blame: Blame) -> tuple[Filtered, Gaussian]:
         mean, cov = state
         if x.shape[1] == 0:
             empty = mean.new_zeros(len(x), 0)
             return Filtered(empty[..., None] * mean[:, None], empty[..., None, None] * cov[:, None], empty), state
-        steps = self._steps(x, mean.dtype, keep)
-        parallel = x.device.type != "cpu" if self.parallel is None else self.parallel
-        return (_parallel if parallel else _sequential)(steps, state)
+        return run(self._steps(x, mean.dtype, keep), state, self.parallel, blame)
 
 
-def _sequential(steps: _Steps, state: Gaussian) -> tuple[Filtered, Gaussian]:
-    outs, failures = [], []
-    for now in zip(*(z.unbind(1) for z in steps), strict=True):
-        now = _Steps(*now)
-        out, failed = _update(_predict(state, now), now)
-        state = Gaussian(out.mean, out.cov)
-        outs.append(out)
-        failures.append(failed)
-    out, _ = _finish(tree_map(lambda *z: torch.stack(z, 1), *outs), torch.stack(failures, 1))
-    return out, state
+def _blame(where: str, name: str, x: Tensor, state: Gaussian) -> Blame:
+    """A check of the values that a caller gave."""
+
+    def blame() -> None:
+        _refuse_infinite(where, name, x)
+        check_finite(where, {"state.mean": state.mean, "state.cov": state.cov})
+
+    return blame
 
 
-def _parallel(steps: _Steps, state: Gaussian) -> tuple[Filtered, Gaussian]:
-    """The states before every step by the scan, then every step at once."""
-    elements = _elements(tree_map(lambda z: z[:, :-1], steps))
-    first = tree_map(lambda z: z[:, None], state)
-    zero = torch.zeros_like(first.cov)
-    known = GaussianElement(zero, first.mean, first.cov, zero[..., 0], zero)
-    reached = combine_gaussian(known, associative_scan(combine_gaussian, elements))
-    before = concat([first, Gaussian(reached.b, reached.C)], dim=1)
-    out, after = _finish(*_update(_predict(before, steps), steps))
-    return out, tree_map(lambda z: z[:, -1], after)
-
-
-def _predict(state: Gaussian, steps: _Steps) -> Gaussian:
-    return Gaussian(matvec(steps.A, state.mean), symmetric_part(steps.A @ state.cov @ steps.A.mT) + steps.Q)
-
-
-def _update(predicted: Gaussian, steps: _Steps) -> tuple[Filtered, Tensor]:
-    """The update, and where its Cholesky factorisation failed (not 0)."""
-    mean, cov = predicted
-    C, R = steps.C, steps.R
-    CP = C @ cov
-    root, failed = torch.linalg.cholesky_ex(symmetric_part(CP @ C.mT) + R)
-    innovation = steps.y - matvec(C, mean)
-    K = torch.cholesky_solve(CP, root).mT
-    left = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) - K @ C
-    white = torch.linalg.solve_triangular(root, innovation.unsqueeze(-1), upper=False).squeeze(-1)
-    scale = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    loglik = -white.square().sum(-1) / 2 - scale - steps.seen.to(mean.dtype).sum(-1) * (math.log(2 * math.pi) / 2)
-    joseph = symmetric_part(left @ cov @ left.mT) + symmetric_part(K @ R @ K.mT)
-    return Filtered(mean + matvec(K, innovation), joseph, loglik), failed
-
-
-def _finish(out: Filtered, failed: Tensor) -> tuple[Filtered, Gaussian]:
-    _check_positive(
-        (failed != 0) | out.loglik.isnan(),
-        "C P C^T + R, of the predicted covariance P,",
-        "add observation noise to R, or compute in float64",
-    )
-    return out, Gaussian(out.mean, out.cov)
-
-
-def _elements(steps: _Steps) -> GaussianElement:
-    """Each step on its own: the filter from a known state, and what its observation says about that state."""
-    CQ = steps.C @ steps.Q
-    root, failed = torch.linalg.cholesky_ex(symmetric_part(CQ @ steps.C.mT) + steps.R)
-    _check_positive(failed, "C Q C^T + R", "use KalmanFilter(model, parallel=False), or add noise to R or Q")
-    K = torch.cholesky_solve(CQ, root).mT
-    left = torch.eye(CQ.shape[-1], dtype=CQ.dtype, device=CQ.device) - K @ steps.C
-    CA = steps.C @ steps.A
-    information = torch.cholesky_solve(CA, root).mT
-    return GaussianElement(
-        left @ steps.A,
-        matvec(K, steps.y),
-        symmetric_part(left @ steps.Q),
-        matvec(information, steps.y),
-        symmetric_part(information @ CA),
-    )
-
-
-def _check_positive(failed: Tensor, what: str, remedy: str) -> None:
-    """Raise for the first place, by row and time if it has both, where a factorisation failed."""
-    if torch.compiler.is_compiling() or not failed.any():
-        return
-    place = ", ".join(f"{axis} {at}" for axis, at in zip(("row", "time"), failed.nonzero()[0].tolist(), strict=False))
-    raise ArgumentError(f"KalmanFilter: {what} is not positive definite (or not finite) at {place}", hint=remedy)
+def _refuse_infinite(where: str, name: str, x: Tensor) -> None:
+    refuse(where, name, x, x.detach().isinf(), "has infinite values", "NaN stands for a missing observation")

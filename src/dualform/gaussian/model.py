@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import as_tensors, matvec, symmetric_part
+from dualform.core.linalg import as_tensors, check_finite, matvec, symmetric_part
 from dualform.core.shapes import check_tensors
 from dualform.core.tree import state_class
 
@@ -69,9 +69,10 @@ class LinearGaussian:
         check_tensors("LinearGaussian", **{name: (given[name], spec) for name, spec in specs.items()})
         if given["A"].is_complex():
             raise ArgumentError("LinearGaussian: complex values, expected real ones")
+        check_finite("LinearGaussian", given)
         for name, value in given.items():
-            if value.device.type != "meta" and not torch.compiler.is_compiling():
-                _check_values(name, value.detach(), covariance=name in ("Q", "R", "P0"))
+            if name in ("Q", "R", "P0") and value.device.type != "meta" and not torch.compiler.is_compiling():
+                _check_covariance(name, value.detach())
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
@@ -119,10 +120,8 @@ def _root(cov: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
-def _check_values(name: str, value: Tensor, covariance: bool) -> None:
-    if not value.isfinite().all():
-        raise ArgumentError(f"LinearGaussian: {name} has values that are not finite")
-    if not covariance or not value.numel():
+def _check_covariance(name: str, value: Tensor) -> None:
+    if not value.numel():
         return
     tolerance = torch.finfo(value.dtype).eps ** 0.5 * value.abs().max()
     skew = (value - value.mT).abs().max()
