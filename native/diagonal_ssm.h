@@ -82,7 +82,8 @@ int64_t forward(const DiagonalSSM& s, const Task& task) {
         for (int64_t t = tile.begin; t < tile.end;) {
           Piece piece = first_piece(s.sequences, row, t, tile.end);
           int64_t state = (piece.sequence * s.width + slice.first) * 2 * N;
-          if (piece.starts) gather(static_cast<const T*>(s.h0) + state, 2 * N, h, 2 * N, slice.count);
+          if (piece.starts)
+            gather_padded(static_cast<const T*>(s.h0) + state, 2 * N, h, 2 * N, 2 * padded(N), slice.count);
           for (int64_t n = 0; n < N; n += BLOCK) {
             int64_t at = 2 * n * L;
             run<T>(h + at, a + i * size + at, c + i * size + at, {u + panel * L, PANEL * L},
@@ -211,16 +212,14 @@ int64_t backward(const DiagonalSSM& s, const Task& task, const Parts& parts) {
             const int64_t first = piece.begin - tile.begin, end = t - tile.begin;
             const int64_t state = ((piece.sequence * s.width + slice.first) * N + n) * 2;
             if (piece.ends) {
-              T* const carries[] = {driven.p, driven.q, final.p, final.q};
-              for (T* x : carries) memset(x, 0, sizeof(T) * BLOCK_SIZE);
-              gather(static_cast<const T*>(s.dfinal) + state, 2 * N, final.p, numbers, slice.count);
+              for (T* x : {driven.p, driven.q, final.q}) memset(x, 0, sizeof(T) * BLOCK_SIZE);
+              gather_padded(static_cast<const T*>(s.dfinal) + state, 2 * N, final.p, numbers, 2 * BACK, slice.count);
             }
             adjoint<T, true>(driven, a + at, c + at, u_rows, dy_rows, du_rows, n == 0, first, end);
             if (any(final.p, BLOCK_SIZE) || any(final.q, BLOCK_SIZE))
               adjoint<T, false>(final, a + at, c + at, u_rows, dy_rows, du_rows, false, first, end);
             if (piece.starts) {
-              memset(h, 0, sizeof(T) * BLOCK_SIZE);
-              gather(static_cast<const T*>(s.h0) + state, 2 * N, h, numbers, slice.count);
+              gather_padded(static_cast<const T*>(s.h0) + state, 2 * N, h, numbers, 2 * BACK, slice.count);
               conjugate_times(h, driven.p, driven.up, driven.up);
               conjugate_times(h, driven.q, driven.uq, driven.uq);
               conjugate_times(h, final.q, final.uq, final.uq);

@@ -23,14 +23,17 @@ struct Inputs {
 // States come in blocks; those that are not there stay 0.
 INLINE int64_t padded(int64_t states) { return up(states, BACKWARD_BLOCK); }
 
-// A log2(e) of every slice of a slab, (slices, padded N, lanes).
+// A log2(e) of every slice of a slab, (slices, padded N, lanes). The states that are not there decay like the last one
+// that is: with a rate of 0 an infinite step would make them NaN, and with them the sums over states.
 template <class T>
 INLINE void gather_rates(const SelectiveScan& s, const Slab& slab, T* rates) {
-  const int64_t size = padded(s.states) * LANES<T>;
-  memset(rates, 0, sizeof(T) * slab.count * size);
+  constexpr int L = LANES<T>;
+  const int64_t N = s.states, size = padded(N) * L;
   for (int64_t i = 0; i < slab.count; i++) {
     const Slice& slice = slab.slices[i];
-    gather(static_cast<const T*>(s.a) + slice.first * s.states, s.states, rates + i * size, s.states, slice.count);
+    T* own = rates + i * size;
+    gather(static_cast<const T*>(s.a) + slice.first * N, N, own, N, slice.count);
+    for (int64_t n = N; n < padded(N); n++) memcpy(own + n * L, own + (N - 1) * L, sizeof(T) * L);
   }
   for (int64_t i = 0; i < slab.count * size; i++) rates[i] *= T(LOG2_E);
 }
@@ -85,6 +88,12 @@ INLINE void finish(const SelectiveScan& s, const Window& tile, const Slice& slic
   }
 }
 
+// Sums over no states, which no block of them begins.
+template <class T>
+INLINE void clear(Rows<T> rows, int64_t steps) {
+  for (int64_t t = 0; t < steps; t++) store(rows[t], vec<T>{});
+}
+
 // NB states through the steps of a piece; adds C h to y, which the first block begins.
 template <class T, int NB>
 INLINE void run(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Rows<T> y, int64_t begin, int64_t end) {
@@ -136,11 +145,12 @@ int64_t forward(const SelectiveScan& s, const Task& task) {
         in.dt = read_steps(s, tile, slice, dt);
         Rows<T> out = target(s.y, tile, y);
         T *h = states + i * M * L, *a = rates + i * M * L;
+        if (N == 0) clear(out, tile.end - tile.begin);
         if (s.saved) write_states(h, saved_states<T>(s, row, k, slice), s.width, N, slice.count);
         for (int64_t t = tile.begin; t < tile.end;) {
           Piece piece = first_piece(s.sequences, row, t, tile.end);
           int64_t state = (piece.sequence * s.width + slice.first) * N;
-          if (piece.starts) gather(static_cast<const T*>(s.h0) + state, N, h, N, slice.count);
+          if (piece.starts) gather_padded(static_cast<const T*>(s.h0) + state, N, h, N, M, slice.count);
           by_blocks<FORWARD_BLOCK, BACKWARD_BLOCK>(M, [&](auto block, int64_t n) {
             run<T, decltype(block)::value>(h + n * L, a + n * L, in, n, out, t - tile.begin, piece.end - tile.begin);
           });
@@ -323,12 +333,14 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
         T *a = rates + i * M * L, *carry = carries + i * M * L, *da = drates + i * M * L;
         read_states(saved_states<T>(s, row, k, slice), s.width, h, N, slice.count);
         memset(h + N * L, 0, sizeof(T) * (M - N) * L);
+        if (N == 0)
+          clear(y, tile.end - tile.begin), clear(dx, tile.end - tile.begin), clear(dlog, tile.end - tile.begin);
         for (int64_t n = 0; n < M; n += NB) {
           const int64_t there = least(NB, N - n);
           for (int64_t t = tile.begin; t < tile.end;) {
             Piece piece = first_piece(s.sequences, row, t, tile.end);
             int64_t state = (piece.sequence * s.width + slice.first) * N + n;
-            if (piece.starts) gather(static_cast<const T*>(s.h0) + state, N, h + n * L, there, slice.count);
+            if (piece.starts) gather_padded(static_cast<const T*>(s.h0) + state, N, h + n * L, there, NB, slice.count);
             if (s.z.data)
               replay<T, NB, true>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, piece.end - tile.begin);
             else
@@ -338,10 +350,8 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
           for (int64_t t = tile.end; t > tile.begin;) {
             Piece piece = last_piece(s.sequences, row, tile.begin, t);
             int64_t state = (piece.sequence * s.width + slice.first) * N + n;
-            if (piece.ends) {
-              memset(carry + n * L, 0, sizeof(T) * NB * L);
-              gather(static_cast<const T*>(s.dfinal) + state, N, carry + n * L, there, slice.count);
-            }
+            if (piece.ends)
+              gather_padded(static_cast<const T*>(s.dfinal) + state, N, carry + n * L, there, NB, slice.count);
             adjoint<T, NB>(carry + n * L, a + n * L, da + n * L, in, n, steps, db, dx, dlog, piece.begin - tile.begin,
                            t - tile.begin);
             if (piece.starts) scatter(carry + n * L, static_cast<T*>(s.dh0) + state, N, there, slice.count);

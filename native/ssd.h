@@ -41,7 +41,7 @@ struct Maps {
     const Window w = {row, begin, end, group * N, N, N};
     copy(s.b, w, b), copy(s.c, w, c);
     transpose<T>({b, N}, steps, N, {bt, Q}, wide);
-    gemm<T>({c, N, 1, Band::FULL}, {bt, Q}, {cb, Q}, steps, N, wide / LANES<T>, 0);
+    gemm<T>({c, N, 1}, {bt, Q}, {cb, Q}, steps, N, wide / LANES<T>, 0);
   }
 };
 
@@ -72,7 +72,7 @@ struct Steps {
     return exp2<T>((log[t] - load(log + from)) + (rest[t] - load(rest + from)));
   }
 
-  // M and M o C B^T, lower triangles with 0 beyond.
+  // M and M o C B^T, lower triangles; what lies beyond in the last vector of a row is 0.
   void weights(const T* cb, int64_t count, T* mask, T* weights) const {
     constexpr int L = LANES<T>;
     for (int64_t t = 0; t < count; t++) {
@@ -81,7 +81,7 @@ struct Steps {
         store(mask + t * Q + i, m);
         store(weights + t * Q + i, m * load(cb + t * Q + i));
       }
-      for (int64_t i = t + 1; i < least(up(t + GEMM_ROWS, L), Q); i++) mask[t * Q + i] = weights[t * Q + i] = 0;
+      for (int64_t i = t + 1; i < up(t + 1, L); i++) mask[t * Q + i] = weights[t * Q + i] = 0;
     }
   }
 };
@@ -144,9 +144,9 @@ int64_t forward(const Ssd& s, const Heads& task) {
         scale_rows({xdt, P}, steps.until, {kept, P}, count, P);
         scale_rows({maps.c + from * N, N}, steps.since, {since, N}, count, N);
         steps.weights(maps.cb + from * (Q + 1), count, mask, weights);
-        gemm<T>({since, N, 1, Band::FULL}, {h, P}, {y, P}, count, N, V, 0);
-        gemm<T>({weights, Q, 1, Band::LOWER}, {xdt, P}, {y, P}, count, count, V, 1);
-        gemm<T>({maps.b + from * N, 1, N, Band::FULL}, {kept, P}, {h, P}, N, count, V, steps.decay);
+        gemm<T>({since, N, 1}, {h, P}, {y, P}, count, N, V, 0);
+        gemm<T, Band::LOWER>({weights, Q, 1}, {xdt, P}, {y, P}, count, count, V, 1);
+        gemm<T>({maps.b + from * N, 1, N}, {kept, P}, {h, P}, N, count, V, steps.decay);
         write(s.y, w, Rows<T>{y, P});
         if (piece.ends) write_state(h, P, s.width, N, s.final, state);
         t = piece.end;
@@ -186,6 +186,14 @@ INLINE void add_products(Rows<const T> a, Rows<const T> b, Rows<T> all, int64_t 
     }
     store(to + i, sum);
   }
+}
+
+// b added to `all`, (rows, columns), where columns of others are neighbours.
+template <class T>
+INLINE void add_columns(Rows<const T> b, Rows<T> all, int64_t rows, int64_t columns) {
+  for (int64_t n = 0; n < rows; n++)
+    for (int64_t i = 0; i < columns; i += LANES<T>)
+      store_some(all[n] + i, load(all[n] + i) + load(b[n] + i), columns - i);
 }
 
 template <class T>
@@ -247,7 +255,7 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
           if (piece.starts) read_state(s.h0, number_of(piece), s.width, N, enter[j + 1], P);
           begin_piece(piece);
           const T* b = maps[j].b + (t - begin) * N;
-          gemm<T>({b, 1, N, Band::FULL}, {of.kept, P}, {enter[j + 1], P}, N, piece.end - t, V, steps.decay);
+          gemm<T>({b, 1, N}, {of.kept, P}, {enter[j + 1], P}, N, piece.end - t, V, steps.decay);
           t = piece.end;
         }
       }
@@ -267,8 +275,8 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
           // Within the piece: the weights, their gradient, and what x gets through them.
           steps.weights(maps[j].cb + from * (Q + 1), count, of.mask, of.weights);
           transpose<T>({of.xdt, P}, count, s.width, {of.turned, Q}, up(count, L));
-          gemm<T>({dy.data, dy.stride, 1, Band::FULL}, {of.turned, Q}, {of.dweights, Q}, count, s.width, C, 0);
-          gemm<T>({of.weights, 1, Q, Band::UPPER}, dy, {of.dx, P}, count, count, V, 0);
+          gemm<T>({dy.data, dy.stride, 1}, {of.turned, Q}, {of.dweights, Q}, count, s.width, C, 0);
+          gemm<T, Band::UPPER>({of.weights, 1, Q}, dy, {of.dx, P}, count, count, V, 0);
           memset(of.dlog, 0, sizeof(T) * wide);
           for (int64_t t = 0; t < count; t++) {
             vec<T> sum = {};
@@ -285,21 +293,21 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
           // Through the state that enters: C, and the state itself; through the one that leaves: B and x.
           scale_rows(dy, steps.since, {of.dsince, P}, count, P);
           transpose<T>({of.dsince, P}, count, s.width, {of.dturned, Q}, up(count, L));
-          gemm<T>({h, P, 1, Band::FULL}, {of.dturned, Q}, {of.dmap, Q}, N, s.width, C, 0);
+          gemm<T>({h, P, 1}, {of.dturned, Q}, {of.dmap, Q}, N, s.width, C, 0);
           add_products<T>({maps[j].ct + from, Q}, {of.dmap, Q}, {dct[j] + from, Q}, N, count, of_c);
           for (int64_t i = 0; i < C * L; i += L)  // x dt e^(l - l_t), from x dt
             for (int64_t p = 0; p < s.width; p++)
               store(of.turned + p * Q + i, load(of.turned + p * Q + i) * load(steps.until + i));
-          gemm<T>({g, P, 1, Band::FULL}, {of.turned, Q}, {of.dmap, Q}, N, s.width, C, 0);
+          gemm<T>({g, P, 1}, {of.turned, Q}, {of.dmap, Q}, N, s.width, C, 0);
           add_products<T>({maps[j].bt + from, Q}, {of.dmap, Q}, {dbt[j] + from, Q}, N, count, of_b);
           scale_rows({b, N}, steps.until, {of.until, N}, count, N);
-          gemm<T>({of.until, N, 1, Band::FULL}, {g, P}, {of.dx, P}, count, N, V, 1);
+          gemm<T>({of.until, N, 1}, {g, P}, {of.dx, P}, count, N, V, 1);
           vec<T> through = {};
           for (int64_t i = 0; i < size; i += L) through = fma(load(g + i), load(h + i), through);
           T sum = sum_of<T>(through) * steps.decay;
           for (int64_t t = 0; t < count; t++) sum += of_b[t], of.dlog[t] += of_c[t] - of_b[t];
           of.dlog[count - 1] += sum;
-          gemm<T>({c, 1, N, Band::FULL}, {of.dsince, P}, {g, P}, N, count, V, steps.decay);
+          gemm<T>({c, 1, N}, {of.dsince, P}, {g, P}, N, count, V, steps.decay);
 
           // The decays are sums of steps; x enters times its step.
           T sum_of_logs = 0;
@@ -322,12 +330,20 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
     }
     write(s.ddt, {row, first, last, task.first, heads, heads}, Rows<T>{ddts, heads});
 
-    // What B and C get through their products, and all of it to this task's part.
+    // What B and C get through their products, sequence by sequence, and all of it to this task's part.
     for (int64_t j = 0; j < tiles; j++) {
-      const int64_t begin = first + j * Q, count = least(begin + Q, last) - begin, C = (count + L - 1) / L;
-      transpose<T>({dcb[j], Q}, count, count, {of.weights, Q}, up(count, L));
-      gemm<T>({maps[j].c, 1, N, Band::FULL}, {dcb[j], Q}, {dbt[j], Q}, N, count, C, 1);
-      gemm<T>({maps[j].b, 1, N, Band::FULL}, {of.weights, Q}, {dct[j], Q}, N, count, C, 1);
+      const int64_t begin = first + j * Q, end = least(begin + Q, last), count = end - begin;
+      for (int64_t t = begin; t < end;) {
+        const Piece piece = first_piece(s.sequences, row, t, end);
+        const int64_t from = t - begin, own = piece.end - t, C = (own + L - 1) / L;
+        const Rows<const T> through = {dcb[j] + from * (Q + 1), Q};
+        transpose<T>(through, own, own, {of.weights, Q}, up(own, L));
+        gemm<T>({maps[j].c + from * N, 1, N}, through, {of.dmap, Q}, N, own, C, 0);
+        add_columns<T>({of.dmap, Q}, {dbt[j] + from, Q}, N, own);
+        gemm<T>({maps[j].b + from * N, 1, N}, {of.weights, Q}, {of.dmap, Q}, N, own, C, 0);
+        add_columns<T>({of.dmap, Q}, {dct[j] + from, Q}, N, own);
+        t = piece.end;
+      }
       const int64_t at = ((task.part * s.sequences.rows + row) * T_ + begin) * N;
       transpose<T>({dbt[j], Q}, N, count, {static_cast<T*>(parts.db) + at, N}, 0);
       transpose<T>({dct[j], Q}, N, count, {static_cast<T*>(parts.dc) + at, N}, 0);

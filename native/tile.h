@@ -1,6 +1,8 @@
 // How kernels see tensors: a slice of channels, as many as a vector has lanes, times a tile of time.
 #pragma once
 
+#include <initializer_list>
+
 #include "common.h"
 #include "simd.h"
 
@@ -120,6 +122,14 @@ INLINE void gather(const T* from, int64_t stride, T* to, int64_t states, int64_t
     for (int64_t i = 0; i < count; i++) to[n * LANES<T> + i] = from[i * stride + n];
     for (int64_t i = count; i < LANES<T>; i++) to[n * LANES<T> + i] = 0;
   }
+}
+
+// The same, and further states of 0 up to `padded`. A state of a sequence before must not stay there: 0 times what is
+// not finite is NaN.
+template <class T>
+INLINE void gather_padded(const T* from, int64_t stride, T* to, int64_t states, int64_t padded, int64_t count) {
+  gather(from, stride, to, states, count);
+  memset(to + states * LANES<T>, 0, sizeof(T) * (padded - states) * LANES<T>);
 }
 
 template <class T>

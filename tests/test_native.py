@@ -137,6 +137,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "scan wide bfloat16": ("selective_scan", lambda: scan(2, 70, 300, 16, (1, 2), bfloat16, around="Dzbs")),
     "scan float16": ("selective_scan", lambda: scan(2, 20, 30, 4, (1, 1), float16, around="Dzbs")),
     "scan float64": ("selective_scan", lambda: scan(5, 40, 130, 31, (1, 1), float64, around="Dzbs")),
+    "scan no states": ("selective_scan", lambda: scan(2, 65, 17, 0, around="D")),
+    "scan no states gate": ("selective_scan", lambda: scan(1, 130, 35, 0, (1, 5), bfloat16, SHORT, "Dzbs")),
     "linear one": ("linear_scan", lambda: linear(1, 1, (1,))),
     "linear no axes": ("linear_scan", lambda: linear(4, 64, ())),
     "linear odd": ("linear_scan", lambda: linear(2, 65, (17,))),

@@ -17,7 +17,7 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
     u, h0 = args[0], args[9]
     y, final = fresh(u.new_empty(u.shape)), h0.clone(memory_format=torch.contiguous_format)
     saved = [fresh(m) for m in _saved(*args)] if keep else []
-    if h0.numel() == 0 or u.shape[1] == 0:
+    if u.numel() == 0:
         return [y.zero_(), final, *saved]
     inputs, kept = _inputs(Arguments(*args)), saved[0] if keep else None
     library.call("selective_scan", SELECTIVE_SCAN, **inputs, y=y, final=final, saved=kept)
@@ -41,7 +41,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     dD, dbias = (None if m is None else h0.new_empty(m.shape) for m in (D, bias))
     found = [g for g in (du, ddelta, dA, dB, dC, dD, dz, dbias) if g is not None]
     dh0 = grads[1].clone()
-    if h0.numel() == 0 or u.shape[1] == 0:
+    if u.numel() == 0:
         for g in found:
             g.zero_()
     else:

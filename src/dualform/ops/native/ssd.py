@@ -1,4 +1,9 @@
-"""State space duality on a CPU: matrix products within tiles of time, states in cache from tile to tile."""
+"""State space duality on a CPU: matrix products within chunks of 64 steps, states in cache from chunk to chunk.
+
+An input that is not finite affects outputs from its own step on, in its own sequence, as in the reference. Gradients go
+through products of whole chunks: those of the same sequence may become NaN in the whole chunk around the step, which
+begins and ends at multiples of 64 or at a border.
+"""
 
 from functools import partial
 from typing import Any
