@@ -3,7 +3,7 @@
 import copy
 from abc import abstractmethod
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from dualform.layers.mixer import Mixer, Prepared, check_intervals, check_state,
 from dualform.layers.poles import check_rate
 
 
+@runtime_checkable
 class System(Protocol):
     """The discrete linear system of a layer: a named tuple of tensors with a parallel and a recurrent form.
 

@@ -15,7 +15,7 @@ from dualform.core.shapes import check_tensors
 from dualform.core.tree import named_leaves, tree_map
 from dualform.layers.part import Part
 
-S = TypeVar("S", bound=Any)  # a tree of tensors
+S = TypeVar("S")  # a tree of tensors
 Step = Callable[..., tuple[Any, State]]  # (x, state, ...) -> (y, state)
 
 

@@ -1,7 +1,7 @@
 """The poles and steps of S4, S4D, DSS, S5 and H3, and the checks that their configs share."""
 
 import math
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from dualform.core.shapes import wide
 from dualform.layers.mixer import Hint
 
 
+@runtime_checkable
 class Steps(Protocol):
     """What the config of a layer with trained steps has."""
 
