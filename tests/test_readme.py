@@ -1,5 +1,8 @@
 """What the documents promise is run: their Python, their commands, and the README's table of what works."""
 
+import functools
+import importlib
+import inspect
 import re
 import shutil
 import subprocess
@@ -8,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import dualform
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OPS_FOLDER = ROOT / "src" / "dualform" / "ops"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+REFERENCE = "".join(path.read_text() for path in sorted((ROOT / "docs" / "api").glob("*.md")))
 
 
 def only_python(text: str) -> str:
@@ -40,6 +46,36 @@ def test_links_of_a_document_lead_somewhere(path):
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     local = [t.split("#")[0] for t in targets if not t.startswith(("http://", "https://", "#"))]
     assert [t for t in local if not (path.parent / t).exists()] == []
+
+
+def test_the_reference_has_every_public_name():
+    from dualform import ops
+
+    listed = {path: find(path) for path in re.findall(r"^::: (dualform[\w.]*)$", REFERENCE, re.M)}
+    assert [path for path, found in listed.items() if found is None] == []
+    there = [*listed.values(), *(v for m in listed.values() if inspect.ismodule(m) for v in vars(m).values())]
+    names = {name: getattr(home, name) for home in (dualform, ops) for name in home.__all__}
+    missing = {name for name, value in names.items() if not any(value is found for found in there)}
+    assert missing <= {"__version__", "OPS"}  # data; a package stands for all that it exports
+    assert {f"dualform.{name}" for name in ("gaussian", "inspect", "layers", "train")} <= listed.keys()
+
+
+def find(path: str) -> object:
+    """What a dotted name leads to; None where it leads nowhere."""
+    module, rest = path, []
+    while True:
+        try:
+            found = importlib.import_module(module)
+            return functools.reduce(lambda at, name: getattr(at, name, None), reversed(rest), found)
+        except ModuleNotFoundError:
+            module, _, name = module.rpartition(".")
+            rest.append(name)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert len(pages) > 10 and [page for page in pages if f": {page}\n" not in navigation] == []
 
 
 def shell_commands() -> list[str]:

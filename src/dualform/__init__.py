@@ -1,4 +1,4 @@
-"""State space models, from Kalman to Mamba-3: one contract, any device.
+"""State space models, from Kalman to Mamba-2: one contract, any device.
 
 Names are resolved on first use, so that importing the package costs nothing.
 """

@@ -18,7 +18,7 @@ from dualform.core.errors import DualformError
 
 app = typer.Typer(
     name="dualform",
-    help="State space models, from Kalman to Mamba-3: one contract, any device.",
+    help="State space models, from Kalman to Mamba-2: one contract, any device.",
     epilog="Start with [bold]dualform demo[/bold]: it trains a small model here, in minutes, and downloads nothing.",
     no_args_is_help=True,
     add_completion=False,

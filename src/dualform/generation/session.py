@@ -23,7 +23,7 @@ class Session(NamedTuple):
     It is a value: generating from it leaves it as it was, so it can be resumed any number of times. For a model
     without attention its size does not depend on how many tokens it has seen.
 
-    Args:
+    Attributes:
         state: the model's state after all tokens seen.
         logits: of the next token, float32 ``(1, V)``.
         history: the last ``WINDOW`` tokens seen, int64 ``(1, WINDOW)``; -1 fills the empty places on the left.

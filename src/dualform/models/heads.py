@@ -194,7 +194,7 @@ class SequenceClassifier(PooledModel):
 
     Example:
         >>> import torch, dualform as df
-        >>> config = df.ModelConfig(0, 32, {"S": (df.layers.MIXERS["s4d"](bidirectional=True),)}, "SS")
+        >>> config = df.ModelConfig(0, 32, {"S": (df.layers.S4DConfig(bidirectional=True),)}, "SS")
         >>> logits, _ = df.SequenceClassifier(config, 10, inputs=1)(torch.randn(4, 64, 1))
     """
 
