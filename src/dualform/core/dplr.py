@@ -55,7 +55,7 @@ class DiscreteDPLR(NamedTuple):
         return h + (self.e * h - _low_rank(self.a, self.b, h) + self.B * u[..., None])
 
     def kernel(self, C: Tensor, length: int) -> Tensor:
-        """``2 Re(C Abar^l Bbar)`` for ``l < length``, ``(D, length)``, in two levels of powers."""
+        """``2 Re(C Abar^l Bbar)`` for ``l < length``, ``(D, length)``, with ``l = 2^level j + i``."""
         level, powers = max(0, length - 1).bit_length() // 2, self.powers()
         block = 1 << level
         inner = powers.orbit(as_real(self.B)[:, None], block)

@@ -1,7 +1,7 @@
 """Gramians of stable linear systems and the balanced coordinates they define, on plain matrices.
 
-Model reduction works on factors F, with Gramian ``F F^*``: the Gramian itself would lose half of the digits of its
-small eigenvalues, which are what is to be found.
+Model reduction works on factors F of the Gramian ``F F^*``. In the Gramian itself, half of the digits of its small
+eigenvalues would be lost, and these decide which states may be dropped.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ _DOUBLINGS = 64
 
 
 class Balanced(NamedTuple):
-    """Coordinates ``h = right z``, ``z = left h``, in which both Gramians are diagonal, with the Hankel values.
+    """Coordinates ``h = right z``, ``z = left h``, in which both Gramians are the same diagonal matrix.
 
-    States that are not both controllable and observable, to rounding, have no coordinate: rank counts the others.
+    The rank is the number of states that are both controllable and observable, up to rounding; z leaves out the others.
     """
 
     left: Tensor  # (rank, N)
@@ -32,8 +32,8 @@ def gramian(where: str, A: Tensor, B: Tensor, *, continuous: bool) -> Tensor:
         continuous   A P + P A^* + B B^* = 0,   P = int_0^inf exp(A t) B B^* exp(A^* t) dt
         discrete     P = A P A^* + B B^*,       P = sum_k A^k B B^* (A^*)^k
 
-    The discrete sum is doubled until the rest is below rounding. A continuous system has the Gramian of the discrete
-    system that Cayley's transform makes of it.
+    The number of terms in the discrete sum is doubled until the rest is below rounding. A continuous system has the
+    same Gramian as its Cayley transform, a discrete system.
 
     Raises:
         ArgumentError: for an unstable system, whose Gramian does not exist.
@@ -54,7 +54,9 @@ def gramian(where: str, A: Tensor, B: Tensor, *, continuous: bool) -> Tensor:
 
 
 def gramian_factor(where: str, A: Tensor, B: Tensor, *, continuous: bool) -> Tensor:
-    """F ``(N, <= N)`` with ``F F^*`` the Gramian of :func:`gramian`: the same sum, by a QR factorisation each time.
+    """F ``(N, <= N)`` with ``F F^*`` the Gramian of :func:`gramian`.
+
+    The same sum, with a QR factorisation after each doubling.
 
     Raises:
         ArgumentError: for an unstable system.

@@ -45,8 +45,8 @@ def legs(n: int) -> Transition:
         A_nk = -sqrt(2n+1) sqrt(2k+1)  for n > k,   -(n+1)  for n = k,   0  for n < k
         B_n  =  sqrt(2n+1),                          n, k = 0 .. N-1
 
-    The optimal summary obeys ``c'(t) = (A c(t) + B u(t)) / t``; S4 drops the factor ``1 / t`` and learns a step
-    size in its place.
+    The optimal coefficients obey ``c'(t) = (A c(t) + B u(t)) / t``; S4 drops the factor ``1 / t`` and learns a step
+    size instead.
 
     Raises:
         ArgumentError: for a size below 1.
@@ -112,7 +112,7 @@ def legt(n: int) -> Transition:
 
 
 def lmu(n: int) -> Transition:
-    """The Legendre memory unit: :func:`legt` for a window of length 1, in Legendre polynomials of height 1.
+    """The Legendre memory unit: :func:`legt` for a window of length 1, in polynomials with ``P_n(1) = 1``.
 
         A_nk = (2n+1)  times  -1 for n < k,  (-1)^(n-k+1) for n >= k
         B_n  = (2n+1) (-1)^n
@@ -193,8 +193,9 @@ def fout(n: int) -> Transition:
 
         S[2j+1, 2j] = pi j = -S[2j, 2j+1],   B_0 = 1,  B_2j = sqrt(2),  B_odd = 0,   A = S - B B^T
 
-    The value that leaves the window is read from the reconstruction itself, which at the ends of the window is the
-    mean of both of its ends; hence the rank-one term. :func:`fourier2` is the same for a window of length 1.
+    The equation needs the value that leaves the window, and takes it from the reconstruction. At either end of
+    the window a Fourier series takes the mean of the values at both ends; hence the rank-one term. :func:`fourier2` is
+    the same for a window of length 1.
 
     Raises:
         ArgumentError: for a size that is odd or below 2.
@@ -268,7 +269,7 @@ def _order(n: int) -> Tensor:
 
 
 def _roots(where: str, n: int) -> Tensor:
-    """``sqrt(2n+1)``, after a look at the size."""
+    """``sqrt(2n+1)``, after a check of the size."""
     if n < 1:
         raise ArgumentError(f"{where}: the state size is {n}, expected at least 1")
     return (2 * _order(n) + 1).sqrt()

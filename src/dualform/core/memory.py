@@ -1,7 +1,7 @@
 """The past of a signal in a few numbers: HiPPO's online projection, and the signal read back from it.
 
-A sample is taken to hold for its step: sample k is the signal on ``[k dt, (k+1) dt)``. For such a signal the updates
-are exact, in every measure, so it does not matter how a signal is cut into calls.
+The signal is taken to be constant during a step: it equals sample k on ``[k dt, (k+1) dt)``. For such a signal the
+updates are exact in every measure, so that the result does not depend on how the samples are divided among calls.
 """
 
 import math
@@ -26,9 +26,9 @@ class Memory:
     """The coefficients of a signal's past in the basis of a HiPPO measure, updated sample by sample.
 
     ``legs`` remembers everything since the first sample, all of it with the same weight: its state obeys
-    ``c'(t) = (A c(t) + B u(t)) / t``, which for a held input is solved exactly. It is the projection itself, on
-    Legendre polynomials over ``[0, t]``, and needs no time scale. The other measures slide along the signal:
-    ``c' = A c + B u`` in the time scale of ``window``, discretised by a zero-order hold.
+    ``c'(t) = (A c(t) + B u(t)) / t``, solved exactly for an input that is constant during a step. It is the orthogonal
+    projection on Legendre polynomials over ``[0, t]``, and needs no time scale. The other measures slide along the
+    signal: ``c' = A c + B u`` in the time scale of ``window``, discretised by a zero-order hold.
 
         legs                   polynomials on everything since the first sample
         legt, lmu              polynomials on the last ``window`` of time
@@ -167,9 +167,11 @@ class Memory:
             u: ``(T, *channels)``, the last T samples of the signal; those of them outside of the window do not count.
 
         Raises:
-            ArgumentError: for more samples than were seen, other channels, or fewer samples than coefficients.
+            ArgumentError: for more samples than were seen, other channels, values that are not finite, or fewer samples
+                than coefficients.
         """
         u = as_tensors("Memory.error", c=self.coefficients, u=u)["u"]
+        check_finite("Memory.error", {"u": u})
         if u.dim() == 0 or len(u) > self.samples or u.shape[1:] != self.coefficients.shape[:-1]:
             want = f"at most {self.samples} samples of shape {tuple(self.coefficients.shape[:-1])}"
             raise ArgumentError(f"Memory.error: u has shape {tuple(u.shape)}, expected {want}")
@@ -247,7 +249,7 @@ def snapshots(memory: Memory, u: Any, at: Sequence[int], *, points: int = 1000) 
     """What a fresh memory holds as a signal passes: the reconstruction after each of some numbers of samples.
 
     Args:
-        memory: a memory without samples; it is used up.
+        memory: a memory without samples, which the signal is given to.
         u: the signal, ``(T, *channels)``.
         at: numbers of samples, ascending, from the order of the memory to T.
         points: at most so many points per snapshot.

@@ -10,12 +10,12 @@ from dualform.core.errors import ArgumentError
 from dualform.core.linalg import orbit
 from dualform.core.shapes import check_tensors
 
-_OVERSAMPLING = 10  # further random directions of the range finder
-_POWERS = 3  # its power iterations, two products each
-_ELEMENTS = 2**24  # numbers held for the filters that are worked on at once
-_CUTOFF = 1e-6  # singular values of the least squares problem, relative, that count as zero
-_BEYOND = 1e-2  # weight of as many zeros behind the filter in that problem
-_LEAST = 1e-2  # modulus of a pole, below which a mode is over after a sample
+_OVERSAMPLING = 10  # random directions of the range finder beyond the rank that is wanted
+_POWERS = 3  # power iterations of the range finder, two products each
+_ELEMENTS = 2**24  # greatest number of elements held at once, for a group of filters
+_CUTOFF = 1e-6  # relative size below which singular values of the least squares problem count as zero
+_BEYOND = 1e-2  # weight, in that problem, of the zeros that follow the filter
+_LEAST = 1e-2  # least modulus of a pole: with a smaller one, a mode would last only one sample
 
 
 def fit_modes(kernel: Tensor, modes: int) -> tuple[Tensor, Tensor]:
@@ -27,14 +27,14 @@ def fit_modes(kernel: Tensor, modes: int) -> tuple[Tensor, Tensor]:
 
     - that of the given taps alone (Kung), exact for a filter that is a sum of so many modes, but the poles of another
       may grow;
-    - that of the filter and a reflection of its end that fades out over half its length, then zeros: ``U^T shift(U)``
-      is then the balanced truncation of a finite response, whose poles are always stable, and which the missing jump
-      at the end makes a much better fit than the filter followed by zeros.
+    - that of the filter, followed by a reflection of its end that fades out over half its length, and then zeros:
+      ``U^T shift(U)`` is then the balanced truncation of a finite response, whose poles are always stable. Without the
+      reflection the response would jump to zero at the end of the filter, and the fit would be much worse.
 
-    Poles are kept within ``exp(-1 / K)``, a memory of the filter's length, and residues follow by least squares over
-    all taps and, with a hundredth of their weight, as many zeros behind them. Where real poles make more modes than
-    asked for, the smallest are left out. Singular vectors come from a randomised range finder that multiplies with H
-    by FFT: no matrix of the size of the filter squared exists.
+    The modulus of a pole is at most ``exp(-1 / K)``, a time constant of the filter's length. Residues follow by least
+    squares over all taps and, with a hundredth of their weight, as many zeros after them. Where real poles make more
+    modes than asked for, the smallest modes are left out. Singular vectors come from a randomised range finder that
+    multiplies with H by FFT, so that no K by K matrix is ever stored.
 
     Args:
         kernel: ``(D, K)``, the filters; K at least 3.
@@ -100,7 +100,8 @@ def _solve(kernel: Tensor, A: Tensor, modes: int) -> tuple[Tensor, Tensor, Tenso
     """Poles and residues ``(D, modes)`` for state matrices A, and the errors ``(D,)``."""
     poles = torch.linalg.eigvals(A)
     poles = torch.polar(poles.abs().clamp(_LEAST, math.exp(-1 / kernel.shape[1])), poles.angle())
-    # One of each pair, first in its row; where a row has fewer, copies of its first, which share a residue.
+    # One pole of each pair, moved to the front of its row. A row with fewer poles is filled with copies of its first
+    # pole; the copies share its residue.
     upper = poles.imag >= 0
     poles = poles.gather(1, (~upper).to(torch.int8).argsort(dim=1, stable=True))[:, : int(upper.sum(1).max())]
     poles = torch.where(torch.arange(poles.shape[1]) < upper.sum(1, keepdim=True), poles, poles[:, :1])

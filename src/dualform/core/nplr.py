@@ -65,7 +65,7 @@ def nplr(measure: str, n: int) -> NPLR:
         for any P, Goel, Gu, Donahue and Re (2022), "It's raw! Audio generation with state-space models",
         arXiv:2202.09729.
     """
-    with torch.device("cpu"):  # eigenvalues are values, which a model built on the meta device has none of
+    with torch.device("cpu"):  # a model that is built on the meta device has shapes only, and eigenvalues need values
         P = low_rank(measure, n)
         A, B = transition(measure, n)
         Lambda, V = skew_pairs(A + P.mT @ P)
@@ -80,7 +80,7 @@ def nplr(measure: str, n: int) -> NPLR:
 def skew_pairs(normal: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``(N/2,)`` and vectors ``(N, N/2)``, one of each pair, of ``c I`` plus a skew-symmetric matrix.
 
-    The vectors and their conjugates together are orthonormal; where an eigenvalue is zero but for c, too.
+    The vectors and their conjugates together are orthonormal, for eigenvalues equal to c too.
 
     Raises:
         ArgumentError: for an odd size, whose eigenvalues do not all have a partner.
@@ -94,7 +94,7 @@ def skew_pairs(normal: Tensor) -> tuple[Tensor, Tensor]:
     null = vectors[:, imaginary.abs() <= tiny]
     positive = vectors[:, imaginary > tiny]
     if zeros := null.shape[1]:
-        # The null space of a real matrix has a real basis; two of its vectors make one of each conjugate pair.
+        # The null space of a real matrix has a real basis; two of its vectors make up one complex vector of a pair.
         basis = torch.linalg.svd(torch.cat([null.real, null.imag], 1))[0][:, :zeros]
         positive = torch.cat([torch.complex(basis[:, 0::2], basis[:, 1::2]) / math.sqrt(2), positive], 1)
     values = imaginary[n // 2 :].clamp_min(0)

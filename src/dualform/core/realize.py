@@ -1,7 +1,7 @@
 """One system in other coordinates: diagonal, diagonal plus low rank, companion. The response stays the same.
 
-All of them work on continuous and on discrete systems alike. Of conjugate pairs one half is kept, the one with
-positive imaginary part, and the output is ``y = 2 Re(C h) + D u``, as in S4, S4D and S5.
+All of them work on continuous and on discrete systems alike. Of each conjugate pair only the member with positive
+imaginary part is kept, and the output is ``y = 2 Re(C h) + D u``, as in S4, S4D and S5.
 """
 
 import math
@@ -22,7 +22,7 @@ class Diagonal(NamedTuple):
     One mode stands for a conjugate pair; a real pole is one mode too, with half of its C.
     """
 
-    Lambda: Tensor  # (modes,) complex, smallest imaginary part first; real poles come first, with none at all
+    Lambda: Tensor  # (modes,) complex, by imaginary part, smallest first: real poles come first
     B: Tensor  # (modes, inputs)
     C: Tensor  # (outputs, modes)
     D: Tensor  # (outputs, inputs), real
@@ -43,9 +43,9 @@ class Diagonal(NamedTuple):
 
 
 class DPLR(NamedTuple):
-    """A real system of even size as S4 has it: ``A = diag(Lambda) - sum_r P_r P_r^*`` over both halves of each pair.
+    """A real system of even size in the form of S4: ``A = diag(Lambda) - sum_r P_r P_r^*`` and ``y = 2 Re(C h) + D u``.
 
-    ``y = 2 Re(C h) + D u``; the conjugate of h enters its own derivative through ``P^*``.
+    In A, Lambda and P stand for themselves and their conjugates: ``P^*`` couples h and its conjugate.
     """
 
     Lambda: Tensor  # (N/2,) complex
@@ -72,8 +72,8 @@ def to_diagonal(system: StateSpace) -> Diagonal:
     """The modes of a real system, by the eigenvectors of A.
 
     Raises:
-        ArgumentError: for a complex system, or an A whose eigenvectors do not span the space to half of the digits,
-            as those of HiPPO-LegS from N = 12 on.
+        ArgumentError: for a complex system, or an A whose eigenvectors have a condition number above ``eps^-1/2``, as
+            those of HiPPO-LegS have from N = 12 on.
     """
     _need_real("to_diagonal", system)
     poles, V = torch.linalg.eig(system.A)
@@ -82,7 +82,7 @@ def to_diagonal(system: StateSpace) -> Diagonal:
         raise ArgumentError(
             f"to_diagonal: A is not diagonalisable to working precision: the condition of its eigenvectors is "
             f"{condition:.1g}",
-            hint="to_dplr() is accurate for every A; a float64 system has more room",
+            hint="to_dplr() is accurate for every A; in float64 the condition may be greater",
         )
     B = torch.linalg.solve(V, system.B.to(V.dtype))
     C = system.C.to(V.dtype) @ V
@@ -96,7 +96,7 @@ def to_dplr(system: StateSpace) -> DPLR:
     """A as normal plus low rank, rotated by a unitary matrix to diagonal plus low rank: accurate for every real A.
 
     ``(A + A^T) / 2 = c I - P^T P`` with c its greatest eigenvalue, so that ``A + P^T P`` is ``c I`` plus a
-    skew-symmetric matrix. The rank of P is what A asks for: 1 for HiPPO-LegS, 2 for LegT, up to N - 1 in general.
+    skew-symmetric matrix. The rank of P follows from A: 1 for HiPPO-LegS, 2 for LegT, up to N - 1 in general.
 
     Raises:
         ArgumentError: for a complex system, or one of odd size.

@@ -185,17 +185,17 @@ class StateSpace:
         return torch.einsum("jnp,inm->jipm", left, right).flatten(0, 1)[:length]
 
     def frequency_response(self, omega: Any) -> Tensor:
-        """The transfer function on the stability border, complex ``(frequencies, outputs, inputs)``.
+        """The transfer function on the imaginary axis or the unit circle, complex ``(frequencies, outputs, inputs)``.
 
             continuous   H(i w) = C (i w - A)^-1 B + D
             discrete     H(z) = C (1 - A / z)^-1 B + D,   z = exp(i w dt)
 
         Args:
-            omega: angular frequencies ``(frequencies,)``, radians per unit of time; pi / dt is the greatest that a
-                discrete system tells from others.
+            omega: angular frequencies ``(frequencies,)``, radians per unit of time; the response of a discrete system
+                repeats itself with the period 2 pi / dt.
 
         Raises:
-            ArgumentError: for a frequency at which the response is infinite: a pole on the border.
+            ArgumentError: for a frequency at which the response is infinite, since there is a pole.
         """
         omega = as_tensors("frequency_response", A=self.A.real, omega=omega)["omega"]
         check_tensors("frequency_response", omega=(omega, "frequencies"))
@@ -222,7 +222,7 @@ class StateSpace:
         return bool((poles.real < 0).all() if self.dt is None else (poles.abs() < 1).all())
 
     def controllability_gramian(self) -> Tensor:
-        """``P`` ``(N, N)``: the states within reach of inputs of energy 1 are ``{h : h^* P^-1 h <= 1}``.
+        """``P`` ``(N, N)``: inputs of energy up to 1 reach the states ``{h : h^* P^-1 h <= 1}`` from rest.
 
         ``A P + P A^* + B B^* = 0`` in continuous, ``P = A P A^* + B B^*`` in discrete time.
 
@@ -243,7 +243,7 @@ class StateSpace:
         return gramian("observability_gramian", self.A.mH, self.C.mH, continuous=self.dt is None)
 
     def hankel_singular_values(self) -> Tensor:
-        """The square roots of the eigenvalues of ``P Q``, ``(N,)``, greatest first; they do not depend on coordinates.
+        """The square roots of the eigenvalues of ``P Q``, ``(N,)``, greatest first: the same in all coordinates.
 
         Raises:
             ArgumentError: for an unstable system.
@@ -255,9 +255,9 @@ class StateSpace:
 
         In coordinates in which both Gramians are the same diagonal matrix, the states with the smallest Hankel
         singular values are dropped. The reduced system is stable, and at every frequency the largest gain of the
-        difference is at most ``bound``, twice the sum of the values dropped. That holds in discrete time for the form
-        of this class as well: against the control form, the part of the response that is reduced is only ahead by a
-        step, a factor of modulus 1.
+        difference is at most ``bound``, twice the sum of the values dropped. The bound is usually stated for the
+        control form. In the discrete form of this class the responses of both systems, but for D, come one step
+        earlier, which multiplies the difference by ``exp(i w dt)``, of modulus 1.
 
         Args:
             order: number of states to keep, 1 to N.
@@ -319,7 +319,7 @@ class StateSpace:
             B: input matrix.
             C: output matrix.
             D: feed-through.
-            dt: step size; None, or python-control's 0, means continuous, and True, a step left open, means 1.
+            dt: step size; None, or python-control's 0, means continuous, and True, an unspecified step, means 1.
 
         Raises:
             ArgumentError: as the class does.

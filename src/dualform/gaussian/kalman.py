@@ -33,14 +33,15 @@ class KalmanFilter:
 
     The parallel form finds the state before every step by an associative scan of depth ``O(log T)``, then makes
     all steps at once with the arithmetic of the sequential form, so that its error does not grow with T. It takes
-    a singular Q, and needs ``C Q C^T + R`` to be positive definite. It meets the prior in information form, and loses
-    as many digits as P0 exceeds the variance of the noise by: more than float32 has, where the prior is vague.
+    a singular Q, and needs ``C Q C^T + R`` to be positive definite. It combines the
+    prior with the data in information form, and loses digits where P0 is much greater than the covariance of the noise:
+    with a vague prior, all that float32 has.
 
     Args:
         model: the parameters; results have the widest dtype among theirs, the data's and the state's.
-        parallel: the form that :meth:`forward` takes. None chooses: the parallel form where
-            :func:`dualform.gaussian.filtering.is_parallel_faster` says so and no more than a quarter of the digits is
-            lost, if need be behind N sequential steps; otherwise the sequential form.
+        parallel: the form that :meth:`forward` takes. None chooses the parallel form where it is
+            faster by :func:`dualform.gaussian.filtering.is_parallel_faster` and keeps three quarters of the digits, if
+            necessary after N sequential steps, and the sequential form otherwise.
 
     References:
         Kalman (1960), "A new approach to linear filtering and prediction problems"; Bucy and Joseph (1968),
