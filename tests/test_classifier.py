@@ -186,3 +186,102 @@ def test_bad_calls(x):
         model.loss(x, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ArgumentError, match="values other than 0 and 1"):
         model(x, attention_mask=torch.full((4, 9), 2))
+
+
+# --- labels ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_labels_of_minus_100_do_not_count(x, dtype):
+    model, labels = classifier().to(dtype), torch.tensor([2, -100, 0, -100])
+    x = x.to(dtype)
+    close = {} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(model.loss(x, labels), model.loss(x[::2], labels[::2]), **close)
+    model.zero_grad()
+    loss = model.loss(x, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (torch.tensor([0.0, 1.0, 1.7, 2.0]), "SequenceClassifier: labels is torch.float32, expected int32 or int64"),
+        (torch.tensor([0, 1, 2, 3]), "labels holds 3, expected 0 to 2"),
+        (torch.tensor([0, -1, 2, 1]), "labels holds -1"),
+        (torch.tensor([True, False, True, True]), r"labels is torch.bool.*\n.*labels.long\(\)"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(x, labels, says):
+    with pytest.raises(ArgumentError, match=says):
+        classifier().loss(x, labels)
+
+
+# --- long streams, and what a state holds ---
+
+
+def test_the_mean_of_a_long_stream_is_still_the_mean_and_still_moves():
+    """Set a thousand million elements back: a float32 sum would no longer move, and the mean would sink."""
+    model = classifier().float()
+    x = torch.randn(1, 2, generator=torch.Generator().manual_seed(0))
+    _, state = model.step(x, model.init_state(1))
+    settled = state.blocks
+    seen = torch.tensor([10**9])
+    mean = torch.linspace(0.5, 1, model.config.d_model, dtype=torch.float64)
+    state = state._replace(pooled=(mean * 10**9)[None].to(state.pooled.dtype), seen=seen)
+    before = state.pooled.double()
+    with torch.no_grad():
+        for _ in range(100):
+            state = state._replace(blocks=clone(settled))
+            y, state = model.step(x, state)
+    feature = model.features(x[:, None], clone(settled))[0][0, 0].double()
+    moved = (state.pooled.double() - before)[0]
+    torch.testing.assert_close(moved, 100 * feature, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y[0], model.head(mean.float()), rtol=1e-5, atol=1e-5)
+    assert state.seen.item() == 10**9 + 100
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_what_is_pooled_does_not_hold_on_to_the_features(pooling, x):
+    with torch.no_grad():
+        _, state = classifier(pooling)(x)
+    assert state.pooled.untyped_storage().nbytes() == state.pooled.nbytes
+
+
+# --- intervals and rate ---
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_intervals_reach_the_mixers_padded_packed_and_stepped(pooling, x):
+    model = classifier(pooling, pattern="SS")
+    times = torch.rand(4, 9, dtype=torch.float64) + 0.5
+    want, _ = model(x, intervals=times)
+    assert not torch.allclose(want, model(x)[0])
+    packed, _ = model(x.view(1, 36, 2), intervals=times.view(1, 36), cu_seqlens=torch.arange(5) * 9)
+    torch.testing.assert_close(packed, want)
+    _, state = model(x[:, :8], intervals=times[:, :8])
+    torch.testing.assert_close(model.step(x[:, 8], state, interval=times[:, 8])[0], want)
+    with torch.no_grad():
+        _, state = model(x[:, :8], intervals=times[:, :8])
+        torch.testing.assert_close(model.prepare().step(x[:, 8], state, interval=times[:, 8])[0], want)
+    keep = torch.arange(9) >= torch.tensor([[0], [2], [9], [5]])
+    padded, _ = model(x, intervals=times, attention_mask=keep)
+    torch.testing.assert_close(padded[1:2], model(x[1:2, 2:], intervals=times[1:2, 2:])[0])
+    labels = torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(model.loss(x, labels, intervals=times), F.cross_entropy(want, labels))
+
+
+def test_rate_reaches_the_mixers(x):
+    model = classifier(pattern="SS")
+    want, _ = model(x, rate=2.0)
+    assert not torch.allclose(want, model(x)[0])
+    torch.testing.assert_close(want, model(x, intervals=torch.full((4, 9), 2.0))[0])  # zero-order hold
+    _, state = model(x[:, :8], rate=2.0)
+    torch.testing.assert_close(model.step(x[:, 8], state, rate=2.0)[0], want)
+    with torch.no_grad():
+        _, state = model(x[:, :8], rate=2.0)
+        torch.testing.assert_close(model.prepare(rate=2.0).step(x[:, 8], state)[0], want)
+    with pytest.raises(ArgumentError, match="SequenceClassifier: part 'L': rate is given, and LSTM does not take it"):
+        classifier()(x, rate=2.0)
+    with torch.no_grad(), pytest.raises(ArgumentError, match="part 'L': rate is given"):
+        classifier().prepare(rate=2.0)

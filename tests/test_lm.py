@@ -1,7 +1,10 @@
 """The language model: one function in every form, its loss, its initialisation, its errors."""
 
 import copy
+import gc
 import math
+import re
+import warnings
 
 import pytest
 import torch
@@ -10,12 +13,15 @@ from torch import nn
 
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import from_lengths
-from dualform.core.tree import clone, leaves, take
+from dualform.core.tree import clone, detach, leaves, take
 from dualform.layers.attention import AttentionConfig
+from dualform.layers.hyena import HyenaConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.s4 import S4Config
+from dualform.layers.s4d import S4DConfig
 from dualform.models import linear_loss
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
@@ -29,6 +35,9 @@ PARTS = {
     "W": (AttentionConfig(heads=2, window=4),),
     "L": (LSTMConfig(hidden=5), Mamba2Config(d_state=4, d_head=8)),
     "F": (MLPConfig(d_hidden=9),),
+    "S": (S4DConfig(d_state=4),),
+    "4": (S4Config(d_state=4),),
+    "y": (HyenaConfig(l_max=16),),
 }
 
 
@@ -331,6 +340,187 @@ def test_loss_with_frozen_parts(frozen):
     for name, p in model.named_parameters():
         if p.requires_grad:
             close(p.grad, want[name])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_loss_in_float16_is_scaled_with_the_loss(autocast):
+    """Of many tokens of one class the sum of the gradients passes the greatest float16, and their mean does not."""
+    torch.manual_seed(0)
+    h = (1 + torch.rand(2**18, 4)).to(torch.float32 if autocast else torch.float16).requires_grad_()
+    weight = (torch.randn(8, 4) / 50).to(h.dtype).requires_grad_()
+    targets = torch.zeros(len(h), dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        loss = linear_loss.linear_cross_entropy(h, weight, targets) / len(h)
+    (loss * 2.0**12).backward()
+    got, want = (h.grad, weight.grad), (h.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
+    (F.cross_entropy(want[0] @ want[1].T, targets) * 2.0**12).backward()
+    for ours, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), exact.grad, rtol=5e-3, atol=5e-3 * exact.grad.abs().max().item())
+
+
+def test_loss_of_one_token_under_a_large_scale():
+    h, weight = torch.randn(1, 4).half().requires_grad_(), (torch.randn(8, 4) / 1000).half().requires_grad_()
+    (linear_loss.linear_cross_entropy(h, weight, torch.tensor([3])) * 2.0**16).backward()  # no float16
+    assert h.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_loss_with_a_mask_is_that_of_the_rows_without_padding(model, given):
+    x, keep = tokens(3, 8), torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 0, 0, 0]])
+    targets = tokens(3, 9)[:, 1:] if given else None
+    with torch.no_grad():
+        before = model(tokens(3, 5))[1]
+    total = count = 0
+    for i in range(3):
+        row = keep[i] == 1
+        text, want = x[i][row][None], None if targets is None else targets[i][row][None]
+        counted = text.shape[1] - (0 if given else 1)
+        loss, after = model.loss_and_state(text, want, take(before, [i]))
+        total, count = total + loss * counted, count + counted
+    loss, state = model.loss_and_state(x, targets, clone(before), attention_mask=keep)
+    close(loss, total / count)
+    close(model.loss(x, targets, clone(before), attention_mask=keep.bool()), loss)
+    prefix(take(state, [2]), after)
+
+
+def test_truncated_backpropagation_stops_at_the_detached_state():
+    model, x, targets = build("mM"), tokens(2, 12), tokens(2, 13)[:, 1:]
+    want = model.loss(x, targets)
+    losses, state = [], None
+    for piece, answers in zip(x.split(4, 1), targets.split(4, 1), strict=True):
+        loss, state = model.loss_and_state(piece, answers, state)
+        assert any(leaf.requires_grad for leaf in leaves(state))
+        loss.backward()
+        state = detach(state)
+        assert not any(leaf.requires_grad for leaf in leaves(state))
+        losses.append(loss.detach())
+    close(torch.stack(losses).mean(), want.detach())
+
+
+def test_a_loop_of_steps_without_gradients_keeps_nothing():
+    """Live tensors after many steps are those after few, under inference mode or detached; recorded, they grow."""
+
+    def live(loop):
+        gc.collect()
+        seen = {id(o) for o in gc.get_objects() if issubclass(type(o), torch.Tensor)}
+        state = loop()
+        nodes, todo = set(), [leaf.grad_fn for leaf in leaves(state)]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in nodes:
+                nodes.add(node)
+                todo.extend(n for n, _ in node.next_functions)
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and id(o) not in seen]
+        return len(tensors), len(nodes)
+
+    model, text = build("S" * 2), tokens(1, 40)[0]
+
+    def loop(steps, cut):
+        def run():
+            state = model.init_state(1)
+            for token in text[:steps]:
+                _, state = model.step(token[None], state)
+                state = detach(state) if cut else state
+            return state
+
+        return run
+
+    with torch.inference_mode():
+        assert live(loop(40, False)) == live(loop(5, False))
+    assert live(loop(40, True)) == live(loop(5, True))
+    assert live(loop(40, False))[1] > live(loop(5, False))[1]  # asked for, gradients are recorded
+
+
+@pytest.mark.parametrize("pattern", ["A", "S", "y", "M"])
+def test_linear_maps_may_be_wrapped(pattern):
+    """Dynamic quantisation puts modules in place of the linear maps whose weight is no tensor."""
+    model = build(pattern, torch.float32, tie_embeddings=False).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    x, rounding = tokens(2, 9), 0.5 if pattern == "y" else 0.1  # eight bits for the sines of a filter are few
+    with torch.no_grad():
+        (logits, _), want = quantised(x), model(x)[0]
+        assert (logits - want).norm() < rounding * want.norm()
+        _, state = quantised(x[:, :8], quantised.init_state(2))
+        last, _ = quantised.step(x[:, 8], state)
+        assert (last - want[:, 8]).norm() < rounding * want.norm()
+        torch.testing.assert_close(quantised.loss(x), model.loss(x), rtol=rounding, atol=0)
+
+
+# --- intervals and rate ---
+
+
+def test_intervals_and_rate_reach_every_mixer():
+    """One block, and its mixer by hand."""
+    model, x = build("S"), tokens(2, 6)
+    block = model.blocks[0]
+    times, h = torch.rand(2, 6, dtype=torch.float64) + 0.5, model.embed(x)
+    mixer, norm = block.parts[0], block.norms[0]
+    want = h + mixer(norm(h), intervals=times, rate=2.0)[0]
+    close(model(x, intervals=times, rate=2.0)[0], model.logits(model.norm(want)))
+    assert not torch.equal(model(x)[0], model(x, intervals=times)[0])
+    assert not torch.equal(model(x)[0], model(x, rate=2.0)[0])
+    close(model(x, intervals=torch.ones(2, 6), rate=1.0)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_intervals_in_every_form(recompute):
+    model, x = build("mSM"), tokens(2, 7)
+    model.recompute = recompute
+    times = torch.rand(2, 7, dtype=torch.float64) + 0.5
+    want, final = model(x, intervals=times)
+    y, state = model(x[:, :5], intervals=times[:, :5])
+    late, state = model.step(x[:, 5], state, interval=times[:, 5])
+    last, state = model.step(x[:, 6], state, interval=times[:, 6])
+    close(torch.cat([y, late[:, None], last[:, None]], 1), want)
+    close(leaves(state), leaves(final))
+    packed, _ = model(x.reshape(1, 14), intervals=times.reshape(1, 14), cu_seqlens=torch.tensor([0, 7, 14]))
+    close(packed.view_as(want), want)
+    keep = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]])
+    padded, left = model(x, intervals=times, attention_mask=keep)
+    first, state = model(x[1:, :3], intervals=times[1:, :3])
+    close(padded[1:, :3], first)
+    close(leaves(take(left, [1])), leaves(state))
+    close(
+        model.loss(x, intervals=times),
+        model.loss(x.reshape(1, 14), intervals=times.reshape(1, 14), cu_seqlens=torch.tensor([0, 7, 14])),
+    )
+
+
+@pytest.mark.parametrize("pattern, name", [("MA", "part 'A': .*Attention"), ("SL", "part 'L': .*LSTM"), ("4", "S4")])
+def test_intervals_are_refused_by_name(pattern, name):
+    model, x = build(pattern), tokens(2, 3)
+    message = "LanguageModel: .*intervals is given, and .* does not take it"
+    for call in (model, model.features, model.loss):
+        with pytest.raises(ArgumentError, match=name) as error:
+            call(x, intervals=torch.ones(2, 3))
+        assert re.search(message, str(error.value))
+    with pytest.raises(ArgumentError, match=f"{name} .*|interval is given"):
+        model.step(x[:, 0], model.init_state(2), interval=torch.ones(2))
+
+
+def test_rate_is_refused_by_name_and_taken_by_s4():
+    x = tokens(2, 3)
+    model = build("M")
+    for call in (model, model.loss):
+        with pytest.raises(ArgumentError, match="part 'M': rate is given, and Mamba2 does not take it"):
+            call(x, rate=2.0)
+    with pytest.raises(ArgumentError, match="part 'M': rate is given"):
+        model.step(x[:, 0], model.init_state(2), rate=0.5)
+    model = build("4F")
+    want, _ = model(x, rate=0.5)
+    y, state = model(x[:, :2], rate=0.5)
+    close(torch.cat([y, model.step(x[:, 2], state, rate=0.5)[0][:, None]], 1), want)
+
+
+def test_bad_intervals():
+    model, x = build("M"), tokens(2, 3)
+    with pytest.raises(ArgumentError, match=r"LanguageModel: intervals has shape \(2, 4\)"):
+        model(x, intervals=torch.ones(2, 4))
+    with pytest.raises(ArgumentError, match="LanguageModel: interval has shape"):
+        model.step(x[:, 0], model.init_state(2), interval=torch.ones(2, 1))
 
 
 # --- errors ---

@@ -50,7 +50,8 @@ def take(tree: Tree, rows: Any) -> Tree:
 
     The result shares no memory with ``tree``, so that using it as a state leaves ``tree`` as it was.
     """
-    return tree_map(lambda leaf: _owned(leaf[rows], leaf), tree)
+    copied = isinstance(rows, Tensor | list)  # by the indexing itself
+    return tree_map(lambda leaf: leaf[rows] if copied else leaf[rows].clone(), tree)
 
 
 def concat(trees: list[Tree], dim: int = 0) -> Tree:
@@ -74,8 +75,3 @@ def detach(tree: Tree) -> Tree:
 def nbytes(tree: Tree) -> int:
     """Bytes held by the leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
-
-
-def _owned(part: Tensor, whole: Tensor) -> Tensor:
-    """``part`` of ``whole``, copied where indexing has given a view."""
-    return part.clone() if part._is_view() or part is whole else part

@@ -101,10 +101,12 @@ class Attention(Mixer):
         self.window, self.rope = config.window, config.rope
         self.qkv_proj = nn.Linear(d_model, (config.heads + 2 * kv_heads) * d_head, bias=config.bias)
         self.out_proj = nn.Linear(config.heads * d_head, d_model, bias=config.bias)
+        self.like: Tensor  # device and dtype, whatever wraps the maps
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> AttentionState:
         """An empty cache: room for ``max_len`` tokens, or for the window."""
-        return self._empty(self.out_proj.weight, batch, max_len)
+        return self._empty(self.like, batch, max_len)
 
     def forward(
         self,

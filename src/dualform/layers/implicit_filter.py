@@ -5,9 +5,9 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dualform.core.shapes import wide
 from dualform.layers.mixer import Hint, exactly
@@ -71,8 +71,8 @@ class ImplicitFilter(nn.Module):
         z, times = self.positions[:length].to(dtype), torch.arange(min(length, self.l_max), device=self.rate.device)
         with exactly(z.device.type):
             for layer in self.maps:
-                z = torch.sin(self.frequency.to(dtype) * F.linear(z, *(p.to(dtype) for p in layer.parameters())))
-            k = F.linear(z, self.out.weight.to(dtype)).unflatten(-1, (self.count, self.d_model))
+                z = torch.sin(self.frequency.to(dtype) * _in(dtype, layer, z))
+            k = _in(dtype, self.out, z).unflatten(-1, (self.count, self.d_model))
         times = times.to(dtype)[:, None, None] / max(self.l_max - 1, 1)
         return k * ((-times * self.rate.to(dtype)).exp() + self.floor)
 
@@ -88,6 +88,11 @@ class ImplicitFilter(nn.Module):
             taps = self(min(max(length, 2 * have), self.l_max))
             self._kept = [(p.detach(), p._version) for p in tensors], taps
         return self._kept[1][:length]
+
+
+def _in(dtype: torch.dtype, layer: nn.Module, z: Tensor) -> Tensor:
+    """``layer(z)`` with its parameters in ``dtype``; the layer may be what wraps a linear map."""
+    return functional_call(layer, {name: p.to(dtype) for name, p in layer.named_parameters()}, z)
 
 
 def _unchanged(kept: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:

@@ -2,10 +2,10 @@
 
 from abc import abstractmethod
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,7 +78,13 @@ class Backbone(nn.Module):
         return all(part.causal for block in self._stack() for part in block.parts if isinstance(part, Mixer))
 
     def features(
-        self, x: Tensor, state: State | None = None, *, cu_seqlens: Int[Tensor, " n"] | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Int[Tensor, " n"] | None = None,
+        intervals: Real[Tensor, "B T"] | None = None,
+        rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """What a head reads: the stream after the final norm, in the dtype of the weights.
 
@@ -86,15 +92,22 @@ class Backbone(nn.Module):
             x: tokens ``(B, T)``, or features ``(B, T, inputs)``.
             state: what came before; None is the state before the first element.
             cu_seqlens: borders of packed sequences; then B is 1 and the state has one row per sequence.
+            intervals: for inputs at irregular times, the number of steps over which each is held; None is 1 throughout.
+            rate: the step of every mixer is multiplied by it: 2 for inputs sampled half as often as in training.
 
         Raises:
-            ArgumentError: names the argument, what came and what was expected.
+            ArgumentError: names the argument, what came and what was expected; also for intervals or a rate that a
+                mixer does not take.
         """
         self._check_inputs(x, "B T")
-        rows = len(x) if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
+        self._check_timing(intervals=intervals, rate=rate)
+        if intervals is not None:
+            check_tensors(self._name, x=(x, "B T ..."), intervals=(intervals, "B T"))
+        rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
+        options = {"cu_seqlens": cu_seqlens, "intervals": intervals, "rate": rate}
         h, new = self._embed(x), []
         for block, old in zip(self._stack(), self._states(state, rows), strict=True):
-            h, left = self._run(block, h, old, cu_seqlens)
+            h, left = self._run(block, h, old, options)
             new.append(left)
         return self._final(h), tuple(new)
 
@@ -102,34 +115,47 @@ class Backbone(nn.Module):
         """Number of parameters; tied and shared ones count once."""
         return sum(p.numel() for p in self.parameters())
 
-    def prepare(self) -> Prepared:
-        """Steps with prepared blocks; see :class:`~dualform.layers.mixer.Prepared`."""
-        steps = {block: block.prepare().step for block in self._stack()}  # a shared block once
+    def prepare(self, *, rate: float = 1.0) -> Prepared:
+        """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
+        self._check_timing(rate=rate)
+        steps = {block: block.prepare(rate=rate).step for block in self._stack()}  # a shared block once
         return Prepared(partial(self._step, [steps[block] for block in self._stack()]))
 
     @abstractmethod
-    def _step(self, steps: list[Step], x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _step(
+        self, steps: list[Step], x: Tensor, state: State, *, interval: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """One element, given the steps of the blocks in order."""
 
-    def _block_steps(self) -> list[Step]:
-        return [block.step for block in self._stack()]
+    def _block_steps(self, rate: float) -> list[Step]:
+        self._check_timing(rate=rate)
+        return [partial(block.step, rate=rate) for block in self._stack()]
 
-    def _step_features(self, steps: list[Step], x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _step_features(
+        self, steps: list[Step], x: Tensor, state: State, interval: Tensor | None
+    ) -> tuple[Tensor, State]:
         self._check_inputs(x, "B")
+        self._check_timing(interval=interval)
+        if interval is not None:
+            check_tensors(self._name, x=(x, "B ..."), interval=(interval, "B"))
         h, new = self._embed(x), []
-        for step, old in zip(steps, self._states(state, len(x)), strict=True):
-            h, left = step(h, old)
+        for step, old in zip(steps, self._states(state, x.shape[0]), strict=True):
+            h, left = step(h, old, interval=interval)
             new.append(left)
         return self._final(h), tuple(new)
 
-    def _run(self, block: Block, h: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+    def _check_timing(self, *, rate: float = 1.0, **times: Tensor | None) -> None:
+        for letter, block in dict(zip(self.config.pattern, self._stack(), strict=True)).items():
+            block.timing(f"{self._name}: part {letter!r}", rate=rate, **times)
+
+    def _run(self, block: Block, h: Tensor, state: State | None, options: dict[str, Any]) -> tuple[Tensor, State]:
         if not (self.recompute and torch.is_grad_enabled()):
-            return block(h, state, cu_seqlens=cu_seqlens)
+            return block(h, state, **options)
         name = forced()  # the second run must choose the backends of the first
 
         def run(h: Tensor, state: State | None) -> tuple[Tensor, State]:
             with backend(name):
-                return block(h, state, cu_seqlens=cu_seqlens)
+                return block(h, state, **options)
 
         return checkpoint(run, h, state, use_reentrant=False)  # random numbers are drawn alike, too
 
@@ -137,11 +163,16 @@ class Backbone(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def _embed(self, x: Tensor) -> Tensor:
-        h = self.embed(x if self.inputs is None else x.to(self.embed.weight.dtype))
+        h = self.embed(x if self.inputs is None else x.to(self._dtype))
         return h.to(wide(h))
 
     def _final(self, h: Tensor) -> Tensor:
-        return self.norm(h.to(self.norm.weight.dtype))
+        return self.norm(h.to(self._dtype))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """That of the weights; the norm has it whatever wraps the linear maps."""
+        return self.norm.weight.dtype
 
     def _states(self, state: State | None, rows: int) -> tuple[State | None, ...]:
         if state is None:
@@ -152,43 +183,37 @@ class Backbone(nn.Module):
                 hint="a state comes from init_state, forward or step of the same model",
             )
         for leaf in leaves(state):
-            if len(leaf) != rows:
-                raise ArgumentError(f"{self._name}: state has {len(leaf)} rows, expected {rows}")
+            if leaf.shape[0] != rows:
+                raise ArgumentError(f"{self._name}: state has {leaf.shape[0]} rows, expected {rows}")
         return state
-
-    def _keep(self, x: Tensor, cu_seqlens: Tensor | None, mask: Tensor) -> Tensor:
-        """The bool mask of an ``attention_mask``."""
-        if cu_seqlens is not None:
-            raise ArgumentError(f"{self._name}: give cu_seqlens or attention_mask, not both")
-        self._check_inputs(x, "B T")
-        check_tensors(self._name, x=(x, "B T ..."), attention_mask=(mask, "B T"))
-        keep = mask != 0
-        if not torch.equal(keep.to(mask.dtype), mask):
-            raise ArgumentError(f"{self._name}: attention_mask has values other than 0 and 1")
-        return keep
 
     def _check_inputs(self, x: Tensor, axes: str) -> None:
         if self.inputs is None:
             self._check_tokens("tokens", x, axes)
         else:
-            check_tensors(self._name, entrance=(self.embed.weight, "D *"), x=(x, f"{axes} {self.inputs}"))
+            check_tensors(self._name, norm=(self.norm.weight, "D"), x=(x, f"{axes} {self.inputs}"))
             check_floating(self._name, x=x)
 
     def _check_tokens(self, name: str, tokens: Tensor, letters: str, ignored: int = 0) -> None:
-        check_tensors(self._name, embedding=(self.embed.weight, "V D"), **{name: (tokens, letters)})
-        if tokens.dtype not in (torch.int32, torch.int64):
-            hint = "text becomes tokens with a tokenizer's encode" if tokens.is_floating_point() else f"{name}.long()"
-            raise ArgumentError(f"{self._name}: {name} is {tokens.dtype}, expected int32 or int64", hint=hint)
-        if torch.compiler.is_compiling() or tokens.device.type != "cpu" or not tokens.numel():
+        check_tensors(self._name, norm=(self.norm.weight, "D"), **{name: (tokens, letters)})
+        hint = "is this the tokenizer of this model?"
+        if isinstance(tokens, Tensor) and tokens.is_floating_point():
+            hint = "text becomes tokens with a tokenizer's encode"
+        self._check_indices(name, tokens, self.config.vocab_size, ignored, hint)
+
+    def _check_indices(self, name: str, indices: Tensor, below: int, ignored: int = 0, hint: str = "") -> None:
+        """That indices are whole numbers from 0; their values where reading them costs nothing, on the CPU."""
+        if indices.dtype not in (torch.int32, torch.int64):
+            hint = hint if indices.is_floating_point() else f"{name}.long()"
+            raise ArgumentError(f"{self._name}: {name} is {indices.dtype}, expected int32 or int64", hint=hint)
+        if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
             return
-        outside = (tokens < 0) | (tokens >= self.config.vocab_size)
+        outside = (indices < 0) | (indices >= below)
         if ignored:
-            outside &= tokens != ignored
+            outside &= indices != ignored
         if outside.any():
-            raise ArgumentError(
-                f"{self._name}: {name} holds {int(tokens[outside][0])}, expected 0 to {self.config.vocab_size - 1}",
-                hint="is this the tokenizer of this model?",
-            )
+            came = int(indices[outside][0])
+            raise ArgumentError(f"{self._name}: {name} holds {came}, expected 0 to {below - 1}", hint=hint)
 
     @property
     def _name(self) -> str:

@@ -5,18 +5,20 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError, ConfigError
-from dualform.core.packing import check_cu_seqlens, pack, sequence_ids
+from dualform.core.packing import check_cu_seqlens, sequence_ids
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_tensors, wide, widest
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Step
 from dualform.models.backbone import Backbone
 from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
+from dualform.models.linear_loss import IGNORED
+from dualform.models.padding import lay_out
 
 POOLINGS = ("mean", "last", "max")
 
@@ -26,7 +28,7 @@ class PooledState(NamedTuple):
     """What a pooled model knows of a sequence so far."""
 
     blocks: State
-    pooled: Tensor  # (B, D), float32 or wider: the sum, last or greatest of the features so far
+    pooled: Tensor  # (B, D): the sum in float64, or the last or greatest of the features so far in float32 or wider
     seen: Tensor  # (B,), int64, elements so far
 
 
@@ -74,6 +76,8 @@ class PooledModel(Backbone):
         *,
         cu_seqlens: Int[Tensor, " n"] | None = None,
         attention_mask: Tensor | None = None,
+        intervals: Real[Tensor, "B T"] | None = None,
+        rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B outputs"], Any]:
         """One output per sequence, and the state after its last element.
 
@@ -84,39 +88,47 @@ class PooledModel(Backbone):
                 per sequence. Of a sequence without elements the pooled features are 0.
             attention_mask: ``(B, T)``, 1 for an element and 0 for padding, left, right or anywhere. Padding changes
                 nothing.
+            intervals: as in :meth:`features`.
+            rate: as in :meth:`features`.
 
         Raises:
             ArgumentError: names the argument, what came and what was expected.
         """
-        if attention_mask is not None:
-            keep = self._keep(x, cu_seqlens, attention_mask)
-            if not keep.all():
-                x, cu_seqlens = pack(x, keep)
+        line = lay_out(self._name, x, state, cu_seqlens, attention_mask, intervals)
+        x, borders = line.x, line.cu_seqlens
         self._check_inputs(x, "B T")
-        rows = len(x) if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
-        old = self._split(state, rows)
-        h, blocks = self.features(x, old and old.blocks, cu_seqlens=cu_seqlens)
+        rows = x.shape[0] if borders is None else check_cu_seqlens(self._name, borders, *x.shape[:2])
+        old = self._split(line.state, rows)
+        h, blocks = self.features(x, old and old.blocks, cu_seqlens=borders, intervals=line.intervals, rate=rate)
         pooled, seen = old[1:] if old else self._nothing(rows)
-        if cu_seqlens is None:
-            h, lengths = h.to(pooled.dtype), torch.full_like(seen, h.shape[1])
-            pooled = self._pool(h, pooled)
+        if borders is None:
+            lengths, pooled = torch.full_like(seen, h.shape[1]), self._pool(h, pooled)
         else:
-            borders = cu_seqlens.to(h.device, torch.int64)
-            lengths = borders.diff()
-            pooled = self._pool_packed(h[0].to(pooled.dtype), borders, pooled)
+            borders = borders.to(h.device, torch.int64)
+            lengths, pooled = borders.diff(), self._pool_packed(h[0], borders, pooled)
         seen = seen + lengths
-        return self._read(pooled, seen), PooledState(blocks, pooled, seen) if self.causal else ()
+        y = line.rows(self._read(pooled, seen))
+        return y, line.rows(PooledState(blocks, pooled, seen)) if self.causal else ()
 
-    def step(self, x: Tensor, state: PooledState) -> tuple[Float[Tensor, "B outputs"], PooledState]:
+    def step(
+        self,
+        x: Tensor,
+        state: PooledState,
+        *,
+        interval: Real[Tensor, " B"] | None = None,
+        rate: float = 1.0,
+    ) -> tuple[Float[Tensor, "B outputs"], PooledState]:
         """The outputs after one more element: tokens ``(B,)`` or features ``(B, inputs)``."""
-        return self._step(self._block_steps(), x, state)
+        return self._step(self._block_steps(rate), x, state, interval=interval)
 
-    def _step(self, steps: list[Step], x: Tensor, state: PooledState) -> tuple[Tensor, PooledState]:
+    def _step(
+        self, steps: list[Step], x: Tensor, state: PooledState, *, interval: Tensor | None = None
+    ) -> tuple[Tensor, PooledState]:
         self._check_inputs(x, "B")
-        old = self._split(state, len(x))
+        old = self._split(state, x.shape[0])
         assert old is not None
-        h, blocks = self._step_features(steps, x, old.blocks)
-        pooled, seen = self._pool(h[:, None].to(old.pooled.dtype), old.pooled), old.seen + 1
+        h, blocks = self._step_features(steps, x, old.blocks, interval)
+        pooled, seen = self._pool(h[:, None], old.pooled), old.seen + 1
         return self._read(pooled, seen), PooledState(blocks, pooled, seen)
 
     def head_options(self) -> dict[str, Any]:
@@ -132,18 +144,24 @@ class PooledModel(Backbone):
         write_model(folder, self.config, self, head=self.head_options())
 
     def _pool(self, h: Tensor, pooled: Tensor) -> Tensor:
+        """``h`` ``(B, T, D)`` and what was pooled before, ``(B, D)``."""
         if h.shape[1] == 0:
             return pooled
         if self.pooling == "mean":
-            return pooled + h.sum(1)
-        return h[:, -1] if self.pooling == "last" else torch.maximum(pooled, h.amax(1))
+            return pooled + h.sum(1, dtype=pooled.dtype)
+        if self.pooling == "last":
+            return h[:, -1].to(pooled.dtype, copy=True)
+        return torch.maximum(pooled, h.amax(1).to(pooled.dtype))
 
     def _pool_packed(self, h: Tensor, borders: Tensor, pooled: Tensor) -> Tensor:
         """``h`` ``(total, D)``, ``pooled`` ``(n, D)``."""
+        if h.shape[0] == 0:
+            return pooled
+        h = h.to(pooled.dtype)
         if self.pooling == "last":
-            some = borders.diff() > 0
-            return pooled.index_put((some,), h[borders[1:][some] - 1])
-        ids = sequence_ids(borders, len(h))
+            some, last = borders.diff() > 0, (borders[1:] - 1).clamp(min=0)
+            return torch.where(some[:, None], h[last], pooled)
+        ids = sequence_ids(borders, h.shape[0])
         if self.pooling == "mean":
             return pooled.index_add(0, ids, h)
         return pooled.scatter_reduce(0, ids[:, None].expand_as(h), h, "amax")
@@ -152,11 +170,13 @@ class PooledModel(Backbone):
         if self.pooling == "mean":
             pooled = pooled / seen.clamp(min=1)[:, None]
         pooled = torch.where(seen[:, None] > 0, pooled, 0)
-        return self.head(pooled.to(self.head.weight.dtype))
+        return self.head(pooled.to(self._dtype))
 
     def _nothing(self, rows: int) -> tuple[Tensor, Tensor]:
-        weight, empty = self.head.weight, -torch.inf if self.pooling == "max" else 0.0
-        pooled = torch.full((rows, weight.shape[1]), empty, dtype=wide(weight), device=weight.device)
+        """What is pooled of no elements: a sum in float64, which still moves after 10^9 of them, or a feature."""
+        weight, empty = self.norm.weight, -torch.inf if self.pooling == "max" else 0.0
+        dtype = torch.promote_types(wide(weight), widest(weight)) if self.pooling == "mean" else wide(weight)
+        pooled = torch.full((rows, len(weight)), empty, dtype=dtype, device=weight.device)
         return pooled, torch.zeros(rows, dtype=torch.int64, device=weight.device)
 
     def _split(self, state: PooledState | None, rows: int) -> PooledState | None:
@@ -203,22 +223,22 @@ class SequenceClassifier(PooledModel):
     def __init__(self, config: ModelConfig, classes: int, *, inputs: int | None = None, pooling: str = "mean"):
         super().__init__(config, classes, inputs=inputs, pooling=pooling)
 
-    def loss(
-        self,
-        x: Tensor,
-        labels: Int[Tensor, " B"],
-        *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Float[Tensor, ""]:
+    def loss(self, x: Tensor, labels: Int[Tensor, " B"], **options: Any) -> Float[Tensor, ""]:
         """Mean cross-entropy in nats of ``labels`` ``(B,)``, 0 to classes - 1.
+
+        Args:
+            x: what :meth:`forward` takes.
+            labels: int32 or int64; -100 does not count. The loss is 0 where none counts.
+            options: the keywords of :meth:`forward`.
 
         Raises:
             ArgumentError: names the argument, what came and what was expected.
         """
-        logits, _ = self.forward(x, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        logits, _ = self.forward(x, **options)
         check_tensors(self._name, logits=(logits, "B classes"), labels=(labels, "B"))
-        return F.cross_entropy(logits.to(wide(logits)), labels.long())
+        self._check_indices("labels", labels, self.outputs, ignored=IGNORED, hint="classes are numbered from 0")
+        total = F.cross_entropy(logits.to(wide(logits)), labels.long(), ignore_index=IGNORED, reduction="sum")
+        return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 class SequenceRegressor(PooledModel):
@@ -237,19 +257,17 @@ class SequenceRegressor(PooledModel):
     def __init__(self, config: ModelConfig, targets: int, *, inputs: int | None = None, pooling: str = "mean"):
         super().__init__(config, targets, inputs=inputs, pooling=pooling)
 
-    def loss(
-        self,
-        x: Tensor,
-        targets: Float[Tensor, "B outputs"],
-        *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Float[Tensor, ""]:
+    def loss(self, x: Tensor, targets: Float[Tensor, "B outputs"], **options: Any) -> Float[Tensor, ""]:
         """Mean squared error against ``targets`` ``(B, targets)``.
+
+        Args:
+            x: what :meth:`forward` takes.
+            targets: floating, one row per output.
+            options: the keywords of :meth:`forward`.
 
         Raises:
             ArgumentError: names the argument, what came and what was expected.
         """
-        y, _ = self.forward(x, cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+        y, _ = self.forward(x, **options)
         check_tensors(self._name, outputs=(y, "B outputs"), targets=(targets, "B outputs"))
         return F.mse_loss(y.to(wide(y)), targets.to(wide(y)))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.shapes import wide
+from dualform.layers.mixer import exactly
 from dualform.ops.op import SlowBackendWarning
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
@@ -21,7 +22,8 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     The gradient is computed along with the loss, piece by piece, and kept instead of the logits: three matrix products
     in all, none of them twice. Logits and their gradient are in the dtype of the product (bfloat16 under autocast),
-    sums in float32 or wider. Differentiable once.
+    sums in float32 or wider; the gradient is scaled before it is rounded to the dtype of its tensor, so that float16
+    trains under a ``GradScaler``. Differentiable once.
 
     Args:
         h: ``(M, D)``, what the map reads.
@@ -37,18 +39,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         most = LOGITS_AT_ONCE.get(h.device.type, LOGITS_AT_ONCE["cpu"])
-        pieces = max(1, -(-len(h) * len(weight) // most))
-        rows = max(1, -(-len(h) // pieces))  # alike, so that a compiler sees few shapes
+        count = h.shape[0]
+        pieces = -(-count * weight.shape[0] // most)
+        rows = count if pieces <= 1 else -(-count // pieces)  # alike, so that a compiler sees few shapes
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
-        losses = []
-        for i in range(0, len(h), rows):
+        losses, scale = [], 1.0
+        for i in range(0, count, rows) if pieces > 1 else (0,):
             part = h[i : i + rows]
             logits = F.linear(part, weight)
             if dh is None and dweight is None:
                 logits = logits.to(wide(logits))
                 losses.append(F.cross_entropy(logits, targets[i : i + rows], ignore_index=IGNORED, reduction="sum"))
                 continue
+            scale = _scale(logits.dtype)
             loss, slope = _slope_on(h.device.type)(logits, targets[i : i + rows])
             losses.append(loss)
             if dh is not None:
@@ -56,19 +60,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dweight is not None and slope.dtype == part.dtype == dweight.dtype:
                 dweight.addmm_(slope.T, part)
             elif dweight is not None:
-                dweight += torch.mm(slope.T, part)
-        ctx.save_for_backward(dh, None if dweight is None else dweight.to(weight.dtype))
+                dweight += _summed(slope.T, part)
+        ctx.dtype, ctx.scale = weight.dtype, scale
+        ctx.save_for_backward(dh, dweight)
         return torch.stack(losses).sum() if losses else h.new_zeros((), dtype=wide(h))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dh, dweight = ctx.saved_tensors
-        return None if dh is None else dh * grad.to(dh.dtype), None if dweight is None else dweight * grad, None
+        grad = grad / ctx.scale
+        return (
+            None if dh is None else (dh.to(grad.dtype) * grad).to(dh.dtype),
+            None if dweight is None else (dweight * grad).to(ctx.dtype),
+            None,
+        )
+
+
+def _scale(dtype: torch.dtype) -> float:
+    """What a slope of that dtype is multiplied by: small probabilities are no normal numbers of float16."""
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
+def _summed(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, a sum over all rows of a piece, in float32 where float16 would overflow."""
+    if torch.float16 not in (a.dtype, b.dtype):
+        return torch.mm(a, b)
+    if a.device.type == "cuda" and torch.version.cuda:
+        return torch.mm(a.half(), b.half(), out_dtype=torch.float32)
+    with exactly(a.device.type):
+        return torch.mm(a.float(), b.float())
 
 
 def _slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient by the logits, ``softmax(x) - onehot(target)``, in their dtype."""
+    """The loss, and its gradient by the logits, ``softmax(x) - onehot(target)``, in their dtype, times its scale."""
     x = logits.to(wide(logits))
     total, keep, at = x.logsumexp(1, keepdim=True), (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
     loss = ((total - x.gather(1, at)) * keep).sum()
@@ -77,7 +102,7 @@ def _slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         slope = slope - (torch.arange(x.shape[1], device=x.device) == at)
     else:
         slope.scatter_add_(1, at, torch.full_like(total, -1))
-    return loss, (slope * keep).to(logits.dtype)
+    return loss, (slope * (keep * _scale(logits.dtype))).to(logits.dtype)
 
 
 def _slope_on(device: str) -> Any:

@@ -1,21 +1,23 @@
 """The language model: a Recurrence from tokens to logits, made of Recurrences."""
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
-from dualform.core.packing import pack, sequence_ids, unpack
+from dualform.core.packing import sequence_ids
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors
+from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mixer import Step
 from dualform.models.backbone import Backbone
 from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED, linear_cross_entropy
+from dualform.models.padding import Line, lay_out
 from dualform.models.tokenizer import Tokenizer
 
 
@@ -45,6 +47,8 @@ class LanguageModel(Backbone):
         *,
         cu_seqlens: Int[Tensor, " n"] | None = None,
         attention_mask: Tensor | None = None,
+        intervals: Real[Tensor, "B T"] | None = None,
+        rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T V"], State]:
         """Logits of the next token at every position, and the state after the last one.
 
@@ -54,61 +58,101 @@ class LanguageModel(Backbone):
             cu_seqlens: borders of packed sequences; then B is 1 and the state has one row per sequence.
             attention_mask: ``(B, T)``, 1 for a token and 0 for padding, left, right or anywhere. Padding changes
                 nothing: logits there are 0, and each row's state is that of its tokens alone.
+            intervals: as in :meth:`features`.
+            rate: as in :meth:`features`.
 
         Raises:
             ArgumentError: names the argument, what came and what was expected.
         """
-        if attention_mask is not None:
-            return self._masked(tokens, state, cu_seqlens, attention_mask)
-        h, state = self.features(tokens, state, cu_seqlens=cu_seqlens)
-        return self.logits(h), state
+        line = lay_out(self._name, tokens, state, cu_seqlens, attention_mask, intervals)
+        h, state = self._features(line, rate)
+        return line.unpack(self.logits(h)), line.rows(state)
 
     def logits(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """The head: :meth:`features` to logits."""
-        return F.linear(h, self._head())
+        return F.linear(h, self.embed.weight) if self.head is None else self.head(h)
 
-    def step(self, tokens: Int[Tensor, " B"], state: State) -> tuple[Float[Tensor, "B V"], State]:
+    def step(
+        self,
+        tokens: Int[Tensor, " B"],
+        state: State,
+        *,
+        interval: Real[Tensor, " B"] | None = None,
+        rate: float = 1.0,
+    ) -> tuple[Float[Tensor, "B V"], State]:
         """One token per row."""
-        return self._step(self._block_steps(), tokens, state)
+        return self._step(self._block_steps(rate), tokens, state, interval=interval)
 
-    def _step(self, steps: list[Step], x: Int[Tensor, " B"], state: State) -> tuple[Float[Tensor, "B V"], State]:
-        h, state = self._step_features(steps, x, state)
+    def _step(
+        self, steps: list[Step], x: Tensor, state: State, *, interval: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        h, state = self._step_features(steps, x, state, interval)
         return self.logits(h), state
 
     def loss(
         self,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"] | None = None,
+        state: State | None = None,
+        **options: Any,
+    ) -> Float[Tensor, ""]:
+        """Mean cross-entropy of the next token: the first of what :meth:`loss_and_state` returns."""
+        return self.loss_and_state(tokens, targets, state, **options)[0]
+
+    def loss_and_state(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"] | None = None,
+        state: State | None = None,
         *,
         cu_seqlens: Int[Tensor, " n"] | None = None,
-    ) -> Float[Tensor, ""]:
+        attention_mask: Tensor | None = None,
+        intervals: Real[Tensor, "B T"] | None = None,
+        rate: float = 1.0,
+    ) -> tuple[Float[Tensor, ""], State]:
         """Mean cross-entropy of the next token, in nats, without holding all logits of a large vocabulary.
+
+        The state goes on to the next piece of the same sequences; for truncated backpropagation, detached::
+
+            loss, state = model.loss_and_state(tokens, targets, state)
+            loss.backward()
+            state = dualform.core.tree.detach(state)
 
         Args:
             tokens: ``(B, T)``.
             targets: the token after each position; -100 does not count. None shifts ``tokens`` by one.
+            state: what came before; None is ``init_state``.
             cu_seqlens: borders of packed sequences. Nothing is predicted across a border: the target at the last
                 position of each sequence does not count.
+            attention_mask: ``(B, T)``, 1 for a token and 0 for padding. The loss is that of the rows without it: no
+                target at padding counts, and without ``targets`` the next token is the next that is no padding.
+            intervals: as in :meth:`features`.
+            rate: as in :meth:`features`.
 
         Returns:
-            A scalar; 0 where no target counts.
+            A scalar, 0 where no target counts, and the state after the last token.
 
         Raises:
             ArgumentError: names the argument, what came and what was expected.
         """
-        h, _ = self.features(tokens, cu_seqlens=cu_seqlens)
+        line = lay_out(self._name, tokens, state, cu_seqlens, attention_mask, intervals)
+        h, state = self._features(line, rate)
+        borders = line.cu_seqlens
         if targets is None:
-            targets = torch.full_like(tokens, IGNORED)
-            targets[:, :-1] = tokens[:, 1:]
+            targets = F.pad(line.x[:, 1:], (0, 1), value=IGNORED) if line.x.shape[1] else line.x
         else:
-            check_tensors("LanguageModel", tokens=(tokens, "B T"), targets=(targets, "B T"))
+            check_tensors(self._name, tokens=(tokens, "B T"), targets=(targets, "B T"))
             self._check_tokens("targets", targets, "B T", ignored=IGNORED)
-        if cu_seqlens is not None:
-            ids = sequence_ids(cu_seqlens.to(tokens.device), tokens.shape[1])
-            last = ids.diff(append=ids.new_tensor([-1])) != 0
-            targets = targets.masked_fill(last, IGNORED)
-        total = linear_cross_entropy(h.flatten(0, 1), self._head(), targets.long().flatten())
-        return total / (targets != IGNORED).sum().clamp(min=1)
+            if line.keep is not None:
+                targets = line.pack(targets.masked_fill(~line.keep, IGNORED))
+                borders = None  # the target at the end of a row is the caller's
+        if borders is not None:
+            ids = sequence_ids(borders.to(tokens.device), line.x.shape[1])
+            targets = targets.masked_fill(F.pad(ids.diff() != 0, (0, 1), value=True), IGNORED)
+        if line.spare:
+            inside = torch.arange(line.x.shape[1], device=tokens.device) < line.cu_seqlens[-2]
+            targets = targets.masked_fill(~inside, IGNORED)
+        return self._loss(h.flatten(0, 1), targets.long().flatten()), line.rows(state)
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
         """Write ``config.json``, ``model.safetensors`` and, if given, ``tokenizer.json``; see :func:`dualform.load`.
@@ -118,16 +162,15 @@ class LanguageModel(Backbone):
         """
         write_model(folder, self.config, self, tokenizer)
 
-    def _head(self) -> Tensor:
-        return self.embed.weight if self.head is None else self.head.weight
+    def _features(self, line: Line, rate: float) -> tuple[Tensor, State]:
+        return self.features(line.x, line.state, cu_seqlens=line.cu_seqlens, intervals=line.intervals, rate=rate)
 
-    def _masked(
-        self, tokens: Tensor, state: State | None, cu_seqlens: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, State]:
-        """Padding becomes packing."""
-        keep = self._keep(tokens, cu_seqlens, mask)
-        if keep.all():
-            return self.forward(tokens, state)
-        packed, borders = pack(tokens, keep)
-        logits, state = self.forward(packed, state, cu_seqlens=borders)
-        return unpack(logits, keep), state
+    def _loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the targets that count."""
+        count = (targets != IGNORED).sum().clamp(min=1)
+        if self.head is None:
+            return linear_cross_entropy(h, self.embed.weight, targets) / count
+        if type(self.head) is nn.Linear and self.head.bias is None:
+            return linear_cross_entropy(h, self.head.weight, targets) / count
+        logits = self.head(h)  # a wrapper around a linear map: quantised, adapted
+        return F.cross_entropy(logits.to(wide(logits)), targets, ignore_index=IGNORED, reduction="sum") / count

@@ -1,0 +1,81 @@
+"""Padding at the door of a model: rows with an ``attention_mask`` become one packed line, and results rows again."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.core.errors import ArgumentError
+from dualform.core.packing import from_lengths
+from dualform.core.recurrence import State
+from dualform.core.shapes import check_tensors
+from dualform.core.tree import Tree, concat, take
+
+
+class Line(NamedTuple):
+    """What a model runs on, and the way back to the rows that a caller gave; made by :func:`lay_out`.
+
+    Without a mask, or where it hides nothing, the inputs are as they came. A mask that hides something makes one line
+    of the elements it shows. Compiled code knows no values, and so no lengths: there the line keeps its full length,
+    with the padding moved behind everything else, as one more sequence whose results nobody sees.
+    """
+
+    x: Tensor
+    state: State | None
+    cu_seqlens: Any
+    intervals: Tensor | None
+    keep: Tensor | None = None  # (B, T), where the line has been laid out anew
+    order: Tensor | None = None  # the places of the line's elements among B T
+    spare: bool = False  # whether the last sequence is padding
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """Something else of every element, ``(B, T, ...)``, laid out like ``x``."""
+        return rows if self.order is None else rows.flatten(0, 1)[self.order][None]
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """``y``, laid out like ``x``, as rows ``(B, T, ...)``: 0 where there is padding."""
+        if self.keep is None or self.order is None:
+            return y
+        rows = y.new_zeros(self.keep.numel(), *y.shape[2:]).index_copy(0, self.order, y[0])
+        rows = rows.unflatten(0, self.keep.shape)
+        return rows.masked_fill(~self.keep.view(*self.keep.shape, *[1] * (y.dim() - 2)), 0)
+
+    def rows(self, tree: Tree) -> Tree:
+        """What there is for every sequence of the line, without that of the padding."""
+        return take(tree, slice(0, self.keep.shape[0])) if self.spare and self.keep is not None else tree
+
+
+def lay_out(
+    where: str,
+    x: Tensor,
+    state: State | None,
+    cu_seqlens: Any,
+    attention_mask: Tensor | None,
+    intervals: Tensor | None = None,
+) -> Line:
+    """The line of inputs ``(B, T, ...)``, with a mask ``(B, T)`` of 1 for an element and 0 for padding.
+
+    Raises:
+        ArgumentError: for a mask beside ``cu_seqlens``, of another shape, or with other values.
+    """
+    if attention_mask is None:
+        return Line(x, state, cu_seqlens, intervals)
+    if cu_seqlens is not None:
+        raise ArgumentError(f"{where}: give cu_seqlens or attention_mask, not both")
+    check_tensors(where, x=(x, "B T ..."), attention_mask=(attention_mask, "B T"), intervals=(intervals, "B T"))
+    keep = attention_mask != 0
+    if torch.compiler.is_compiling():
+        order = keep.flatten().logical_not().to(torch.int8).argsort(stable=True)
+        lengths = keep.sum(1)
+        borders = from_lengths(torch.cat([lengths, (keep.numel() - lengths.sum())[None]]))
+        x = x.masked_fill(~keep.view(*keep.shape, *[1] * (x.dim() - 2)), 0)
+        intervals = None if intervals is None else intervals.masked_fill(~keep, 1)
+        state = None if state is None else concat([state, take(state, slice(0, 1))])
+    else:
+        if not torch.equal(keep.to(attention_mask.dtype), attention_mask):
+            raise ArgumentError(f"{where}: attention_mask has values other than 0 and 1")
+        if keep.all():
+            return Line(x, state, None, intervals)
+        order, borders = keep.flatten().nonzero()[:, 0], from_lengths(keep.sum(1))
+    line = Line(x, state, borders, intervals, keep, order, spare=torch.compiler.is_compiling())
+    return line._replace(x=line.pack(x), intervals=None if intervals is None else line.pack(intervals))
