@@ -202,7 +202,7 @@ def test_printable_leaves_text_and_disarms_escapes():
         (["train", "no-such-recipe"], None, "no-such-recipe"),
         (["train", "--set", "optim.lrr=1"], None, "optim.lrr"),
         (["train", "--set", "data.path=/no/such/file", "--out", "OUT"], None, "/no/such/file"),
-        (["demo", "--out", "FOLDER"], None, "no demo made it"),
+        (["demo", "--out", "FOLDER"], None, "not made by a demo"),
     ],
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(dualform, folder, tmp_path, args, stdin, message):
@@ -273,7 +273,7 @@ def test_demo_shows_what_it_promises(dualform, folder, model, tmp_path, monkeypa
         assert f"dualform generate {out} --state {out}/demo.state" in text
     (out / "made-by-dualform-demo").unlink()
     code, text, err = dualform("demo", "--out", str(out))
-    assert code == 2 and "no demo made it" in err and (out / "demo.state").exists()
+    assert code == 2 and "not made by a demo" in err and (out / "demo.state").exists()
 
 
 def test_check_prints_tables_and_judges(dualform, monkeypatch):

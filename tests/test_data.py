@@ -89,7 +89,7 @@ def test_the_standard_library_is_its_source():
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.txt", b"caf\xe9", "a.txt: not text: byte 3 is no UTF-8"),
+        ("a.txt", b"caf\xe9", "a.txt: not text: byte 3 is not UTF-8"),
         ("a.txt", b"ab\0c", "a.txt: not text: byte 2 is zero"),
         ("a.txt", b"", "holds no text"),
         ("a.jsonl", b'{"text": "a"}\nnonsense', "a.jsonl, line 2: not JSON"),

@@ -56,7 +56,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Check:
-    """One cell of a table: ``measure() -> (what it found, or None; the tolerance)``."""
+    """One entry of a table. ``measure()`` gives what it found, None where it does not apply, and the tolerance."""
 
     table: str
     case: str

@@ -1,4 +1,4 @@
-"""``dualform demo``: train, write, put down and take up, in a few minutes on a bare CPU."""
+"""``dualform demo``: train, generate, save the state and resume, in a few minutes on a CPU."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ EPILOG = """[bold]Examples[/bold]
   dualform demo --minutes 10 --out runs/ten  longer is better"""
 
 PROMPT = "class Reader:\n    def __init__(self"
-_MARK = "made-by-dualform-demo"  # a file that tells the demo's folder from a person's
+_MARK = "made-by-dualform-demo"  # a file that marks a folder as made by this command
 _WRITTEN, _SHORT, _LONG, _RESUMED = 400, 100, 20_000, 120  # tokens
 
 
@@ -56,12 +56,12 @@ def demo(
 
 
 def _claim(out: Path) -> None:
-    """Make the folder anew; refuse one that holds something else."""
+    """Empty the folder of an earlier demo, or make it; refuse one that holds something else."""
     if out.is_dir() and (out / _MARK).exists():
         shutil.rmtree(out)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(
-            f"{out}: not empty, and no demo made it", hint="give another folder: dualform demo --out FOLDER"
+            f"{out}: not empty, and not made by a demo", hint="give another folder: dualform demo --out FOLDER"
         )
     out.mkdir(parents=True)
     (out / _MARK).touch()
@@ -77,7 +77,7 @@ def _show(console: "Console", out: Path, seed: int) -> None:
     session = _write(console, model, tokenizer, seed)
     _heading(console, "a state of constant size")
     _measure(console, model, tokenizer)
-    _heading(console, "put down, take up")
+    _heading(console, "save the state, load it, go on")
     state = out / "demo.state"
     _resume(console, model, session, state)
     _heading(console, "try next")

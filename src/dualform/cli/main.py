@@ -47,10 +47,10 @@ for command in (demo, train, generate, info, inspect, check, doctor):
 
 
 def main() -> None:
-    """Run a command; an error that is meant to be read is printed as one, and ends with exit code 2.
+    """Run a command. An error of this library or of the operating system is printed as a sentence, with exit code 2.
 
-    Unless the environment says otherwise, threads of GNU's OpenMP that wait soon sleep: where processes share cores,
-    spinning ones keep the thread that they wait for from running. OpenMP reads this once, when torch is loaded.
+    Waiting threads of GNU's OpenMP are told to sleep soon, unless the environment says otherwise: where processes share
+    cores, a thread that spins can keep the one that it waits for from running. OpenMP reads this when torch is loaded.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "5000"  # turns, of 300,000 by default

@@ -53,7 +53,7 @@ def printable(text: str) -> str:
 
 
 class Until:
-    """Text that streams by until one of some endings appears; the ending and what follows are held back."""
+    """Streamed text up to the first of some endings; the ending and what follows it are held back."""
 
     def __init__(self, endings: Sequence[str]):
         self.endings, self.held, self.found = [e for e in endings if e], "", False

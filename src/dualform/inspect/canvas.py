@@ -1,4 +1,4 @@
-"""One look for all pictures."""
+"""The style that all pictures share."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **opti
 
 
 def shade(place: float) -> Any:
-    """A colour for a place from 0 to 1 in an order, such as that of channels."""
+    """A colour for a position from 0 to 1, such as that of one channel among all."""
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.05 + 0.85 * place)

@@ -1,4 +1,4 @@
-"""What a memory still knows of a signal, as time passes."""
+"""How much of a signal a memory retains as time passes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ def draw_memory(memory: Memory, signal: Any, at: Sequence[int] | None = None, ti
     One row per moment: the signal so far in light, the part that is remembered shaded, the reconstruction dark.
 
     Args:
-        memory: a memory without samples; it is used up.
+        memory: a memory without samples; this function fills it.
         signal: ``(T,)``.
-        at: numbers of samples, ascending, at least the order of the memory; None takes four of even distance.
+        at: numbers of samples, ascending, at least the order of the memory; None takes four, evenly spaced.
         title: above the picture; empty names the measure and the order.
 
     Raises:

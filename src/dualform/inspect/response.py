@@ -1,4 +1,4 @@
-"""What systems answer to an impulse and to waves."""
+"""The responses of systems to an impulse, and to waves of every frequency."""
 
 import math
 from collections.abc import Mapping

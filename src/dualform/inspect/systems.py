@@ -1,4 +1,4 @@
-"""The linear systems inside of layers, as dense matrices that can be looked at."""
+"""The linear systems inside layers, as dense matrices."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A training step that does not wait for launches: blocks compiled, forward and backward captured in CUDA graphs."""
+"""A training step without launch overhead: blocks compiled, forward and backward captured in CUDA graphs."""
 
 import warnings
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from dualform.ops.op import SlowBackendWarning
 def capture(
     objective: nn.Module, model: LanguageModel, sample: Tensor, bfloat16: bool
 ) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """The objective as two CUDA graphs, for inputs of one shape; or as it was, with a warning, where that fails.
+    """The objective as two CUDA graphs, for inputs of one shape; where that fails, unchanged and with a warning.
 
     The blocks are compiled first, all that are alike at once. Outside of a captured call, run the model under
     :func:`as_written`, so that another shape does not compile it again.
@@ -39,7 +39,8 @@ def capture(
         torch.cuda.synchronize()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"training runs slower: a step could not be captured in a CUDA graph ({reason}); graphs=false is without",
+            f"training runs slower: a step could not be captured in a CUDA graph ({reason}); "
+            "graphs=false skips the attempt",
             SlowBackendWarning,
             stacklevel=2,
         )

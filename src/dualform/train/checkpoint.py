@@ -30,7 +30,7 @@ from dualform.train.recipe import Recipe
 FORMAT = 1
 MOMENTS_FILE, POSITION_FILE = "optimizer.safetensors", "run.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-_FULL = "free some space; the checkpoints before still load"
+_FULL = "free some space; earlier checkpoints still load"
 # What a resumed run may change: how long, how often, where and how fast, but not what it sees.
 _FREE = ("out", "steps", "minutes", "eval_every", "save_every", "log_every", "keep", "precision", "device")
 _FREE_TABLES = ("optim.", "data.accumulate")
@@ -64,7 +64,7 @@ def save_checkpoint(
     """Write ``folder/step-...``, then drop all but the newest ``recipe.keep``.
 
     Raises:
-        CheckpointError: when the disk refuses; the checkpoints before still load.
+        CheckpointError: when it cannot be written, as on a full disk; earlier checkpoints still load.
     """
     place = folder / f"step-{position.step:08d}"
     if place.exists():
@@ -113,7 +113,7 @@ def restore_checkpoint(
         about = json.loads((place / POSITION_FILE).read_text(encoding="utf-8"))
         moments = load_file(place / MOMENTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        hint = f"remove {place}, and the run resumes from the checkpoint before"
+        hint = f"remove {place}, and the run resumes from an earlier checkpoint"
         raise CheckpointError(f"{place}: cannot be read: {error}", hint=hint) from error
     if about["format"] != FORMAT:
         raise CheckpointError(

@@ -89,7 +89,7 @@ def split(corpus: Corpus) -> Iterator[tuple[Document, bool]]:
     """Documents, and whether each is held out.
 
     A document is held out when the SHA-256 of its name is a multiple of ``data.held_out``, until 4 MiB are; where
-    that chooses none or all, the smallest document is. A corpus of one document gives up its last lines instead.
+    that chooses none or all, the smallest document is. Of a corpus of one document, the last lines are held out.
 
     Raises:
         DataError: when there is no text.
@@ -128,11 +128,11 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def _not_text(text: bytes) -> str | None:
-    """Why bytes are no text, or None."""
+    """Why these bytes are not text, or None."""
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:
-        return f"byte {error.start} is no UTF-8"
+        return f"byte {error.start} is not UTF-8"
     return f"byte {text.index(0)} is zero" if b"\0" in text else None
 
 

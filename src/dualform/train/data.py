@@ -40,9 +40,9 @@ _BATCH = 256  # documents tokenised together
 class Dataset:
     """The tokens of a run, mapped from its folder.
 
-    ``nbytes`` are the bytes of text that each held-out token adds, none for a separator; ``about`` is what is known
-    of the corpus: counts of documents and bytes, and what gzip and xz, given the held-out text and nothing else, make
-    of it in bits per byte. ``train_starts`` and ``held_out_starts`` are where each document begins with its separator.
+    ``nbytes`` are the bytes of text that each held-out token stands for, 0 for those of a separator. ``about`` has the
+    counts of documents and bytes, and the bits per byte to which gzip and xz compress the held-out text alone.
+    ``train_starts`` and ``held_out_starts`` are where each document begins with its separator.
     """
 
     train: np.ndarray  # uint8, uint16 or uint32
@@ -61,7 +61,7 @@ class Dataset:
 
 
 def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenise the corpus into a new folder, complete or not there at all.
+    """Tokenise the corpus into a new folder, which appears only when it is complete.
 
     Raises:
         DataError: for a corpus that cannot be read, is empty, or is shorter than one window.
@@ -164,7 +164,7 @@ def _source(data: Data, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _encoder(tokenizer: Tokenizer) -> Callable[[list[bytes]], list[tuple[np.ndarray, np.ndarray]]]:
-    """Texts -> for each its tokens, and the bytes of text that each token adds."""
+    """A function from texts to the tokens of each, with the bytes of text that each token stands for."""
     told = tokenizer.to_json()
     if told is None:
         return lambda texts: [(np.frombuffer(t, np.uint8), np.ones(len(t), np.uint32)) for t in texts]

@@ -35,7 +35,7 @@ def bits_per_byte(
     (of ``length`` where the state grows) is cut into several.
 
     Args:
-        model: left in the mode, training or evaluation, that it is in.
+        model: evaluated on its own device; its training flag is left as it was.
         dataset: its held-out part is read.
         length: tokens of a training window.
         packed: whether no state may pass from one document into the next.

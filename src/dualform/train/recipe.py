@@ -25,7 +25,7 @@ STDLIB = "stdlib"
 
 @dataclass(frozen=True)
 class Data:
-    """What a model learns from, and in what portions.
+    """The training data, and how much of it a step takes.
 
     Args:
         path: a file or folder of text or JSON lines, or ``"stdlib"``, the Python standard library's own source.
@@ -38,7 +38,8 @@ class Data:
             longer than ``length`` is cut into several. If not, windows begin anywhere in the text, and a state passes
             from one document into the next.
         batch: windows per step, over all processes together.
-        accumulate: parts in which each process computes its windows, one after another: less memory, same result.
+        accumulate: portions into which each process divides its windows, computed one after another: less memory, same
+            result.
     """
 
     path: str = STDLIB
@@ -65,7 +66,7 @@ class Optim:
     """AdamW with a linear warm-up, a cosine down to a floor, and clipping.
 
     Args:
-        lr: the largest learning rate; a parameter that bears less (its layer's ``hints``) gets less.
+        lr: the peak learning rate; a parameter whose layer sets a lower one in its ``hints`` gets that.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay of matrices; embeddings, vectors and parameters with a hint have none.
@@ -113,13 +114,13 @@ class Recipe:
         log_every: steps between lines in ``metrics.jsonl``, each the mean since the line before.
         keep: checkpoints to keep, the newest.
         precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where a CUDA device has it.
-        recompute: whether the backward computes each block once more instead of keeping what is in it: less memory,
-            same result.
+        recompute: whether the backward pass recomputes the activations of each block, which are then not stored: less
+            memory, same result.
         graphs: whether a step on one CUDA device is captured in CUDA graphs, its blocks compiled: same result, without
-            waiting for launches. A packed step is not: its shapes change.
+            the overhead of launching kernels. A packed step is not captured, because its shapes change.
         device: ``"auto"``, the best there is, or ``"cpu"``.
-        data: what a model learns from.
-        optim: how.
+        data: the training data.
+        optim: the optimiser and its schedule.
     """
 
     model: str | dict[str, Any] = "byte-hybrid"

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar and lines for a person, ``metrics.jsonl`` for programs, TensorBoard, a picture."""
+"""The output of a run: a progress bar and lines for people, ``metrics.jsonl`` for programs, TensorBoard, a picture."""
 
 import json
 import time
@@ -80,7 +80,7 @@ class Report:
             self._draw()
 
     def _draw(self) -> None:
-        with suppress(OSError):  # a full disk shall not end a run for a picture
+        with suppress(OSError):  # a picture that cannot be written is no reason to end a run
             plot_losses(self._out / PICTURE_FILE, self._rows, self._baselines, self._title)
         self._drawn = time.monotonic()
 

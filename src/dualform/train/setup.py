@@ -1,4 +1,4 @@
-"""What stands before the first step: the device, the model with its tokenizer, the run's folder and its tokens."""
+"""What comes before the first step: the device, the model with its tokenizer, the run's folder and its tokens."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
 
 
 def claim_folder(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> None:
-    """Make the run's folder with its tokens and recipe, or make sure that a run to resume is there.
+    """Make the run's folder with its tokens, or make sure that it holds a run to resume.
 
     Raises:
         CheckpointError: for a folder with a run that is not to be resumed, without one that is, or that cannot be
@@ -103,6 +103,6 @@ def claim_folder(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> None:
 
 
 def write_recipe(recipe: Recipe) -> None:
-    """Note what the run is, so that its folder alone is enough to resume it."""
+    """Write the recipe into the run's folder, which is then enough to resume it."""
     with replacing_file(Path(recipe.out) / RECIPE_FILE) as path:
         path.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
