@@ -13,7 +13,7 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.s4d import S4DConfig
 from dualform.models.backbone import Backbone
 from dualform.models.heads import POOLINGS, SequenceClassifier, SequenceRegressor
-from dualform.models.store import load, save
+from dualform.models.saving.model import load, save
 
 
 def config(bidirectional: bool = False, **options) -> df.ModelConfig:
@@ -144,9 +144,9 @@ def test_saving_and_loading(bidirectional, tmp_path, x):
         again = load(tmp_path / folder, kind=SequenceClassifier)
         assert type(again) is SequenceClassifier and again.pooling == "max" and again.config == model.config
         torch.testing.assert_close(again(x)[0], model(x)[0], rtol=0, atol=0)
-    assert type(load(tmp_path / "a", kind=Backbone)) is SequenceClassifier
-    with pytest.raises(CheckpointError, match=r"a SequenceClassifier, expected a LanguageModel\n.*kind=SequenceClass"):
-        load(tmp_path / "a")
+    assert type(df.load(tmp_path / "a")) is type(load(tmp_path / "a", kind=Backbone)) is SequenceClassifier
+    with pytest.raises(CheckpointError, match="a SequenceClassifier, expected a LanguageModel"):
+        load(tmp_path / "a", kind=df.LanguageModel)
     text = (tmp_path / "b" / "config.json").read_text()
     (tmp_path / "b" / "config.json").write_text(text.replace('"outputs"', '"outputz"'))
     with pytest.raises(CheckpointError, match="head"):

@@ -15,7 +15,7 @@ from dualform.layers.attention import AttentionConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
-from dualform.models.state_file import save_state
+from dualform.models.saving.state import save_state
 
 SAMPLING = Sampling(temperature=1.1, top_p=0.95, repetition_penalty=1.1)
 PROMPT = b"import os\n"

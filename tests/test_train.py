@@ -217,7 +217,7 @@ def test_the_second_signal_acts_as_usual():
 def test_a_full_disk_leaves_the_checkpoint_before(recipe, tmp_path, monkeypatch, file):
     whole = train(recipe, console=QUIET)
     broken = replace(recipe, out=str(tmp_path / "broken"))
-    for module in (checkpoint, dualform.models.checkpoint):
+    for module in (checkpoint, dualform.models.saving.model):
         real = module.save_file
 
         def full(tensors, path, *args, real=real, **kwargs):

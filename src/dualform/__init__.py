@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dualform.models.heads import SequenceClassifier, SequenceRegressor
     from dualform.models.lm import LanguageModel
     from dualform.models.presets import preset
-    from dualform.models.store import load
+    from dualform.models.saving.model import load, save
     from dualform.ops.op import backend
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "identify",
     "load",
     "preset",
+    "save",
 ]
 
 _HOME = {
@@ -58,8 +59,9 @@ _HOME = {
     "backend": "ops.op",
     "generate": "generation.engine",
     "identify": "core.identify",
-    "load": "models.store",
+    "load": "models.saving.model",
     "preset": "models.presets",
+    "save": "models.saving.model",
 }
 _PACKAGES = ("check", "core", "gaussian", "inspect", "layers", "models", "ops", "train")
 

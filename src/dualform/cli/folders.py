@@ -20,9 +20,8 @@ def model_folder(model: str) -> Path:
     Raises:
         CheckpointError: for a preset, which has no weights, and for a run that has not saved any yet.
     """
-    from dualform.models.checkpoint import CONFIG_FILE
-    from dualform.models.files import current
     from dualform.models.presets import PRESETS
+    from dualform.models.saving.files import CONFIG_FILE, current
     from dualform.train.recipe import RECIPE_FILE
 
     path = Path(model)
@@ -50,11 +49,12 @@ def load_model(model: str, device: str = "auto") -> "tuple[LanguageModel, Tokeni
         CheckpointError: for a folder that holds no whole model.
         ArgumentError: for a device that does not exist.
     """
-    from dualform.models.store import load
+    from dualform.models.lm import LanguageModel
+    from dualform.models.saving.model import load
     from dualform.models.tokenizer import load_tokenizer
 
     chosen, folder = pick_device(device), model_folder(model)
-    lm = load(folder, chosen).eval()
+    lm = load(folder, device=chosen, kind=LanguageModel).eval()
     return lm, load_tokenizer(folder, lm.config.vocab_size)
 
 

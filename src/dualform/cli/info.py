@@ -54,9 +54,8 @@ def _preset(name: str) -> list[tuple[str, str]]:
 
 def _trained(name: str) -> list[tuple[str, str]]:
     from dualform.cli.folders import model_folder
-    from dualform.models.checkpoint import WEIGHTS_FILE
-    from dualform.models.files import current
-    from dualform.models.store import shape
+    from dualform.models.saving.files import WEIGHTS_FILE, current
+    from dualform.models.saving.model import shape
 
     folder = model_folder(name)
     model, weights = shape(folder), current(folder, WEIGHTS_FILE)

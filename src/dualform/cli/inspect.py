@@ -60,10 +60,9 @@ def _pictures(what: str, d_model: int) -> "Iterator[tuple[str, Figure]]":
 
 def _load(what: str) -> "nn.Module":
     from dualform.cli.folders import model_folder
-    from dualform.models.backbone import Backbone
-    from dualform.models.store import load
+    from dualform.models.saving.model import load
 
-    return load(model_folder(what), kind=Backbone)
+    return load(model_folder(what))
 
 
 def _unknown(what: str) -> Exception:

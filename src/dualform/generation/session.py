@@ -10,7 +10,7 @@ from dualform.core.errors import CheckpointError
 from dualform.core.recurrence import State
 from dualform.core.tree import clone, nbytes, state_class, tree_map
 from dualform.models.lm import LanguageModel
-from dualform.models.state_file import fingerprint, load_meta, load_state, save_state
+from dualform.models.saving.state import fingerprint, load_meta, load_state, save_state
 
 WINDOW = 256  # tokens remembered for the repetition penalty, and the longest stop sequence
 _MODEL = "session_model"  # the key of the file's metadata that holds the model's fingerprint

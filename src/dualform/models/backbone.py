@@ -1,5 +1,6 @@
 """What every model shares: an entrance for tokens or features, blocks from a pattern, a final norm."""
 
+import os
 from abc import abstractmethod
 from functools import partial
 from typing import Any, cast
@@ -110,6 +111,12 @@ class Backbone(nn.Module):
             h, left = self._run(block, h, old, options)
             new.append(left)
         return self._final(h), tuple(new)
+
+    def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """:func:`dualform.save`, for :func:`dualform.load` to read."""
+        from dualform import save  # the room for saving knows all models, and so none of them knows it
+
+        save(self, folder, tokenizer)
 
     def parameter_count(self) -> int:
         """Number of parameters; tied and shared ones count once."""

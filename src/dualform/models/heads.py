@@ -1,6 +1,5 @@
 """Models that say one thing about a whole sequence: a class, or some numbers."""
 
-import os
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ from dualform.core.shapes import check_tensors, wide, widest
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Step
 from dualform.models.backbone import Backbone
-from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED
 from dualform.models.padding import lay_out
@@ -134,14 +132,6 @@ class PooledModel(Backbone):
     def head_options(self) -> dict[str, Any]:
         """What beside the config it takes to build this model again, as JSON values."""
         return {"kind": self._name, "outputs": self.outputs, "inputs": self.inputs, "pooling": self.pooling}
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors``; read them by ``dualform.load(folder, kind=type(model))``.
-
-        Raises:
-            CheckpointError: when the disk refuses; what was saved there before still loads.
-        """
-        write_model(folder, self.config, self, head=self.head_options())
 
     def _pool(self, h: Tensor, pooled: Tensor) -> Tensor:
         """``h`` ``(B, T, D)`` and what was pooled before, ``(B, D)``."""

@@ -1,6 +1,5 @@
 """The language model: a Recurrence from tokens to logits, made of Recurrences."""
 
-import os
 from typing import Any
 
 import torch
@@ -14,11 +13,9 @@ from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mixer import Step
 from dualform.models.backbone import Backbone
-from dualform.models.checkpoint import write_model
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED, linear_cross_entropy
 from dualform.models.padding import Line, lay_out
-from dualform.models.tokenizer import Tokenizer
 
 
 class LanguageModel(Backbone):
@@ -153,14 +150,6 @@ class LanguageModel(Backbone):
             inside = torch.arange(line.x.shape[1], device=tokens.device) < line.cu_seqlens[-2]
             targets = targets.masked_fill(~inside, IGNORED)
         return self._loss(h.flatten(0, 1), targets.long().flatten()), line.rows(state)
-
-    def save(self, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
-        """Write ``config.json``, ``model.safetensors`` and, if given, ``tokenizer.json``; see :func:`dualform.load`.
-
-        Raises:
-            CheckpointError: when the disk refuses; what was saved there before still loads.
-        """
-        write_model(folder, self.config, self, tokenizer)
 
     def _features(self, line: Line, rate: float) -> tuple[Tensor, State]:
         return self.features(line.x, line.state, cu_seqlens=line.cu_seqlens, intervals=line.intervals, rate=rate)

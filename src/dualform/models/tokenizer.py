@@ -8,9 +8,8 @@ from typing import Protocol, runtime_checkable
 import tokenizers
 
 from dualform.core.errors import ArgumentError, CheckpointError
-from dualform.models.files import current
+from dualform.models.saving.files import TOKENIZER_FILE, current
 
-TOKENIZER_FILE = "tokenizer.json"
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16  # tokens a stream keeps as context for the next one
 

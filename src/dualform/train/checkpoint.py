@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualform.core.errors import CheckpointError
-from dualform.models.checkpoint import read_config, read_tensors
-from dualform.models.files import replacing
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.files import replacing
+from dualform.models.saving.model import read_config, read_tensors
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.recipe import Recipe
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dualform.core.errors import DualformError
-from dualform.models.files import replacing_file
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.files import replacing_file
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.capture import as_written, capture
 from dualform.train.checkpoint import Position, checkpoints, restore_checkpoint, save_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from dualform.models.files import replacing_file
+from dualform.models.saving.files import replacing_file
 from dualform.train.events import EventFile
 from dualform.train.plot import plot_losses
 

@@ -9,10 +9,10 @@ from accelerate.utils import DistributedType
 
 from dualform.core.errors import CheckpointError, ConfigError
 from dualform.models.config import ModelConfig
-from dualform.models.files import replacing_file
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import PRESETS, preset
-from dualform.models.store import load
+from dualform.models.saving.files import replacing_file
+from dualform.models.saving.model import load
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
 from dualform.train.checkpoint import checkpoints
 from dualform.train.data import prepare
@@ -60,7 +60,7 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
     torch.manual_seed(recipe.seed)
     given, tokenizer = recipe.model, None
     if isinstance(given, str) and given not in PRESETS and Path(given).is_dir():
-        model = load(given, dtype=torch.float32)
+        model = load(given, dtype=torch.float32, kind=LanguageModel)
         tokenizer = load_tokenizer(given, model.config.vocab_size)
     else:
         model = LanguageModel(ModelConfig.from_dict(given) if isinstance(given, dict) else preset(given))

@@ -14,9 +14,9 @@ from torch import Tensor
 from dualform.core.errors import CheckpointError
 from dualform.core.recurrence import State
 from dualform.core.tree import named_leaves, tree_map
-from dualform.models.checkpoint import unique_tensors
-from dualform.models.files import replacing_file
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.files import replacing_file
+from dualform.models.saving.model import unique_tensors
 
 FORMAT = "1"
 _MARK = "dualform_state"  # the key of the metadata that holds the format

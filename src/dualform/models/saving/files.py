@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from dualform.core.errors import CheckpointError
 
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"  # of a model
 _INCOMING, _COMMITTED = ".incoming", ".committed"
 
 

@@ -15,11 +15,12 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
-from dualform.models import checkpoint, files
 from dualform.models.config import ModelConfig
-from dualform.models.files import current, replacing, replacing_file
 from dualform.models.lm import LanguageModel
-from dualform.models.store import load, save
+from dualform.models.saving import files
+from dualform.models.saving import model as saving
+from dualform.models.saving.files import current, replacing, replacing_file
+from dualform.models.saving.model import load, save
 from dualform.models.tokenizer import ByteTokenizer
 
 PARTS = {
@@ -71,7 +72,7 @@ def test_dtypes(tmp_path):
     save(model, tmp_path)
     assert same(load(tmp_path), model)
     assert same(load(tmp_path, dtype=torch.float64), model.double())
-    assert {p.dtype for p in load(tmp_path, "meta", torch.float16).parameters()} == {torch.float16}
+    assert {p.dtype for p in load(tmp_path, device="meta", dtype=torch.float16).parameters()} == {torch.float16}
 
 
 def test_the_config_file_is_for_people(tmp_path):
@@ -137,7 +138,7 @@ class Saboteur:
             (files.Path, "mkdir"),
             (files.Path, "rmdir"),
             (files.Path, "write_text"),
-            (checkpoint, "save_file"),
+            (saving, "save_file"),
             (files.shutil, "rmtree"),
             (files.Path, "unlink"),
         ):

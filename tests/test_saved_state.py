@@ -15,10 +15,10 @@ from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.s4d import S4DConfig
-from dualform.models import files
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
-from dualform.models.state_file import fingerprint, load_meta, load_state, save_state
+from dualform.models.saving import files
+from dualform.models.saving.state import fingerprint, load_meta, load_state, save_state
 
 PARTS = {
     "M": (Mamba2Config(d_state=4, d_head=4),),

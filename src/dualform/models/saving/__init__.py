@@ -1,0 +1,1 @@
+"""Saving: files that replace each other at once, models in folders, states in files. Never pickle."""

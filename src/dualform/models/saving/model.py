@@ -1,0 +1,238 @@
+"""A model in a folder: ``config.json``, ``model.safetensors`` and perhaps ``tokenizer.json``.
+
+``config.json`` holds the format, the library's version, the model's config and, for a classifier or regressor, its
+head; ``model.safetensors`` every tensor once, in the dtype it had, under its name in the model. Weights that several
+names share are stored under the first.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, overload, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dualform import __version__
+from dualform.core.errors import CheckpointError, ConfigError
+from dualform.models.backbone import Backbone
+from dualform.models.config import ModelConfig
+from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
+from dualform.models.lm import LanguageModel
+from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, current, replacing
+
+FORMAT = 1
+_OTHER_MODEL = f"{CONFIG_FILE} beside it describes another model"
+Folder = str | os.PathLike[str]
+Model = TypeVar("Model", bound=Backbone)
+_POOLED: dict[str, type[PooledModel]] = {kind.__name__: kind for kind in (SequenceClassifier, SequenceRegressor)}
+
+
+@runtime_checkable
+class SavedTokenizer(Protocol):
+    """What saving needs of a tokenizer."""
+
+    def to_json(self) -> str | None:
+        """The content of ``tokenizer.json``, or None for a tokenizer that needs no file."""
+        ...
+
+
+def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = None) -> None:
+    """Write a model to a folder: ``config.json``, ``model.safetensors`` and, if given, ``tokenizer.json``.
+
+    The files replace those of the same name all at once: a full disk or a kill leaves what was saved there before.
+    Without a tokenizer, one that is there stays.
+
+    Raises:
+        CheckpointError: when the disk refuses.
+    """
+    about: dict[str, Any] = {"format": FORMAT, "library": f"dualform {__version__}", "model": model.config.to_dict()}
+    if isinstance(model, PooledModel):
+        about["head"] = model.head_options()
+    text = tokenizer.to_json() if tokenizer is not None else None
+    tensors = {name: t.detach().cpu().contiguous() for name, t in unique_tensors(model).items()}
+    with replacing(folder) as new:
+        (new / CONFIG_FILE).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        if text is not None:
+            (new / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+
+
+@overload
+def load(
+    folder: Folder, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, kind: None = None
+) -> Any: ...
+@overload
+def load(
+    folder: Folder, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, kind: type[Model]
+) -> Model: ...
+def load(
+    folder: Folder,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    kind: type[Any] | None = None,
+) -> Any:
+    """Read the model that :func:`save` wrote: a language model, classifier or regressor, whichever it is.
+
+    The global random generators are left as they are.
+
+    Args:
+        folder: where it was saved.
+        device: where it shall live.
+        dtype: of its floating tensors; None keeps what was saved.
+        kind: a class it must be of, such as ``LanguageModel``; None takes any.
+
+    Raises:
+        CheckpointError: for a missing folder or file, a truncated one, a model of another kind, a tensor too many,
+            too few or of another shape; names it.
+        ConfigError: for a config with an unknown or missing key; names it.
+    """
+    found, config, head = _described(folder)
+    if kind is not None and not issubclass(found, kind):
+        raise CheckpointError(f"{folder}: a {found.__name__}, expected a {kind.__name__}")
+    with torch.random.fork_rng(devices=[]), _Blank():
+        model = _built(folder, found, config, head)
+    model.load_state_dict(read_tensors(folder, model), strict=False, assign=True)
+    return model.to(device=device, dtype=dtype)
+
+
+def shape(folder: Folder) -> Backbone:
+    """The model of a folder on the meta device, without its weights, whatever its kind; it costs no memory.
+
+    Raises:
+        CheckpointError: for a folder without a model of this library.
+        ConfigError: for a config with an unknown or missing key; names it.
+    """
+    with torch.device("meta"):
+        return _built(folder, *_described(folder))
+
+
+def read_config(folder: Folder) -> ModelConfig:
+    """The config of a saved model.
+
+    Raises:
+        CheckpointError: when there is no model of this library in the folder.
+        ConfigError: when its config has an unknown or missing key.
+    """
+    path, about = _read_about(folder)
+    try:
+        return ModelConfig.from_dict(about["model"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_tensors(folder: Folder, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a saved model by name, exactly those of ``model``.
+
+    Raises:
+        CheckpointError: for a file that is missing or truncated, or a tensor too many, too few or of another shape.
+    """
+    path = current(folder, WEIGHTS_FILE)
+    if not path.exists():
+        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}", hint=f"{CONFIG_FILE} is there; copy the weights too")
+    expected = unique_tensors(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_names(path, expected, set(file.keys()))
+            for name, tensor in expected.items():
+                _check_tensor(path, name, tensor, file.get_slice(name))
+            return {name: file.get_tensor(name).clone() for name in expected}  # owned: the file may change
+    except (OSError, SafetensorError) as error:
+        hint = "the file is truncated or no safetensors file; copy or save it again"
+        raise CheckpointError(f"{path}: cannot be read: {error}", hint=hint) from error
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, each once, under the first of its names."""
+    seen: set[int] = set()
+    tensors = model.state_dict(keep_vars=True).items()
+    return {name: t for name, t in tensors if not (id(t) in seen or seen.add(id(t)))}
+
+
+def _described(folder: Folder) -> tuple[type[Backbone], ModelConfig, dict[str, Any]]:
+    """Class, config, and the options of the head."""
+    path, about = _read_about(folder)
+    config, head = read_config(folder), about.get("head")
+    if head is None:
+        return LanguageModel, config, {}
+    if not isinstance(head, dict):
+        raise CheckpointError(f"{path}: head is {head!r}, expected a table of options")
+    name = head.pop("kind", None)
+    if name not in _POOLED:
+        raise CheckpointError(f"{folder}: unknown kind of model {name!r}", hint=f"known: {', '.join(_POOLED)}")
+    return _POOLED[name], config, head
+
+
+def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
+    """The path of ``config.json`` and what it holds."""
+    path = current(_existing(folder), CONFIG_FILE)
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE}", hint="give a folder written by save") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(about, dict) or "format" not in about or "model" not in about:
+        foreign = isinstance(about, dict) and about.get("model_type")
+        raise CheckpointError(
+            f"{path}: not a config of this library" + (f", but of a {foreign!r} model" if foreign else ""),
+            hint="checkpoints of other libraries cannot be read yet; give a folder written by save",
+        )
+    if about["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {about['format']!r} of {about.get('library', 'an unknown version')}, expected {FORMAT}",
+            hint=f"this is dualform {__version__}; upgrade it",
+        )
+    return path, about
+
+
+def _built(folder: Folder, kind: type[Any], config: ModelConfig, head: dict[str, Any]) -> Backbone:
+    if not issubclass(kind, PooledModel):
+        return kind(config)
+    try:
+        outputs, inputs, pooling = head["outputs"], head["inputs"], head["pooling"]
+        return kind(config, outputs, inputs=inputs, pooling=pooling)
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder}: {CONFIG_FILE} describes no {kind.__name__} in its head: {error}", hint="save the model again"
+        ) from error
+
+
+def _existing(folder: Folder) -> Path:
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=f"try {path.parent}")
+    hint = "give a folder written by save"
+    if len(path.parts) == 2 and not path.is_absolute():
+        hint += "; models on the Hugging Face Hub cannot be read yet"
+    raise CheckpointError(f"{folder}: no such folder", hint=hint)
+
+
+def _check_names(path: Path, expected: dict[str, Tensor], found: set[str]) -> None:
+    missing, extra = [name for name in expected if name not in found], sorted(found - expected.keys())
+    sides = [(missing, "missing"), (extra, "too many")]
+    if problems := [f"{len(names)} {what}, first {names[0]!r}" for names, what in sides if names]:
+        raise CheckpointError(f"{path}: tensors: {'; '.join(problems)}", hint=_OTHER_MODEL)
+
+
+def _check_tensor(path: Path, name: str, expected: Tensor, found: Any) -> None:
+    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    if shape != tuple(expected.shape):
+        raise CheckpointError(f"{path}: {name} has shape {shape}, expected {tuple(expected.shape)}", hint=_OTHER_MODEL)
+    if dtype.startswith(("F", "BF")) != expected.is_floating_point() or dtype.startswith("C") != expected.is_complex():
+        raise CheckpointError(f"{path}: {name} is {dtype}, expected {expected.dtype} or alike", hint=_OTHER_MODEL)
+
+
+class _Blank(TorchFunctionMode):
+    """Leaves out the random fills of a new model, whose values a checkpoint replaces."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):  # of torch.nn.init and Tensor
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
