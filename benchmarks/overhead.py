@@ -168,15 +168,17 @@ def synchronisations() -> Iterator[Counter[str]]:
     seen: Counter[str] = Counter()
     always, before = torch.is_warn_always_enabled(), torch.cuda.get_sync_debug_mode()
     torch.set_warn_always(True)
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            yield seen
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield seen
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
     finally:
-        torch.cuda.set_sync_debug_mode(before)
         torch.set_warn_always(always)
-    seen["synchronisation"] = sum("synchron" in str(warning.message).lower() for warning in caught)
+    seen["synchronisation"] = sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def waits(device: str) -> list[dict[str, Any]]:
