@@ -354,6 +354,7 @@ def test_masked_inputs_are_unknown():
         (lambda: system(dt=None).simulate(torch.zeros(3, 2)), r"continuous[\s\S]*system\.discretize"),
         (lambda: system(dt=None).kernel(3), r"continuous[\s\S]*system\.discretize"),
         (lambda: system().kernel(-1), "length is -1"),
+        (lambda: system().frequency_response([1.0, NAN]), "omega has values that are not finite: nan at 1"),
         (lambda: system().simulate(torch.zeros(5, 3)), r"u has shape \(5, 3\).*\(T, 2\)"),
         (lambda: system().simulate(torch.zeros(4, 5, 3)), r"u has shape \(4, 5, 3\).*\(B, T, 2\)"),
         (lambda: system().simulate(torch.zeros(5, 2), torch.zeros(2, 3)), r"x0 has shape \(2, 3\)"),

@@ -134,7 +134,8 @@ class StateSpace:
         """The output and the states for an input, by the recurrence.
 
         Args:
-            u: input ``(T, inputs)`` or ``(B, T, inputs)``; ``(T,)`` for a system of one input.
+            u: input ``(T, inputs)`` or ``(B, T, inputs)``; ``(T,)`` for a system of one input. An input that is NaN or
+                masked is unknown, and so is everything from then on: NaN.
             x0: state before the first input, ``(N,)`` or, for a batch, ``(B, N)``; None means zero.
 
         Returns:
@@ -195,10 +196,11 @@ class StateSpace:
                 repeats itself with the period 2 pi / dt.
 
         Raises:
-            ArgumentError: for a frequency at which the response is infinite, since there is a pole.
+            ArgumentError: for frequencies that are not finite, and one at a pole, where the response is infinite.
         """
         omega = as_tensors("frequency_response", A=self.A.real, omega=omega)["omega"]
         check_tensors("frequency_response", omega=(omega, "frequencies"))
+        check_finite("frequency_response", {"omega": omega})
         z = (1j * omega if self.dt is None else (-1j * omega * self.dt).exp())[:, None, None]
         eye = torch.eye(len(self.A), dtype=z.dtype, device=z.device)
         A, B, C, D = (matrix.to(z.dtype) for matrix in (self.A, self.B, self.C, self.D))

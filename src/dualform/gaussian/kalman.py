@@ -33,15 +33,15 @@ class KalmanFilter:
 
     The parallel form finds the state before every step by an associative scan of depth ``O(log T)``, then makes
     all steps at once with the arithmetic of the sequential form, so that its error does not grow with T. It takes
-    a singular Q, and needs ``C Q C^T + R`` to be positive definite. It combines the
-    prior with the data in information form, and loses digits where P0 is much greater than the covariance of the noise:
-    with a vague prior, all that float32 has.
+    a singular Q, and needs ``C Q C^T + R`` to be positive definite. It combines the prior with the data in
+    information form, and loses digits where P0 is much greater than the covariance of the noise: with a vague prior,
+    all that float32 has.
 
     Args:
         model: the parameters; results have the widest dtype among theirs, the data's and the state's.
-        parallel: the form that :meth:`forward` takes. None chooses the parallel form where it is
-            faster by :func:`dualform.gaussian.filtering.is_parallel_faster` and keeps three quarters of the digits, if
-            necessary after N sequential steps, and the sequential form otherwise.
+        parallel: the form that :meth:`forward` takes. None takes the parallel form where
+            :func:`dualform.gaussian.filtering.is_parallel_faster` says so and the prior costs it few digits,
+            if necessary after N sequential steps; otherwise the sequential form.
 
     References:
         Kalman (1960), "A new approach to linear filtering and prediction problems"; Bucy and Joseph (1968),
@@ -102,8 +102,8 @@ class KalmanFilter:
     def step(self, x: Tensor, state: Gaussian) -> tuple[Filtered, Gaussian]:
         """One observation ``x`` ``(B, M)``: :meth:`predict`, then :meth:`update`; outputs have no time axis.
 
-        While parameters require gradients, every state holds the graph of all steps before it; without one, memory
-        stays constant:
+        Where gradients are recorded, every state keeps the graph of all steps before it. A stream is filtered in
+        constant memory without them:
 
             with torch.inference_mode():
                 for x in stream:

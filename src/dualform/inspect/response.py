@@ -15,6 +15,9 @@ from dualform.inspect.canvas import GREY, figure, shade
 def draw_impulse(systems: Mapping[str, StateSpace], length: int = 256, title: str = "") -> Figure:
     """The impulse responses of discrete systems, from their first input to their first output, D left out.
 
+    A system from :meth:`~dualform.core.system.StateSpace.discretize` has a D that belongs to its response; draw that of
+    :meth:`~dualform.core.system.StateSpace.discretize_recurrence`.
+
     Args:
         systems: by name.
         length: number of steps.
