@@ -88,13 +88,12 @@ def _read_documents(
         lines = lines[:: max(1, len(lines) * most // limit)]
     nats, text = torch.zeros((), dtype=torch.float64), 0
     for chosen in lines:
-        tokens, cu_seqlens = (x.to(device) for x in sequences.line(chosen))
-        last = cu_seqlens[1:] - 1
-        after = tokens[0].roll(-1).index_fill(0, last, IGNORED)
+        tokens, cu_seqlens = sequences.line(chosen)
+        after = tokens[0].roll(-1).index_fill(0, cu_seqlens[1:] - 1, IGNORED).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits, _ = model(tokens, cu_seqlens=cu_seqlens)
+            logits, _ = model(tokens.to(device), cu_seqlens=cu_seqlens.to(device))
         nats += F.cross_entropy(logits[0].float(), after, ignore_index=IGNORED, reduction="sum").cpu()
-        predicted = np.delete(sequences.places(chosen), cu_seqlens[:-1].cpu().numpy())
+        predicted = np.delete(sequences.places(chosen), cu_seqlens[:-1].numpy())
         text += int(dataset.nbytes[predicted].sum())
     return nats.item(), text
 
