@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,15 @@ def test_help_never_loads_torch():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert all(f"dualform {command}" in run.stdout for command in COMMANDS)
+
+
+def test_what_examples_run_as_a_module_does_something():
+    modules = re.findall(r"-m (dualform[\w.]*)", "".join(sys.modules[c.__module__].EPILOG for c in commands()))
+    assert modules and all(find_spec(f"{module}.__main__") for module in modules)
+
+
+def commands():
+    return [command.callback for command in cli.app.registered_commands]
 
 
 def test_version_and_unknown_options(dualform):

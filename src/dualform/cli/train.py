@@ -12,7 +12,7 @@ EPILOG = """[bold]Examples[/bold]
   dualform train --set model=byte-mamba2 --set steps=500   another preset
   dualform train my.toml --set optim.lr=3e-3       a recipe, one key changed
   dualform train runs/notes --resume               go on where a run stopped
-  torchrun --nproc-per-node 2 -m dualform.cli.main train my.toml
+  torchrun --nproc-per-node 2 -m dualform train my.toml
 
 A run folder holds model/, checkpoints/, metrics.jsonl, loss.png, tensorboard/."""
 
