@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import subprocess
 import sys
 
@@ -77,6 +78,33 @@ def test_options_of_a_layer_are_those_of_its_config():
 def test_what_a_user_types_first_is_explained(build, said):
     with pytest.raises((ConfigError, dualform.DualformError), match=said):
         build()
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_an_input_of_another_dtype_is_explained(kind, dtype):
+    """Or computed, where a layer casts it; never an error of a matrix product somewhere inside."""
+    layer = KINDS[kind]().build(64)
+    x = torch.ones(2, 3, 64, dtype=dtype)
+    calls = [lambda: layer(x)]
+    if kind in MIXERS:
+        calls.append(lambda: layer.step(x[:, 0], layer.init_state(2)))
+    for call in calls:
+        try:
+            call()
+        except dualform.DualformError as error:
+            assert re.search(r"(x|u|inputs?) is torch\.(float64|int64)", str(error)), error
+
+
+def test_float64_into_a_float32_layer():
+    layer, said = (
+        dualform.layers.Mamba2(64, d_state=8),
+        r"Mamba2: x is torch.float64, but the weights are torch.float32",
+    )
+    x = torch.ones(2, 3, 64, dtype=torch.float64)
+    for call in (lambda: layer(x), lambda: layer.step(x[:, 0], layer.init_state(2))):
+        with pytest.raises(dualform.core.errors.ArgumentError, match=said + r"\n.*x.to\(torch.float32\)"):
+            call()
 
 
 @every_kind

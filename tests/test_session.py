@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dualform.core.errors import CheckpointError
-from dualform.core.tree import concat, leaves, named_leaves, take
+from dualform.core.tree import clone, concat, leaves, named_leaves, take
 from dualform.generation.engine import generate
 from dualform.generation.options import Sampling
 from dualform.generation.session import WINDOW, Session
@@ -127,3 +127,27 @@ def test_saving_replaces_the_file_or_leaves_it(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.state"]
     with pytest.raises(CheckpointError, match="cannot save"):
         generation.state.save(tmp_path, model)
+
+
+def memory(tree):
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves(tree) if leaf.numel()}
+
+
+def test_what_is_taken_from_a_state_has_memory_of_its_own(model):
+    """Steps without gradients may write into the state that they are given."""
+    session = generate(model, PROMPT, 3).state
+    before = clone(session)
+    two = concat([session, session])
+    assert not memory(two) & memory(session)
+    for rows in (slice(0, 1), [0], torch.tensor([0]), slice(None)):
+        assert not memory(take(session, rows)) & memory(session)
+    assert not memory(session.fork()) & memory(session) and not memory(session.fork(3)) & memory(session)
+    assert not memory(session.to("cpu")) & memory(session)
+    going = generate(model, [], 4, state=session)
+    first = going.state
+    list(going)
+    assert not memory(first) & memory(session) and not memory(going.state) & memory(first)
+    for leaf in leaves(take(two, slice(1, 2))):
+        leaf.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(leaves(session), leaves(before), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(take(two, [1])), leaves(before), strict=True))

@@ -73,12 +73,13 @@ def generate(
         state = Session.start(model, seed=seed or 0, max_len=len(prompt))
     else:
         _check_session(state, vocab)
-        state = state.fork(seed)
+        state = state.to(next(model.parameters()).device)
+        state = state if seed is None else state._replace(seed=torch.full_like(state.seed, seed))
     return Generation(model, prompt, max_new_tokens, sampling, stops, state)
 
 
 class Generation(Iterator[int]):
-    """Tokens, one at a time, and where the generation stands. Made by :func:`generate`.
+    """Tokens, one at a time, and where the generation stands. Made by :func:`generate`, from a session of its own.
 
     Attributes:
         finish: why it ended, ``"length"`` or ``"stop"``; empty while it has not.
@@ -102,7 +103,6 @@ class Generation(Iterator[int]):
         self._remaining = max_new_tokens
         self._prompt, self._pending = prompt, None
         self._prepared: Prepared | None = None
-        session = session.to(self._device)
         self._state, self._logits = session.state, session.logits
         self._history = deque((token for token in session.history[0].tolist() if token >= 0), maxlen=WINDOW)
         self._generated = 0 if len(prompt) else int(session.generated)

@@ -69,8 +69,8 @@ class Session(NamedTuple):
         return copy if seed is None else copy._replace(seed=torch.full_like(copy.seed, seed))
 
     def to(self, device: torch.device | str) -> "Session":
-        """The same session on another device."""
-        return tree_map(lambda leaf: leaf.to(device), self)
+        """A copy on a device, this one's or another."""
+        return tree_map(lambda leaf: leaf.to(device, copy=True), self)
 
     def save(self, path: str | os.PathLike[str], model: LanguageModel) -> None:
         """Write the session and the fingerprint of its model to one file, all or nothing.

@@ -1,12 +1,14 @@
 """The base of every sub-layer of a block, and how it is constructed."""
 
 from abc import ABCMeta
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import wraps
 from typing import Any, ClassVar, get_type_hints
 
-from torch import nn
+from torch import Tensor, nn
 
-from dualform.core.errors import ConfigError
+from dualform.core.errors import ArgumentError, ConfigError
 
 
 class PartClass(ABCMeta):
@@ -46,3 +48,36 @@ class Part(nn.Module, metaclass=PartClass):
     """
 
     residual: ClassVar[tuple[str, ...]] = ("out_proj.weight",)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("forward", "step"):
+            if name in vars(cls):
+                setattr(cls, name, _explained(vars(cls)[name]))
+
+
+def _explained(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run(part, x, ...)``, with an error of PyTorch over the dtype of ``x`` said plainly."""
+
+    @wraps(run)
+    def explained(self: Part, x: Any, *args: Any, **keywords: Any) -> Any:
+        try:
+            return run(self, x, *args, **keywords)
+        except RuntimeError as error:
+            mixed = _mixed(self, x)
+            if mixed is None:
+                raise
+            raise mixed from error
+
+    return explained
+
+
+def _mixed(part: Part, x: Any) -> ArgumentError | None:
+    """The error of an input whose dtype is not that of the weights."""
+    weight = next((p for p in part.parameters() if p.is_floating_point()), None)
+    if not isinstance(x, Tensor) or weight is None or x.dtype == weight.dtype:
+        return None
+    return ArgumentError(
+        f"{type(part).__name__}: x is {x.dtype}, but the weights are {weight.dtype}",
+        hint=f"x.to({weight.dtype}), or layer.to({x.dtype})" if x.is_floating_point() else f"x.to({weight.dtype})",
+    )

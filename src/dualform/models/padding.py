@@ -42,7 +42,9 @@ class Line(NamedTuple):
 
     def rows(self, tree: Tree) -> Tree:
         """What there is for every sequence of the line, without that of the padding."""
-        return take(tree, slice(0, self.keep.shape[0])) if self.spare and self.keep is not None else tree
+        if not self.spare or self.keep is None:
+            return tree
+        return take(tree, torch.arange(self.keep.shape[0], device=self.keep.device))  # a slice would fix the number
 
 
 def lay_out(
