@@ -35,12 +35,15 @@ def _link(found: re.Match[str]) -> str:
 
 
 class Options(griffe.Extension):
-    """Classes under ``@options`` are dataclasses, whose constructor has their fields."""
+    """Classes under ``@options`` and named tuples have a constructor with their fields, as dataclasses do."""
 
     def on_class_instance(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Put ``dataclasses.dataclass`` in the place of the decorator."""
+        """Decorate them with ``dataclasses.dataclass``."""
+        parts = griffe.ExprName("dataclasses"), griffe.ExprName("dataclass")
+        parts[1].parent = parts[0]
+        dataclass = griffe.ExprAttribute(list(parts))
         for decorator in cls.decorators:
             if decorator.callable_path == "dualform.core.options.options":
-                parts = griffe.ExprName("dataclasses"), griffe.ExprName("dataclass")
-                parts[1].parent = parts[0]
-                decorator.value = griffe.ExprAttribute(list(parts))
+                decorator.value = dataclass
+        if any(str(base) == "NamedTuple" for base in cls.bases):
+            cls.decorators.append(griffe.Decorator(dataclass, lineno=None, endlineno=None))
