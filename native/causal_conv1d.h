@@ -1,5 +1,6 @@
-// y_t = act(bias + sum_j weight_j x_{t - (W-1) + j}) per channel, and its backward. The inputs of a piece of a tile lie
-// on a line behind the W - 1 inputs before them, whether those belong to the sequence or to its initial state.
+// y_t = act(bias + sum_j weight_j x_{t - (W-1) + j}) per channel, and its backward. The inputs of a chunk are copied to
+// a line in scratch memory, behind the W - 1 inputs before them, which come from the sequence or from its initial
+// state.
 #pragma once
 
 #include "tile.h"
@@ -7,19 +8,20 @@
 namespace DUALFORM_ISA {
 namespace conv {
 
-constexpr int64_t TILE = 8;  // steps; few, because every row of x and y may lie in a page of its own
+constexpr int64_t TILE = 8;  // steps; few, because each step of x and y may lie on a page of its own
 
-// Weights (W, lanes) of every slice of a slab, one after the other.
+// Weights (W, lanes) of every slice of a share, one after the other.
 template <class T>
-INLINE void gather_weights(const CausalConv1d& s, const Slab& slab, T* to) {
-  for (int64_t i = 0; i < slab.count; i++) {
-    const Slice& slice = slab.slices[i];
+INLINE void gather_weights(const CausalConv1d& s, const Share& share, T* to) {
+  for (int64_t i = 0; i < share.count; i++) {
+    const Slice& slice = share.slices[i];
     gather(static_cast<const T*>(s.weight) + slice.first * s.taps, s.taps, to + i * s.taps * LANES<T>, s.taps,
            slice.count);
   }
 }
 
-// Rows [begin, end) of states (sequences, D, W - 1) for a panel of channels, and back.
+// The W - 1 inputs in one row of a state, (sequences, D, W - 1), for a strip of channels: to (W - 1, channels), and
+// back.
 template <class T>
 INLINE void read_history(const CausalConv1d& s, const void* from, int64_t sequence, const Window& w, T* rows) {
   const int64_t back = s.taps - 1;
@@ -35,7 +37,7 @@ INLINE void write_history(const CausalConv1d& s, const T* rows, void* to, int64_
     for (int64_t j = 0; j < back; j++) state[i * back + j] = rows[j * w.width + i];
 }
 
-// What one slice is convolved with; a line has a stride of PANEL vectors.
+// What one slice is convolved with. On a line, a step is STRIP vectors behind the one before.
 template <class T>
 struct Filter {
   const T* weight;  // (W, lanes)
@@ -47,29 +49,29 @@ struct Filter {
   }
 };
 
-// One output before its activation; TAPS is the number of weights, or 0 for any.
+// One output before its activation. TAPS is the number of weights, or 0 where it is only known at run time.
 template <class T, int TAPS>
 INLINE vec<T> convolve(const Filter<T>& f, const T* line) {
   vec<T> sum = f.bias;
 #pragma GCC unroll 4
   for (int64_t j = 0; j < (TAPS ? TAPS : f.taps); j++)
-    sum = fma(load(f.weight + j * LANES<T>), load(line + j * PANEL * LANES<T>), sum);
+    sum = fma(load(f.weight + j * LANES<T>), load(line + j * STRIP * LANES<T>), sum);
   return sum;
 }
 
 template <class T, int TAPS>
 INLINE void run(const Filter<T>& f, bool activate, const T* line, Rows<T> y, int64_t column, int64_t steps) {
   for (int64_t t = 0; t < steps; t++) {
-    vec<T> sum = convolve<T, TAPS>(f, line + t * PANEL * LANES<T>);
+    vec<T> sum = convolve<T, TAPS>(f, line + t * STRIP * LANES<T>);
     store(y[t] + column, activate ? silu<T>(sum) : sum);
   }
 }
 
-// dy becomes the gradient before the activation; with it dbias += dy, dweight_j += x_{t - (W-1) + j} dy.
+// Replaces dy by the gradient before the activation; then dbias += dy and dweight_j += x_{t - (W-1) + j} dy.
 template <class T, int TAPS>
 INLINE void gather_gradients(const Filter<T>& f, bool activate, const T* line, T* dy, T* dweight, T* dbias,
                              int64_t steps) {
-  constexpr int L = LANES<T>, W = PANEL * L;
+  constexpr int L = LANES<T>, W = STRIP * L;
   vec<T> sums[TAPS ? TAPS : 1], bias = load(dbias);
 #pragma GCC unroll 4
   for (int j = 0; j < TAPS; j++) sums[j] = load(dweight + j * L);
@@ -93,7 +95,7 @@ INLINE void gather_gradients(const Filter<T>& f, bool activate, const T* line, T
 // dx_r += sum_j weight_j dy_{r-j} along a line of W - 1 + steps inputs.
 template <class T, int TAPS>
 INLINE void spread(const Filter<T>& f, const T* dy, T* dline, int64_t steps) {
-  constexpr int L = LANES<T>, W = PANEL * L;
+  constexpr int L = LANES<T>, W = STRIP * L;
   const int64_t back = f.taps - 1;
   for (int64_t r = 0; r < back + steps; r++) {
     vec<T> sum = load(dline + r * W);
@@ -108,33 +110,33 @@ INLINE void spread(const Filter<T>& f, const T* dy, T* dline, int64_t steps) {
   }
 }
 
-constexpr int USUAL = 4;  // the width that has code of its own
+constexpr int USUAL = 4;  // the number of weights for which there is code of its own
 
 template <class T>
 int64_t forward(const CausalConv1d& s, const Task& task) {
-  constexpr int L = LANES<T>, W = PANEL * L;
-  const Slab& slab = *task.slab;
+  constexpr int L = LANES<T>, W = STRIP * L;
+  const Share& share = *task.share;
   const int64_t T_ = s.sequences.length, back = s.taps - 1;
   Arena arena(task.memory);
-  T *weights = arena.take<T>(slab.count * s.taps * L), *histories = arena.take<T>((slab.count + PANEL) * back * L);
+  T *weights = arena.take<T>(share.count * s.taps * L), *histories = arena.take<T>((share.count + STRIP) * back * L);
   T *line = arena.take<T>((back + TILE) * W), *y_copy = arena.take<T>(TILE * W);
-  if (!task.memory) return arena.used(task.memory);
+  if (!task.memory) return arena.used();
 
-  gather_weights(s, slab, weights);
+  gather_weights(s, share, weights);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t begin = 0, next; begin < T_; begin = next) {
-      Piece piece = first_piece(s.sequences, row, begin, least((begin / TILE + 1) * TILE, T_));
-      next = piece.end;
-      for (int64_t i = 0; i < slab.count; i += PANEL) {
-        Window w = {row, piece.begin, piece.end, slab.slices[i].first, panel_width<T>(slab, i), W};
+      Chunk chunk = first_chunk(s.sequences, row, begin, least((begin / TILE + 1) * TILE, T_));
+      next = chunk.end;
+      for (int64_t i = 0; i < share.count; i += STRIP) {
+        Window w = {row, chunk.begin, chunk.end, share.slices[i].first, strip_width<T>(share, i), W};
         T* history = histories + i * back * L;
-        if (piece.starts)
-          read_history(s, s.h0, piece.sequence, w, line);
+        if (chunk.starts)
+          read_history(s, s.h0, chunk.sequence, w, line);
         else
           memcpy(line, history, sizeof(T) * back * W);
         copy(s.x, w, line + back * W);
         Rows<T> y = target(s.y, w, y_copy);
-        const int64_t steps = piece.end - piece.begin;
+        const int64_t steps = chunk.end - chunk.begin;
         for (int64_t p = 0; p * L < w.count; p++) {
           const Filter<T> f(s, weights + (i + p) * s.taps * L, w.first + p * L);
           if (s.taps == USUAL)
@@ -144,8 +146,8 @@ int64_t forward(const CausalConv1d& s, const Task& task) {
         }
         write(s.y, w, y);
         const T* last = line + steps * W;
-        if (piece.ends)
-          write_history(s, last, s.final, piece.sequence, w);
+        if (chunk.ends)
+          write_history(s, last, s.final, chunk.sequence, w);
         else
           memcpy(history, last, sizeof(T) * back * W);
       }
@@ -154,34 +156,35 @@ int64_t forward(const CausalConv1d& s, const Task& task) {
   return 0;
 }
 
-// From the last piece to the first. The gradient of an input is complete when its own step has been visited; those of
-// the W - 1 inputs before it are pending. At the start of a sequence what is pending belongs to the initial state.
+// From the last chunk to the first. The gradient of an input is complete when its own step has been visited; until then
+// it is pending, as are those of the W - 1 inputs before a chunk. At the start of a sequence what is pending belongs to
+// the initial state.
 template <class T>
 int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
-  constexpr int L = LANES<T>, W = PANEL * L;
-  const Slab& slab = *task.slab;
+  constexpr int L = LANES<T>, W = STRIP * L;
+  const Share& share = *task.share;
   const int64_t T_ = s.sequences.length, back = s.taps - 1;
   Arena arena(task.memory);
-  T *weights = arena.take<T>(slab.count * s.taps * L), *dweights = arena.take<T>(slab.count * s.taps * L);
-  T *dbias = arena.take<T>(slab.count * L), *pending = arena.take<T>((slab.count + PANEL) * back * L);
+  T *weights = arena.take<T>(share.count * s.taps * L), *dweights = arena.take<T>(share.count * s.taps * L);
+  T *dbias = arena.take<T>(share.count * L), *pending = arena.take<T>((share.count + STRIP) * back * L);
   T *line = arena.take<T>((back + TILE) * W), *dline = arena.take<T>((back + TILE) * W);
   T* dy = arena.take<T>(TILE * W);
-  if (!task.memory) return arena.used(task.memory);
+  if (!task.memory) return arena.used();
 
-  gather_weights(s, slab, weights);
-  memset(dweights, 0, sizeof(T) * slab.count * s.taps * L);
-  memset(dbias, 0, sizeof(T) * slab.count * L);
+  gather_weights(s, share, weights);
+  memset(dweights, 0, sizeof(T) * share.count * s.taps * L);
+  memset(dbias, 0, sizeof(T) * share.count * L);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t end = T_, next; end > 0; end = next) {
-      Piece piece = last_piece(s.sequences, row, (end - 1) / TILE * TILE, end);
-      next = piece.begin;
-      const int64_t start = whole(s.sequences, row, piece.begin).begin;
-      const int64_t steps = piece.end - piece.begin;
-      for (int64_t i = 0; i < slab.count; i += PANEL) {
-        Window w = {row, piece.begin, piece.end, slab.slices[i].first, panel_width<T>(slab, i), W};
-        if (piece.begin - start < back) read_history(s, s.h0, piece.sequence, w, dline);  // only borrowed
+      Chunk chunk = last_chunk(s.sequences, row, (end - 1) / TILE * TILE, end);
+      next = chunk.begin;
+      const int64_t start = whole(s.sequences, row, chunk.begin).begin;
+      const int64_t steps = chunk.end - chunk.begin;
+      for (int64_t i = 0; i < share.count; i += STRIP) {
+        Window w = {row, chunk.begin, chunk.end, share.slices[i].first, strip_width<T>(share, i), W};
+        if (chunk.begin - start < back) read_history(s, s.h0, chunk.sequence, w, dline);  // dline is free until below
         for (int64_t j = 0; j < back; j++) {
-          const int64_t at = piece.begin - back + j;
+          const int64_t at = chunk.begin - back + j;
           Window one = w;
           one.begin = at, one.end = at + 1;
           if (at >= start)
@@ -192,8 +195,8 @@ int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
         copy(s.x, w, line + back * W);
         copy(s.dy, w, dy);
         memset(dline, 0, sizeof(T) * steps * W);
-        if (piece.ends)
-          read_history(s, s.dfinal, piece.sequence, w, dline + steps * W);
+        if (chunk.ends)
+          read_history(s, s.dfinal, chunk.sequence, w, dline + steps * W);
         else
           memcpy(dline + steps * W, pending + i * back * L, sizeof(T) * back * W);
         for (int64_t p = 0; p * L < w.count; p++) {
@@ -208,14 +211,14 @@ int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
           }
         }
         write(s.dx, w, Rows<T>{dline + back * W, W});
-        if (piece.starts)
-          write_history(s, dline, s.dh0, piece.sequence, w);
+        if (chunk.starts)
+          write_history(s, dline, s.dh0, chunk.sequence, w);
         else
           memcpy(pending + i * back * L, dline, sizeof(T) * back * W);
       }
     }
-  for (int64_t i = 0; i < slab.count; i++) {
-    const Slice& slice = slab.slices[i];
+  for (int64_t i = 0; i < share.count; i++) {
+    const Slice& slice = share.slices[i];
     const int64_t channel = task.row * s.width + slice.first;
     scatter(dweights + i * s.taps * L, static_cast<T*>(parts.da) + channel * s.taps, s.taps, s.taps, slice.count);
     memcpy(static_cast<T*>(parts.dc) + channel, dbias + i * L, sizeof(T) * slice.count);

@@ -9,7 +9,8 @@
 #include <immintrin.h>
 #endif
 
-// Denormal numbers become zero while this lives: a state that fades away would otherwise slow every step that follows.
+// While one of these exists, its thread computes with zero instead of denormal numbers: a state that fades away would
+// otherwise slow every step that follows.
 class NoDenormals {
  public:
 #if defined(__x86_64__)
@@ -30,41 +31,42 @@ class NoDenormals {
 #endif
 };
 
-// Channels that lie in the lanes of one vector: neighbours, in one group of B and in one of C.
+// The channels in the lanes of one vector: neighbours that belong to one group of B and to one of C.
 struct Slice {
   int64_t first, count;
   int64_t group_b, group_c;
 };
 
-// Slices that one task runs through, tile by tile. Sums over its channels go to parts of their own, one for each group
-// it meets: group g of B to part `part_b + g`, of C to `part_c + g`.
-struct Slab {
+// The slices that one task runs through, tile by tile. Its sums over channels go to parts that no other task writes,
+// one part for each group among its channels: those of group g of B to part `part_b + g`, of C to `part_c + g`.
+struct Share {
   const Slice* slices;
   int64_t count;
   int64_t part_b, part_c;
 };
 
-// One task: a slab in the rows `row, row + stride, ...` of the batch. Without `memory` a kernel only returns the bytes
-// of scratch memory that it needs there.
+// One task: a share of the channels in the rows `row`, `row + stride`, ... of the batch. Called without `memory`, a
+// kernel only returns how many bytes of scratch memory it needs.
 struct Task {
-  const Slab* slab;
+  const Share* share;
   int64_t row, stride;
   void* memory;
 };
 
-// One task: heads [first, end) of one group, in one row of the batch. Sums over its heads go to a part of their own.
+// One task: heads [first, end) of one group in one row of the batch. Its sums over heads go to `part`, which no other
+// task writes.
 struct Heads {
   int64_t row, group, first, end;
   int64_t part;
   void* memory;
 };
 
-// Gradients that several tasks share, before they are added up.
+// Memory for gradients to which several tasks add, a part for each of them.
 struct Parts {
   void *da, *db, *dc, *dd = nullptr, *dbias = nullptr;
 };
 
-// Sums over slabs: `out` (rows, T, G, N) from `parts` (count, rows, T, N), whose groups ascend.
+// The sums over the parts of each group: `out` (rows, T, G, N) from `parts` (count, rows, T, N), ordered by group.
 struct Groups {
   View out;
   const void* parts;

@@ -1,7 +1,8 @@
 // The interface of the library: plain C, so that one build serves every Python and every PyTorch.
 //
-// Tensors are pointers with strides in elements. Every field has 64 bits: a caller fills a structure from a flat list.
-// Index arithmetic is in 64 bits.
+// Every function takes one structure, whose fields all have 64 bits; the fields that it does not read may be zero.
+// Tensors are pointers, with strides in elements where they are views. Indices are computed in 64 bits. Where a size
+// such as the number of rows, steps or channels is 0, a function does nothing and leaves its outputs as they are.
 #pragma once
 
 #include <stdint.h>
@@ -11,6 +12,10 @@ extern "C" {
 #endif
 
 #define DUALFORM_VERSION 6  // of this interface
+
+// What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
+// whether the memory behind a pointer is as large as the sizes say, it cannot know.
+enum { DONE = 0, NO_MEMORY = 1, REFUSED = 2 };
 
 typedef struct {
   uint16_t bits;
@@ -22,15 +27,16 @@ typedef struct {
 
 enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
 
-// (rows, T, ...): the innermost axes are contiguous.
+// A tensor (rows, T, ...) whose axes after time are contiguous.
 typedef struct {
   void* data;
   int64_t row, time;  // strides
   int64_t dtype;
 } View;
 
-// Where sequences begin and end. Unpacked, each of the rows is one; packed, there is one row, and `count` sequences lie
-// on it end to end. States have one row per sequence.
+// Where sequences begin and end. Without borders each row is one sequence. With borders there is one row, on which
+// `count` sequences lie end to end: number i takes the steps [borders[i], borders[i + 1]). A state has one row for each
+// sequence.
 typedef struct {
   int64_t rows, length;
   int64_t count;
@@ -55,7 +61,7 @@ typedef struct {
   const void* bias;  // (D), or null
   const void* h0;    // (sequences, D, N)
   View y;            // (rows, T, D)
-  void* final;       // (sequences, D, N); rows of empty sequences are left alone
+  void* final;       // (sequences, D, N); rows of empty sequences are not written
   void* saved;       // (rows, ceil(T / SELECTIVE_SCAN_TILE), N, D), the states entering each tile; or null
   // Backward only.
   View dy;                // (rows, T, D)
@@ -64,7 +70,7 @@ typedef struct {
   View db, dc;            // (rows, T, G, N)
   View dz;                // (rows, T, D), if there is a z
   void *da, *dd, *dbias;  // (D, N), (D) and (D)
-  void* dh0;              // (sequences, D, N); rows of empty sequences are left alone
+  void* dh0;              // (sequences, D, N); rows of empty sequences are not written
 } SelectiveScan;
 
 #define SSD_TILE 64   // steps of a matrix product
@@ -82,7 +88,7 @@ typedef struct {
   const void* a;   // (H)
   const void* h0;  // (sequences, H, P, N)
   View y;          // (rows, T, H, P)
-  void* final;     // (sequences, H, P, N); rows of empty sequences are left alone
+  void* final;     // (sequences, H, P, N); rows of empty sequences are not written
   void* saved;     // (rows, ceil(T / SSD_SPAN), H, N, P), the states entering each span; or null
   // Backward only.
   View dy;             // (rows, T, H, P)
@@ -90,7 +96,7 @@ typedef struct {
   View dx, ddt;        // (rows, T, H, P) and (rows, T, H)
   View db, dc;         // (rows, T, G, N)
   void* da;            // (H)
-  void* dh0;           // (sequences, H, P, N); rows of empty sequences are left alone
+  void* dh0;           // (sequences, H, P, N); rows of empty sequences are not written
 } Ssd;
 
 // h_t = A h_{t-1} + u_t, y_t = 2 Re sum_n C_n h_n; A, C and states are complex, as pairs of numbers.
@@ -104,13 +110,13 @@ typedef struct {
   const void* c;   // (D, N, 2)
   const void* h0;  // (sequences, D, N, 2)
   View y;          // (rows, T, D)
-  void* final;     // (sequences, D, N, 2); rows of empty sequences are left alone
+  void* final;     // (sequences, D, N, 2); rows of empty sequences are not written
   // Backward only.
   View dy;             // (rows, T, D)
   const void* dfinal;  // (sequences, D, N, 2)
   View du;             // (rows, T, D)
   void *da, *dc;       // (D, N, 2)
-  void* dh0;           // (sequences, D, N, 2); rows of empty sequences are left alone
+  void* dh0;           // (sequences, D, N, 2); rows of empty sequences are not written
 } DiagonalSSM;
 
 // h_t = a_t h_{t-1} + b_t elementwise, or with `reverse` a_t h_{t+1} + b_t. Complex tensors are given as twice as many
@@ -123,13 +129,13 @@ typedef struct {
   int64_t width;
   View a, b;       // (rows, T, D)
   const void* h0;  // (sequences, D)
-  View h;          // (rows, T, D); to be read by the backward
-  void* final;     // (sequences, D); rows of empty sequences are left alone
+  View h;          // (rows, T, D); the backward reads it
+  void* final;     // (sequences, D); rows of empty sequences are not written
   // Backward only.
   View dh;             // (rows, T, D)
   const void* dfinal;  // (sequences, D)
   View da, db;         // (rows, T, D)
-  void* dh0;           // (sequences, D); rows of empty sequences are left alone
+  void* dh0;           // (sequences, D); rows of empty sequences are not written
 } LinearScan;
 
 // y_t = bias + sum_j weight_j x_{t - (W-1) + j}, with SiLU or without; a state holds the W - 1 inputs before the first,
@@ -145,13 +151,13 @@ typedef struct {
   const void* bias;    // (D), or null
   const void* h0;      // (sequences, D, W - 1)
   View y;              // (rows, T, D)
-  void* final;         // (sequences, D, W - 1); rows of empty sequences are left alone
+  void* final;         // (sequences, D, W - 1); rows of empty sequences are not written
   // Backward only.
   View dy;                // (rows, T, D)
   const void* dfinal;     // (sequences, D, W - 1)
   View dx;                // (rows, T, D)
   void *dweight, *dbias;  // (D, W) and (D)
-  void* dh0;              // (sequences, D, W - 1); rows of empty sequences are left alone
+  void* dh0;              // (sequences, D, W - 1); rows of empty sequences are not written
 } CausalConv1d;
 
 // One step of SelectiveScan: h' = exp(dt A) h + dt x B, y = (C h' + D x) silu(z) with dt = softplus(dt + dt_bias).
@@ -160,8 +166,8 @@ typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state, A, D and dt_bias
   int64_t rows, width, states, groups_b, groups_c;
-  int64_t per;       // neighbouring channels that share a step size
-  int64_t matrix;    // whether A is (D, N); otherwise (D / per), with one step size each
+  int64_t per;       // how many neighbouring channels share a step size
+  int64_t matrix;    // whether A is (D, N); otherwise it is (D / per), one rate for each step size
   int64_t softplus;  // whether there is one
   int64_t gated;     // whether there is a z
   const void* h;     // (rows, D, N)

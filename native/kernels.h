@@ -6,14 +6,14 @@
 struct Kernels {
   const char* name;
   int64_t width;  // bytes of a vector
-  // Each for float and double states. They return the bytes of scratch memory they need if the task has none.
+  // Each for float and for double states. Without scratch memory they only return how many bytes of it they need.
   int64_t (*selective_scan[2])(const SelectiveScan&, const Task&);
   int64_t (*selective_scan_backward[2])(const SelectiveScan&, const Task&, const Parts&);
   int64_t (*ssd[2])(const Ssd&, const Heads&);
   int64_t (*ssd_backward[2])(const Ssd&, const Heads&, const Parts&);
   int64_t (*diagonal_ssm[2])(const DiagonalSSM&, const Task&);
   int64_t (*diagonal_ssm_backward[2])(const DiagonalSSM&, const Task&, const Parts&);
-  int64_t (*linear_scan[2][2])(const LinearScan&, const Task&);  // real and complex
+  int64_t (*linear_scan[2][2])(const LinearScan&, const Task&);  // each for real and for complex
   int64_t (*linear_scan_backward[2][2])(const LinearScan&, const Task&);
   int64_t (*causal_conv1d[2])(const CausalConv1d&, const Task&);
   int64_t (*causal_conv1d_backward[2])(const CausalConv1d&, const Task&, const Parts&);

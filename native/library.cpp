@@ -1,5 +1,5 @@
-// The plain C functions: they choose the instruction set, cut the work into tasks, and add up what tasks share.
-// They return 0, or 1 when there is no memory.
+// The plain C functions. Each checks what it is given, chooses the kernel of the instruction set in use, cuts the work
+// into tasks, and adds up the sums that several tasks have a part of.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <vector>
@@ -32,12 +33,49 @@ const Kernels* find(const char* name) {
 
 const Kernels* kernels = find("");
 
-constexpr int64_t WIDEST_SLAB = 64;          // slices; what a tile reads and writes of them stays in a core's cache
-constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications; waking a thread takes as long
+constexpr int64_t WIDEST_SHARE = 64;         // slices: what a tile reads and writes of them stays in a core's cache
+constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications: waking a thread takes about as long
 
 int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t lanes(int64_t dtype) { return kernels->width / (dtype == FLOAT64 ? 8 : 4); }
+
+// What a caller got wrong. Python checks its arguments, too, and explains; this keeps a mistake there from reaching
+// memory that is not ours.
+struct Refused {};
+
+void require(bool fits) {
+  if (!fits) throw Refused();
+}
+
+bool is_flag(int64_t value) { return value == 0 || value == 1; }
+
+// Sizes of at least 0; false where one is 0, so that there is nothing to compute.
+bool check_sizes(std::initializer_list<int64_t> sizes) {
+  bool some = true;
+  for (int64_t size : sizes) require(size >= 0), some = some && size > 0;
+  return some;
+}
+
+void check_groups(int64_t groups, int64_t channels) { require(groups > 0 && channels % groups == 0); }
+void check_state_dtype(int64_t dtype) { require(dtype == FLOAT32 || dtype == FLOAT64); }
+
+void check_views(std::initializer_list<const View*> views) {
+  for (const View* view : views) require(view->data && view->dtype >= FLOAT32 && view->dtype <= FLOAT16);
+}
+
+void check_pointers(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) require(pointer);
+}
+
+// Packed, the borders rise from 0 to the length of the one row.
+bool check_sequences(const Sequences& s) {
+  const bool some = check_sizes({s.rows, s.length});
+  if (!some || !s.borders) return some;
+  require(s.rows == 1 && s.count > 0 && s.borders[0] == 0 && s.borders[s.count] == s.length);
+  for (int64_t i = 0; i < s.count; i++) require(s.borders[i] <= s.borders[i + 1]);
+  return true;
+}
 
 // Run f(i, memory) for every i below `tasks`, in scratch memory of the size that f(i, nullptr) asks for.
 template <class F>
@@ -55,16 +93,16 @@ void in_scratch(int64_t threads, int64_t tasks, const F& f) {
   if (failed.load()) throw std::bad_alloc();
 }
 
-// Channels cut into slices that do not cross the borders of groups, slices into slabs, and the rows of the batch dealt
-// out to `strides` tasks for each slab.
-struct Cut {
+// How the channels are cut: into slices, which do not cross the borders of groups; slices into shares; and the rows of
+// the batch are dealt out to `strides` tasks for each share.
+struct ChannelTasks {
   int64_t strides;
   std::vector<Slice> slices;
-  std::vector<Slab> slabs;
+  std::vector<Share> shares;
   std::vector<int64_t> parts_b, parts_c;  // the group of every part
 
-  Cut(int64_t rows, int64_t width, int64_t dtype, int64_t tasks, int64_t groups_b = 1, int64_t groups_c = 1) {
-    int64_t each_b = at_least_one(width / groups_b), each_c = at_least_one(width / groups_c);
+  ChannelTasks(int64_t rows, int64_t width, int64_t dtype, int64_t tasks, int64_t groups_b = 1, int64_t groups_c = 1) {
+    int64_t each_b = width / groups_b, each_c = width / groups_c;
     for (int64_t first = 0, next; first < width; first = next) {
       int64_t b = first / each_b, c = first / each_c;
       next = std::min({first + lanes(dtype), (b + 1) * each_b, (c + 1) * each_c});
@@ -72,32 +110,32 @@ struct Cut {
     }
     int64_t count = static_cast<int64_t>(slices.size());
     strides = std::min(rows, tasks);
-    int64_t wanted = std::min(std::max(over(tasks, at_least_one(strides)), over(count, WIDEST_SLAB)), count);
+    int64_t wanted = std::min(std::max(over(tasks, strides), over(count, WIDEST_SHARE)), count);
     for (int64_t i = 0; i < wanted; i++) {
       int64_t begin = count * i / wanted, end = count * (i + 1) / wanted;
       const Slice &first = slices[begin], &last = slices[end - 1];
       int64_t part_b = static_cast<int64_t>(parts_b.size()), part_c = static_cast<int64_t>(parts_c.size());
-      slabs.push_back({&slices[begin], end - begin, part_b - first.group_b, part_c - first.group_c});
+      shares.push_back({&slices[begin], end - begin, part_b - first.group_b, part_c - first.group_c});
       for (int64_t g = first.group_b; g <= last.group_b; g++) parts_b.push_back(g);
       for (int64_t g = first.group_c; g <= last.group_c; g++) parts_c.push_back(g);
     }
   }
 
-  // Run kernel(task) for every slab and stride.
+  // Run kernel(task) for every share and stride.
   template <class K>
   void run(int64_t threads, const K& kernel) const {
-    in_scratch(threads, strides * static_cast<int64_t>(slabs.size()),
-               [&](int64_t i, void* memory) { return kernel({&slabs[i / strides], i % strides, strides, memory}); });
+    in_scratch(threads, strides * static_cast<int64_t>(shares.size()),
+               [&](int64_t i, void* memory) { return kernel({&shares[i / strides], i % strides, strides, memory}); });
   }
 };
 
-// The heads of every group cut into shares, whose sums are parts.
-struct Shares {
+// How the heads are cut: those of every group into `shares`, each of which has a part of the sums over heads.
+struct HeadTasks {
   int64_t rows, each, shares;   // each: heads of a group
   std::vector<int64_t> groups;  // of every part
 
-  Shares(const Ssd& s, int64_t tasks) : rows(s.sequences.rows), each(s.heads / s.groups) {
-    shares = std::min(each, over(tasks, at_least_one(rows * s.groups)));
+  HeadTasks(const Ssd& s, int64_t tasks) : rows(s.sequences.rows), each(s.heads / s.groups) {
+    shares = std::min(each, over(tasks, rows * s.groups));
     for (int64_t part = 0; part < s.groups * shares; part++) groups.push_back(part / shares);
   }
 
@@ -114,7 +152,7 @@ struct Shares {
   }
 };
 
-// Uninitialised memory.
+// Memory for `count` floats or doubles, uninitialised.
 class Memory {
  public:
   Memory(int64_t count, int64_t dtype) : at(new char[count * (dtype == FLOAT64 ? 8 : 4)]) {}
@@ -142,19 +180,89 @@ template <class F>
 int guarded(const F& f) {
   try {
     f();
-    return 0;
+    return DONE;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return NO_MEMORY;
+  } catch (const Refused&) {
+    return REFUSED;
   }
 }
 
-int64_t threads_for(int64_t wanted, int64_t work) { return std::min(wanted, at_least_one(work / WORTH_A_THREAD)); }
+int64_t threads_for(int64_t wanted, int64_t work) {
+  return std::min(at_least_one(wanted), at_least_one(work / WORTH_A_THREAD));
+}
+
+// Each of these checks one structure; false where there is nothing to compute.
+
+bool check(const SelectiveScan& s) {
+  check_state_dtype(s.dtype);
+  require(s.states >= 0);
+  if (!check_sequences(s.sequences) || !check_sizes({s.width})) return false;
+  check_groups(s.groups_b, s.width), check_groups(s.groups_c, s.width);
+  if (s.states > 0) check_pointers({s.a, s.h0}), check_views({&s.b, &s.c});
+  check_views({&s.u, &s.delta});
+  if (s.z.data) check_views({&s.z});
+  return true;
+}
+
+bool check(const Ssd& s) {
+  check_state_dtype(s.dtype);
+  if (!check_sequences(s.sequences) || !check_sizes({s.heads, s.width, s.states})) return false;
+  check_groups(s.groups, s.heads);
+  check_views({&s.x, &s.dt, &s.b, &s.c}), check_pointers({s.a, s.h0});
+  return true;
+}
+
+bool check(const DiagonalSSM& s) {
+  check_state_dtype(s.dtype);
+  if (!check_sequences(s.sequences) || !check_sizes({s.width, s.states})) return false;
+  check_views({&s.u}), check_pointers({s.a, s.c, s.h0});
+  return true;
+}
+
+bool check(const LinearScan& s) {
+  check_state_dtype(s.dtype);
+  require(is_flag(s.complex) && is_flag(s.reverse) && (!s.complex || s.width % 2 == 0));
+  if (!check_sequences(s.sequences) || !check_sizes({s.width})) return false;
+  check_views({&s.a, &s.b, &s.h}), check_pointers({s.h0});
+  return true;
+}
+
+bool check(const CausalConv1d& s) {
+  check_state_dtype(s.dtype);
+  require(s.taps > 0);
+  if (!check_sequences(s.sequences) || !check_sizes({s.width})) return false;
+  check_views({&s.x}), check_pointers({s.weight});
+  if (s.taps > 1) check_pointers({s.h0});
+  return true;
+}
+
+bool check(const SelectiveUpdate& s) {
+  check_state_dtype(s.dtype);
+  require(s.states >= 0);
+  if (!check_sizes({s.rows, s.width})) return false;
+  check_groups(s.groups_b, s.width), check_groups(s.groups_c, s.width), check_groups(s.per, s.width);
+  if (s.states > 0) check_pointers({s.h, s.a, s.next}), check_views({&s.b, &s.c});
+  check_views({&s.x, &s.dt, &s.y});
+  if (s.gated) check_views({&s.z});
+  return true;
+}
+
+bool check(const ConvUpdate& s) {
+  check_state_dtype(s.dtype);
+  require(s.taps > 0);
+  if (!check_sizes({s.rows, s.width})) return false;
+  check_views({&s.x, &s.y}), check_pointers({s.weight});
+  if (s.taps > 1) check_pointers({s.h, s.next});
+  return true;
+}
 
 }  // namespace
 
 EXPORT int64_t dualform_version() { return DUALFORM_VERSION; }
 
-// Memory that is about to be written for the first time: in large pages it is there several times sooner.
+// Ask for large pages under memory that is about to be written for the first time: the system hands out and clears two
+// megabytes at once, several times sooner than page by page.
 EXPORT void dualform_fresh(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = uintptr_t(2) << 20;
@@ -177,9 +285,11 @@ EXPORT const char* dualform_choose(const char* name) {
 
 EXPORT int dualform_selective_scan(const SelectiveScan* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->y});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
-    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads, s->groups_b, s->groups_c);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads, s->groups_b, s->groups_c);
     auto kernel = kernels->selective_scan[s->dtype];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
   });
@@ -187,9 +297,14 @@ EXPORT int dualform_selective_scan(const SelectiveScan* s) {
 
 EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->dy, &s->du, &s->ddelta});
+    if (s->states > 0) check_pointers({s->saved, s->dfinal, s->da, s->dh0}), check_views({&s->db, &s->dc});
+    if (s->z.data) check_views({&s->dz});
+    require((!s->d || s->dd) && (!s->bias || s->dbias));
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
-    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 2 * threads, s->groups_b, s->groups_c);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 2 * threads, s->groups_b, s->groups_c);
     int64_t size = q.rows * q.length * s->states;
     Memory da(cut.strides * s->width * s->states, s->dtype);
     Memory db(static_cast<int64_t>(cut.parts_b.size()) * size, s->dtype);
@@ -205,7 +320,7 @@ EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
     Groups c = {s->dc,  dc.get(), cut.parts_c.data(), static_cast<int64_t>(cut.parts_c.size()),
                 q.rows, q.length, s->states};
     parallel(threads, q.rows * 2, [&](int64_t i) { add(i % 2 ? b : c, i / 2); });
-    add_up(da, s->dtype, cut.strides, s->width * s->states, s->da);
+    if (s->states > 0) add_up(da, s->dtype, cut.strides, s->width * s->states, s->da);
     if (s->d) add_up(dd, s->dtype, cut.strides, s->width, s->dd);
     if (s->bias) add_up(dbias, s->dtype, cut.strides, s->width, s->dbias);
   });
@@ -213,18 +328,23 @@ EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
 
 EXPORT int dualform_ssd(const Ssd* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->y}), check_pointers({s->final});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->heads * s->width * s->states);
     auto kernel = kernels->ssd[s->dtype];
-    Shares(*s, threads == 1 ? 1 : 2 * threads).run(threads, [&](const Heads& task) { return kernel(*s, task); });
+    HeadTasks cut(*s, threads == 1 ? 1 : 2 * threads);
+    cut.run(threads, [&](const Heads& task) { return kernel(*s, task); });
   });
 }
 
 EXPORT int dualform_ssd_backward(const Ssd* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->dy, &s->dx, &s->ddt, &s->db, &s->dc}), check_pointers({s->saved, s->dfinal, s->da, s->dh0});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->heads * s->width * s->states);
-    const Shares cut(*s, threads == 1 ? 1 : 2 * threads);
+    const HeadTasks cut(*s, threads == 1 ? 1 : 2 * threads);
     int64_t size = cut.parts() * q.rows * q.length * s->states;
     Memory da(q.rows * s->heads, s->dtype), db(size, s->dtype), dc(size, s->dtype);
     Parts parts = {da.get(), db.get(), dc.get()};
@@ -241,9 +361,11 @@ EXPORT int dualform_ssd_backward(const Ssd* s) {
 
 EXPORT int dualform_diagonal_ssm(const DiagonalSSM* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->y}), check_pointers({s->final});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
-    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads);
     auto kernel = kernels->diagonal_ssm[s->dtype];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
   });
@@ -251,9 +373,11 @@ EXPORT int dualform_diagonal_ssm(const DiagonalSSM* s) {
 
 EXPORT int dualform_diagonal_ssm_backward(const DiagonalSSM* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->dy, &s->du}), check_pointers({s->dfinal, s->da, s->dc, s->dh0});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
-    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads);
     int64_t size = s->width * s->states * 2;
     Memory da(cut.strides * size, s->dtype), dc(cut.strides * size, s->dtype);
     Parts parts = {da.get(), nullptr, dc.get()};
@@ -266,9 +390,11 @@ EXPORT int dualform_diagonal_ssm_backward(const DiagonalSSM* s) {
 
 EXPORT int dualform_linear_scan(const LinearScan* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_pointers({s->final});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
-    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
     auto kernel = kernels->linear_scan[s->dtype][s->complex];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
   });
@@ -276,9 +402,11 @@ EXPORT int dualform_linear_scan(const LinearScan* s) {
 
 EXPORT int dualform_linear_scan_backward(const LinearScan* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->dh, &s->da, &s->db}), check_pointers({s->dfinal, s->dh0});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
-    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
     auto kernel = kernels->linear_scan_backward[s->dtype][s->complex];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
   });
@@ -286,9 +414,12 @@ EXPORT int dualform_linear_scan_backward(const LinearScan* s) {
 
 EXPORT int dualform_causal_conv1d(const CausalConv1d* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->y});
+    if (s->taps > 1) check_pointers({s->final});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
-    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
     auto kernel = kernels->causal_conv1d[s->dtype];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
   });
@@ -296,9 +427,12 @@ EXPORT int dualform_causal_conv1d(const CausalConv1d* s) {
 
 EXPORT int dualform_causal_conv1d_backward(const CausalConv1d* s) {
   return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->dy, &s->dx}), check_pointers({s->dweight, s->dbias});
+    if (s->taps > 1) check_pointers({s->dfinal, s->dh0});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
-    Cut cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
     Memory dweight(cut.strides * s->width * s->taps, s->dtype), dbias(cut.strides * s->width, s->dtype);
     Parts parts = {dweight.get(), nullptr, dbias.get()};
     auto kernel = kernels->causal_conv1d_backward[s->dtype];
@@ -310,6 +444,7 @@ EXPORT int dualform_causal_conv1d_backward(const CausalConv1d* s) {
 
 EXPORT int dualform_selective_update(const SelectiveUpdate* s) {
   return guarded([&] {
+    if (!check(*s)) return;
     int64_t threads = threads_for(s->threads, s->rows * s->width * s->states);
     int64_t sizes = s->width / s->per, parts = std::min(sizes, over(4 * threads, s->rows));
     if (threads == 1) parts = 1;
@@ -323,6 +458,7 @@ EXPORT int dualform_selective_update(const SelectiveUpdate* s) {
 
 EXPORT int dualform_conv_update(const ConvUpdate* s) {
   return guarded([&] {
+    if (!check(*s)) return;
     auto kernel = kernels->conv_update[s->dtype];
     in_scratch(threads_for(s->threads, s->rows * s->width * s->taps), s->rows,
                [&](int64_t i, void* memory) { return kernel(*s, i, memory); });

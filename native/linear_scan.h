@@ -1,6 +1,6 @@
-// h_t = a_t h_{t-1} + b_t elementwise, in either direction, real or complex, and its backward. Complex numbers stay as
-// they lie in memory, real and imaginary parts in neighbouring lanes. Panels of channels keep their states in
-// registers.
+// h_t = a_t h_{t-1} + b_t elementwise, in either direction, real or complex, and its backward. The real and imaginary
+// parts of complex numbers lie in neighbouring lanes, as they do in memory. The states of a strip of channels stay in
+// registers for a tile.
 #pragma once
 
 #include "tile.h"
@@ -55,63 +55,63 @@ INLINE vec<T> conj_times(vec<T> a, vec<T> b) {
   return fma(reals<T>(a), b, -(imaginaries<T>(a) * signs<T>() * swapped<T>(b)));
 }
 
-// One row of a state tensor, (sequences, D), to and from the vectors of a panel.
+// The channels of a strip in one row of a state, (sequences, D), to and from vectors; `at` is where the row begins.
 template <class T>
-INLINE void load_panel(const void* from, int64_t at, const Window& w, vec<T>* h) {
-  T lanes[PANEL * LANES<T>] = {};
+INLINE void load_strip(const void* from, int64_t at, const Window& w, vec<T>* h) {
+  T lanes[STRIP * LANES<T>] = {};
   memcpy(lanes, static_cast<const T*>(from) + at + w.first, sizeof(T) * w.count);
-  for (int64_t i = 0; i < PANEL; i++) h[i] = load(lanes + i * LANES<T>);
+  for (int64_t i = 0; i < STRIP; i++) h[i] = load(lanes + i * LANES<T>);
 }
 template <class T>
-INLINE void store_panel(const vec<T>* h, void* to, int64_t at, const Window& w) {
-  T lanes[PANEL * LANES<T>];
-  for (int64_t i = 0; i < PANEL; i++) store(lanes + i * LANES<T>, h[i]);
+INLINE void store_strip(const vec<T>* h, void* to, int64_t at, const Window& w) {
+  T lanes[STRIP * LANES<T>];
+  for (int64_t i = 0; i < STRIP; i++) store(lanes + i * LANES<T>, h[i]);
   memcpy(static_cast<T*>(to) + at + w.first, lanes, sizeof(T) * w.count);
 }
 
-// The piece of [begin, end) that the scan meets first, and what is left of the interval.
-INLINE Piece next_piece(const Sequences& s, int64_t row, int64_t* begin, int64_t* end, bool reverse) {
-  Piece piece = reverse ? last_piece(s, row, *begin, *end) : first_piece(s, row, *begin, *end);
-  (reverse ? *end : *begin) = reverse ? piece.begin : piece.end;
-  return piece;
+// The chunk of [begin, end) that the scan meets first; it is taken off the interval.
+INLINE Chunk next_chunk(const Sequences& s, int64_t row, int64_t* begin, int64_t* end, bool reverse) {
+  Chunk chunk = reverse ? last_chunk(s, row, *begin, *end) : first_chunk(s, row, *begin, *end);
+  (reverse ? *end : *begin) = reverse ? chunk.begin : chunk.end;
+  return chunk;
 }
 
 template <class T, bool COMPLEX>
 int64_t forward(const LinearScan& s, const Task& task) {
-  constexpr int L = LANES<T>, W = PANEL * L;
-  const Slab& slab = *task.slab;
+  constexpr int L = LANES<T>, W = STRIP * L;
+  const Share& share = *task.share;
   const int64_t T_ = s.sequences.length, tiles = (T_ + TILE - 1) / TILE;
   Arena arena(task.memory);
   T *a_copy = arena.take<T>(TILE * W), *b_copy = arena.take<T>(TILE * W), *out_copy = arena.take<T>(TILE * W);
-  T* states = arena.take<T>(slab.count * L + W);
-  if (!task.memory) return arena.used(task.memory);
+  T* states = arena.take<T>(share.count * L + W);
+  if (!task.memory) return arena.used();
 
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t j = 0; j < tiles; j++) {
       const int64_t k = s.reverse ? tiles - 1 - j : j;
       Window w = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, W};
-      for (int64_t i = 0; i < slab.count; i += PANEL) {
-        w.first = slab.slices[i].first, w.count = panel_width<T>(slab, i);
+      for (int64_t i = 0; i < share.count; i += STRIP) {
+        w.first = share.slices[i].first, w.count = strip_width<T>(share, i);
         Rows<const T> a = read(s.a, w, a_copy), b = read(s.b, w, b_copy);
         Rows<T> out = target(s.h, w, out_copy);
-        vec<T> h[PANEL];
-        for (int p = 0; p < PANEL; p++) h[p] = load(states + (i + p) * L);
+        vec<T> h[STRIP];
+        for (int p = 0; p < STRIP; p++) h[p] = load(states + (i + p) * L);
         for (int64_t begin = w.begin, end = w.end; begin < end;) {
-          Piece piece = next_piece(s.sequences, row, &begin, &end, s.reverse);
-          if (s.reverse ? piece.ends : piece.starts) load_panel<T>(s.h0, piece.sequence * s.width, w, h);
-          for (int64_t n = 0; n < piece.end - piece.begin; n++) {
-            int64_t t = (s.reverse ? piece.end - 1 - n : piece.begin + n) - w.begin;
+          Chunk chunk = next_chunk(s.sequences, row, &begin, &end, s.reverse);
+          if (s.reverse ? chunk.ends : chunk.starts) load_strip<T>(s.h0, chunk.sequence * s.width, w, h);
+          for (int64_t n = 0; n < chunk.end - chunk.begin; n++) {
+            int64_t t = (s.reverse ? chunk.end - 1 - n : chunk.begin + n) - w.begin;
 #pragma GCC unroll 16
-            for (int p = 0; p < PANEL; p++) {
+            for (int p = 0; p < STRIP; p++) {
               __builtin_prefetch(a[t] + W + p * L);
               __builtin_prefetch(b[t] + W + p * L);
               h[p] = times<T, COMPLEX>(load(a[t] + p * L), h[p]) + load(b[t] + p * L);
               store(out[t] + p * L, h[p]);
             }
           }
-          if (s.reverse ? piece.starts : piece.ends) store_panel<T>(h, s.final, piece.sequence * s.width, w);
+          if (s.reverse ? chunk.starts : chunk.ends) store_strip<T>(h, s.final, chunk.sequence * s.width, w);
         }
-        for (int p = 0; p < PANEL; p++) store(states + (i + p) * L, h[p]);
+        for (int p = 0; p < STRIP; p++) store(states + (i + p) * L, h[p]);
         write(s.h, w, out);
       }
     }
@@ -119,44 +119,45 @@ int64_t forward(const LinearScan& s, const Task& task) {
   return 0;
 }
 
-// With g_t = dL/dh_t in full, g_t = dh_t + conj(a_{t+1}) g_{t+1}, against the scan; db = g, da = g conj(h_{t-1}).
+// Against the direction of the scan. The whole gradient of h_t is g_t = dh_t + conj(a_{t+1}) g_{t+1}; db = g and
+// da = g conj(h_{t-1}).
 template <class T, bool COMPLEX>
 int64_t backward(const LinearScan& s, const Task& task) {
-  constexpr int L = LANES<T>, W = PANEL * L;
-  const Slab& slab = *task.slab;
+  constexpr int L = LANES<T>, W = STRIP * L;
+  const Share& share = *task.share;
   const int64_t T_ = s.sequences.length, tiles = (T_ + TILE - 1) / TILE;
   const int64_t back = s.reverse ? 1 : -1;  // from a step to the one that the scan met before it
   Arena arena(task.memory);
   T *a_copy = arena.take<T>(TILE * W), *dh_copy = arena.take<T>(TILE * W), *h_copy = arena.take<T>((TILE + 1) * W);
   T *da_copy = arena.take<T>(TILE * W), *db_copy = arena.take<T>(TILE * W);
-  T* carries = arena.take<T>(slab.count * L + W);
-  if (!task.memory) return arena.used(task.memory);
+  T* carries = arena.take<T>(share.count * L + W);
+  if (!task.memory) return arena.used();
 
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t j = 0; j < tiles; j++) {
       const int64_t k = s.reverse ? j : tiles - 1 - j;
       Window w = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, W};
-      for (int64_t i = 0; i < slab.count; i += PANEL) {
-        w.first = slab.slices[i].first, w.count = panel_width<T>(slab, i);
+      for (int64_t i = 0; i < share.count; i += STRIP) {
+        w.first = share.slices[i].first, w.count = strip_width<T>(share, i);
         Rows<const T> a = read(s.a, w, a_copy), dh = read(s.dh, w, dh_copy);
         Window around = w;  // the states of the tile and of the step before it
         around.begin = most(w.begin + least(back, 0), 0), around.end = least(w.end + most(back, 0), T_);
         Rows<const T> h = read(s.h, around, h_copy);
         Rows<T> da = {da_copy, W}, db = {db_copy, W};
-        vec<T> carry[PANEL], first[PANEL] = {};
-        for (int p = 0; p < PANEL; p++) carry[p] = load(carries + (i + p) * L);
+        vec<T> carry[STRIP], first[STRIP] = {};
+        for (int p = 0; p < STRIP; p++) carry[p] = load(carries + (i + p) * L);
         for (int64_t begin = w.begin, end = w.end; begin < end;) {
-          Piece piece = next_piece(s.sequences, row, &begin, &end, !s.reverse);
-          const int64_t state = piece.sequence * s.width, steps = piece.end - piece.begin;
-          const bool enters = s.reverse ? piece.starts : piece.ends, leaves = s.reverse ? piece.ends : piece.starts;
-          if (enters) load_panel<T>(s.dfinal, state, w, carry);
-          if (leaves) load_panel<T>(s.h0, state, w, first);
+          Chunk chunk = next_chunk(s.sequences, row, &begin, &end, !s.reverse);
+          const int64_t state = chunk.sequence * s.width, steps = chunk.end - chunk.begin;
+          const bool enters = s.reverse ? chunk.starts : chunk.ends, leaves = s.reverse ? chunk.ends : chunk.starts;
+          if (enters) load_strip<T>(s.dfinal, state, w, carry);
+          if (leaves) load_strip<T>(s.h0, state, w, first);
           for (int64_t n = 0; n < steps; n++) {
-            const int64_t at = s.reverse ? piece.begin + n : piece.end - 1 - n, t = at - w.begin;
+            const int64_t at = s.reverse ? chunk.begin + n : chunk.end - 1 - n, t = at - w.begin;
             const bool last = leaves && n == steps - 1;
             const T* before = h[(last ? at : at + back) - around.begin];
 #pragma GCC unroll 16
-            for (int p = 0; p < PANEL; p++) {
+            for (int p = 0; p < STRIP; p++) {
               __builtin_prefetch(a[t] + W + p * L);
               __builtin_prefetch(dh[t] + W + p * L);
               __builtin_prefetch(before + W + p * L);
@@ -166,9 +167,9 @@ int64_t backward(const LinearScan& s, const Task& task) {
               carry[p] = conj_times<T, COMPLEX>(load(a[t] + p * L), g);
             }
           }
-          if (leaves) store_panel<T>(carry, s.dh0, state, w);
+          if (leaves) store_strip<T>(carry, s.dh0, state, w);
         }
-        for (int p = 0; p < PANEL; p++) store(carries + (i + p) * L, carry[p]);
+        for (int p = 0; p < STRIP; p++) store(carries + (i + p) * L, carry[p]);
         write(s.da, w, da);
         write(s.db, w, db);
       }

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int SPINS = 2000;  // looks for work, some tens of microseconds, before a thread sleeps
+constexpr int SPINS = 2000;  // how often a thread looks for work before it sleeps: some tens of microseconds
 
 void relax() {
 #if defined(__x86_64__)
@@ -27,8 +27,8 @@ void relax() {
 #endif
 }
 
-// One job at a time. A worker joins a job while it is open; the caller closes it when no task is left, and waits for
-// those that joined only, never for a worker that has not woken up.
+// Runs one job at a time. A worker may join a job while it has seats. When no task is left the caller takes the seats
+// away and waits for the workers that have joined, never for one that has not woken up.
 class Pool {
  public:
   void run(int64_t threads, int64_t tasks, void (*f)(void*, int64_t), void* context) {
@@ -44,8 +44,8 @@ class Pool {
       seats_ = (threads < tasks ? threads : tasks) - 1;
       try {
         for (; workers_ < seats_; workers_++) std::thread([this] { work(); }).detach();
-      } catch (
-          const std::system_error&) {  // no more threads are to be had; those there are, and the caller, do the work
+      } catch (const std::system_error&) {
+        // The system gives us no more threads: those that there are, and the caller, do the work.
       }
       posted_.fetch_add(1, std::memory_order_release);
     }
@@ -92,7 +92,7 @@ class Pool {
   std::atomic<int64_t> next_{0}, posted_{0}, busy_{0};
 };
 
-// Never destroyed: workers may outlive main. A fork leaves the child without the workers, so it makes a new pool.
+// Never destroyed, because workers may outlive main. The child of a fork has no workers, so it makes a new pool.
 std::atomic<Pool*> current{nullptr};
 
 Pool& pool() {
@@ -109,9 +109,9 @@ Pool& pool() {
   return *found;
 }
 
-// PyTorch's own threads, where it uses OpenMP: they spin for a while after an operation of PyTorch, and would hold up
-// threads of ours. The function runs another one in every thread of a team; it is null where there is none, and in the
-// child of a fork, which a team does not survive.
+// PyTorch's own threads, where it uses OpenMP. After an operation of PyTorch they spin for a while, so threads of ours
+// would compete with them for the processor. A `Team` calls a function in each of its threads. It is null where PyTorch
+// has no OpenMP, and in the child of a fork, in which those threads no longer exist.
 using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 std::atomic<bool> forked{false};
@@ -124,7 +124,9 @@ Team find_team() {
     const char *path = info->dlpi_name, *slash = std::strrchr(path, '/'), *name = slash ? slash + 1 : "";
     for (const char* known : {"libgomp", "libiomp", "libomp"})
       if (!std::strncmp(name, known, std::strlen(known))) *static_cast<std::string*>(to) = path;
-    return *static_cast<std::string*>(to) == path && std::strstr(path, "torch") ? 1 : 0;  // others may bring theirs
+    return *static_cast<std::string*>(to) == path && std::strstr(path, "torch")
+               ? 1
+               : 0;  // other packages may load their own
   };
   dl_iterate_phdr(look, &found);
   void* library = found.empty() ? nullptr : dlopen(found.c_str(), RTLD_LAZY | RTLD_NOLOAD);
@@ -139,8 +141,8 @@ Team team() {
   return watched == 0 && !forked.load(std::memory_order_relaxed) ? found : nullptr;
 }
 
-// One job of a team. The team has the size that PyTorch gives it, as another one would have to be built first; those
-// who find no seat do nothing.
+// One job of a team. The team keeps the size that PyTorch gave it, because another size would make OpenMP start new
+// threads; threads beyond `threads` find no seat and do nothing.
 struct Shift {
   int64_t threads, tasks;
   void (*f)(void*, int64_t);

@@ -1,9 +1,9 @@
 // h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t h_t + D u_t) silu(z_t) with dt = softplus(delta + bias), and its
-// backward: channels in lanes, states in registers; the pointwise work is done on what is near anyway.
+// backward. Channels lie in lanes, states in registers. The pointwise work is done while its inputs are in the cache.
 //
-// A task runs through its slab of channels tile by tile, so that what a tile reads stays near. The backward goes from
-// the last tile to the first, recomputes the states of a tile from the one that entered it, and keeps the sums over
-// channels, dB and dC, as vectors over the lanes of all slices until the tile is done.
+// A task runs through its share of channels tile by tile, so that B and C of a tile stay in the cache for all of them.
+// The backward goes from the last tile to the first and recomputes the states of a tile from those that entered it. The
+// sums over channels, dB and dC, stay vectors, summed over slices but not over lanes, until the tile is done.
 #pragma once
 
 #include "tile.h"
@@ -12,7 +12,7 @@ namespace DUALFORM_ISA {
 namespace selective {
 
 constexpr int64_t TILE = SELECTIVE_SCAN_TILE;
-// States in registers at once; the backward holds as many gradients of rates beside them.
+// How many states are in registers at once. The backward has as many gradients of rates beside them.
 constexpr int FORWARD_BLOCK = WIDTH == 64 ? 16 : 4, BACKWARD_BLOCK = 4;
 
 template <class T>
@@ -20,22 +20,22 @@ struct Inputs {
   Rows<const T> u, dt, b, c, dy;
 };
 
-// States come in blocks; those that are not there stay 0.
+// States come in blocks; those beyond N are padding.
 INLINE int64_t padded(int64_t states) { return up(states, BACKWARD_BLOCK); }
 
-// A log2(e) of every slice of a slab, (slices, padded N, lanes). The states that are not there decay like the last one
-// that is: with a rate of 0 an infinite step would make them NaN, and with them the sums over states.
+// A log2(e) of every slice of a share, (slices, padded N, lanes). Padding decays like the last state: with a rate of 0
+// an infinite step would make it NaN, and with it the sums over states.
 template <class T>
-INLINE void gather_rates(const SelectiveScan& s, const Slab& slab, T* rates) {
+INLINE void gather_rates(const SelectiveScan& s, const Share& share, T* rates) {
   constexpr int L = LANES<T>;
   const int64_t N = s.states, size = padded(N) * L;
-  for (int64_t i = 0; i < slab.count; i++) {
-    const Slice& slice = slab.slices[i];
+  for (int64_t i = 0; i < share.count; i++) {
+    const Slice& slice = share.slices[i];
     T* own = rates + i * size;
     gather(static_cast<const T*>(s.a) + slice.first * N, N, own, N, slice.count);
     for (int64_t n = N; n < padded(N); n++) memcpy(own + n * L, own + (N - 1) * L, sizeof(T) * L);
   }
-  for (int64_t i = 0; i < slab.count * size; i++) rates[i] *= T(LOG2_E);
+  for (int64_t i = 0; i < share.count * size; i++) rates[i] *= T(LOG2_E);
 }
 
 // B or C of one group in a tile, (steps, padded N).
@@ -44,20 +44,20 @@ INLINE Rows<const T> read_map(const SelectiveScan& s, const View& v, const Windo
   return read(v, {tile.row, tile.begin, tile.end, group * s.states, s.states, padded(s.states)}, scratch);
 }
 
-// Where the states of a slice that enter tile k are kept.
+// Where the states of a slice that enter tile k are saved.
 template <class T>
 INLINE T* saved_states(const SelectiveScan& s, int64_t row, int64_t k, const Slice& slice) {
   int64_t tiles = (s.sequences.length + TILE - 1) / TILE;
   return static_cast<T*>(s.saved) + (row * tiles + k) * s.states * s.width + slice.first;
 }
 
-// One number of every channel of a slice; 0 where there are none.
+// One number for every channel of a slice; 0 where the caller gave none.
 template <class T>
 INLINE vec<T> of_channels(const void* numbers, const Slice& slice) {
   return numbers ? load_some(static_cast<const T*>(numbers) + slice.first, slice.count) : vec<T>{};
 }
 
-// dt = softplus(delta + bias) of a slice: the tensor itself, or in scratch memory.
+// dt = softplus(delta + bias) of a slice: in the tensor itself where dt is delta, or in scratch memory.
 template <class T>
 INLINE Rows<const T> read_steps(const SelectiveScan& s, const Window& tile, const Slice& slice, T* scratch) {
   constexpr int L = LANES<T>;
@@ -88,13 +88,13 @@ INLINE void finish(const SelectiveScan& s, const Window& tile, const Slice& slic
   }
 }
 
-// Sums over no states, which no block of them begins.
+// Zeros for the sums over states where there are none: otherwise the first block of states begins them.
 template <class T>
 INLINE void clear(Rows<T> rows, int64_t steps) {
   for (int64_t t = 0; t < steps; t++) store(rows[t], vec<T>{});
 }
 
-// NB states through the steps of a piece; adds C h to y, which the first block begins.
+// Takes NB states through the steps of a chunk, and adds C h to y; the first block writes y instead.
 template <class T, int NB>
 INLINE void run(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Rows<T> y, int64_t begin, int64_t end) {
   constexpr int L = LANES<T>;
@@ -121,25 +121,25 @@ INLINE void run(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Rows<T>
 template <class T>
 int64_t forward(const SelectiveScan& s, const Task& task) {
   constexpr int L = LANES<T>;
-  const Slab& slab = *task.slab;
+  const Share& share = *task.share;
   const int64_t N = s.states, M = padded(N), T_ = s.sequences.length, tiles = (T_ + TILE - 1) / TILE;
   Arena arena(task.memory);
-  T *rates = arena.take<T>(slab.count * M * L), *states = arena.take<T>(slab.count * M * L);
+  T *rates = arena.take<T>(share.count * M * L), *states = arena.take<T>(share.count * M * L);
   T *u = arena.take<T>(TILE * L), *dt = arena.take<T>(TILE * L), *z = arena.take<T>(TILE * L);
   T* y = arena.take<T>(TILE * L);
   T *b = arena.take<T>(TILE * M), *c = arena.take<T>(TILE * M);
-  if (!task.memory) return arena.used(task.memory);
+  if (!task.memory) return arena.used();
 
-  gather_rates(s, slab, rates);
+  gather_rates(s, share, rates);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride) {
-    memset(states, 0, sizeof(T) * slab.count * M * L);
+    memset(states, 0, sizeof(T) * share.count * M * L);
     for (int64_t k = 0; k < tiles; k++) {
       Window tile = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, L};
       Inputs<T> in = {};
-      for (int64_t i = 0; i < slab.count; i++) {
-        const Slice& slice = slab.slices[i];
-        if (i == 0 || slice.group_b != slab.slices[i - 1].group_b) in.b = read_map(s, s.b, tile, slice.group_b, b);
-        if (i == 0 || slice.group_c != slab.slices[i - 1].group_c) in.c = read_map(s, s.c, tile, slice.group_c, c);
+      for (int64_t i = 0; i < share.count; i++) {
+        const Slice& slice = share.slices[i];
+        if (i == 0 || slice.group_b != share.slices[i - 1].group_b) in.b = read_map(s, s.b, tile, slice.group_b, b);
+        if (i == 0 || slice.group_c != share.slices[i - 1].group_c) in.c = read_map(s, s.c, tile, slice.group_c, c);
         tile.first = slice.first, tile.count = slice.count;
         in.u = read(s.u, tile, u);
         in.dt = read_steps(s, tile, slice, dt);
@@ -148,14 +148,14 @@ int64_t forward(const SelectiveScan& s, const Task& task) {
         if (N == 0) clear(out, tile.end - tile.begin);
         if (s.saved) write_states(h, saved_states<T>(s, row, k, slice), s.width, N, slice.count);
         for (int64_t t = tile.begin; t < tile.end;) {
-          Piece piece = first_piece(s.sequences, row, t, tile.end);
-          int64_t state = (piece.sequence * s.width + slice.first) * N;
-          if (piece.starts) gather_padded(static_cast<const T*>(s.h0) + state, N, h, N, M, slice.count);
+          Chunk chunk = first_chunk(s.sequences, row, t, tile.end);
+          int64_t state = (chunk.sequence * s.width + slice.first) * N;
+          if (chunk.starts) gather_padded(static_cast<const T*>(s.h0) + state, N, h, N, M, slice.count);
           by_blocks<FORWARD_BLOCK, BACKWARD_BLOCK>(M, [&](auto block, int64_t n) {
-            run<T, decltype(block)::value>(h + n * L, a + n * L, in, n, out, t - tile.begin, piece.end - tile.begin);
+            run<T, decltype(block)::value>(h + n * L, a + n * L, in, n, out, t - tile.begin, chunk.end - tile.begin);
           });
-          if (piece.ends) scatter(h, static_cast<T*>(s.final) + state, N, N, slice.count);
-          t = piece.end;
+          if (chunk.ends) scatter(h, static_cast<T*>(s.final) + state, N, N, slice.count);
+          t = chunk.end;
         }
         finish(s, tile, slice, in.u, out, z);
         write(s.y, tile, out);
@@ -166,20 +166,20 @@ int64_t forward(const SelectiveScan& s, const Task& task) {
   return 0;
 }
 
-// What the backward of one block of states needs of the steps of a tile; vectors of NB states for each step.
+// What the backward of one block of states needs from every step of a tile: NB vectors of each.
 template <class T>
 struct Replay {
   T *decay, *decayed;  // a_t, and a_t h_{t-1}
 };
 
-// Adds the sums over lanes of NB vectors to NB / Q vectors of sums.
+// Adds NB vectors, summed over their lanes as by `merge`, to NB / Q vectors.
 template <class T, int NB>
 INLINE void add_sums(T* to, const vec<T>* v) {
 #pragma GCC unroll 16
   for (int i = 0; i < NB / Q<T>; i++) store(to + i * LANES<T>, load(to + i * LANES<T>) + merge(v + i * Q<T>));
 }
 
-// The states of a piece again; dC += h dy, and where there is a gate, y += C h.
+// Computes the states of a chunk again; dC += h dy and, where there is a gate, y += C h.
 template <class T, int NB, bool GATED>
 INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Replay<T> out, Rows<T> dc, Rows<T> y,
                    int64_t begin, int64_t end) {
@@ -207,8 +207,8 @@ INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Repl
   for (int i = 0; i < NB; i++) store(h_memory + i * L, h[i]);
 }
 
-// With g_t = dL/dh_t in full, g_t = C_t dy_t + a_{t+1} g_{t+1}: from the last step of a piece to the first, `carry`
-// being a_{t+1} g_{t+1}. dB += g dt u; dA += g a h_{t-1} dt; over the states, dx += g B and dlog += g a h_{t-1} A
+// From the last step of a chunk to the first. The whole gradient of h_t is g_t = C_t dy_t + a_{t+1} g_{t+1}, whose
+// second term is `carry`. dB += g dt u; dA += g a h_{t-1} dt; and summed over states dx += g B, dlog += g a h_{t-1} A
 // log2(e).
 template <class T, int NB>
 INLINE void adjoint(T* carry_memory, const T* a, T* da_memory, const Inputs<T>& in, int64_t n, Replay<T> of, Rows<T> db,
@@ -239,7 +239,7 @@ INLINE void adjoint(T* carry_memory, const T* a, T* da_memory, const Inputs<T>& 
   for (int i = 0; i < NB; i++) store(carry_memory + i * L, carry[i]), store(da_memory + i * L, da[i]);
 }
 
-// The sums of one group in a tile, (steps, N), to part `part`, (rows, T, N).
+// Writes the sums over channels of one group in a tile, (steps, N), to part `part`, (rows, T, N).
 template <class T>
 INLINE void flush(const SelectiveScan& s, const Window& tile, Rows<T> sums, void* parts, int64_t part) {
   const int64_t N = s.states;
@@ -253,10 +253,10 @@ INLINE void flush(const SelectiveScan& s, const Window& tile, Rows<T> sums, void
     }
 }
 
-// What the backward reads of a panel of slices and turns in place, (steps, PANEL lanes): delta into dt, dy into the
-// gradient before the gate, and z into what dz is per output before the gate. `ddelta` becomes d(dt) / d(delta).
+// What the backward reads of a strip of slices, (steps, STRIP lanes), and replaces: delta by dt, dy by the gradient of
+// the output before the gate, and z by the factor of that output in dz. `ddelta` becomes d(dt) / d(delta).
 template <class T>
-struct Panel {
+struct Strip {
   T *u, *dt, *dy, *dz, *du, *ddelta;
 
   void read(const SelectiveScan& s, const Window& tile, const Slice* slices) const {
@@ -265,7 +265,7 @@ struct Panel {
     if (s.z.data) copy(s.z, tile, dz);
     for (int64_t p = 0; p * L < tile.count; p++) {
       const vec<T> bias = of_channels<T>(s.bias, slices[p]);
-      for (int64_t t = 0, at = p * L; t < tile.end - tile.begin; t++, at += PANEL * L) {
+      for (int64_t t = 0, at = p * L; t < tile.end - tile.begin; t++, at += STRIP * L) {
         Curve<T> step = {load(dt + at) + bias, splat(T(1))};
         if (s.softplus) step = softplus_curve<T>(step.value);
         store(dt + at, step.value), store(ddelta + at, step.slope);
@@ -278,58 +278,58 @@ struct Panel {
   }
 
   void write(const SelectiveScan& s, const Window& tile) const {
-    DUALFORM_ISA::write(s.du, tile, Rows<T>{du, PANEL * LANES<T>});
-    DUALFORM_ISA::write(s.ddelta, tile, Rows<T>{ddelta, PANEL * LANES<T>});
-    if (s.z.data) DUALFORM_ISA::write(s.dz, tile, Rows<T>{dz, PANEL * LANES<T>});
+    DUALFORM_ISA::write(s.du, tile, Rows<T>{du, STRIP * LANES<T>});
+    DUALFORM_ISA::write(s.ddelta, tile, Rows<T>{ddelta, STRIP * LANES<T>});
+    if (s.z.data) DUALFORM_ISA::write(s.dz, tile, Rows<T>{dz, STRIP * LANES<T>});
   }
 };
 
 template <class T>
 int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
   constexpr int L = LANES<T>, NB = BACKWARD_BLOCK;
-  const Slab& slab = *task.slab;
+  const Share& share = *task.share;
   const int64_t N = s.states, M = padded(N), T_ = s.sequences.length, tiles = (T_ + TILE - 1) / TILE;
   Arena arena(task.memory);
-  T *rates = arena.take<T>(slab.count * M * L), *carries = arena.take<T>(slab.count * M * L);
-  T *drates = arena.take<T>(slab.count * M * L), *h = arena.take<T>(M * L);
-  T *dskips = arena.take<T>(slab.count * L), *dbiases = arena.take<T>(slab.count * L);
-  const int64_t wide = TILE * PANEL * L;
-  const Panel<T> all = {arena.take<T>(wide), arena.take<T>(wide), arena.take<T>(wide),
+  T *rates = arena.take<T>(share.count * M * L), *carries = arena.take<T>(share.count * M * L);
+  T *drates = arena.take<T>(share.count * M * L), *h = arena.take<T>(M * L);
+  T *dskips = arena.take<T>(share.count * L), *dbiases = arena.take<T>(share.count * L);
+  const int64_t wide = TILE * STRIP * L;
+  const Strip<T> all = {arena.take<T>(wide), arena.take<T>(wide), arena.take<T>(wide),
                         arena.take<T>(wide), arena.take<T>(wide), arena.take<T>(wide)};
   T *b = arena.take<T>(TILE * M), *c = arena.take<T>(TILE * M);
   Rows<T> dx = {arena.take<T>(TILE * L), L}, dlog = {arena.take<T>(TILE * L), L}, y = {arena.take<T>(TILE * L), L};
-  const int64_t sums = M / Q<T> * L;  // numbers of one step
+  const int64_t sums = M / Q<T> * L;  // how many numbers dB, or dC, has for one step
   Rows<T> db = {arena.take<T>(TILE * sums), sums}, dc = {arena.take<T>(TILE * sums), sums};
   Replay<T> steps = {arena.take<T>(TILE * NB * L), arena.take<T>(TILE * NB * L)};
-  if (!task.memory) return arena.used(task.memory);
+  if (!task.memory) return arena.used();
 
-  gather_rates(s, slab, rates);
-  memset(drates, 0, sizeof(T) * slab.count * M * L);
-  memset(dskips, 0, sizeof(T) * slab.count * L);
-  memset(dbiases, 0, sizeof(T) * slab.count * L);
+  gather_rates(s, share, rates);
+  memset(drates, 0, sizeof(T) * share.count * M * L);
+  memset(dskips, 0, sizeof(T) * share.count * L);
+  memset(dbiases, 0, sizeof(T) * share.count * L);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t k = tiles - 1; k >= 0; k--) {
-      Window tile = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, PANEL * L};
+      Window tile = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, STRIP * L};
       Inputs<T> in = {};
-      for (int64_t i = 0, panel = 0; i < slab.count; i++, panel++) {
-        const Slice &slice = slab.slices[i], *last = i == 0 ? nullptr : &slab.slices[i - 1];
+      for (int64_t i = 0, strip = 0; i < share.count; i++, strip++) {
+        const Slice &slice = share.slices[i], *last = i == 0 ? nullptr : &share.slices[i - 1];
         if (!last || slice.group_b != last->group_b) {
-          if (last) flush(s, tile, db, parts.db, slab.part_b + last->group_b);
+          if (last) flush(s, tile, db, parts.db, share.part_b + last->group_b);
           in.b = read_map(s, s.b, tile, slice.group_b, b);
           memset(db.data, 0, sizeof(T) * TILE * sums);
         }
         if (!last || slice.group_c != last->group_c) {
-          if (last) flush(s, tile, dc, parts.dc, slab.part_c + last->group_c);
+          if (last) flush(s, tile, dc, parts.dc, share.part_c + last->group_c);
           in.c = read_map(s, s.c, tile, slice.group_c, c);
           memset(dc.data, 0, sizeof(T) * TILE * sums);
         }
-        if (starts_panel<T>(slab, i, panel)) {
+        if (starts_strip<T>(share, i, strip)) {
           if (i > 0) all.write(s, tile);
-          panel = 0, tile.first = slice.first, tile.count = panel_width<T>(slab, i);
+          strip = 0, tile.first = slice.first, tile.count = strip_width<T>(share, i);
           all.read(s, tile, &slice);
         }
-        in.u = {all.u + panel * L, PANEL * L}, in.dt = {all.dt + panel * L, PANEL * L};
-        in.dy = {all.dy + panel * L, PANEL * L};
+        in.u = {all.u + strip * L, STRIP * L}, in.dt = {all.dt + strip * L, STRIP * L};
+        in.dy = {all.dy + strip * L, STRIP * L};
         T *a = rates + i * M * L, *carry = carries + i * M * L, *da = drates + i * M * L;
         read_states(saved_states<T>(s, row, k, slice), s.width, h, N, slice.count);
         memset(h + N * L, 0, sizeof(T) * (M - N) * L);
@@ -338,29 +338,29 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
         for (int64_t n = 0; n < M; n += NB) {
           const int64_t there = least(NB, N - n);
           for (int64_t t = tile.begin; t < tile.end;) {
-            Piece piece = first_piece(s.sequences, row, t, tile.end);
-            int64_t state = (piece.sequence * s.width + slice.first) * N + n;
-            if (piece.starts) gather_padded(static_cast<const T*>(s.h0) + state, N, h + n * L, there, NB, slice.count);
+            Chunk chunk = first_chunk(s.sequences, row, t, tile.end);
+            int64_t state = (chunk.sequence * s.width + slice.first) * N + n;
+            if (chunk.starts) gather_padded(static_cast<const T*>(s.h0) + state, N, h + n * L, there, NB, slice.count);
             if (s.z.data)
-              replay<T, NB, true>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, piece.end - tile.begin);
+              replay<T, NB, true>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, chunk.end - tile.begin);
             else
-              replay<T, NB, false>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, piece.end - tile.begin);
-            t = piece.end;
+              replay<T, NB, false>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, chunk.end - tile.begin);
+            t = chunk.end;
           }
           for (int64_t t = tile.end; t > tile.begin;) {
-            Piece piece = last_piece(s.sequences, row, tile.begin, t);
-            int64_t state = (piece.sequence * s.width + slice.first) * N + n;
-            if (piece.ends)
+            Chunk chunk = last_chunk(s.sequences, row, tile.begin, t);
+            int64_t state = (chunk.sequence * s.width + slice.first) * N + n;
+            if (chunk.ends)
               gather_padded(static_cast<const T*>(s.dfinal) + state, N, carry + n * L, there, NB, slice.count);
-            adjoint<T, NB>(carry + n * L, a + n * L, da + n * L, in, n, steps, db, dx, dlog, piece.begin - tile.begin,
+            adjoint<T, NB>(carry + n * L, a + n * L, da + n * L, in, n, steps, db, dx, dlog, chunk.begin - tile.begin,
                            t - tile.begin);
-            if (piece.starts) scatter(carry + n * L, static_cast<T*>(s.dh0) + state, N, there, slice.count);
-            t = piece.begin;
+            if (chunk.starts) scatter(carry + n * L, static_cast<T*>(s.dh0) + state, N, there, slice.count);
+            t = chunk.begin;
           }
         }
         const vec<T> skip = of_channels<T>(s.d, slice);
-        vec<T> dskip = splat(T(0)), dbias = dskip;  // of the tile: sums of few numbers, then of few sums
-        for (int64_t t = 0, at = panel * L; t < tile.end - tile.begin; t++, at += PANEL * L) {
+        vec<T> dskip = splat(T(0)), dbias = dskip;  // of the tile alone: adding those up rounds less
+        for (int64_t t = 0, at = strip * L; t < tile.end - tile.begin; t++, at += STRIP * L) {
           vec<T> through = load(dx[t]), u = load(all.u + at), dy = load(all.dy + at);
           vec<T> ddelta = fma(load(dlog[t]), splat<T>(LN_2), through * u) * load(all.ddelta + at);
           store(all.du + at, fma(skip, dy, through * load(all.dt + at)));
@@ -371,12 +371,12 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
         store(dskips + i * L, load(dskips + i * L) + dskip), store(dbiases + i * L, load(dbiases + i * L) + dbias);
       }
       all.write(s, tile);
-      const Slice& last = slab.slices[slab.count - 1];
-      flush(s, tile, db, parts.db, slab.part_b + last.group_b);
-      flush(s, tile, dc, parts.dc, slab.part_c + last.group_c);
+      const Slice& last = share.slices[share.count - 1];
+      flush(s, tile, db, parts.db, share.part_b + last.group_b);
+      flush(s, tile, dc, parts.dc, share.part_c + last.group_c);
     }
-  for (int64_t i = 0; i < slab.count; i++) {
-    const Slice& slice = slab.slices[i];
+  for (int64_t i = 0; i < share.count; i++) {
+    const Slice& slice = share.slices[i];
     const int64_t channel = task.row * s.width + slice.first;
     scatter(drates + i * M * L, static_cast<T*>(parts.da) + channel * N, N, N, slice.count);
     store_some(static_cast<T*>(parts.dd) + channel, load(dskips + i * L), slice.count);

@@ -12,8 +12,8 @@
 #include <immintrin.h>
 #endif
 
-#define INLINE \
-  static inline __attribute__((always_inline))  // of a header that is compiled for several instruction sets
+// For functions in headers that are compiled once for each instruction set.
+#define INLINE static inline __attribute__((always_inline))
 
 namespace DUALFORM_ISA {
 
@@ -65,8 +65,8 @@ INLINE vec<T> splat(T x) {
   return x - vec<T>{};  // exact for every x, NaN and -0 among them
 }
 
-// Stores past the caches, for whole cache lines that nobody reads soon: their old contents are not fetched first.
-// The address must be a multiple of the width.
+// Stores that bypass the caches, for whole cache lines that nobody reads soon: what they held before is not fetched
+// first. The address must be a multiple of the vector's width.
 #if defined(__AVX512F__)
 INLINE void stream(float* p, vec<float> v) { _mm512_stream_ps(p, v); }
 INLINE void stream(double* p, vec<double> v) { _mm512_stream_pd(p, v); }
@@ -80,7 +80,7 @@ INLINE void stream(double* p, vec<double> v) { _mm_stream_pd(p, v); }
 INLINE void stream(float* p, vec<float> v) { store(p, v); }
 INLINE void stream(double* p, vec<double> v) { store(p, v); }
 #endif
-// Makes what was streamed visible to other threads.
+// After the last of them: other threads see what was stored.
 INLINE void end_stream() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -93,11 +93,11 @@ INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-// Q vectors are summed at once: within every 16 bytes of the result, lane j holds a sum of the lanes of vector j.
+// Q vectors are summed over their lanes at once: in every 16 bytes of the result, lane j is a sum of lanes of vector j.
 template <class T>
 constexpr int Q = 16 / int(sizeof(T));
 
-// The lower (upper) half of every 16 bytes of a and b, their elements alternating.
+// From every 16 bytes of a and of b the lower (upper) half, the elements of both in turn.
 template <class T, bool UPPER>
 INLINE vec<T> interleave(vec<T> a, vec<T> b) {
 #if defined(__clang__)
@@ -182,7 +182,8 @@ INLINE V clamp(V x, V low, V high) {
 #endif
 #endif
 
-// 2^x within about 1 ulp (float) or 2 (double); 0 or the least normal number far below, infinity far above.
+// 2^x within about 1 ulp (float) or 2 (double). Below the normal numbers it is 0, or the least of them; above the
+// greatest it is infinity.
 template <class T>
 INLINE vec<T> exp2(vec<T> x) {
   using E = Exp2<T>;
@@ -205,8 +206,8 @@ INLINE vec<T> exp2(vec<T> x) {
 #endif
 }
 
-// What a tensor holds, as numbers to compute with, and back; to 16 bits by rounding to nearest, ties to even. No number
-// in between is a denormal float or double, which count as 0 while kernels run.
+// Numbers as tensors hold them, to numbers to compute with, and back: to 16 bits by rounding to nearest, ties to even.
+// No step of a conversion makes a denormal float or double, which would count as 0 while kernels run.
 INLINE float number(float x) { return x; }
 INLINE double number(double x) { return x; }
 INLINE float number(bfloat16 x) {
@@ -277,7 +278,7 @@ struct Log1p<double> {
                                       0x1.9e9cb1f2641f5p-10, -0x1.2ed0a6dab90bep-12, 0x1.a4187b4c4aac1p-16};
 };
 
-// A function at x, and its derivative there.
+// The value of a function at x, and its derivative there.
 template <class T>
 struct Curve {
   vec<T> value, slope;

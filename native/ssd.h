@@ -1,10 +1,14 @@
 // h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t per head, and its backward: matrix products within tiles of
-// time, the states of a head in a core's cache from tile to tile.
+// steps, while the states of a head stay in a core's cache from tile to tile.
 //
-// Within a piece of a sequence, with l_t the sum of dt A up to step t, y = (M o C B^T) x dt + e^l C h, where M_ts =
-// e^(l_t - l_s) for s <= t; and what leaves it is e^l h + (e^(l - l_t) x dt)^T B. The products C B^T are those of all
-// heads of a group. The backward goes from the last span of time to the first, finds the states that enter its tiles
-// again, and keeps what B, C and their products get from all heads until the span is done.
+// A chunk is what a sequence has of a tile. Let h be the state that enters it, l_t the sum of dt A from its first step
+// up to step t, and l that up to its last step. Then y = (M o C B^T) x dt + e^(l_t) C h, where M_ts = e^(l_t - l_s) for
+// s <= t and 0 beyond; and the state e^l h + (e^(l - l_t) x dt)^T B leaves it. All heads of a group share C B^T. The
+// backward goes from the last span to the first, computes the states that enter the tiles of a span again, and adds up
+// what B, C and C B^T get from all heads until the span is done.
+//
+// A step that is not finite reaches outputs from its own step on, of its own sequence. The gradients of the decays are
+// sums along a chunk, and those of B and C products over a chunk: there it may reach the whole chunk.
 #pragma once
 
 #include "gemm.h"
@@ -13,9 +17,9 @@ namespace DUALFORM_ISA {
 namespace ssd {
 
 constexpr int64_t Q = SSD_TILE, TILES = SSD_SPAN / SSD_TILE;
-constexpr double FORGOTTEN = 1e4;  // 2^-FORGOTTEN is 0, and sums of it are numbers
+constexpr double FORGOTTEN = 1e4;  // a decay of 2^-FORGOTTEN is 0, and differences of its multiples are finite
 
-// (rows, columns) -> (columns, at least `wide` rows), the further ones 0.
+// (rows, columns) to (columns, rows), with columns of 0 added up to `wide`.
 template <class T>
 INLINE void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T> to, int64_t wide) {
   for (int64_t j = 0; j < columns; j += 8)
@@ -25,16 +29,17 @@ INLINE void transpose(Rows<const T> from, int64_t rows, int64_t columns, Rows<T>
     for (int64_t i = rows; i < wide; i++) to[j][i] = 0;
 }
 
-// What the heads of a group share of a tile.
+// What all heads of a group share in a tile. A vector that begins in the last row of bt, ct or cb may end behind it.
 template <class T>
 struct Maps {
   T *b, *c;    // (Q, N)
-  T *bt, *ct;  // (N, Q), of the backward alone ct
+  T *bt, *ct;  // (N, Q); ct in the backward only
   T* cb;       // (Q, Q), C_t . B_s
 
   static Maps take(Arena& arena, int64_t N) {
-    return {arena.take<T>(Q * N), arena.take<T>(Q * N), arena.take<T>(Q * N), arena.take<T>(Q * N),
-            arena.take<T>(Q * Q)};
+    constexpr int L = LANES<T>;
+    return {arena.take<T>(Q * N), arena.take<T>(Q * N), arena.take<T>(Q * N + L), arena.take<T>(Q * N + L),
+            arena.take<T>(Q * Q + L)};
   }
   void read(const Ssd& s, int64_t row, int64_t begin, int64_t end, int64_t group) const {
     const int64_t N = s.states, steps = end - begin, wide = up(steps, LANES<T>);
@@ -45,8 +50,8 @@ struct Maps {
   }
 };
 
-// The steps of one head in a piece. The sums of dt A up to a step, in units of log2, are kept in two parts: what counts
-// is the difference of two of them, which may be far smaller than either.
+// The steps of one head in a chunk, and the decays between them. The sums of dt A up to each step, in units of log2,
+// are held as a number and what it lacks: decays are differences of two sums, which may be far smaller than either.
 template <class T>
 struct Steps {
   alignas(LINE) T dt[Q], log[Q], rest[Q], since[Q], until[Q];
@@ -67,7 +72,7 @@ struct Steps {
     decay = since[Q - 1];
   }
 
-  // From each of the steps of a vector to step t.
+  // The decays to step t from the steps `from`, `from + 1`, ... of one vector.
   vec<T> decay_to(int64_t t, int64_t from) const {
     return exp2<T>((log[t] - load(log + from)) + (rest[t] - load(rest + from)));
   }
@@ -86,7 +91,7 @@ struct Steps {
   }
 };
 
-// The rows of a matrix times one number each.
+// Multiplies each row of a matrix by a number of its own.
 template <class T>
 INLINE void scale_rows(Rows<const T> from, const T* by, Rows<T> to, int64_t rows, int64_t columns) {
   for (int64_t t = 0; t < rows; t++) {
@@ -96,7 +101,7 @@ INLINE void scale_rows(Rows<const T> from, const T* by, Rows<T> to, int64_t rows
   }
 }
 
-// The states of a head, (N, wide P), from and to (P, N).
+// The state of a head, from (P, N) to (N, P) with the columns padded to whole vectors, and back.
 template <class T>
 INLINE void read_state(const void* all, int64_t at, int64_t P, int64_t N, T* h, int64_t wide) {
   transpose<T>({static_cast<const T*>(all) + at * P * N, N}, P, N, {h, wide}, wide);
@@ -106,7 +111,7 @@ INLINE void write_state(const T* h, int64_t wide, int64_t P, int64_t N, void* al
   transpose<T>({h, wide}, N, P, {static_cast<T*>(all) + at * P * N, N}, 0);
 }
 
-// Where the states of a head that enter a span are kept, (N, P).
+// Where the state of a head that enters a span is saved, (N, P).
 template <class T>
 INLINE Rows<T> saved_state(const Ssd& s, int64_t row, int64_t begin, int64_t head) {
   const int64_t spans = (s.sequences.length + SSD_SPAN - 1) / SSD_SPAN, size = s.states * s.width;
@@ -123,8 +128,9 @@ int64_t forward(const Ssd& s, const Heads& task) {
   T *states = arena.take<T>(heads * N * P), *dts = arena.take<T>(Q * heads);
   T *x = arena.take<T>(Q * P), *xdt = arena.take<T>(Q * P), *kept = arena.take<T>(Q * P), *y = arena.take<T>(Q * P);
   T *mask = arena.take<T>(Q * Q), *weights = arena.take<T>(Q * Q), *since = arena.take<T>(Q * N);
-  Steps<T>& steps = *arena.take<Steps<T>>(1);
-  if (!task.memory) return arena.used(task.memory);
+  Steps<T>* const steps_memory = arena.take<Steps<T>>(1);
+  if (!task.memory) return arena.used();
+  Steps<T>& steps = *steps_memory;
 
   for (int64_t begin = 0; begin < T_; begin += Q) {
     const int64_t end = least(begin + Q, T_);
@@ -134,11 +140,11 @@ int64_t forward(const Ssd& s, const Heads& task) {
       T* h = states + (head - task.first) * N * P;
       const T a = static_cast<const T*>(s.a)[head];
       for (int64_t t = begin; t < end;) {
-        const Piece piece = first_piece(s.sequences, row, t, end);
-        const int64_t count = piece.end - t, from = t - begin, state = piece.sequence * s.heads + head;
-        if (piece.starts) read_state(s.h0, state, s.width, N, h, P);
+        const Chunk chunk = first_chunk(s.sequences, row, t, end);
+        const int64_t count = chunk.end - t, from = t - begin, state = chunk.sequence * s.heads + head;
+        if (chunk.starts) read_state(s.h0, state, s.width, N, h, P);
         if (s.saved && t % SSD_SPAN == 0) convert(Rows<const T>{h, P}, saved_state<T>(s, row, t, head), N, s.width);
-        const Window w = {row, t, piece.end, head * s.width, s.width, P};
+        const Window w = {row, t, chunk.end, head * s.width, s.width, P};
         steps.read(dts + from * heads + head - task.first, heads, a, count);
         scale_rows(read(s.x, w, x), steps.dt, {xdt, P}, count, P);
         scale_rows({xdt, P}, steps.until, {kept, P}, count, P);
@@ -148,8 +154,8 @@ int64_t forward(const Ssd& s, const Heads& task) {
         gemm<T, Band::LOWER>({weights, Q, 1}, {xdt, P}, {y, P}, count, count, V, 1);
         gemm<T>({maps.b + from * N, 1, N}, {kept, P}, {h, P}, N, count, V, steps.decay);
         write(s.y, w, Rows<T>{y, P});
-        if (piece.ends) write_state(h, P, s.width, N, s.final, state);
-        t = piece.end;
+        if (chunk.ends) write_state(h, P, s.width, N, s.final, state);
+        t = chunk.end;
       }
     }
   }
@@ -157,13 +163,13 @@ int64_t forward(const Ssd& s, const Heads& task) {
   return 0;
 }
 
-// A head in a piece, as the backward needs it.
+// What the backward computes for one head in a chunk.
 template <class T>
 struct Replay {
-  T *x, *xdt, *kept, *dy, *dsince;  // (Q, P): dsince is dy e^l
-  T *turned, *dturned;              // (P, Q), x dt or kept, and dy or dsince
-  T *mask, *weights, *dweights;     // (Q, Q)
-  T *dmap, *until;                  // (N, Q), what a map gets from the head; (Q, N), B e^(l - l_t)
+  T *x, *xdt, *kept, *dy, *dsince;  // (Q, P): x, x dt, x dt e^(l - l_t), dy, dy e^(l_t)
+  T *turned, *dturned;              // (P, Q): xdt or kept transposed, and dsince transposed
+  T *mask, *weights, *dweights;     // (Q, Q): M, M o C B^T and its gradient
+  T *dmap, *until;                  // (N, Q), what B or C gets from the head; (Q, N), B e^(l - l_t)
   T *dx, *dlog;                     // (Q, P) and (Q)
 };
 
@@ -174,7 +180,8 @@ INLINE T sum_of(vec<T> v) {
   return sum;
 }
 
-// The sums over rows of a o b, (rows, columns), to `to`; and b added to `all`, where columns of others are neighbours.
+// Writes the sums over the rows of a o b, (rows, columns), to `to`, and adds b to `all`, of which other chunks have the
+// columns behind these.
 template <class T>
 INLINE void add_products(Rows<const T> a, Rows<const T> b, Rows<T> all, int64_t rows, int64_t columns, T* to) {
   for (int64_t i = 0; i < columns; i += LANES<T>) {
@@ -188,7 +195,7 @@ INLINE void add_products(Rows<const T> a, Rows<const T> b, Rows<T> all, int64_t 
   }
 }
 
-// b added to `all`, (rows, columns), where columns of others are neighbours.
+// Adds b, (rows, columns), to `all`, of which other chunks have the columns behind these.
 template <class T>
 INLINE void add_columns(Rows<const T> b, Rows<T> all, int64_t rows, int64_t columns) {
   for (int64_t n = 0; n < rows; n++)
@@ -216,8 +223,9 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
                         arena.take<T>(Q * Q), arena.take<T>(Q * Q), arena.take<T>(Q * N), arena.take<T>(Q * N),
                         arena.take<T>(Q * P), arena.take<T>(wide)};
   T *of_b = arena.take<T>(wide), *of_c = arena.take<T>(wide);
-  Steps<T>& steps = *arena.take<Steps<T>>(1);
-  if (!task.memory) return arena.used(task.memory);
+  Steps<T>* const steps_memory = arena.take<Steps<T>>(1);
+  if (!task.memory) return arena.used();
+  Steps<T>& steps = *steps_memory;
 
   memset(da, 0, sizeof(T) * heads);
   for (int64_t first = (T_ - 1) / SSD_SPAN * SSD_SPAN; first >= 0; first -= SSD_SPAN) {
@@ -233,16 +241,16 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
       const int64_t own = head - task.first;
       const T a = static_cast<const T*>(s.a)[head];
       T* g = carries + own * size;
-      auto begin_piece = [&](const Piece& piece) {
-        const Window w = {row, piece.begin, piece.end, head * s.width, s.width, P};
-        const int64_t count = piece.end - piece.begin;
-        steps.read(dts + (piece.begin - first) * heads + own, heads, a, count);
+      auto begin_chunk = [&](const Chunk& chunk) {
+        const Window w = {row, chunk.begin, chunk.end, head * s.width, s.width, P};
+        const int64_t count = chunk.end - chunk.begin;
+        steps.read(dts + (chunk.begin - first) * heads + own, heads, a, count);
         const Rows<const T> x = read(s.x, w, of.x);
         scale_rows(x, steps.dt, {of.xdt, P}, count, P);
         scale_rows({of.xdt, P}, steps.until, {of.kept, P}, count, P);
         return x;
       };
-      auto number_of = [&](const Piece& piece) { return piece.sequence * s.heads + head; };
+      auto number_of = [&](const Chunk& chunk) { return chunk.sequence * s.heads + head; };
 
       const Rows<T> kept = saved_state<T>(s, row, first, head);
       memset(enter[0], 0, sizeof(T) * size);
@@ -251,28 +259,28 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
         const int64_t begin = first + j * Q, end = begin + Q;
         memcpy(enter[j + 1], enter[j], sizeof(T) * size);
         for (int64_t t = begin; t < end;) {
-          const Piece piece = first_piece(s.sequences, row, t, end);
-          if (piece.starts) read_state(s.h0, number_of(piece), s.width, N, enter[j + 1], P);
-          begin_piece(piece);
+          const Chunk chunk = first_chunk(s.sequences, row, t, end);
+          if (chunk.starts) read_state(s.h0, number_of(chunk), s.width, N, enter[j + 1], P);
+          begin_chunk(chunk);
           const T* b = maps[j].b + (t - begin) * N;
-          gemm<T>({b, 1, N}, {of.kept, P}, {enter[j + 1], P}, N, piece.end - t, V, steps.decay);
-          t = piece.end;
+          gemm<T>({b, 1, N}, {of.kept, P}, {enter[j + 1], P}, N, chunk.end - t, V, steps.decay);
+          t = chunk.end;
         }
       }
 
       for (int64_t j = tiles - 1; j >= 0; j--) {
         const int64_t begin = first + j * Q, end = least(begin + Q, last);
         for (int64_t stop = end; stop > begin;) {
-          const Piece piece = last_piece(s.sequences, row, begin, stop);
-          const int64_t from = piece.begin - begin, count = piece.end - piece.begin, C = (count + L - 1) / L;
-          const Window w = {row, piece.begin, piece.end, head * s.width, s.width, P};
+          const Chunk chunk = last_chunk(s.sequences, row, begin, stop);
+          const int64_t from = chunk.begin - begin, count = chunk.end - chunk.begin, C = (count + L - 1) / L;
+          const Window w = {row, chunk.begin, chunk.end, head * s.width, s.width, P};
           const T *b = maps[j].b + from * N, *c = maps[j].c + from * N;
-          if (piece.ends) read_state(s.dfinal, number_of(piece), s.width, N, g, P);
-          if (piece.starts) read_state(s.h0, number_of(piece), s.width, N, h0, P);
-          const T* h = piece.starts ? h0 : enter[j];
-          const Rows<const T> x = begin_piece(piece), dy = read(s.dy, w, of.dy);
+          if (chunk.ends) read_state(s.dfinal, number_of(chunk), s.width, N, g, P);
+          if (chunk.starts) read_state(s.h0, number_of(chunk), s.width, N, h0, P);
+          const T* h = chunk.starts ? h0 : enter[j];
+          const Rows<const T> x = begin_chunk(chunk), dy = read(s.dy, w, of.dy);
 
-          // Within the piece: the weights, their gradient, and what x gets through them.
+          // Within the chunk: the weights, their gradient, and what x gets through them.
           steps.weights(maps[j].cb + from * (Q + 1), count, of.mask, of.weights);
           transpose<T>({of.xdt, P}, count, s.width, {of.turned, Q}, up(count, L));
           gemm<T>({dy.data, dy.stride, 1}, {of.turned, Q}, {of.dweights, Q}, count, s.width, C, 0);
@@ -290,7 +298,8 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
             of.dlog[t] += sum_of<T>(sum);
           }
 
-          // Through the state that enters: C, and the state itself; through the one that leaves: B and x.
+          // Through the state that enters: gradients of C and of the state itself; through the one that leaves: B and
+          // x.
           scale_rows(dy, steps.since, {of.dsince, P}, count, P);
           transpose<T>({of.dsince, P}, count, s.width, {of.dturned, Q}, up(count, L));
           gemm<T>({h, P, 1}, {of.dturned, Q}, {of.dmap, Q}, N, s.width, C, 0);
@@ -309,40 +318,40 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
           of.dlog[count - 1] += sum;
           gemm<T>({c, 1, N}, {of.dsince, P}, {g, P}, N, count, V, steps.decay);
 
-          // The decays are sums of steps; x enters times its step.
+          // A log-decay is the sum of all steps up to its own, and x is multiplied by its step.
           T sum_of_logs = 0;
           for (int64_t t = count - 1; t >= 0; t--) {
             sum_of_logs += of.dlog[t];
             vec<T> dot = {};
             for (int64_t i = 0; i < P; i += L) dot = fma(load(of.dx + t * P + i), load(x[t] + i), dot);
-            ddts[(piece.begin - first + t) * heads + own] = sum_of_logs * a + sum_of<T>(dot);
+            ddts[(chunk.begin - first + t) * heads + own] = sum_of_logs * a + sum_of<T>(dot);
             da[own] += sum_of_logs * steps.dt[t];
           }
           scale_rows({of.dx, P}, steps.dt, {of.dx, P}, count, P);
           write(s.dx, w, Rows<T>{of.dx, P});
-          if (piece.starts) {
-            write_state(g, P, s.width, N, s.dh0, number_of(piece));
+          if (chunk.starts) {
+            write_state(g, P, s.width, N, s.dh0, number_of(chunk));
             memset(g, 0, sizeof(T) * size);
           }
-          stop = piece.begin;
+          stop = chunk.begin;
         }
       }
     }
     write(s.ddt, {row, first, last, task.first, heads, heads}, Rows<T>{ddts, heads});
 
-    // What B and C get through their products, sequence by sequence, and all of it to this task's part.
+    // What B and C get through C B^T, chunk by chunk; then all they got goes to this task's part.
     for (int64_t j = 0; j < tiles; j++) {
       const int64_t begin = first + j * Q, end = least(begin + Q, last), count = end - begin;
       for (int64_t t = begin; t < end;) {
-        const Piece piece = first_piece(s.sequences, row, t, end);
-        const int64_t from = t - begin, own = piece.end - t, C = (own + L - 1) / L;
+        const Chunk chunk = first_chunk(s.sequences, row, t, end);
+        const int64_t from = t - begin, own = chunk.end - t, C = (own + L - 1) / L;
         const Rows<const T> through = {dcb[j] + from * (Q + 1), Q};
         transpose<T>(through, own, own, {of.weights, Q}, up(own, L));
         gemm<T>({maps[j].c + from * N, 1, N}, through, {of.dmap, Q}, N, own, C, 0);
         add_columns<T>({of.dmap, Q}, {dbt[j] + from, Q}, N, own);
         gemm<T>({maps[j].b + from * N, 1, N}, {of.weights, Q}, {of.dmap, Q}, N, own, C, 0);
         add_columns<T>({of.dmap, Q}, {dct[j] + from, Q}, N, own);
-        t = piece.end;
+        t = chunk.end;
       }
       const int64_t at = ((task.part * s.sequences.rows + row) * T_ + begin) * N;
       transpose<T>({dbt[j], Q}, N, count, {static_cast<T*>(parts.db) + at, N}, 0);

@@ -1,5 +1,9 @@
-// How kernels see tensors: a slice of channels, as many as a vector has lanes, times a tile of time.
+// How kernels read and write tensors: for a slice of channels, as many as a vector has lanes, and a tile of steps.
 #pragma once
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <initializer_list>
 
@@ -11,7 +15,7 @@ namespace DUALFORM_ISA {
 template <class T>
 constexpr int64_t DTYPE = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
 
-// `count` numbers, at most a vector; the other lanes are 0.
+// `count` numbers, or a whole vector where there are more; the other lanes are 0.
 template <class T>
 INLINE vec<T> load_some(const T* p, int64_t count) {
   if (count >= LANES<T>) return load(p);
@@ -25,7 +29,7 @@ INLINE void store_some(T* p, vec<T> v, int64_t count) {
   for (int64_t i = 0; i < count; i++) p[i] = v[i];
 }
 
-// One row of numbers for every step of a tile: in the tensor itself, or in scratch memory.
+// One line of numbers for every step of a tile, in the tensor itself or in scratch memory.
 template <class T>
 struct Rows {
   T* data;
@@ -33,7 +37,7 @@ struct Rows {
   T* operator[](int64_t t) const { return data + t * stride; }
 };
 
-// Steps [begin, end) of one row of a batch; `first` is a channel, `count` channels are there and `width` are wanted.
+// Steps [begin, end) of one row of a batch, and `width` channels from `first` on, of which the tensor has `count`.
 struct Window {
   int64_t row, begin, end;
   int64_t first, count, width;
@@ -67,7 +71,7 @@ INLINE void convert(Rows<const S> from, Rows<D> to, int64_t steps, int64_t count
   }
 }
 
-// A copy of the tensor in the window, (steps, width). Channels that are not there are 0.
+// A copy of the window, (steps, width). Channels that the tensor does not have are 0.
 template <class T>
 INLINE Rows<const T> copy(const View& v, const Window& w, T* scratch) {
   int64_t steps = w.end - w.begin;
@@ -80,21 +84,21 @@ INLINE Rows<const T> copy(const View& v, const Window& w, T* scratch) {
   return {scratch, w.width};
 }
 
-// The tensor in the window, or a copy where its dtype or the width asks for one.
+// The window in the tensor itself, or a copy where the tensor has another dtype or too few channels.
 template <class T>
 INLINE Rows<const T> read(const View& v, const Window& w, T* scratch) {
   if (v.dtype == DTYPE<T> && w.count == w.width) return {address<const T>(v, w), v.time};
   return copy(v, w, scratch);
 }
 
-// Where to compute what `write` will put into the tensor.
+// Where a kernel computes what `write` then puts into the tensor: there already, or in scratch memory.
 template <class T>
 INLINE Rows<T> target(const View& v, const Window& w, T* scratch) {
   if (v.dtype == DTYPE<T> && w.count == w.width) return {address<T>(v, w), v.time};
   return {scratch, w.width};
 }
 
-// Before another thread reads: end_stream().
+// To be followed by end_stream() before another thread reads the tensor.
 template <class T>
 INLINE void write(const View& v, const Window& w, Rows<T> rows) {
   if (v.dtype == DTYPE<T> && rows.data == address<T>(v, w)) return;
@@ -114,8 +118,8 @@ INLINE void write(const View& v, const Window& w, Rows<T> rows) {
   if (v.dtype == FLOAT16) convert(from, Rows<float16>{address<float16>(v, w), v.time}, steps, w.count);
 }
 
-// `count` rows of numbers, one per channel and `stride` apart <-> `states` vectors, one lane per channel; further lanes
-// are 0.
+// From `count` channels, whose `states` numbers each lie side by side and `stride` apart from those of the next
+// channel, to one vector for each state, with a lane for each channel; and back. Further lanes are 0.
 template <class T>
 INLINE void gather(const T* from, int64_t stride, T* to, int64_t states, int64_t count) {
   for (int64_t n = 0; n < states; n++) {
@@ -124,8 +128,8 @@ INLINE void gather(const T* from, int64_t stride, T* to, int64_t states, int64_t
   }
 }
 
-// The same, and further states of 0 up to `padded`. A state of a sequence before must not stay there: 0 times what is
-// not finite is NaN.
+// The same, with states of 0 added up to `padded`. What an earlier sequence left there must go, though it is only ever
+// multiplied by 0: that makes NaN of what is not finite.
 template <class T>
 INLINE void gather_padded(const T* from, int64_t stride, T* to, int64_t states, int64_t padded, int64_t count) {
   gather(from, stride, to, states, count);
@@ -161,32 +165,32 @@ INLINE void read_states(const T* from, int64_t stride, T* h, int64_t states, int
       for (int64_t i = 0; i < L; i++) h[n * L + i] = i < count ? from[n * stride + i] : T(0);
 }
 
-// Slices that are copied together, because every row of a tile may lie in a page of its own; all but the last of them
-// are full.
-constexpr int64_t PANEL = 4;
+// A strip is up to STRIP slices that are copied together, because every step of a tile may lie on a page of its own.
+// All of them but the last are full.
+constexpr int64_t STRIP = 4;
 template <class T>
-INLINE bool starts_panel(const Slab& slab, int64_t i, int64_t panel) {
-  return i == 0 || panel == PANEL || slab.slices[i - 1].count < LANES<T>;
+INLINE bool starts_strip(const Share& share, int64_t i, int64_t strip) {
+  return i == 0 || strip == STRIP || share.slices[i - 1].count < LANES<T>;
 }
 template <class T>
-INLINE int64_t panel_width(const Slab& slab, int64_t i) {
+INLINE int64_t strip_width(const Share& share, int64_t i) {
   int64_t width = 0;
-  for (int64_t j = i; j < least(i + PANEL, slab.count); j++) {
-    width += slab.slices[j].count;
-    if (slab.slices[j].count < LANES<T>) break;
+  for (int64_t j = i; j < least(i + STRIP, share.count); j++) {
+    width += share.slices[j].count;
+    if (share.slices[j].count < LANES<T>) break;
   }
   return width;
 }
 
-// The steps of one sequence inside a tile.
-struct Piece {
+// The steps of one sequence inside of a tile.
+struct Chunk {
   int64_t begin, end;
   int64_t sequence;
-  bool starts, ends;  // whether the sequence does
+  bool starts, ends;  // whether the sequence starts, or ends, here
 };
 
-// The sequence that step t of a row belongs to, and where it lies.
-INLINE Piece whole(const Sequences& s, int64_t row, int64_t t) {
+// The whole sequence that step t of a row belongs to.
+INLINE Chunk whole(const Sequences& s, int64_t row, int64_t t) {
   if (!s.borders) return {0, s.length, row, true, true};
   int64_t low = 0, high = s.count;  // the last border that is not after t
   while (high - low > 1) {
@@ -199,18 +203,18 @@ INLINE Piece whole(const Sequences& s, int64_t row, int64_t t) {
   return {s.borders[low], s.borders[low + 1], low, true, true};
 }
 
-// The piece of [begin, end) that begins, or ends, the interval.
-INLINE Piece first_piece(const Sequences& s, int64_t row, int64_t begin, int64_t end) {
-  Piece p = whole(s, row, begin);
+// The first, or last, chunk of the steps [begin, end).
+INLINE Chunk first_chunk(const Sequences& s, int64_t row, int64_t begin, int64_t end) {
+  Chunk p = whole(s, row, begin);
   return {begin, least(p.end, end), p.sequence, p.begin == begin, p.end <= end};
 }
-INLINE Piece last_piece(const Sequences& s, int64_t row, int64_t begin, int64_t end) {
-  Piece p = whole(s, row, end - 1);
+INLINE Chunk last_chunk(const Sequences& s, int64_t row, int64_t begin, int64_t end) {
+  Chunk p = whole(s, row, end - 1);
   return {most(p.begin, begin), end, p.sequence, p.begin >= begin, p.end == end};
 }
 
-// Call f(Count<K>(), first) until `states`, a multiple of LEAST, are covered, with the greatest K of MOST, MOST / 2 ..
-// LEAST that fits.
+// Cover `states`, a multiple of LEAST, by blocks of MOST, MOST / 2, ... or LEAST states, each as large as fits: calls
+// f(Count<K>(), first) for a block of K.
 template <int K>
 struct Count {
   static constexpr int value = K;
@@ -221,20 +225,34 @@ INLINE void by_blocks(int64_t states, F f, int64_t first = 0) {
   if constexpr (MOST > LEAST) by_blocks<MOST / 2, LEAST>(states, f, first);
 }
 
-// A bump allocator over the scratch memory of one thread; every array begins at a cache line.
+// Hands out the scratch memory of one thread, array after array; each begins at a cache line. Without memory it only
+// adds up what is needed. AddressSanitizer guards what lies behind the numbers of an array.
 class Arena {
  public:
-  explicit Arena(void* memory) : at(static_cast<char*>(memory)) {}
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+
   template <class T>
   T* take(int64_t count) {
-    T* found = reinterpret_cast<T*>(at);
-    at += up(count * int64_t(sizeof(T)), LINE);
-    return found;
+    const int64_t begin = used_, bytes = count * int64_t(sizeof(T));
+    used_ += up(bytes, LINE) + GUARD;
+    if (!memory_) return nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory_ + begin, bytes);
+    __asan_poison_memory_region(memory_ + begin + bytes, used_ - begin - bytes);
+#endif
+    return reinterpret_cast<T*>(memory_ + begin);
   }
-  int64_t used(const void* memory) const { return at - static_cast<const char*>(memory); }
+
+  int64_t used() const { return used_; }
 
  private:
-  char* at;
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t GUARD = 4 * LINE;
+#else
+  static constexpr int64_t GUARD = 0;
+#endif
+  char* memory_;
+  int64_t used_ = 0;
 };
 
 template <class T>

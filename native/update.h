@@ -1,5 +1,5 @@
-// One step of a selective recurrence, and of a short convolution: what streaming calls once a token. States are read
-// and written once, and the pointwise work around them is done on the way.
+// One step of a selective recurrence, and one of a short convolution, which streaming runs for every token. States are
+// read and written once, and the pointwise work around them is done in the same pass.
 #pragma once
 
 #include "tile.h"
@@ -7,15 +7,15 @@
 namespace DUALFORM_ISA {
 namespace update {
 
-// The first of a run of channels that share their B and C.
+// The rates, states and maps of some neighbouring channels that share their B and C.
 template <class T>
 struct States {
   const T *rates, *b, *c, *h;
   T* next;
 };
 
-// `count` channels, Q at a time; with MATRIX a rate for every state and a step size for every channel, without one of
-// each for all.
+// `count` channels, Q at a time. With MATRIX every state has a rate and every channel a step size; without, there is
+// one rate and one step size for all.
 template <class T, bool MATRIX>
 INLINE void step(const States<T>& of, const T* log_decay, const T* dt, const T* x, T* y, int64_t N, int64_t count) {
   constexpr int L = LANES<T>;
@@ -44,7 +44,7 @@ INLINE void step(const States<T>& of, const T* log_decay, const T* dt, const T* 
   }
 }
 
-// Channels [first, end) of one row; `memory` as for the other kernels. `first` and `end` begin a new step size.
+// Channels [first, end) of one row, both multiples of `per`; `memory` as for the other kernels.
 template <class T>
 int64_t selective(const SelectiveUpdate& s, int64_t row, int64_t first, int64_t end, void* memory) {
   constexpr int L = LANES<T>;
@@ -53,7 +53,7 @@ int64_t selective(const SelectiveUpdate& s, int64_t row, int64_t first, int64_t 
   T *x = arena.take<T>(width), *y = arena.take<T>(width), *z = arena.take<T>(width);
   T *dt = arena.take<T>(wide), *log_decay = arena.take<T>(wide);
   T *b = arena.take<T>(s.groups_b * N), *c = arena.take<T>(s.groups_c * N);
-  if (!memory) return arena.used(memory);
+  if (!memory) return arena.used();
 
   const Window all = {row, 0, 1, first, end - first, width};
   copy(s.x, all, x);
@@ -70,7 +70,7 @@ int64_t selective(const SelectiveUpdate& s, int64_t row, int64_t first, int64_t 
   }
 
   const int64_t each_b = s.width / s.groups_b, each_c = s.width / s.groups_c;
-  for (int64_t d = first, next; d < end; d = next) {  // channels in one group of B, one of C, and of one step size
+  for (int64_t d = first, next; d < end; d = next) {  // those of one group of B and of C, and of one rate
     const int64_t group_b = d / each_b, group_c = d / each_c, size = d / s.per;
     next = least(end, least((group_b + 1) * each_b, (group_c + 1) * each_c));
     if (!s.matrix) next = least(next, (size + 1) * s.per);
@@ -103,7 +103,7 @@ int64_t conv(const ConvUpdate& s, int64_t row, void* memory) {
   const int64_t D = s.width, back = s.taps - 1, width = up(D, L);
   Arena arena(memory);
   T *x = arena.take<T>(width), *y = arena.take<T>(width);
-  if (!memory) return arena.used(memory);
+  if (!memory) return arena.used();
 
   const Window all = {row, 0, 1, 0, D, width};
   copy(s.x, all, x);

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, bfloat16, complex64, complex128, float16, float32, float64
 
-from dualform.core.errors import BackendError
+from dualform.core.errors import ArgumentError, BackendError
 from dualform.ops import OPS, backend, causal_conv1d_update, selective_scan, selective_state_update
 from dualform.ops.native import library
+from dualform.ops.structs import Structure
 
 pytestmark = pytest.mark.skipif(bool(library.missing), reason=library.missing)
 
@@ -440,6 +441,58 @@ def test_calls_from_several_python_threads(threads):
             caller.join()
     assert len(results) == 30
     assert all(torch.equal(found, want) for found in results)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list[tuple[str, Structure, dict[str, Any]]]:
+    """The calls of kernels that are made, with their fields."""
+    made, call = [], library.call
+
+    def record(name: str, structure: Structure, **fields: Any) -> None:
+        made.append((name, structure, fields))
+        call(name, structure, **fields)
+
+    monkeypatch.setattr(library, "call", record)
+    return made
+
+
+BAD_BORDERS = [[0, 5, 3, 7], [0, 9], [1, 7], [-4, 7], [0, 2**60, 7], [0, -(2**60), 7]]
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "ssd", "linear_scan", "diagonal_ssm", "causal_conv1d", "steps"])
+def test_kernels_refuse_what_they_cannot_run(op, kernel_calls, monkeypatch):
+    """Whatever passes the checks in Python, no kernel divides by zero, loops for ever or leaves its memory."""
+    make = {"selective_scan": scan, "ssd": dual, "linear_scan": linear, "diagonal_ssm": diagonal, "causal_conv1d": conv}
+    sizes = {"selective_scan": (4, 3), "ssd": (4, 2, 3), "linear_scan": ((4,),), "diagonal_ssm": (4, 3)}
+    if op == "steps":
+        with torch.no_grad(), backend("native"):
+            selective_state_update(normal(1, 4, 3), normal(1, 4), normal(1, 4), -torch.rand(4, 3), *normal(2, 1, 1, 3))
+            causal_conv1d_update(normal(1, 4), normal(1, 4, 1), normal(4, 2))
+    else:
+        args = make[op](1, 7, *sizes.get(op, (4, 2)), borders=[0, 3, 7])
+        evaluate(op, args, "native", weights_for(op, args))
+    monkeypatch.undo()
+    assert len(kernel_calls) == 2
+    for name, structure, fields in kernel_calls:
+        names = {field for _, field, _ in structure.fields}
+        wrong: list[dict[str, Any]] = [{"dtype": bfloat16}, {"width": -1}]
+        wrong += [{size: value} for size in names & {"groups", "groups_b", "groups_c"} for value in (0, -1, 3)]
+        wrong += [{size: 0} for size in names & {"per", "taps"}]
+        wrong += [{one: None} for one in names & {"h", "h0", "u", "x", "a", "b", "weight", "dy", "dh", "dfinal"}]
+        if op == "linear_scan":
+            wrong.append({"complex": True, "width": 3})
+        if "sequences" in names:
+            like, right = fields["sequences"]
+            for borders in map(torch.tensor, BAD_BORDERS):
+                bad = borders if isinstance(right, Tensor) else right._replace(cu_seqlens=borders)
+                wrong.append({"sequences": (like, bad)})
+        for change in wrong:
+            if not name.endswith("_backward") and change.keys() & {"dy", "dh", "dfinal"}:
+                continue
+            with pytest.raises(ArgumentError, match=f"{name}: the CPU kernel refuses"):
+                library.call(name, structure, **(fields | change))
+                pytest.fail(f"{name} runs with {change}")
+        library.call(name, structure, **(fields | {"width": 0}))  # nothing to do
 
 
 FORK = """

@@ -32,6 +32,7 @@ def _address(tensor: Tensor) -> int:
 
 
 INT64 = Kind("int64", 1, lambda value: value)
+FLAG = Kind("int64", 1, bool)  # 0 or 1, whatever came
 POINTER = Kind("pointer", 1, _address)  # to the first number of a contiguous tensor
 
 

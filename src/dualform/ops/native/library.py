@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.core.errors import ArgumentError
 from dualform.ops.layout import inner_contiguous
-from dualform.ops.native.structs import DTYPES, VERSION
+from dualform.ops.native.structs import DTYPES, NO_MEMORY, REFUSED, VERSION
 from dualform.ops.structs import Structure
 
 _LARGE = 2**22  # bytes: below, memory that was used before is found again
@@ -57,10 +58,21 @@ def choose(name: str = "") -> str:
 
 
 def call(name: str, structure: Structure, **fields: Any) -> None:
-    """Run the function ``dualform_<name>`` on a structure with these fields; the call keeps their tensors alive."""
+    """Run the function ``dualform_<name>`` on a structure with these fields; the call keeps their tensors alive.
+
+    Raises:
+        ArgumentError: for what no kernel can run; a last guard behind the checks of the ops.
+        MemoryError: when the kernel found no memory.
+    """
     assert _library is not None
-    if getattr(_library, f"dualform_{name}")(structure.pack(threads=torch.get_num_threads(), **fields)):
-        raise MemoryError(f"{name}: no memory left")
+    found = getattr(_library, f"dualform_{name}")(structure.pack(threads=torch.get_num_threads(), **fields))
+    if found == NO_MEMORY:
+        raise MemoryError(f"{name}: the kernel found no memory for its intermediate results")
+    if found == REFUSED:
+        raise ArgumentError(
+            f"{name}: the CPU kernel refuses its sizes, dtypes or cu_seqlens",
+            hint="no size is negative, groups divide the channels, and cu_seqlens rise from 0 to the length",
+        )
 
 
 def fresh(tensor: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from dualform.ops.structs import INT64, POINTER, Kind, Structure
+from dualform.ops.structs import FLAG, INT64, POINTER, Kind, Structure
 
 VERSION = 6  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
+NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
 SSD_SPAN = 256  # the same for ssd
 
@@ -37,7 +38,8 @@ SELECTIVE_SCAN = Structure(
     (INT64, "threads"),
     (DTYPE, "dtype"),
     (SEQUENCES, "sequences"),
-    (INT64, "width states groups_b groups_c softplus"),
+    (INT64, "width states groups_b groups_c"),
+    (FLAG, "softplus"),
     (VIEW, "u delta b c z"),
     (POINTER, "a d bias h0"),
     (VIEW, "y"),
@@ -84,7 +86,7 @@ LINEAR_SCAN = Structure(
     "LinearScan",
     (INT64, "threads"),
     (DTYPE, "dtype"),
-    (INT64, "complex reverse"),
+    (FLAG, "complex reverse"),
     (SEQUENCES, "sequences"),
     (INT64, "width"),
     (VIEW, "a b"),
@@ -102,7 +104,8 @@ CAUSAL_CONV1D = Structure(
     (INT64, "threads"),
     (DTYPE, "dtype"),
     (SEQUENCES, "sequences"),
-    (INT64, "width taps silu"),
+    (INT64, "width taps"),
+    (FLAG, "silu"),
     (VIEW, "x"),
     (POINTER, "weight bias h0"),
     (VIEW, "y"),
@@ -117,7 +120,8 @@ SELECTIVE_UPDATE = Structure(
     "SelectiveUpdate",
     (INT64, "threads"),
     (DTYPE, "dtype"),
-    (INT64, "rows width states groups_b groups_c per matrix softplus gated"),
+    (INT64, "rows width states groups_b groups_c per"),
+    (FLAG, "matrix softplus gated"),
     (POINTER, "h"),
     (STEP, "x dt"),
     (POINTER, "a"),
@@ -133,7 +137,8 @@ CONV_UPDATE = Structure(
     "ConvUpdate",
     (INT64, "threads"),
     (DTYPE, "dtype"),
-    (INT64, "rows width taps silu"),
+    (INT64, "rows width taps"),
+    (FLAG, "silu"),
     (STEP, "x"),
     (POINTER, "h weight bias"),
     (STEP, "y"),
