@@ -65,10 +65,10 @@ def test_equals_a_loop_without_a_state(pattern, sampling):
     assert len(set(got)) > 1
 
 
-def test_prompt_in_chunks(monkeypatch):
+def test_prompt_in_pieces(monkeypatch):
     model, prompt = build("MA", torch.float64), (PROMPT * 3)[:23]
     whole = generate(model, prompt, 0).state
-    monkeypatch.setattr(engine, "_LEAST_CHUNK", 1)
+    monkeypatch.setattr(engine, "_LEAST_PIECE", 1)
     for size in (1, 5, 22, 23):
         monkeypatch.setattr(engine, "PREFILL", {"cpu": size * model.config.d_model})
         parts = generate(model, prompt, 0).state

@@ -342,14 +342,15 @@ def test_loss_with_frozen_parts(frozen):
             close(p.grad, want[name])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_loss_in_float16_is_scaled_with_the_loss(autocast):
+def test_loss_in_float16_is_scaled_with_the_loss(autocast, device):
     """Of many tokens of one class the sum of the gradients passes the greatest float16, and their mean does not."""
     torch.manual_seed(0)
-    h = (1 + torch.rand(2**18, 4)).to(torch.float32 if autocast else torch.float16).requires_grad_()
-    weight = (torch.randn(8, 4) / 50).to(h.dtype).requires_grad_()
-    targets = torch.zeros(len(h), dtype=torch.int64)
-    with torch.autocast("cpu", torch.float16, enabled=autocast):
+    h = (1 + torch.rand(2**18, 4)).to(device, torch.float32 if autocast else torch.float16).requires_grad_()
+    weight = (torch.randn(8, 4) / 50).to(device, h.dtype).requires_grad_()
+    targets = torch.zeros(len(h), dtype=torch.int64, device=device)
+    with torch.autocast(device, torch.float16, enabled=autocast):
         loss = linear_loss.linear_cross_entropy(h, weight, targets) / len(h)
     (loss * 2.0**12).backward()
     got, want = (h.grad, weight.grad), (h.detach().double().requires_grad_(), weight.detach().double().requires_grad_())

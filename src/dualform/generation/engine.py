@@ -1,4 +1,4 @@
-"""Generation: read a prompt in chunks, then one token at a time, and stop anywhere without losing the thread."""
+"""Generation: read a prompt in pieces, then draw one token at a time; stop anywhere and continue from a session."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +15,10 @@ from dualform.generation.session import WINDOW, Session
 from dualform.layers.mixer import Prepared
 from dualform.models.lm import LanguageModel
 
-# Features of the residual stream per prefill chunk: bounds the memory of a prompt of any length. Small on a CPU, where
-# larger chunks are not faster and the caches are small; on an accelerator a chunk is thousands of tokens.
+# Features of the residual stream in one piece of a prompt: bounds the memory of a prompt of any length. Small on a CPU,
+# where larger pieces are not faster and the caches are small; on an accelerator a piece is thousands of tokens.
 PREFILL = {"cpu": 2**15, "accelerator": 2**21}
-_LEAST_CHUNK = 64  # tokens
+_LEAST_PIECE = 64  # tokens
 _DEFAULT = Sampling()
 
 
@@ -41,7 +41,7 @@ def generate(
         more = generate(model, [], 100, sampling=generation.sampling, state=generation.state)
 
     The second call yields the tokens that a first call of 200 would have yielded next, bit for bit on one machine.
-    The prompt is read in chunks when the first token is asked for, so memory does not grow with it beyond what the
+    The prompt is read in pieces when the first token is asked for, so memory does not grow with it beyond what the
     model's state itself holds.
 
     Args:
@@ -99,7 +99,7 @@ class Generation(Iterator[int]):
         self.model, self.sampling, self.stops = model, sampling, stops
         self._device = next(model.parameters()).device
         features = PREFILL["cpu" if self._device.type == "cpu" else "accelerator"]
-        self._chunk = max(_LEAST_CHUNK, features // model.config.d_model)
+        self._piece = max(_LEAST_PIECE, features // model.config.d_model)
         self._remaining = max_new_tokens
         self._prompt, self._pending = prompt, None
         self._prepared: Prepared | None = None
@@ -134,13 +134,13 @@ class Generation(Iterator[int]):
         return clone(session)
 
     def _read(self) -> None:
-        """Bring the state up to every token seen: the prompt in chunks, or the one token just yielded."""
+        """Bring the state up to every token seen: the prompt in pieces, or the one token just yielded."""
         with torch.inference_mode(), _evaluating(self.model):
             while len(self._prompt):
-                chunk, rest = self._prompt[: self._chunk], self._prompt[self._chunk :]
-                features, self._state = self.model.features(chunk[None].to(self._device), self._state)
+                piece, rest = self._prompt[: self._piece], self._prompt[self._piece :]
+                features, self._state = self.model.features(piece[None].to(self._device), self._state)
                 self._prompt = rest
-                self._remember(chunk[-WINDOW:].tolist(), len(chunk))
+                self._remember(piece[-WINDOW:].tolist(), len(piece))
                 if not len(rest):
                     self._logits = self.model.logits(features[:, -1:])[:, 0].float()
             if self._pending is not None:

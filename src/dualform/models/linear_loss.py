@@ -1,4 +1,4 @@
-"""Cross-entropy behind a linear map, whose logits are held a piece at a time."""
+"""Cross-entropy behind a linear map, whose logits are held for one span of the rows at a time."""
 
 import warnings
 from functools import cache
@@ -13,14 +13,14 @@ from dualform.layers.mixer import exactly
 from dualform.ops.op import SlowBackendWarning
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
-LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # of a piece: large enough to be worth a matrix product
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # of a span: large enough to be worth a matrix product
 _WORTH_COMPILING = 2**22  # logits; fewer are done before a compiler has begun
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """``sum_i logsumexp(W h_i) - (W h_i)[targets_i]``, in nats.
 
-    The gradient is computed along with the loss, piece by piece, and kept instead of the logits: three matrix products
+    The gradient is computed along with the loss, span by span, and kept instead of the logits: three matrix products
     in all, none of them twice. Logits and their gradient are in the dtype of the product (bfloat16 under autocast),
     sums in float32 or wider; the gradient is scaled before it is rounded to the dtype of its tensor, so that float16
     trains under a ``GradScaler``. Differentiable once.
@@ -40,12 +40,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         most = LOGITS_AT_ONCE.get(h.device.type, LOGITS_AT_ONCE["cpu"])
         count = h.shape[0]
-        pieces = -(-count * weight.shape[0] // most)
-        rows = count if pieces <= 1 else -(-count // pieces)  # alike, so that a compiler sees few shapes
+        spans = -(-count * weight.shape[0] // most)
+        rows = count if spans <= 1 else -(-count // spans)  # alike, so that a compiler sees few shapes
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
         losses, scale = [], 1.0
-        for i in range(0, count, rows) if pieces > 1 else (0,):
+        for i in range(0, count, rows) if spans > 1 else (0,):
             part = h[i : i + rows]
             logits = F.linear(part, weight)
             if dh is None and dweight is None:
@@ -83,7 +83,7 @@ def _scale(dtype: torch.dtype) -> float:
 
 
 def _summed(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, a sum over all rows of a piece, in float32 where float16 would overflow."""
+    """``a b``, a sum over all rows of a span, in float32 where float16 would overflow."""
     if torch.float16 not in (a.dtype, b.dtype):
         return torch.mm(a, b)
     if a.device.type == "cuda" and torch.version.cuda:
@@ -111,7 +111,7 @@ def _slope_on(device: str) -> Any:
 
 @cache
 def _compiled_slope() -> Any:
-    """As few passes over the logits as a compiler can make of it."""
+    """:func:`_slope`, compiled to read the logits fewer times; where that fails, a warning and the function itself."""
     compiled, broken = torch.compile(_slope), list[Exception]()
 
     def slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def load(
 
     Args:
         folder: where it was saved.
-        device: where it shall live.
+        device: where to put it.
         dtype: of its floating tensors; None keeps what was saved.
         kind: a class it must be of, such as ``LanguageModel``; None takes any.
 
