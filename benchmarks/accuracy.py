@@ -64,7 +64,7 @@ def main() -> None:
     given = inputs(batch, length, width, options.states, options.device, getattr(torch, options.dtype))
     exact, loop = results(given, "reference", torch.float64), results(given, "reference", torch.float32)
     for each in selective_scan_op.backends:
-        if not each.runs_on(torch.device(options.device).type) or each.missing:
+        if not each.runs_on(torch.device(options.device).type) or each.missing():
             continue
         found, again = results(given, each.name), results(given, each.name)
         same = all(torch.equal(found[name], again[name]) for name in found)

@@ -78,7 +78,7 @@ def main() -> None:
         cases = {
             f"dualform {each.name}": lambda *args, chosen=each.name, run=forced: run(*args, chosen=chosen)
             for each in OPS[name].backends
-            if each.runs_on("cuda") and not each.missing
+            if each.runs_on("cuda") and not each.missing()
         } | others()
         rows = []
         for title, run in cases.items():

@@ -74,7 +74,7 @@ def cases(given: dict[str, Any], device: str) -> dict[str, tuple[Callable[[], An
         found[name] = forward, both
 
     for each in selective_scan_op.backends:
-        if each.runs_on(device) and not each.missing:
+        if each.runs_on(device) and not each.missing():
             add(f"dualform {each.name}", ours, given, each.name)
     for name, (prepare, run) in peers(device).items():
         add(name, run, prepare(**given))

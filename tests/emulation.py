@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import shutil
-import struct
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dualform.core.packing import Packing
 from dualform.ops.cuda import compiler
+from dualform.ops.op import as_grad
 
 HOPPER = compiler.Limits(132, 227 * 1024)
 HERE = Path(__file__).parent
@@ -37,7 +38,7 @@ def emulated(monkeypatch, folder):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
 
-    def launch(file, kernel, defines, grid, threads, shared, fields):
+    def launch(file, kernel, defines, grid, threads, shared, structure):
         text = HARNESS.format(emulator=HERE / "cuda_emulator.h", source=SOURCES / file)
         text += (
             f'extern "C" void go(unsigned grid, unsigned threads, const void* p) {{ run({kernel}, grid, threads, p); }}'
@@ -50,7 +51,7 @@ def emulated(monkeypatch, folder):
             flags += ["-std=c++20", "-O0", "-w", "-shared", "-fPIC", f"-I{SOURCES}"]
             subprocess.run(["g++", *flags, str(folder / f"{name}.cpp"), "-o", str(library)], check=True)
         assert shared <= 227 * 1024
-        ctypes.CDLL(str(library)).go(grid, threads, struct.pack(f"{len(fields)}q", *fields))
+        ctypes.CDLL(str(library)).go(grid, threads, structure)
 
     monkeypatch.setattr(compiler, "launch", launch)
     monkeypatch.setattr(compiler, "limits", lambda: HOPPER)
@@ -60,22 +61,36 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-def differentiable(x):
-    return isinstance(x, Tensor) and x.is_floating_point()
+def packing(borders) -> Packing | None:
+    """That of sequences with these cumulative lengths."""
+    if borders is None:
+        return None
+    cu_seqlens = torch.tensor(borders)
+    return Packing(cu_seqlens, cu_seqlens)
 
 
-def double(x):
-    return x.double() if differentiable(x) else x
+def gradients(op, a, found):
+    """Those that a backward has found, in the order of the record and in the dtype of its tensors."""
+    return [as_grad(found[name], m) for name, m in op.differentiable(a)]
 
 
-def leaf(x, dtype=torch.float64):
-    """A differentiable tensor again, for the definition to differentiate."""
-    return x.to(dtype).detach().requires_grad_() if differentiable(x) else x
+def definition(op, a, weights, dtype=torch.float64):
+    """Outputs and gradients of an op, for weights of its outputs, by its reference in a wide dtype."""
+
+    def leaf(m):
+        return m.detach().to(dtype.to_complex() if m.is_complex() else dtype).requires_grad_()
+
+    leaves = {name: leaf(m) for name, m in op.differentiable(a)}
+    out = op.reference(a._replace(**leaves))
+    weights = [w.to(y.dtype) for w, y in zip(weights, out, strict=True)]
+    grads = torch.autograd.grad(out, list(leaves.values()), weights, materialize_grads=True)
+    return [*(y.detach() for y in out), *grads]
 
 
 def close(got, want, tolerance):
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.shape == b.shape, i
+        a, b = (torch.view_as_real(x) if x.is_complex() else x for x in (a, b))
         error = float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)) if b.numel() else 0.0
         assert error <= tolerance, f"result {i}: {error:.3g}"

@@ -95,17 +95,17 @@ def test_a_broken_backend_fails(monkeypatch: pytest.MonkeyPatch):
     op = OPS["fft_conv"]
     good = op.backends[-1]
 
-    def forward(*args):
-        return [out * 1.01 for out in good.forward(*args)]
+    def forward(a):
+        return [out * 1.01 for out in good.forward(a)]
 
-    def backward(*args):
-        return [grad * 1.02 for grad in good.backward(*args)]
+    def backward(grads, kept, a):
+        return {name: 1.02 * grad for name, grad in good.backward(grads, kept, a).items()}
 
     def refuses(*args):
         return "not today"
 
     wrong = Backend("wrong", forward, backward)
-    absent = Backend("absent", forward, backward, missing="pip install it")
+    absent = Backend("absent", forward, backward, missing=lambda: "pip install it")
     choosy = Backend("choosy", forward, backward, refuses=refuses)
     elsewhere = Backend("elsewhere", forward, backward, devices=("cuda",))
     monkeypatch.setattr(op, "backends", [wrong, absent, choosy, elsewhere, *op.backends])

@@ -344,8 +344,23 @@ def test_doctor_names_every_op(dualform):
 def test_doctor_says_why_not(dualform, monkeypatch):
     from dualform.ops.op import Backend
 
-    backend = Backend("abacus", lambda: [], lambda: [], devices=("cpu",), missing="no beads")
+    backend = Backend("abacus", lambda: [], lambda: [], devices=("cpu",), missing=lambda: "no beads")
     fake = SimpleNamespace(backends=[backend])
     monkeypatch.setitem(OPS, "counting", fake)
     out = dualform("doctor")[1]
     assert "counting" in out and "abacus: no beads" in out
+
+
+def test_doctor_asks_each_backend_what_is_missing_now(dualform, monkeypatch):
+    """What was missing may have been installed since, and a backend that is missing is never said to run."""
+    missing = ["no beads"]
+    backends = [
+        Backend("abacus", lambda a: [], devices=("cpu",), missing=lambda: missing[0]),
+        Backend("torch", lambda a: []),
+    ]
+    monkeypatch.setitem(OPS, "counting", SimpleNamespace(backends=backends))
+    (row,) = [line for line in dualform("doctor")[1].splitlines() if "counting" in line and "cpu" in line]
+    assert row.split()[:3] == ["counting", "cpu", "torch"] and "abacus: no beads" in row
+    missing[0] = ""
+    (row,) = [line for line in dualform("doctor")[1].splitlines() if "counting" in line and "cpu" in line]
+    assert row.split()[:3] == ["counting", "cpu", "abacus"]

@@ -13,21 +13,21 @@ TARGETS = [("sm_80", torch.float16), ("sm_90", torch.bfloat16)]
 
 
 def scan(dtype):
-    args = test_cuda.arguments(1, 130, 32, 16, dtype=dtype)
-    y, final, *saved = selective_scan._forward(*args)
-    selective_scan._backward([y, final], saved, *args)
+    a = test_cuda.arguments(1, 130, 32, 16, dtype=dtype)
+    y, final, *saved = selective_scan._forward(a)
+    selective_scan._backward([y, final], saved, a)
 
 
 def convolution(dtype):
-    args = test_cuda_conv.arguments(1, 130, 64, 4, dtype=dtype, like=dtype)
-    y, final = causal_conv1d._forward(*args)
-    causal_conv1d._backward([y, final], [], *args)
+    a = test_cuda_conv.arguments(1, 130, 64, 4, dtype=dtype, like=dtype)
+    y, final = causal_conv1d._forward(a)
+    causal_conv1d._backward([y, final], [], a)
 
 
 def diagonal(dtype):
-    args = test_cuda_diagonal.arguments(1, 130, 32, 32, dtype=dtype)
-    y, final = diagonal_ssm._forward(*args)
-    diagonal_ssm._backward([y, final], [], *args)
+    a = test_cuda_diagonal.arguments(1, 130, 32, 32, dtype=dtype)
+    y, final = diagonal_ssm._forward(a)
+    diagonal_ssm._backward([y, final], [], a)
 
 
 USERS = {
@@ -69,9 +69,9 @@ def test_blocks_fit_on_smaller_gpus(gpu, dtype, monkeypatch):
     for run in {*USERS.values()}:
         run(dtype)
     for batch, length, width, states in [(1, 500, 256, 16), (4, 500, 1024, 16), (8, 100, 1024, 16), (1, 100, 2048, 32)]:
-        args = test_cuda.arguments(batch, length, width, states, dtype=dtype)
-        y, final, *saved = selective_scan._forward(*args)
-        selective_scan._backward([y, final], saved, *args)
+        a = test_cuda.arguments(batch, length, width, states, dtype=dtype)
+        y, final, *saved = selective_scan._forward(a)
+        selective_scan._backward([y, final], saved, a)
     assert max(shared) <= SMALL[gpu].shared
 
 

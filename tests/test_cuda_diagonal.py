@@ -6,10 +6,11 @@ import subprocess
 import pytest
 import torch
 
+from containment import check_contained
 from dualform.ops.cuda import compiler
 from dualform.ops.cuda import diagonal_ssm as kernels
-from dualform.ops.diagonal_ssm import diagonal_ssm_op
-from emulation import HERE, SOURCES, close, normal
+from dualform.ops.diagonal_ssm import DiagonalSSM, diagonal_ssm_op
+from emulation import HERE, SOURCES, close, definition, gradients, normal, packing
 
 CASES = {
     "one": dict(batch=1, length=1, width=1, modes=1),
@@ -29,55 +30,66 @@ def arguments(batch, length, width, modes, dtype=torch.float32, borders=None):
     u = normal(batch, length, 2 * width, dtype=dtype).chunk(2, -1)[1]
     Abar = torch.exp(torch.complex(-0.2 * torch.rand(width, modes), 2 * normal(width, modes)))
     CB, h0 = (torch.randn(*shape, width, modes, dtype=torch.complex64) for shape in ((), (rows,)))
-    return [u, Abar, CB, h0, None if borders is None else torch.tensor(borders, dtype=torch.int32)]
+    return DiagonalSSM(u, Abar, CB, h0, packing(borders))
 
 
-def double(x):
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+def run(a, weights):
+    """Outputs and gradients."""
+    y, final = kernels._forward(a)
+    return [y, final, *gradients(diagonal_ssm_op, a, kernels._backward(weights, [], a))]
 
 
-def reference(args, weights):
-    leaves = [double(x).requires_grad_() for x in args[:4]]
-    out = diagonal_ssm_op.reference(*leaves, args[4])
-    return [*(y.detach() for y in out), *torch.autograd.grad(out, leaves, [double(w) for w in weights])]
-
-
-def close_complex(got, want, tolerance):
-    close(*([torch.view_as_real(x) if x.is_complex() else x for x in xs] for xs in (got, want)), tolerance)
+def weights_of(a):
+    return [normal(*a.u.shape, dtype=a.u.dtype), torch.randn_like(a.h0)]
 
 
 @pytest.mark.parametrize("last", ["both states", "no gradient of the last state"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_are_the_definition(case, plan, last, emulated, poison, monkeypatch):
-    args = arguments(**CASES[case])
+    a = arguments(**CASES[case])
     (lanes, warps, span), modes = PLANS[plan], CASES[case]["modes"]
     lanes = 8 if modes > 32 else lanes
     plan = kernels.Plan(lanes, kernels._at_least(modes, lanes), warps, 1, span)
     monkeypatch.setattr(kernels, "plan_forward", lambda *a: plan)
     monkeypatch.setattr(kernels, "plan_backward", lambda *a: plan)
-    y, final = kernels._forward(*args)
-    weights = [normal(*y.shape, dtype=y.dtype), torch.randn_like(final)]
+    weights = weights_of(a)
     if last != "both states":
         weights[1].zero_()
-    found = kernels._backward(weights, [], *args)
-    tolerance = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[y.dtype]
-    close_complex([y, final, *found], reference(args, weights), tolerance)
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[a.u.dtype]
+    close(run(a, weights), definition(diagonal_ssm_op, a, weights), tolerance)
+
+
+@pytest.mark.parametrize("case", ["odd", "packed"])
+def test_what_is_not_finite_stays_in_its_sequence(case, emulated, poison, monkeypatch):
+    a = arguments(**CASES[case])
+    plan = kernels.Plan(4, kernels._at_least(a.h0.shape[2], 4), 1, 1, 64)
+    monkeypatch.setattr(kernels, "plan_forward", lambda *a: plan)
+    monkeypatch.setattr(kernels, "plan_backward", lambda *a: plan)
+    check_contained(diagonal_ssm_op, a, kernels._forward, kernels._backward, channels=True)
+
+
+def test_conjugates_that_exist_only_as_a_flag(emulated):
+    """PyTorch conjugates without touching memory; kernels read memory."""
+    a = arguments(1, 70, 4, 3)
+    given = a._replace(Abar=a.Abar.conj(), CB=a.CB.conj(), h0=a.h0.conj())
+    weights = weights_of(a)
+    found = run(given, [weights[0], weights[1].conj()])
+    close(found, definition(diagonal_ssm_op, given, [weights[0], weights[1].conj()]), 2e-5)
 
 
 def test_slow_poles_over_many_steps(emulated):
     """Decays of e in up to 10^5 steps: rounding must not grow with the number of steps."""
-    u, _, CB, h0, _ = arguments(1, 20000, 4, 8)
+    a = arguments(1, 20000, 4, 8)
     rates = -torch.logspace(-5, -1, 8, dtype=torch.float64).expand(4, 8)
-    Abar = torch.exp(torch.complex(rates, rates[:, :1] * 100 * torch.arange(8))).to(torch.complex64)
-    args = [u, Abar, CB, h0, None]
-    weights = [normal(*u.shape), torch.randn_like(h0)]
-    wide = [double(x) for x in args[:4]]
+    a = a._replace(Abar=torch.exp(torch.complex(rates, rates[:, :1] * 100 * torch.arange(8))).to(torch.complex64))
+    weights = weights_of(a)
+    names = [name for name, _ in diagonal_ssm_op.differentiable(a)]
+    wide = a._replace(**{f: m.to(torch.promote_types(m.dtype, torch.float64)) for f, m in zip(names, a, strict=False)})
     torch_backend = next(b for b in diagonal_ssm_op.backends if b.name == "torch")
-    want = [*torch_backend.forward(*wide, None), *torch_backend.backward([double(w) for w in weights], [], *wide, None)]
-    found = kernels._forward(*args)
-    found += kernels._backward(weights, [], *args)
-    close_complex(found, want, 5e-5)
+    wide_weights = [w.to(torch.promote_types(w.dtype, torch.float64)) for w in weights]
+    want = gradients(diagonal_ssm_op, wide, torch_backend.backward(wide_weights, [], wide))
+    close(run(a, weights), [*torch_backend.forward(wide), *want], 5e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -85,10 +97,10 @@ def test_slow_poles_over_many_steps(emulated):
 def test_shared_memory_holds_what_the_kernels_keep_there(lanes, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(compiler, "launch", lambda *a: asked.append(a[5]))
-    inputs, plan = kernels.Inputs(*arguments(1, 100, 8, 8)), kernels.Plan(lanes, 2, 3, 1, 64)
+    inputs, plan = arguments(1, 100, 8, 8), kernels.Plan(lanes, 2, 3, 1, 64)
     call = kernels._Call("", inputs, plan)
-    call.over_spans("", 1, 0, ())
-    call.over_spans("", 0, 1, ())
+    call.over_spans("", 1, 0, b"")
+    call.over_spans("", 0, 1, b"")
     text = f'#include "{HERE / "cuda_emulator.h"}"\n#include "{SOURCES / "diagonal_ssm.cuh"}"\n'
     text += 'int main() { return printf("%zu %zu", WARPS * sizeof(Tile), WARPS * sizeof(Sums)) < 0; }\n'
     flags = [f"-D{name}={compiler._macro(value)}" for name, value in call.macros.items()]
@@ -109,20 +121,19 @@ def test_plans_have_room_for_all_modes(modes):
 
 
 def test_refusals_say_why():
-    u, Abar, CB, h0, _ = arguments(1, 2, 3, 65)
-    refuses = kernels._refuses
-    assert refuses(u, Abar, CB, double(h0), None) == "the state is torch.complex128, not complex64"
-    assert refuses(double(u), Abar, CB, h0, None) == "u is torch.float64, not float32, bfloat16 or float16"
-    assert refuses(u, Abar, CB, h0, None) == "65 modes, more than 64"
+    a, refuses = arguments(1, 2, 3, 65), kernels._refuses
+    assert refuses(a._replace(h0=a.h0.to(torch.complex128))) == "the state is torch.complex128, not complex64"
+    assert refuses(a._replace(u=a.u.double())) == "u is torch.float64, not float32, bfloat16 or float16"
+    assert refuses(a) == "65 modes, more than 64"
 
 
 def test_empty_calls_write_nothing(poison):
     for shape in ((2, 0, 3, 2), (0, 4, 3, 2), (2, 4, 3, 0)):
-        args = arguments(*shape)
-        y, final = kernels._forward(*args)
+        a = arguments(*shape)
+        y, final = kernels._forward(a)
         assert torch.equal(y, torch.zeros_like(y))
-        assert torch.equal(final, args[3])
-        weights = [normal(*y.shape), torch.randn_like(final)]
-        du, dAbar, dCB, dh0 = kernels._backward(weights, [], *args)
-        assert torch.equal(dh0, weights[1])
-        assert not any(x.any() for x in (du, dAbar, dCB))
+        assert torch.equal(final, a.h0)
+        weights = weights_of(a)
+        found = kernels._backward(weights, [], a)
+        assert torch.equal(found.pop("h0"), weights[1])
+        assert not any(x.any() for x in found.values())

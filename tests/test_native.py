@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, bfloat16, complex64, complex128, float16, float32, float64
 
 from dualform.core.errors import ArgumentError, BackendError
+from dualform.core.packing import Packing
 from dualform.ops import OPS, backend, causal_conv1d_update, selective_scan, selective_state_update
 from dualform.ops.native import library
 from dualform.ops.structs import Structure
@@ -49,8 +50,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, float32)
 
 
-def packed(borders: list[int] | None) -> Tensor | None:
-    return None if borders is None else torch.tensor(borders, dtype=torch.int32)
+def packed(borders: list[int] | None) -> Packing | None:
+    return None if borders is None else Packing.of_host(torch.tensor(borders), torch.device("cpu"))
+
+
+def run(op: str, *args: Any) -> tuple[Tensor, ...]:
+    """An op, given the fields of its record in their order."""
+    return OPS[op](OPS[op].arguments(*args))
 
 
 def rows(batch: int, borders: list[int] | None) -> int:
@@ -99,7 +105,7 @@ def diagonal(batch, length, width, modes, dtype=float32, borders=None):
     )
 
 
-def dual(batch, length, heads, width, states, groups=1, dtype=float32, borders=None):
+def dual(batch, length, heads, width, states, groups=1, dtype=float32, borders=None, around=""):
     real = wide(dtype)
     return (
         normal(batch, length, heads, width, dtype=dtype),
@@ -107,6 +113,8 @@ def dual(batch, length, heads, width, states, groups=1, dtype=float32, borders=N
         (-3 * torch.rand(heads)).to(real),
         normal(batch, length, groups, states, dtype=dtype),
         normal(batch, length, groups, states, dtype=dtype),
+        normal(heads, width, dtype=dtype) if "D" in around else None,
+        normal(batch, length, heads, width, dtype=dtype) if "z" in around else None,
         normal(rows(batch, borders), heads, width, states, dtype=real),
         packed(borders),
         64,
@@ -156,11 +164,13 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "linear channels alike": ("linear_scan", lambda: linear(2, 33, (6, 4), (float64, float64), alike="c")),
     "dual one": ("ssd", lambda: dual(1, 1, 1, 1, 1)),
     "dual odd": ("ssd", lambda: dual(2, 65, 6, 5, 7, 3)),
+    "dual skip": ("ssd", lambda: dual(3, 40, 4, 6, 5, 2, float64, around="D")),
+    "dual gate": ("ssd", lambda: dual(3, 40, 4, 6, 5, 2, float64, around="z")),
     "dual tiles": ("ssd", lambda: dual(1, 600, 5, 16, 32)),
     "dual wide": ("ssd", lambda: dual(2, 130, 3, 70, 13)),
-    "dual packed": ("ssd", lambda: dual(1, 130, 4, 17, 9, 2, float32, SHORT)),
+    "dual packed": ("ssd", lambda: dual(1, 130, 4, 17, 9, 2, float32, SHORT, "Dz")),
     "dual packed spans": ("ssd", lambda: dual(1, 700, 2, 16, 8, 1, float64, [0, 100, 256, 257, 257, 520, 700])),
-    "dual bfloat16": ("ssd", lambda: dual(2, 100, 4, 32, 16, 2, bfloat16)),
+    "dual bfloat16": ("ssd", lambda: dual(2, 100, 4, 32, 16, 2, bfloat16, around="Dz")),
     "dual float16": ("ssd", lambda: dual(1, 70, 2, 20, 12, 1, float16)),
     "dual float64": ("ssd", lambda: dual(3, 300, 7, 9, 20, 1, float64)),
     "diagonal one": ("diagonal_ssm", lambda: diagonal(1, 1, 1, 1)),
@@ -199,7 +209,7 @@ def evaluate(op: str, args: tuple[Any, ...], name: str, weights: list[Tensor]) -
     """The outputs, and the gradients of their sum with weights by every argument."""
     args = tuple(leaves(args))
     with backend(name):
-        out = OPS[op](*args)
+        out = run(op, *args)
         weights = [w.to(y.dtype) for w, y in zip(weights, out, strict=True)]
         found = torch.autograd.grad(out, [x for x in args if differentiable(x)], weights)
     return [*(y.detach() for y in out), *found]
@@ -207,7 +217,7 @@ def evaluate(op: str, args: tuple[Any, ...], name: str, weights: list[Tensor]) -
 
 def weights_for(op: str, args: tuple[Any, ...]) -> list[Tensor]:
     with torch.no_grad(), backend("torch"):
-        return [normal(*y.shape, dtype=y.dtype) for y in OPS[op](*args)]
+        return [normal(*y.shape, dtype=y.dtype) for y in run(op, *args)]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -243,14 +253,14 @@ def test_inference_gives_the_same(case, instructions):
     op, make = CASES[case]
     args = make()
     with backend("native"):
-        kept = OPS[op](*leaves(args))
+        kept = run(op, *leaves(args))
         with torch.no_grad():
-            plain = OPS[op](*args)
+            plain = run(op, *args)
     assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
 
 
 @pytest.mark.parametrize(
-    "op, state", [("selective_scan", 9), ("ssd", 5), ("linear_scan", 2), ("diagonal_ssm", 3), ("causal_conv1d", 4)]
+    "op, state", [("selective_scan", 9), ("ssd", 7), ("linear_scan", 2), ("diagonal_ssm", 3), ("causal_conv1d", 4)]
 )
 @pytest.mark.parametrize("batch, length", [(2, 0), (0, 3)])
 def test_nothing_to_do(op, state, batch, length):
@@ -263,7 +273,7 @@ def test_nothing_to_do(op, state, batch, length):
     }[op]()
     args = leaves(args)
     with backend("native"):
-        y, final = OPS[op](*args)
+        y, final = run(op, *args)
     (y.sum() + final.real.sum()).backward()
     assert y.shape[:2] == (batch, length)
     assert torch.equal(final, args[state])
@@ -290,12 +300,12 @@ def test_slow_decay_is_as_exact_as_a_loop(instructions):
     u, dt = normal(1, 3000, 16), torch.rand(1, 3000, 16) * 1e-3
     maps, plain = normal(2, 1, 3000, 1, 8), (None, None, None, False)
     scan = u, dt, -torch.rand(16, 8), *maps, *plain, torch.zeros(1, 16, 8), None
-    dual = u.view(1, 3000, 2, 8), dt[..., :2], -torch.rand(2), *maps, torch.zeros(1, 2, 8, 8), None, 64
+    dual = u.view(1, 3000, 2, 8), dt[..., :2], -torch.rand(2), *maps, None, None, torch.zeros(1, 2, 8, 8), None, 64
     for op, args in (("selective_scan", scan), ("ssd", dual)):
         with backend("reference"):
-            exact, loop = OPS[op](*(double(x) for x in args))[0], OPS[op](*args)[0]
+            exact, loop = run(op, *(double(x) for x in args))[0], run(op, *args)[0]
         with backend("native"):
-            y = OPS[op](*args)[0]
+            y = run(op, *args)[0]
         assert (y - exact).norm() <= 2 * (loop - exact).norm()
 
 
@@ -316,7 +326,7 @@ def test_extreme_steps_of_a_head(step, instructions):
     dt[:, 90:100] = step
     x[:, 90:100] = 0  # a step is also a weight
     x[:, 70] = float("nan")
-    args = x, dt, -torch.ones(2), B, C, normal(3, 2, 3, 4), packed([0, 69, 75, 200]), 64
+    args = x, dt, -torch.ones(2), B, C, None, None, normal(3, 2, 3, 4), packed([0, 69, 75, 200]), 64
     weights = [normal(*x.shape), normal(3, 2, 3, 4)]
     want = evaluate("ssd", tuple(map(double, args)), "reference", weights)
     both = [*evaluate("ssd", args, "native", weights), *evaluate("ssd", args, "torch", weights)]
@@ -333,8 +343,8 @@ def test_extreme_steps_of_a_head(step, instructions):
 def test_a_fading_state_becomes_zero(instructions):
     """Not a denormal number, which would never reach zero and slow every step."""
     with backend("native"):
-        h, final = OPS["linear_scan"](
-            torch.full((1, 400, 3), 0.75), torch.zeros(1, 400, 3), torch.ones(1, 3), None, False
+        h, final = run(
+            "linear_scan", torch.full((1, 400, 3), 0.75), torch.zeros(1, 400, 3), torch.ones(1, 3), None, False
         )
     assert torch.equal(final, torch.zeros(1, 3))
     assert float(h[0, 200].min()) > 0
@@ -392,7 +402,7 @@ def test_every_float16_is_read_and_rounded(factor, instructions):
     """Denormal numbers, infinities and NaN among them, and results that overflow or fall between two numbers."""
     x, one = torch.arange(-(2**15), 2**15).to(torch.int16).view(float16).reshape(1, -1, 1), torch.zeros(1, 1, 0)
     with backend("native"):
-        y = OPS["causal_conv1d"](x, torch.full((1, 1), factor), None, False, one, None)[0]
+        y = run("causal_conv1d", x, torch.full((1, 1), factor), None, False, one, None)[0]
     assert torch.equal(y.nan_to_num(nan=1.5), (x.float() * factor).half().nan_to_num(nan=1.5))
 
 
@@ -428,11 +438,11 @@ def test_calls_from_several_python_threads(threads):
     threads(2)
     args, results = scan(2, 200, 64, 16), []
     with backend("native"), torch.no_grad():
-        want, _ = OPS["selective_scan"](*args)
+        want, _ = run("selective_scan", *args)
 
         def work() -> None:
             with torch.no_grad():
-                results.extend(OPS["selective_scan"](*args)[0] for _ in range(10))
+                results.extend(run("selective_scan", *args)[0] for _ in range(10))
 
         callers = [threading.Thread(target=work) for _ in range(3)]
         for caller in callers:

@@ -127,7 +127,8 @@ def test_the_table_names_every_op_and_its_backends():
     from dualform.ops import OPS
 
     def backends(op: str) -> list[str]:  # those of other machines, too
-        folders = [name for name in ("native", "triton", "cuda") if (OPS_FOLDER / name / f"{op}.py").exists()]
+        file = "step.py" if op.endswith("_update") else f"{op}.py"  # the updates of all ops share one
+        folders = [name for name in ("native", "triton", "cuda") if (OPS_FOLDER / name / file).exists()]
         return sorted(["reference", "torch", *folders])
 
     listed = {code_words(name)[0]: sorted(code_words(found)) for name, _, found, *_ in table_rows("op")}

@@ -10,6 +10,7 @@ import torch
 from torch import bfloat16, float16, float32, float64
 
 from c_structures import declared, described
+from dualform.ops.cuda import structs as cuda_structs
 from dualform.ops.native import structs
 from dualform.ops.structs import INT64, POINTER, Structure
 
@@ -21,6 +22,22 @@ def test_every_structure_of_the_header_is_described():
     in_c = {name: fields for name, fields in declared(HEADER).items() if name not in ("bfloat16", "float16")}
     assert {name: described(structure) for name, structure in NATIVE.items()} == in_c
     assert described(structs.STEP) == described(structs.VIEW)
+
+
+@pytest.mark.parametrize(
+    "header, structure",
+    [
+        ("sequences", cuda_structs.VIEW),
+        ("causal_conv1d", cuda_structs.CONV),
+        ("diagonal_ssm", cuda_structs.SYSTEM),
+        ("selective_scan", cuda_structs.SCAN),
+    ],
+)
+def test_the_structures_of_cuda_sources_are_described(header, structure):
+    source = (Path(cuda_structs.__file__).parent / f"{header}.cuh").read_text()
+    found = re.search(rf"^struct {structure.name} {{.*?^}};", source, re.DOTALL | re.MULTILINE)
+    assert found
+    assert declared(found[0]) == {structure.name: described(structure)}
 
 
 def test_the_constants_of_the_header_are_the_same():

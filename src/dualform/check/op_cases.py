@@ -9,15 +9,21 @@ from torch import Tensor
 
 from dualform.core.packing import from_lengths
 from dualform.ops.cauchy import cauchy_kernel
-from dualform.ops.causal_conv1d import causal_conv1d
+from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.fft_conv import fft_conv
 from dualform.ops.linear_scan import linear_scan
-from dualform.ops.selective_scan import selective_scan
+from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 
-_STAY_WIDE = ("A", "initial_state", "delta_bias", "dt_bias")  # float32 at least, whatever the dtype of the activations
+_STAY_WIDE = (
+    "A",
+    "initial_state",
+    "state",
+    "delta_bias",
+    "dt_bias",
+)  # float32 at least, whatever the dtype of the activations
 
 
 @dataclass(frozen=True)
@@ -144,10 +150,25 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
             "initial_state": normal(states, 5, 6, complex=True),
         }
 
+    def update(inner: tuple[int, ...], head: tuple[int, ...], rates: int) -> dict[str, Tensor]:
+        return {
+            "state": normal(3, *inner, 5),
+            "x": normal(3, *inner),
+            "dt": normal(3, *head) - 1,
+            "A": decay(*head, rates),
+            "B": normal(3, 3, 5),
+            "C": normal(3, 3, 5),
+            "D": normal(*head),
+            "z": normal(3, *inner),
+            "dt_bias": normal(*head),
+        }
+
+    window = {"x": normal(3, 5), "state": normal(3, 5, 3), "weight": normal(5, 4), "bias": normal(5)}
+    by_state, by_head = update((24,), (24,), 5), update((6, 7), (6, 1), 1)
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
     plain = {**selective(3, 3, 1, without=("D", "z", "delta_bias")), "delta": 0.3 * normal(3, length, 24).abs()}
     narrow = selective(3, 3, 2, without=("z",), width=6)  # groups of fewer channels than a vector has lanes
-    runs, silu = {"cu_seqlens": packed}, {"activation": "silu"}
+    runs, silu, step = {"cu_seqlens": packed}, {"activation": "silu"}, {"dt_softplus": True}
     return [
         OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
         OpCase("linear_scan complex", "linear_scan", linear_scan, scan_(3, 3, True)),
@@ -163,6 +184,9 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("causal_conv1d", "causal_conv1d", causal_conv1d, conv(3, 3), silu),
         OpCase("causal_conv1d width 1", "causal_conv1d", causal_conv1d, conv(3, 3, 1)),
         OpCase("causal_conv1d packed", "causal_conv1d", causal_conv1d, conv(1, rows), {**silu, **runs}),
+        OpCase("causal_conv1d_update", "causal_conv1d_update", causal_conv1d_update, window, silu),
+        OpCase("selective_state_update", "selective_state_update", selective_state_update, by_state, step),
+        OpCase("selective_state_update heads", "selective_state_update", selective_state_update, by_head, step),
         OpCase("cauchy_kernel complex", "cauchy_kernel", cauchy_kernel, low_rank(1), {"length": length}),
         OpCase("cauchy_kernel complex rank 2", "cauchy_kernel", cauchy_kernel, low_rank(2), {"length": length}),
         OpCase("diagonal_ssm complex", "diagonal_ssm", diagonal_ssm, diagonal(3, 3)),

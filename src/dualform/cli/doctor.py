@@ -96,11 +96,12 @@ def _backends() -> "Table":
         for device in ["cpu", *_accelerators()]:
             chosen, others = "", []
             for backend in op.backends:
-                why = backend.missing
                 if not backend.runs_on(device):
                     why = f"runs on {', '.join(backend.devices)}"
                 elif forced and backend.name != forced:
                     why = "another is forced"
+                else:
+                    why = backend.missing()
                 if not why and not chosen:
                     chosen = backend.name
                 else:

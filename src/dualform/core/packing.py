@@ -5,38 +5,232 @@ sequence is allowed; its final state is its initial state. Padding, left or righ
 model's door (:func:`pack`), so there is one mechanism and not three.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar, Union
 
 import torch
 from torch import Tensor
 
-from dualform.core.errors import ArgumentError
+from dualform.core.errors import ArgumentError, BackendError
+
+T = TypeVar("T")
+_EXAMPLE = "cumulative lengths, such as torch.tensor([0, 3, 7]) for sequences of 3 and 4"
 
 
-def check_cu_seqlens(where: str, cu_seqlens: Tensor, batch: int, length: int) -> int:
-    """The number of sequences n, after checking the cumulative lengths against ``(batch, length)``.
+class Packing(NamedTuple):
+    """The borders of packed sequences, checked once where they enter and then passed down as one value.
 
-    Raises:
-        ArgumentError: for a batch other than 1, a dtype that is not int32 or int64, or borders that do not
-            run from 0 to ``length``. Values are read on the host; a meta tensor's are taken on trust.
+    Make one with :meth:`of` and give it wherever ``cu_seqlens`` is asked for: to a model, a layer or an op. Reading
+    the borders from a GPU takes one synchronisation, and a ``Packing`` remembers them. It is a tuple of tensors, so
+    compilers and ``torch.utils._pytree`` take it as it is.
+
+    Args:
+        cu_seqlens: ``(n + 1,)``, int64, on the device of the data.
+        host: the same on the CPU; None where values could not be read, inside of a compiled graph and while a CUDA
+            graph is captured. Ops then check, or clamp, the borders themselves.
     """
-    shape = tuple(cu_seqlens.shape)
-    if cu_seqlens.dim() != 1 or shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+
+    cu_seqlens: Tensor
+    host: Tensor | None
+
+    @classmethod
+    def of(cls, where: str, cu_seqlens: "Borders", x: Tensor) -> "Packing | None":
+        """The packing of ``x`` ``(B, T, ...)``, or None for a batch of rows.
+
+        Args:
+            where: name of the function, first word of every error.
+            cu_seqlens: cumulative lengths on any device, a ``Packing``, or None.
+            x: what is packed.
+
+        Raises:
+            ArgumentError: for a batch other than 1, a dtype other than int32 or int64, or borders that do not rise
+                from 0 to T.
+        """
+        if cu_seqlens is None:
+            return None
+        batch, length = x.shape[:2]
+        known = isinstance(cu_seqlens, Packing)
+        borders = cu_seqlens.cu_seqlens if known else cu_seqlens
+        _check_borders(where, borders, batch)
+        if known:
+            if cu_seqlens.host is not None and not torch.compiler.is_compiling():
+                _check_values(where, cu_seqlens.host, length)
+            if borders.device == x.device:
+                return cu_seqlens
+            return cls(_on_device(cu_seqlens.as_tensor(), x.device), cu_seqlens.host)
+        if not readable(borders):
+            return cls(borders.to(x.device, torch.int64), None)
+        host = borders.to("cpu", torch.int64, copy=True)
+        _check_values(where, host, length)
+        return cls(_on_device(host, x.device), host)
+
+    @classmethod
+    def of_host(cls, host: Tensor, device: torch.device) -> "Packing":
+        """The packing of borders on the CPU that are known to be right."""
+        return cls(_on_device(host, device), host)
+
+    @property
+    def rows(self) -> int:
+        """n, how many sequences there are: one row of a state each."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """``(n,)``, of the sequences, on the CPU."""
+        return self.host_borders().diff()
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest sequence."""
+        return int(self.lengths.max())
+
+    def sequence_ids(self, length: int) -> Tensor:
+        """The sequence of each of ``length`` packed steps, ``(T,)`` int64, on the device of the data."""
+        return sequence_ids(self.cu_seqlens, length)
+
+    def of_span(self, begin: int, end: int) -> tuple[slice, "Packing"]:
+        """The rows that have steps between two times, or none at all there, and the packing of those steps."""
+        host = self.host_borders()
+        first = int(torch.searchsorted(host, begin, right=True)) - 1
+        last = int(torch.searchsorted(host, end))
+        part = host[first : last + 1].clamp(begin, end) - begin
+        return slice(first, last), Packing(_on_device(part, self.cu_seqlens.device), part)
+
+    def not_empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(rows, first, last)`` of the sequences that have steps: their rows, first and last steps, int64."""
+
+        def make(host: Tensor) -> tuple[Tensor, ...]:
+            rows = (host.diff() > 0).nonzero()[:, 0]
+            return rows, host[:-1][rows], host[1:][rows] - 1
+
+        rows, first, last = self.table("not_empty", make)
+        return rows, first, last
+
+    def starting(self, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """``(steps, rows)`` of the sequences that start in ``[begin, end)``, steps counted from ``begin``; or None."""
+        return self._among(1, begin, end)
+
+    def ending(self, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """``(steps, rows)`` of the sequences whose last step lies in ``[begin, end)``; None if there is none."""
+        return self._among(2, begin, end)
+
+    def _among(self, which: int, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        there = self.not_empty()
+        here = there if there[0].device.type == "cpu" else Packing(self.host_borders(), self.host_borders()).not_empty()
+        i, j = torch.searchsorted(here[which], torch.tensor([begin, end])).tolist()
+        return None if i == j else (there[which][i:j] - begin, there[0][i:j])
+
+    def table(self, name: Hashable, make: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Tensors made of the borders on the host, moved to the device of the data; made once for each name."""
+        host, device = self.host_borders(), self.cu_seqlens.device
+        return once(host, (name, device), lambda: tuple(_moved(m, device) for m in make(host)))
+
+    def host_borders(self) -> Tensor:
+        """``(n + 1,)``, int64, on the CPU.
+
+        Raises:
+            BackendError: where they could not be read.
+        """
+        if self.host is None:
+            raise BackendError(
+                "cu_seqlens: their values cannot be read while a CUDA graph is captured, and this backend needs them",
+                hint="make dualform.Packing.of('forward', cu_seqlens, x) before, and give that as cu_seqlens",
+            )
+        return self.host
+
+    # What the dispatcher sees, and how an op sees it again.
+
+    def as_tensor(self) -> Tensor:
+        """One tensor that stands for the packing: that on the CPU where there is one."""
+        return self.cu_seqlens if self.host is None else self.host
+
+    @classmethod
+    def inside(cls, where: str, borders: Tensor | None, x: Tensor) -> tuple["Packing | None", Tensor | None]:
+        """The packing inside of an op, which is given :meth:`as_tensor`, checked again.
+
+        While a CUDA graph is captured nothing can be read: the borders are clamped to a valid packing, and the second
+        result, a bool on the device, says whether they were wrong. It is None where they were checked.
+        """
+        if borders is None:
+            return None, None
+        _check_borders(where, borders, x.shape[0])
+        if readable(borders):
+            host = borders.to("cpu", torch.int64)
+            _check_values(where, host, x.shape[1])
+            return cls(_on_device(host, x.device), host), None
+        borders = borders.to(x.device, torch.int64)
+        return clamped(borders, x.shape[1])
+
+
+Borders = Union[Tensor, Packing, None]  # noqa: UP007  # jaxtyping's hook evaluates it
+"""What ``cu_seqlens`` may be."""
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be read on the host here and now."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta" or type(tensor) is not Tensor:
+        return False
+    capturing = getattr(getattr(torch, tensor.device.type, None), "is_current_stream_capturing", None)
+    return capturing is None or not capturing()
+
+
+def clamped(borders: Tensor, length: int) -> tuple[Packing, Tensor]:
+    """The nearest borders that rise from 0 to ``length``, and whether those given did not, without reading them."""
+    inside = borders.clamp(0, length).cummax(0).values
+    inside = torch.cat([torch.zeros_like(inside[:1]), inside[1:-1], torch.full_like(inside[:1], length)])
+    return Packing(inside, None), (inside != borders).any()
+
+
+def check_cu_seqlens(where: str, cu_seqlens: Borders, batch: int, length: int) -> int:
+    """The number of sequences n, after checking the cumulative lengths against ``(batch, length)``."""
+    packing = Packing.of(where, cu_seqlens, torch.empty(batch, length, device="meta"))
+    assert packing is not None
+    return packing.rows
+
+
+def _check_borders(where: str, cu_seqlens: Any, batch: int) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise ArgumentError(f"{where}: cu_seqlens is {type(cu_seqlens).__name__}, expected a tensor", hint=_EXAMPLE)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(
-            f"{where}: cu_seqlens is {cu_seqlens.dtype} {shape}, expected int32 or int64 of shape (n + 1,)",
-            hint="cumulative lengths, such as [0, 3, 7] for sequences of 3 and 4",
+            f"{where}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, "
+            "expected int32 or int64 of shape (n + 1,)",
+            hint=_EXAMPLE,
         )
     if batch != 1:
         raise ArgumentError(
             f"{where}: with cu_seqlens the batch axis must be 1, got {batch}",
             hint="lay the sequences end to end on the time axis",
         )
-    if not torch.compiler.is_compiling() and cu_seqlens.device.type != "meta":
-        borders = cu_seqlens.tolist()
-        if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in pairwise(borders)):
-            raise ArgumentError(f"{where}: cu_seqlens {borders} must rise from 0 to the length {length}")
-    return shape[0] - 1
+
+
+def _check_values(where: str, host: Tensor, length: int) -> None:
+    values = host.numpy()
+    if values[0] != 0 or values[-1] != length or (values[1:] < values[:-1]).any():
+        shown = values.tolist() if len(values) <= 16 else [*values[:8].tolist(), "...", *values[-8:].tolist()]
+        raise ArgumentError(f"{where}: cu_seqlens {shown} must rise from 0 to the length {length}")
+
+
+def _on_device(host: Tensor, device: torch.device) -> Tensor:
+    """The copy of borders on a device, made once for each tensor of borders, which nobody writes to."""
+    if host.device == device:
+        return host
+    return once(host, device, lambda: _moved(host, device))
+
+
+def _moved(m: Tensor, device: torch.device) -> Tensor:
+    return m.to(device, non_blocking=True)
+
+
+def once(host: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """What is made of borders on the host, kept with the tensor that holds them, which is the same one in every op."""
+    known: dict[Hashable, T] | None = getattr(host, "_dualform", None)
+    if known is None:
+        known = host._dualform = {}  # pyright: ignore[reportAttributeAccessIssue]
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 def from_lengths(lengths: Tensor) -> Tensor:
@@ -69,11 +263,11 @@ def keep_mask(cu_seqlens: Tensor) -> Tensor:
 
 
 def each_alone(
-    run: Callable[..., tuple[Tensor, Tensor]], cu_seqlens: Tensor | None, state: Tensor, *inputs: Tensor
+    run: Callable[..., tuple[Tensor, Tensor]], packing: Packing | None, state: Tensor, *inputs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What packing means: ``run(*inputs, state) -> (y, state)`` on every sequence by itself, laid end to end."""
-    if cu_seqlens is None:
+    if packing is None:
         return run(*inputs, state)
-    borders = list(enumerate(pairwise(cu_seqlens.tolist())))
+    borders = list(enumerate(pairwise(packing.as_tensor().tolist())))
     results = [run(*(x[:, start:end] for x in inputs), state[i : i + 1]) for i, (start, end) in borders]
     return torch.cat([y for y, _ in results], 1), torch.cat([h for _, h in results], 0)

@@ -4,6 +4,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from dualform.core.packing import Borders
 from dualform.core.tree import Tree
 
 State = Tree  # batch first in every leaf
@@ -27,7 +28,7 @@ class Recurrence(Protocol[Out]):
 
     def init_state(self, batch: int, *, max_len: int = 0) -> State: ...
 
-    def forward(self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Out, State]:
+    def forward(self, x: Tensor, state: State | None = None, *, cu_seqlens: Borders = None) -> tuple[Out, State]:
         """``x`` ``(B, T, ...)``; with ``cu_seqlens`` ``(n + 1,)`` B is 1 and the state has n rows."""
         ...
 

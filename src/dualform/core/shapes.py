@@ -12,10 +12,42 @@
 ``B`` and ``D`` are sizes in shapes and system matrices in formulas.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+
+_MOST_PASSED = 4096  # combinations that a check remembers
+
+
+def once_per_shape(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of shapes, dtypes and devices that eager calls run once for each combination of them.
+
+    It may look at nothing else of its tensors. Compilers see the check itself.
+    """
+    passed: set[Any] = set()
+
+    @wraps(check)
+    def remembered(*args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*args)
+        key = tuple([(m.shape, m.dtype, m.device) if isinstance(m, Tensor) else m for m in args])
+        try:
+            if key in passed:
+                return None
+        except TypeError:  # no key: sizes that are symbols, or an argument of a type that the check will refuse
+            return check(*args)
+        check(*args)
+        if len(passed) >= _MOST_PASSED:
+            passed.clear()
+        passed.add(key)
+        return None
+
+    return remembered
 
 
 def check_tensors(where: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -78,11 +110,23 @@ def check_floating(where: str, **tensors: Tensor | None) -> None:
             raise ArgumentError(f"{where}: {name} is {tensor.dtype}, expected a floating dtype")
 
 
+def check_real(where: str, **tensors: Tensor | None) -> None:
+    """Every tensor present must be of a real floating dtype: a complex one would lose its imaginary part.
+
+    Raises:
+        ArgumentError: names the argument and its dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            kind = "a real" if tensor.is_complex() else "a floating"
+            raise ArgumentError(f"{where}: {name} is {tensor.dtype}, expected {kind} dtype")
+
+
 def wide(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of states and accumulations: float32, or float64 where an input is; complex where one is."""
     dtype = torch.float32
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None and tensor.dtype is not dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
@@ -90,3 +134,13 @@ def wide(*tensors: Tensor | None) -> torch.dtype:
 def widest(tensor: Tensor) -> torch.dtype:
     """The widest real dtype where a tensor is: float64, or float32 on a device without it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def larger(a: int, b: int) -> int:
+    """The larger of two sizes; of sizes that are symbols, an expression, and no program for either case."""
+    return cast("int", torch.sym_max(a, b))
+
+
+def smaller(a: int, b: int) -> int:
+    """The smaller of two sizes, as :func:`larger`."""
+    return cast("int", torch.sym_min(a, b))

@@ -5,12 +5,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from dualform.core.discretize import hold
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
+from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Hint, Mixer, check_intervals
@@ -112,19 +113,20 @@ class Mamba(Mixer):
         x: Float[Tensor, "B T D"],
         state: MambaState | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
         intervals: Real[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, MambaState]:
         """The parallel form."""
+        packing = Packing.of("mamba", cu_seqlens, x)
         intervals = check_intervals("mamba", x, intervals, wide(self.A_log))
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv = causal_conv1d(
-            x, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=cu_seqlens
+            x, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=packing
         )
         dt, B, C = self._maps(x)
         if intervals is not None:
-            y, h = self._irregular((x, dt, B, C), h, cu_seqlens, intervals)
+            y, h = self._irregular((x, dt, B, C), h, packing, intervals)
             return self.out_proj((y + self.D.to(y.dtype) * x) * F.silu(z)), MambaState(conv, h)
         y, h = selective_scan(
             x,
@@ -137,7 +139,7 @@ class Mamba(Mixer):
             delta_bias=self.dt_bias,
             delta_softplus=True,
             initial_state=h,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=packing,
         )
         return self.out_proj(y), MambaState(conv, h)
 
@@ -171,20 +173,20 @@ class Mamba(Mixer):
         return -self.A_log.to(wide(self.A_log)).exp()
 
     def _irregular(
-        self, inputs: tuple[Tensor, ...], h: Tensor | None, cu_seqlens: Tensor | None, intervals: Tensor
+        self, inputs: tuple[Tensor, ...], h: Tensor | None, packing: Packing | None, intervals: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The scan over ``intervals`` ``(B, T)`` of x, dt, B and C; states are held for one span at a time."""
         (x, dt, B, C), A = inputs, self.A()
         dt = F.softplus(dt.to(A.dtype) + self.dt_bias)
 
-        def span(h: Tensor, cu_seqlens: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        def span(h: Tensor, packing: Packing | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
             u, dt, B, C, steps, A = parts
             a, weight = hold(dt[..., None] * A, steps[..., None, None])
-            hs, h = linear_scan(a, weight * (dt * u)[..., None] * B[:, :, None], h, cu_seqlens=cu_seqlens)
+            hs, h = linear_scan(a, weight * (dt * u)[..., None] * B[:, :, None], h, cu_seqlens=packing)
             return (hs * C[:, :, None]).sum(-1), h
 
-        h0 = initial("mamba", h, cu_seqlens, x, tuple(A.shape), A.dtype)
-        y, h = in_spans(span, h0, (x, dt, B, C, intervals), (A,), width=A.numel(), cu_seqlens=cu_seqlens)
+        h0 = initial("mamba", h, packing, x, tuple(A.shape), A.dtype)
+        y, h = in_spans(span, h0, (x, dt, B, C, intervals), (A,), width=A.numel(), packing=packing)
         return y.to(x.dtype), h
 
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

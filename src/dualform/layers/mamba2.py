@@ -4,12 +4,13 @@ import math
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from dualform.core.discretize import hold
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
+from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import wide
 from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes, initial_step
@@ -135,20 +136,21 @@ class Mamba2(Mixer):
         x: Float[Tensor, "B T D"],
         state: Mamba2State | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
         intervals: Real[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Mamba2State]:
         """The parallel form."""
+        packing = Packing.of("mamba2", cu_seqlens, x)
         intervals = check_intervals("mamba2", x, intervals, wide(self.A_log))
         conv, h = (None, None) if state is None else state
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_in, self.heads], -1)
         xBC, conv = causal_conv1d(
-            xBC, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=cu_seqlens
+            xBC, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=packing
         )
         x, B, C = self._maps(xBC)
         if intervals is not None:
             u, steps = self._held(x, dt, intervals)
-            y, h = ssd(u, steps, self.A(), B, C, initial_state=h, cu_seqlens=cu_seqlens)
+            y, h = ssd(u, steps, self.A(), B, C, initial_state=h, cu_seqlens=packing)
             y = y + self.D[:, None].to(y.dtype) * x
             return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv, h)
         y, h = ssd(
@@ -162,7 +164,7 @@ class Mamba2(Mixer):
             dt_softplus=True,
             dt_limit=self.config.dt_limit,
             initial_state=h,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=packing,
         )
         return self.out_proj(self.norm(y.flatten(2), z)), Mamba2State(conv, h)
 

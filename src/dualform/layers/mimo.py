@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dualform.core.discretize import hold
 from dualform.core.dplr import as_complex, as_real, as_rotations
+from dualform.core.packing import Borders
 from dualform.core.system import StateSpace
 from dualform.layers.mixer import exactly
 from dualform.layers.spans import in_spans
@@ -40,21 +41,19 @@ class MimoSystem(NamedTuple):
             h = torch.addcmul(b, a, h)
             return as_real(h) @ self.out, h
 
-    def run(
-        self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None, intervals: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, u: Tensor, h: Tensor, cu_seqlens: Borders, intervals: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``u`` ``(B, T, D)``, ``h`` ``(rows, N)``, ``intervals`` ``(B, T)``; states are held one span at a time."""
         u = u.to(self.into.dtype)
         inputs, decay = ((u,), self.a) if intervals is None else ((u, intervals), self.log_a)
         weights = decay, self.into, self.out
-        return in_spans(_span, h, inputs, weights, width=len(decay), cu_seqlens=cu_seqlens)
+        return in_spans(_span, h, inputs, weights, width=len(decay), packing=cu_seqlens)
 
     def dense(self, D: Tensor) -> list[StateSpace]:
         """One system for all channels."""
         return [StateSpace(as_rotations(self.a), self.into.T, self.out.T, torch.diag(D), dt=1.0)]
 
 
-def _span(h: Tensor, cu_seqlens: Tensor | None, u: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+def _span(h: Tensor, cu_seqlens: Borders, u: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     """One span; ``rest`` is the intervals where there are any, then a or its logarithm, ``into`` and ``out``."""
     *intervals, a, into, out = rest
     b = as_complex(u @ into)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
@@ -87,7 +87,7 @@ class Mixer(Part):
 
     @abstractmethod
     def forward(
-        self, x: Float[Tensor, "B T D"], state: State | None = None, *, cu_seqlens: Int[Tensor, " n"] | None = None
+        self, x: Float[Tensor, "B T D"], state: State | None = None, *, cu_seqlens: Any = None
     ) -> tuple[Tensor, State]:
         """The whole sequence; see :class:`dualform.core.recurrence.Recurrence`."""
 

@@ -1,6 +1,5 @@
 """A recurrence over a long sequence span by span, in bounded memory, forward and backward."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -8,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualform.core.packing import Borders, Packing
 from dualform.layers.mixer import exactly
 
-Run = Callable[..., tuple[Tensor, Tensor]]  # (state, cu_seqlens or None, *inputs, *weights) -> (y, state)
+Run = Callable[..., tuple[Tensor, Tensor]]  # (state, packing or None, *inputs, *weights) -> (y, state)
 
 _CPU_ELEMENTS = 2**20  # of (B, span, width) held at once
 _GPU_ELEMENTS = 2**22  # elsewhere, where launches cost more
@@ -23,45 +23,42 @@ def in_spans(
     weights: tuple[Tensor, ...],
     *,
     width: int,
-    cu_seqlens: Tensor | None = None,
+    packing: Borders = None,
 ) -> tuple[Tensor, Tensor]:
-    """``run(state, cu_seqlens, *inputs, *weights)``, by spans of time where the sequence is long.
+    """``run(state, packing, *inputs, *weights)``, by spans of time where the sequence is long.
 
     Between spans only states are kept; what ``run`` makes inside a span is made again by the backward. A compiler
     sees the whole sequence as one span.
 
     Args:
-        run: a recurrence: ``(state, cu_seqlens, *inputs, *weights) -> (y (B, T, ...), state)``. What it
+        run: a recurrence: ``(state, packing, *inputs, *weights) -> (y (B, T, ...), state)``. What it
             differentiates must be among its arguments.
-        state: ``(B, ...)``, or with ``cu_seqlens`` one row per sequence.
+        state: ``(B, ...)``, or with a packing one row per sequence.
         inputs: each ``(B, T, ...)``.
         weights: the same at all times.
         width: numbers that ``run`` holds per row and step; it sets the length of a span.
-        cu_seqlens: ``(n + 1,)``, checked; a span sees the sequences that reach into it.
+        packing: of packed sequences; a span sees those that reach into it.
     """
+    packing = Packing.of("in_spans", packing, inputs[0])
     batch, length = inputs[0].shape[:2]
     limit = _CPU_ELEMENTS if inputs[0].device.type == "cpu" else _GPU_ELEMENTS
     size = max(1, limit // max(1, batch * width))
     if length <= size or torch.compiler.is_compiling():
-        return run(state, cu_seqlens, *inputs, *weights)
-    return _Spans.apply(run, _plan(length, size, cu_seqlens), len(inputs), state, *inputs, *weights)
+        return run(state, packing, *inputs, *weights)
+    return _Spans.apply(run, _plan(length, size, packing), len(inputs), state, *inputs, *weights)
 
 
 class _Span(NamedTuple):
     times: slice
     rows: slice  # of the state
-    cu_seqlens: Tensor | None
+    packing: Packing | None
 
 
-def _plan(length: int, size: int, cu_seqlens: Tensor | None) -> list[_Span]:
+def _plan(length: int, size: int, packing: Packing | None) -> list[_Span]:
     times = [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
-    if cu_seqlens is None:
+    if packing is None:
         return [_Span(t, slice(None), None) for t in times]
-    borders, spans = cu_seqlens.tolist(), []
-    for t in times:
-        rows = slice(bisect_right(borders, t.start) - 1, bisect_left(borders, t.stop))
-        spans.append(_Span(t, rows, cu_seqlens[rows.start : rows.stop + 1].clamp(t.start, t.stop) - t.start))
-    return spans
+    return [_Span(t, *packing.of_span(t.start, t.stop)) for t in times]
 
 
 class _Spans(torch.autograd.Function):
@@ -80,7 +77,7 @@ class _Spans(torch.autograd.Function):
             for span, place in zip(plan, places, strict=True):
                 entering[place] = state[span.rows]
                 parts = (m[i] for m, i in zip(tensors, at(span), strict=True))
-                out, state[span.rows] = run(entering[place], span.cu_seqlens, *parts)
+                out, state[span.rows] = run(entering[place], span.packing, *parts)
                 if span is plan[0]:
                     y = out.new_empty(out.shape[0], plan[-1].times.stop, *out.shape[2:])
                 y[:, span.times] = out
@@ -99,7 +96,7 @@ class _Spans(torch.autograd.Function):
             parts = [m.detach()[at].requires_grad_(w) for m, at, w in zip(tensors, ctx.at(span), wanted, strict=True)]
             h = entering[place].requires_grad_()
             with torch.enable_grad(), exactly(dy.device.type):
-                out = ctx.run(h, span.cu_seqlens, *parts)
+                out = ctx.run(h, span.packing, *parts)
             sources = [h, *(m for m in parts if m.requires_grad)]
             found = torch.autograd.grad(out, sources, (dy[:, span.times], dstate[span.rows]), allow_unused=True)
             dstate[span.rows] = 0 if found[0] is None else found[0]

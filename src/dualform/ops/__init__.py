@@ -9,7 +9,7 @@ from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.fft_conv import fft_conv
 from dualform.ops.linear_scan import linear_scan
-from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend
+from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
@@ -19,9 +19,11 @@ for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", 
     import_module(f"dualform.ops.triton.{_name}")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.native.{_name}")
-if torch.version.cuda:  # last, and so preferred
+if torch.version.cuda:
     for _name in ("causal_conv1d", "diagonal_ssm", "selective_scan"):
         import_module(f"dualform.ops.cuda.{_name}")
+
+check_name(forced(), "DUALFORM_BACKEND")
 
 __all__ = [
     "OPS",

@@ -1,6 +1,7 @@
 """The Cauchy kernel: the convolution kernel of S4 by its generating function."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,9 @@ from dualform.core.dplr import DiscreteDPLR, as_complex, as_real
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_floating, check_tensors, wide
 from dualform.ops.op import Backend, Op
+from dualform.ops.state import check_dtype
 
+_WHERE = "cauchy_kernel"
 _ELEMENTS = 2**21  # of (D, N, frequencies) held at once
 
 
@@ -40,16 +43,16 @@ def cauchy_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length
     References:
         Gu, Goel and Re (2022), arXiv:2111.00396, algorithm 1 and appendix C.3.
     """
-    check_tensors("cauchy_kernel", A=(A, "D N"), P=(P, "* D N"), B=(B, "D N"), C=(C, "D N"), dt=(dt, "D"))
-    check_floating("cauchy_kernel", A=A, P=P, B=B, C=C, dt=dt)
+    check_tensors(_WHERE, A=(A, "D N"), P=(P, "* D N"), B=(B, "D N"), C=(C, "D N"), dt=(dt, "D"))
+    check_floating(_WHERE, A=A, P=P, B=B, C=C, dt=dt)
     if length < 0:
-        raise ArgumentError(f"cauchy_kernel: the length is {length}, expected 0 or more")
+        raise ArgumentError(f"{_WHERE}: the length is {length}, expected 0 or more")
     if A.device.type == "cpu" and A.numel() and not torch.compiler.is_compiling():
         if not bool((dt > 0).all()):
-            raise ArgumentError(f"cauchy_kernel: dt is {float(dt.detach().min()):g}, expected positive step sizes")
+            raise ArgumentError(f"{_WHERE}: dt is {float(dt.detach().min()):g}, expected positive step sizes")
         if not bool((A.real < 0).all()):
             raise ArgumentError(
-                f"cauchy_kernel: A has a pole with real part {float(A.detach().real.max()):g}: it is unstable, "
+                f"{_WHERE}: A has a pole with real part {float(A.detach().real.max()):g}: it is unstable, "
                 "and its response never ends",
                 hint="the generating function needs Re A < 0; parametrise the real part as -exp(parameter)",
             )
@@ -61,7 +64,7 @@ def cauchy_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length
     C = _truncated(A, P, B, C, dt, length)
     left, right = torch.cat([C[None], P.conj()]), torch.cat([B[None], P])
     pairs = (left[:, None] * right).flatten(0, 1).transpose(0, 1)
-    (sums,) = cauchy_op(pairs.contiguous(), dt[:, None] * A, length)
+    (sums,) = cauchy_op(Cauchy(pairs.contiguous(), dt[:, None] * A, length))
     k = sums.unflatten(1, (len(left), len(left)))
     _, c, back = _nodes(length, dt)
     scale = dt[:, None, None, None] * torch.polar(c, -back)  # dt (1 + w) / 2
@@ -88,23 +91,31 @@ def _nodes(length: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return t.sin(), t.cos(), t
 
 
-def _reference(v: Tensor, z: Tensor, length: int) -> Tensor:
-    """``sum_n v_n / (s - c z_n) + conj(v_n) / (s - c conj(z_n))`` with ``s = 1 - w``, ``c = (1 + w) / 2``.
+class Cauchy(NamedTuple):
+    """The arguments of the operator: sums of simple fractions on half of the unit circle.
 
-    At the first half of the roots of unity ``w = exp(-2 pi i k / length)``.
-
-    Args:
-        v: ``(D, Q, N)``, complex.
-        z: ``(D, N)``, complex, with negative real part.
-        length: of the full circle.
-
-    Returns:
-        ``(D, Q, length // 2 + 1)``, complex.
+    ``sum_n v_n / (s - c z_n) + conj(v_n) / (s - c conj(z_n))`` with ``s = 1 - w``, ``c = (1 + w) / 2`` at the first
+    half of the roots of unity ``w = exp(-2 pi i k / length)``: ``(D, Q, length // 2 + 1)``, complex.
     """
+
+    v: Tensor  # (D, Q, N), complex
+    z: Tensor  # (D, N), complex, with negative real part
+    length: int  # of the full circle
+
+
+def _check(a: Cauchy) -> None:
+    check_tensors(_WHERE, v=(a.v, "D Q N"), z=(a.z, "D N"))
+    check_dtype(_WHERE, a.v.dtype, z=a.z)
+    if not a.v.is_complex() or a.length < 1:
+        raise ArgumentError(f"{_WHERE}: v is {a.v.dtype} and the length {a.length}, expected complex and at least 1")
+
+
+def _reference(a: Cauchy) -> tuple[Tensor]:
+    v, z, length = a
     sine, cosine, t = _nodes(length, z.real)
     s, c = torch.polar(2 * sine, math.pi / 2 - t), torch.polar(cosine, -t)
     z, v = z[:, None, :, None], v[..., None]
-    return (v / (s - c * z) + v.conj() / (s - c * z.conj())).sum(2)
+    return ((v / (s - c * z) + v.conj() / (s - c * z.conj())).sum(2),)
 
 
 # Each conjugate pair is one fraction with real coefficients: with t as above,
@@ -131,7 +142,8 @@ def _windows(length: int, z: Tensor) -> list[tuple[Tensor, Tensor, Tensor, slice
     return [(sine[w], cosine[w], torch.polar(torch.ones_like(t[w]), t[w]), w) for w in parts]
 
 
-def _forward(v: Tensor, z: Tensor, length: int) -> list[Tensor]:
+def _forward(a: Cauchy) -> list[Tensor]:
+    v, z, length = a
     out = v.new_empty(*v.shape[:2], length // 2 + 1)
     table = torch.cat([v.real, (v * z[:, None].conj()).real], 1)
     for sine, cosine, turn, window in _windows(length, z):
@@ -141,7 +153,8 @@ def _forward(v: Tensor, z: Tensor, length: int) -> list[Tensor]:
     return [out]
 
 
-def _backward(grads: list[Tensor], kept: list[Tensor], v: Tensor, z: Tensor, length: int) -> list[Tensor]:
+def _backward(grads: list[Tensor], kept: list[Tensor], a: Cauchy) -> dict[str, Tensor]:
+    v, z, length = a
     table = torch.cat([v.real, (v * z[:, None].conj()).real], 1)
     dtable, dsize, dx = torch.zeros_like(table), torch.zeros_like(z.real), torch.zeros_like(z.real)
     for sine, cosine, turn, window in _windows(length, z):
@@ -157,12 +170,12 @@ def _backward(grads: list[Tensor], kept: list[Tensor], v: Tensor, z: Tensor, len
     plain, tilted = dtable.chunk(2, 1)
     dv = torch.complex(plain, torch.zeros_like(plain)) + tilted * z[:, None]
     dz = (tilted * v).sum(1) + 2 * dsize * z + dx
-    return [dv, dz]
+    return {"v": dv, "z": dz}
 
 
-def _fake(v: Tensor, z: Tensor, length: int) -> list[Tensor]:
-    return [v.new_empty(*v.shape[:2], length // 2 + 1)]
+def _fake(a: Cauchy) -> list[Tensor]:
+    return [a.v.new_empty(*a.v.shape[:2], a.length // 2 + 1)]
 
 
-cauchy_op = Op("cauchy_kernel", _reference, fake=_fake)
+cauchy_op = Op(_WHERE, Cauchy, _reference, fake=_fake, check=_check, outputs=1)
 cauchy_op.add(Backend("torch", _forward, _backward))

@@ -1,16 +1,18 @@
 """The short depthwise causal convolution in front of Mamba's scans, with its last inputs as state."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.packing import each_alone, sequence_ids
-from dualform.core.shapes import check_floating, check_tensors, wide
+from dualform.core.packing import Borders, Packing, each_alone
+from dualform.core.shapes import check_real, check_tensors, once_per_shape, wide
 from dualform.ops.op import Backend, Op
-from dualform.ops.state import initial
-from dualform.ops.step import fast_step
+from dualform.ops.state import check_dtype, check_out_state, check_state, give_state, initial, unless_complex
 
+_WHERE, _STEP = "causal_conv1d", "causal_conv1d_update"
 _ACTIVATIONS = {None: False, "silu": True, "swish": True}  # whether there is a SiLU
 
 
@@ -21,7 +23,7 @@ def causal_conv1d(
     *,
     activation: str | None = None,
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Borders = None,
 ) -> tuple[Tensor, Tensor]:
     """``y_t = act(bias + sum_j weight_j x_{t - (W-1) + j})``, per channel; inputs before the first come from the state.
 
@@ -32,7 +34,8 @@ def causal_conv1d(
         activation: None, or "silu" (also called "swish").
         initial_state: ``(B, D, W-1)``, the inputs before the first, oldest first; zero by default; with
             ``cu_seqlens`` one row per sequence.
-        cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis; B is then 1.
+        cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis, or a ``Packing`` that was
+            made of them; B is then 1.
 
     Returns:
         y ``(B, T, D)`` in the dtype of x, and the last W-1 inputs ``(B, D, W-1)``, float32 or wider.
@@ -43,17 +46,32 @@ def causal_conv1d(
     References:
         Gu & Dao (2023), arXiv:2312.00752, section 3.4 (the block's convolution).
     """
-    where = "causal_conv1d"
-    sizes = check_tensors(where, x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
-    check_floating(where, x=x, weight=weight, bias=bias)
-    silu = _silu(where, activation, sizes["W"])
-    h0 = initial(where, initial_state, cu_seqlens, x, (sizes["D"], sizes["W"] - 1), wide(x))
-    y, final = causal_conv1d_op(x, weight, bias, silu, h0, cu_seqlens)
+    _check_inputs(_WHERE, "B T D", x, weight, bias, activation)
+    packing, dtype = Packing.of(_WHERE, cu_seqlens, x), wide(x, weight, bias, unless_complex(initial_state))
+    h0 = initial(_WHERE, initial_state, packing, x, (weight.shape[0], weight.shape[1] - 1), dtype)
+    y, final = causal_conv1d_op(CausalConv1d(x, weight, bias, _ACTIVATIONS[activation], h0, packing))
     return y, final
 
 
+class CausalConv1d(NamedTuple):
+    """The arguments of the operator, as in :func:`causal_conv1d`."""
+
+    x: Tensor  # (B, T, D)
+    weight: Tensor  # (D, W)
+    bias: Tensor | None  # (D,)
+    silu: bool
+    h0: Tensor  # (rows, D, W-1)
+    packing: Packing | None
+
+
 def causal_conv1d_update(
-    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    out_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of :func:`causal_conv1d`.
 
@@ -63,56 +81,92 @@ def causal_conv1d_update(
         weight: ``(D, W)``.
         bias: ``(D,)``.
         activation: None, or "silu".
+        out_state: memory for the next state, of its shape; it may be ``state`` itself. It is written in its own dtype,
+            rounded once, and returned. Refused while gradients are recorded.
 
     Returns:
-        y ``(B, D)`` and the next state.
+        y ``(B, D)`` in the dtype of x, and the next state, float32 or wider, or ``out_state``.
+
+    Raises:
+        ArgumentError: for shapes, dtypes, devices or an activation that does not fit.
     """
-    silu = _silu("causal_conv1d_update", activation, weight.shape[1])
-    fast = fast_step("causal_conv1d_update", x, state, weight, bias, silu)
-    if fast is not None:
-        return fast
-    window = torch.cat([state, x[..., None].to(state.dtype)], -1)
-    y = (window * weight).sum(-1)
-    y = y if bias is None else y + bias
-    return (F.silu(y) if silu else y).to(x.dtype), window[..., 1:]
+    _check_inputs(_STEP, "B D", x, weight, bias, activation)
+    check_state(_STEP, "state", state, None, x, (weight.shape[0], weight.shape[1] - 1))
+    check_out_state(_STEP, out_state, state, x, weight, bias)
+    state = state.to(wide(x, state, weight, bias))
+    y, after = conv_update_op(ConvUpdate(x, state, weight, bias, _ACTIVATIONS[activation], out_state))
+    return y, give_state(after, out_state)
 
 
-def _silu(where: str, name: str | None, width: int) -> bool:
-    if name not in _ACTIVATIONS:
-        raise ArgumentError(f"{where}: activation is {name!r}, expected None or 'silu'")
-    if width < 1:
+class ConvUpdate(NamedTuple):
+    """The arguments of one step, as in :func:`causal_conv1d_update`."""
+
+    x: Tensor  # (B, D)
+    state: Tensor  # (B, D, W-1)
+    weight: Tensor  # (D, W)
+    bias: Tensor | None  # (D,)
+    silu: bool
+    out_state: Tensor | None
+
+
+@once_per_shape
+def _check_inputs(
+    where: str, axes: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> None:
+    check_tensors(where, x=(x, axes), weight=(weight, "D W"), bias=(bias, "D"))
+    check_real(where, x=x, weight=weight, bias=bias)
+    if activation not in _ACTIVATIONS:
+        raise ArgumentError(f"{where}: activation is {activation!r}, expected None or 'silu'")
+    if weight.shape[1] < 1:
         raise ArgumentError(f"{where}: weight has no columns, expected a width of at least 1")
-    return _ACTIVATIONS[name]
 
 
-def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    taps = weight.shape[1]
+def _check(a: CausalConv1d) -> None:
+    _check_inputs(_WHERE, "B T D", a.x, a.weight, a.bias)
+    check_state(_WHERE, "the initial state", a.h0, a.packing, a.x, (a.weight.shape[0], a.weight.shape[1] - 1))
+    check_dtype(_WHERE, a.h0.dtype)
+
+
+def _check_update(a: ConvUpdate) -> None:
+    _check_inputs(_STEP, "B D", a.x, a.weight, a.bias)
+    check_state(_STEP, "the state", a.state, None, a.x, (a.weight.shape[0], a.weight.shape[1] - 1))
+    check_dtype(_STEP, a.state.dtype)
+
+
+def _reference(a: CausalConv1d) -> tuple[Tensor, Tensor]:
+    taps = a.weight.shape[1]
 
     def run(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         seen = torch.cat([state.transpose(1, 2), x.to(state.dtype)], 1)
-        y = torch.stack([(seen[:, t : t + taps] * weight.T).sum(1) for t in range(x.shape[1])] or [x[:, 0:0].sum(1)], 1)
-        return y[:, : x.shape[1]], seen[:, x.shape[1] :].transpose(1, 2)
+        y = [(seen[:, t : t + taps] * a.weight.T).sum(1) for t in range(x.shape[1])] or [x[:, 0:0].sum(1)]
+        return torch.stack(y, 1)[:, : x.shape[1]], seen[:, x.shape[1] :].transpose(1, 2)
 
-    y, final = each_alone(run, cu_seqlens, initial_state, x)
-    y = y if bias is None else y + bias
-    return (F.silu(y) if silu else y).to(x.dtype), final.contiguous()
+    y, final = each_alone(run, a.packing, a.h0, a.x)
+    y = y if a.bias is None else y + a.bias
+    return (F.silu(y) if a.silu else y).to(a.x.dtype), final.contiguous()
+
+
+def _update(a: ConvUpdate) -> tuple[Tensor, Tensor]:
+    window = torch.cat([a.state, a.x[..., None].to(a.state.dtype)], -1)
+    y = (window * a.weight).sum(-1)
+    y = y if a.bias is None else y + a.bias
+    return (F.silu(y) if a.silu else y).to(a.x.dtype), window[..., 1:].contiguous()
 
 
 class _Line:
     """Every sequence behind its own W-1 earlier inputs, on one line: packing becomes a plain convolution."""
 
-    def __init__(self, x: Tensor, state: Tensor, cu_seqlens: Tensor | None):
-        self.back = state.shape[2]
-        self.packed, self.length = cu_seqlens is not None, x.shape[1]
-        if cu_seqlens is not None:
-            rows = torch.arange(len(state), device=x.device)
-            steps = torch.arange(self.back, device=x.device)
-            self.tokens = torch.arange(self.length, device=x.device)
-            self.tokens = self.tokens + self.back * (sequence_ids(cu_seqlens, self.length) + 1)
-            self.heads = (cu_seqlens[:-1, None] + self.back * rows[:, None] + steps).long()
-            self.tails = (cu_seqlens[1:, None] + self.back * rows[:, None] + steps).long()
+    def __init__(self, a: CausalConv1d):
+        self.back = a.h0.shape[2]
+        self.length, self.packed = a.x.shape[1], a.packing is not None
+        if a.packing is not None:
+            cu_seqlens = a.packing.cu_seqlens
+            rows = torch.arange(a.packing.rows, device=a.x.device)
+            steps = torch.arange(self.back, device=a.x.device)
+            self.tokens = torch.arange(self.length, device=a.x.device)
+            self.tokens = self.tokens + self.back * (a.packing.sequence_ids(self.length) + 1)
+            self.heads = cu_seqlens[:-1, None] + self.back * rows[:, None] + steps
+            self.tails = cu_seqlens[1:, None] + self.back * rows[:, None] + steps
 
     def lay(self, x: Tensor, state: Tensor) -> Tensor:
         """``(B, T, D)`` and ``(rows, D, W-1)`` -> one line ``(B, L, D)``."""
@@ -139,34 +193,23 @@ def _before_silu(line: _Line, full: Tensor, weight: Tensor, bias: Tensor | None)
     return y
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None
-) -> list[Tensor]:
-    line = _Line(x, state, cu_seqlens)
-    full = line.lay(x, state)
-    y = _before_silu(line, full, weight.to(state.dtype), bias)
+def _forward(a: CausalConv1d) -> list[Tensor]:
+    line = _Line(a)
+    full = line.lay(a.x, a.h0)
+    y = _before_silu(line, full, a.weight.to(a.h0.dtype), a.bias)
     y = y[:, line.tokens - line.back] if line.packed else y
-    return [(F.silu(y, inplace=True) if silu else y).to(x.dtype), line.tail(full)]
+    return [(F.silu(y, inplace=True) if a.silu else y).to(a.x.dtype), line.tail(full)]
 
 
-def _backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    line, w = _Line(x, state, cu_seqlens), weight.to(state.dtype)
-    full, dy = line.lay(x, state), grads[0].to(state.dtype)
+def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[str, Tensor]:
+    line, w = _Line(a), a.weight.to(a.h0.dtype)
+    full, dy = line.lay(a.x, a.h0), grads[0].to(a.h0.dtype)
     out = full.shape[1] - line.back
+    if a.silu:
+        y = _before_silu(line, full, w, a.bias)
+        dy = torch.ops.aten.silu_backward(dy, y[:, line.tokens - line.back] if line.packed else y)
     if line.packed:
-        dy, dense = full.new_zeros(1, out, x.shape[2]), dy
-        dy[:, line.tokens - line.back] = dense
-    if silu:
-        dy = torch.ops.aten.silu_backward(dy, _before_silu(line, full, w, bias))
+        dy = full.new_zeros(1, out, a.x.shape[2]).index_copy_(1, line.tokens - line.back, dy)
     dfull, dweight = torch.zeros_like(full), torch.empty_like(w)
     for j in range(w.shape[1]):
         dfull[:, j : j + out].addcmul_(dy, w[:, j])
@@ -174,19 +217,22 @@ def _backward(
     dtail = grads[1].transpose(1, 2)
     if line.packed:
         dfull[0].index_put_((line.tails,), dtail, accumulate=True)
-        dx, dstate = dfull[:, line.tokens], dfull[0, line.heads]
+        dx, dh0 = dfull[:, line.tokens], dfull[0, line.heads]
     else:
         dfull[:, line.length :] += dtail
-        dx, dstate = dfull[:, line.back :], dfull[:, : line.back]
-    dbias = [] if bias is None else [dy.sum((0, 1)).to(bias.dtype)]
-    return [dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), *dbias, dstate.transpose(1, 2).contiguous()]
+        dx, dh0 = dfull[:, line.back :], dfull[:, : line.back]
+    found = {"x": dx, "weight": dweight, "h0": dh0.transpose(1, 2)}
+    return found if a.bias is None else {**found, "bias": dy.sum((0, 1))}
 
 
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None
-) -> list[Tensor]:
-    return [x.new_empty(x.shape), state.new_empty(state.shape)]
+def _fake(a: CausalConv1d) -> list[Tensor]:
+    return [a.x.new_empty(a.x.shape), a.h0.new_empty(a.h0.shape)]
 
 
-causal_conv1d_op = Op("causal_conv1d", _reference, fake=_fake)
+def _fake_update(a: ConvUpdate) -> list[Tensor]:
+    return [a.x.new_empty(a.x.shape), a.state.new_empty(a.state.shape)]
+
+
+causal_conv1d_op = Op(_WHERE, CausalConv1d, _reference, fake=_fake, check=_check)
 causal_conv1d_op.add(Backend("torch", _forward, _backward))
+conv_update_op = Op(_STEP, ConvUpdate, _update, fake=_fake_update, check=_check_update, stepwise=True)

@@ -1,66 +1,95 @@
-"""Time cut into chunks: the parallel form of a time-invariant system, without a Fourier transform.
+"""Time cut into chunks: what the parallel forms that are matrix products share.
 
-Within a chunk of K tokens one matrix product maps the tokens and the state before them to the outputs, and another the
-tokens to what they add to the state after them; between chunks only states pass on. The initial and the final states
-cost nothing extra, and states are held once per chunk.
+A chunk is K consecutive steps of one sequence; the last of a sequence may be shorter, and no chunk crosses a border.
+Within a chunk one matrix product maps inputs to outputs; between chunks only states pass on.
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualform.core.packing import from_lengths, sequence_ids
+from dualform.core.packing import Borders, Packing, from_lengths, once, sequence_ids
 
-CHUNK = 64  # tokens per matrix product: two real numbers per mode and channel then weigh as much as the tokens
+CHUNK = 64  # steps per matrix product: two real numbers per mode and channel then weigh as much as the steps
 
 
-def chunk_size(x: Tensor, cu_seqlens: Tensor | None, most: int = CHUNK) -> int:
-    """K for ``(B, T, D)``: a power of two that holds ``most`` tokens, or the longest sequence if that is shorter."""
-    longest = x.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
+def chunk_size(x: Tensor, packing: Borders, most: int = CHUNK) -> int:
+    """K for ``(B, T, D)``: a power of two that holds ``most`` steps, or the longest sequence if that is shorter."""
+    packing = Packing.of("chunk_size", packing, x)
+    longest = x.shape[1] if packing is None else packing.longest
     return 1 << (max(1, min(most, longest)) - 1).bit_length()
 
 
 class Chunks:
-    """Every sequence cut into chunks of K tokens, all side by side: M chunks, the last of a sequence perhaps shorter.
+    """Every sequence cut into chunks of K steps, all side by side: M chunks, the last of a sequence perhaps shorter.
 
-    Within chunks channels come first. Differentiable by autograd.
+    Nothing here waits for a device. Differentiable by autograd.
 
     Args:
-        x: ``(B, T, D)``, only looked at.
-        cu_seqlens: ``(n + 1,)``, borders of the sequences of one row; None where every row is a sequence.
+        x: ``(B, T, ...)``, only looked at.
+        packing: of the sequences of one row; None where every row is a sequence.
         size: K.
     """
 
-    def __init__(self, x: Tensor, cu_seqlens: Tensor | None, size: int):
+    def __init__(self, x: Tensor, packing: Borders, size: int):
         (batch, length), device = x.shape[:2], x.device
-        if cu_seqlens is None:
-            borders = torch.arange(batch + 1, device=device) * length
+        packing = Packing.of("chunks", packing, x)
+        self.shape, self.size, self.packed = (batch, length), size, packing is not None
+        host = torch.arange(batch + 1, device="cpu") * length if packing is None else packing.host_borders()
+        self.line = Packing.of_host(from_lengths((host.diff() + size - 1) // size), device)  # a chunk is its step
+        borders, self.cu_chunks = Packing.of_host(host, device).cu_seqlens, self.line.cu_seqlens
+        if packing is None:
+            self.in_row, everything = -(-length // size), slice(None)  # chunks of a row
+            self.starts = {0: everything} if self.in_row else {}  # states that enter a chunk of every row from outside
+            self.stops = {self.in_row - 1: everything} if self.in_row else {}  # and those that leave with it
         else:
-            borders = cu_seqlens.to(device, torch.int64)
-        lengths, self.size = borders.diff(), size
-        self.cu_chunks = from_lengths((lengths + size - 1) // size)
-        self.total = batch * -(-length // size) if cu_seqlens is None else int(self.cu_chunks[-1])  # M
+            edges = [(i, *pair) for i, pair in enumerate(pairwise(self.line.host_borders().tolist()))]
+            self.in_row = edges[-1][2]
+            self.starts = {begin: slice(i, i + 1) for i, begin, end in edges if begin < end}
+            self.stops = {end - 1: slice(i, i + 1) for i, begin, end in edges if begin < end}
+        self.total = batch * self.in_row  # M
         owner = sequence_ids(self.cu_chunks, self.total)
         self.index = torch.arange(self.total, device=device) - self.cu_chunks[owner]  # of a chunk in its sequence
         begin = borders[owner] + self.index * size
-        self.count = torch.minimum(borders[owner + 1] - begin, torch.full_like(owner, size))  # tokens of a chunk
-        every = torch.arange(len(lengths), device=device)
-        self.filled = every[: batch * min(1, length)] if cu_seqlens is None else every[lengths > 0]  # not empty
-        self.last = self.cu_chunks[1:][self.filled] - 1  # the last chunks of those
-        self.shape, self.packed = (batch, length), cu_seqlens is not None
-        self.places: tuple[Tensor, Tensor] | None = None  # of tokens in the line of chunks, left and right
+        self.count = torch.minimum(borders[owner + 1] - begin, torch.full_like(owner, size))  # steps of a chunk
+        self.filled, self.first, self.last = self.line.not_empty()  # sequences with steps; their first and last chunks
+        self.places: tuple[Tensor, Tensor] | None = None  # of steps in the line of chunks, left and right
         if self.total * size != batch * length:
-            token = torch.arange(batch * length, device=device)
-            chunk = torch.searchsorted(begin, token, right=True) - 1
-            left = chunk * size + token - begin[chunk]
+            step = torch.arange(batch * length, device=device)
+            chunk = torch.searchsorted(begin, step, right=True) - 1
+            left = chunk * size + step - begin[chunk]
             self.places = left, left + size - self.count[chunk]
 
+    @classmethod
+    def of(cls, x: Tensor, packing: Packing | None, size: int) -> "Chunks":
+        """The chunks of ``x``; of one packing made once, for all ops that cut alike."""
+        if packing is None or packing.host is None:
+            return cls(x, packing, size)
+        return once(packing.host, ("chunks", size, x.device), lambda: cls(x, packing, size))
+
+    def cut(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(B, T, ...)`` -> ``(B, M / B, K, ...)``; in a short chunk steps first, zeros last."""
+        line = x.flatten(0, 1)
+        if self.places is None:
+            out = line.to(dtype)
+        else:
+            out = line.new_zeros(self.total * self.size, *line.shape[1:], dtype=dtype)
+            out = out.index_copy(0, self.places[0], line.to(dtype))
+        return out.unflatten(0, (self.shape[0], self.in_row, self.size))
+
+    def join(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`cut`."""
+        line = x.flatten(0, 2)
+        return (line if self.places is None else line[self.places[0]]).unflatten(0, self.shape)
+
     def left(self, x: Tensor) -> Tensor:
-        """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk tokens first, zeros last."""
+        """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk steps first, zeros last."""
         return self._laid(x, 0)
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`left`, and the same with zeros first and tokens last; one tensor where no chunk is short."""
+        """:meth:`left`, and the same with zeros first and steps last; one tensor where no chunk is short."""
         left = self._laid(x, 0)
         return left, left if self.places is None else self._laid(x, 1)
 
@@ -75,8 +104,7 @@ class Chunks:
 
     def before(self, after: Tensor, start: Tensor, dim: int = 0) -> Tensor:
         """From states after chunks, M along ``dim``, those before; of the first of a sequence, its start."""
-        first = self.cu_chunks[:-1][self.filled]
-        return after.roll(1, dim).index_copy(dim, first, start.index_select(dim, self.filled))
+        return after.roll(1, dim).index_copy(dim, self.first, start.index_select(dim, self.filled))
 
     def after(self, before: Tensor, end: Tensor, dim: int = 0) -> Tensor:
         """From what is known before chunks, M along ``dim``, the same after; of the last of a sequence, its end."""
@@ -90,7 +118,7 @@ class Chunks:
 
 
 def toeplitz(kernel: Tensor) -> Tensor:
-    """``(D, K, K)`` from the first K taps of an impulse response ``(D, K)``: what token i gives to output j."""
+    """``(D, K, K)`` from the first K taps of an impulse response ``(D, K)``: what step i gives to output j."""
     size = kernel.shape[-1]
     later = torch.arange(size, device=kernel.device)
     return F.pad(kernel, (size, 0))[:, size + later - later[:, None]]

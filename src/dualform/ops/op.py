@@ -1,9 +1,10 @@
-"""An operator: one reference that is its definition, and backends that must equal it.
+"""An operator: one record of arguments, one reference that is its definition, and backends that must equal it.
 
 The choice of backend lies below PyTorch's dispatcher: autograd, ``torch.compile(fullgraph=True)`` and export see
 one opaque operator of fixed arity, whatever runs inside. The choice travels as an argument, so that a backward
 on another thread, or a compiled graph, keeps it. The reference is the exception: forced by name it runs as plain
-PyTorch, so that autograd differentiates it to any order.
+PyTorch, so that autograd differentiates it to any order. An eager call on plain tensors does not need the dispatcher
+and goes straight to the backend.
 """
 
 import os
@@ -11,116 +12,163 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualform.core.errors import BackendError
+from dualform.core.packing import Packing
+from dualform.ops.derivatives import as_grad, floats, once, refuse_transforms
+
+Arguments = TypeVar("Arguments", bound=tuple)
+
+PREFERENCE = ("cuda", "native", "triton", "torch")
+"""Which backend runs a call: the first of these that can. One by another name goes before them all."""
 
 _LIB = torch.library.Library("dualform", "DEF")
 _forced = os.environ.get("DUALFORM_BACKEND", "")  # empty: the best that accepts the call
 _warned: set[str] = set()
-OPS: dict[str, "Op"] = {}
+OPS: dict[str, "Op[Any]"] = {}
+_SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    Packing | None: "Tensor?",  # see Packing.as_tensor
+}
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class SlowBackendWarning(UserWarning):
     """A faster backend exists for this device and could not run the call; says why and what to do."""
 
 
-def _never(*args: Any) -> None:
+def _no_refusal(a: Any) -> None:
     return None
 
 
-def _nothing(*args: Any) -> list[Tensor]:
+def _nothing_saved(a: Any) -> list[Tensor]:
     return []
 
 
+def _here() -> str:
+    return ""
+
+
 @dataclass(frozen=True)
-class Backend:
-    """One implementation of an op.
+class Backend(Generic[Arguments]):
+    """One implementation of an op. Every function is given the op's record of arguments, whose fields it reads by name.
 
     Args:
         name: ``torch``, ``native``, ``triton``, ``cuda``.
-        forward: ``(*args) -> [*outputs, *saved]``: fresh tensors; ``saved`` is what the backward wants to keep.
-        backward: ``(grads, kept, *args) -> gradients``: one per floating tensor among the args, in their order;
-            ``kept`` are the outputs named by the op's ``keeps``, then ``saved``.
-        infer: ``(*args) -> [*outputs]``, when nothing will be differentiated; the default is ``forward``.
+        forward: ``(a) -> [*outputs, *saved]``: fresh tensors; ``saved`` is what the backward wants to keep.
+        backward: ``(grads, kept, a) -> {name: gradient}`` for every floating tensor of the record; ``kept`` are the
+            outputs named by the op's ``keeps``, then ``saved``. A gradient may be wider than its tensor, or complex
+            where that is real: the op casts it. None: calls that want a gradient run on another backend.
+        infer: ``(a) -> [*outputs]``, when nothing will be differentiated; the default is ``forward``.
         saved: empty tensors shaped like ``saved``, for compilers.
         devices: device types it runs on; empty means any.
         refuses: why it cannot run a call, or None; it may look at shapes and dtypes only.
-        missing: why it cannot run here at all, and what to install; empty when it can.
+        missing: asked when a call comes: why the backend cannot run here at all, and what to install; empty when it
+            can.
     """
 
     name: str
-    forward: Callable[..., list[Tensor]]
-    backward: Callable[..., list[Tensor]]
-    infer: Callable[..., list[Tensor]] | None = None
-    saved: Callable[..., list[Tensor]] = _nothing
+    forward: Callable[[Arguments], list[Tensor]]
+    backward: Callable[[list[Tensor], list[Tensor], Arguments], dict[str, Tensor]] | None = None
+    infer: Callable[[Arguments], list[Tensor]] | None = None
+    saved: Callable[[Arguments], list[Tensor]] = _nothing_saved
     devices: tuple[str, ...] = ()
-    refuses: Callable[..., str | None] = _never
-    missing: str = ""
+    refuses: Callable[[Arguments], str | None] = _no_refusal
+    missing: Callable[[], str] = _here
 
     def runs_on(self, device: str) -> bool:
         """Whether this backend is meant for a device type."""
         return not self.devices or device in self.devices
 
 
-class Op:
-    """A differentiable operator: tensors in, fresh tensors out.
+class Op(Generic[Arguments]):
+    """A differentiable operator: a record of arguments in, fresh tensors out.
 
     Args:
         name: ``dualform::name``.
-        reference: its definition, in plain PyTorch and the letters of its paper; annotated with plain ``Tensor``,
-            it gives the operator its schema.
-        fake: the reference's signature, returning its outputs empty.
+        arguments: the record, a NamedTuple whose annotations give the operator its schema: ``Tensor``,
+            ``Tensor | None``, ``Packing | None``, bool, int or float. A field ``out_state`` is memory for the state
+            that comes out; only direct calls give it to a backend, which may write there, and return it, or not.
+        reference: the definition, in plain PyTorch and the letters of its paper: ``(a) -> outputs``.
+        fake: the outputs, empty.
+        check: raises for a record whose shapes, dtypes or devices do not fit together. Public functions check what
+            they are given themselves; this guards the calls that come past them, compiled or through ``torch.ops``.
+        outputs: how many there are.
         keeps: outputs, by position, that the backward of every backend needs.
+        stepwise: the reference has no loop over time: it is the backend ``torch`` as well, and runs as plain PyTorch
+            wherever a gradient is wanted.
     """
 
     def __init__(
         self,
         name: str,
-        reference: Callable[..., Any],
+        arguments: type[Arguments],
+        reference: Callable[[Arguments], tuple[Tensor, ...]],
         *,
-        fake: Callable[..., list[Tensor]],
+        fake: Callable[[Arguments], list[Tensor]],
+        check: Callable[[Arguments], Any],
+        outputs: int = 2,
         keeps: tuple[int, ...] = (),
+        stepwise: bool = False,
     ):
-        self.name, self.reference, self.fake, self.keeps = name, reference, fake, keeps
-        self.backends: list[Backend] = []
-        schema = torch.library.infer_schema(reference, mutates_args=())
-        args, outputs = schema[1:].rsplit(") ->", 1)
-        self.outputs = outputs.count("Tensor")
-        _LIB.define(f"{self.name}(str backend, bool save, {args}) -> Tensor[]")
-        _LIB.define(f"{self.name}_backward(str backend, Tensor[] grads, Tensor[] kept, {args}) -> Tensor[]")
-        _LIB.impl(self.name, self._run, "CompositeExplicitAutograd")
-        _LIB.impl(f"{self.name}_backward", self._run_backward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"dualform::{self.name}", self._fake, lib=_LIB)
-        torch.library.register_fake(f"dualform::{self.name}_backward", _like_inputs, lib=_LIB)
-        self._forward = getattr(torch.ops.dualform, self.name).default
-        self._backward = getattr(torch.ops.dualform, f"{self.name}_backward").default
+        self.name, self.reference, self.fake, self.check, self.keeps = name, reference, fake, check, keeps
+        self.arguments, self.outputs, self.stepwise = arguments, outputs, stepwise
+        self.backends: list[Backend[Arguments]] = []
+        hints = get_type_hints(arguments)
+        self.fields: tuple[str, ...] = arguments._fields  # pyright: ignore[reportAttributeAccessIssue]
+        self._buffer = self.fields.index("out_state") if "out_state" in self.fields else None
+        self._packing = next((i for i, f in enumerate(self.fields) if hints[f] == Packing | None), None)
+        schema = ", ".join(f"{_SCHEMA[hints[f]]} {f}" for f in self.fields)
+        _LIB.define(f"{name}(str backend, bool save, {schema}) -> Tensor[]")
+        _LIB.define(f"{name}_backward(str backend, Tensor[] grads, Tensor[] kept, {schema}) -> Tensor[]")
+        _LIB.impl(name, self._run, "CompositeExplicitAutograd")
+        _LIB.impl(f"{name}_backward", self._run_backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dualform::{name}", self._fake, lib=_LIB)
+        torch.library.register_fake(f"dualform::{name}_backward", self._fake_backward, lib=_LIB)
+        self._forward = getattr(torch.ops.dualform, name).default
+        self._backward = getattr(torch.ops.dualform, f"{name}_backward").default
         self._function = _function(self)
-        OPS[self.name] = self
+        if stepwise:
+            self.add(Backend("torch", lambda a: list(reference(a))))
+        OPS[name] = self
 
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+    def __call__(self, a: Arguments) -> tuple[Tensor, ...]:
+        """The outputs; ``a`` was checked."""
         if _forced == "reference":
-            out = self.reference(*args)
-            return out if isinstance(out, tuple) else (out,)
-        wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            return self.reference(a)
+        tensors = [m for m in a if isinstance(m, Tensor)]
+        wanted = torch.is_grad_enabled() and any(m.requires_grad for m in tensors)
+        if wanted and self.stepwise:
+            return self.reference(a)
+        direct = _direct(self.name, tensors) and self._borders_are_known(a)
         if wanted:
-            return self._function.apply(_forced, *args)
-        return tuple(self._forward(_forced, False, *args))
+            return self._function.apply(_forced, direct, *(a if direct else _distinct(self._flat(a))))
+        if direct:
+            backend = self.choose(_forced, a)
+            with on_device(tensors[0].device):
+                return tuple((backend.infer or backend.forward)(a))
+        return tuple(self._forward(_forced, False, *self._flat(a)))
 
-    def add(self, backend: Backend) -> None:
-        """Register a backend; the last one registered is preferred."""
-        self.backends.insert(0, backend)
+    def add(self, backend: Backend[Arguments]) -> None:
+        """Register a backend, at its place in :data:`PREFERENCE`."""
+        self.backends.append(backend)
+        self.backends.sort(key=lambda b: PREFERENCE.index(b.name) if b.name in PREFERENCE else -1)
 
-    def choose(self, forced: str, *args: Any) -> Backend:
+    def choose(self, forced: str, a: Arguments, differentiate: bool = False) -> Backend[Arguments]:
         """The backend that runs a call.
 
         Raises:
             BackendError: when the one asked for cannot, with its reason.
         """
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        device = next(m.device.type for m in a if isinstance(m, Tensor))
         refusals = []
         for backend in self.backends:
             if forced and backend.name != forced:
@@ -128,8 +176,10 @@ class Op:
             if not backend.runs_on(device):
                 refusals += [f"{backend.name}: runs on {', '.join(backend.devices)}, not on {device}"] if forced else []
                 continue
-            why = backend.missing or backend.refuses(*args)
-            if why is None or why == "":
+            why = backend.missing() or backend.refuses(a)
+            if not why and differentiate and backend.backward is None:
+                why = "it has no gradient"
+            if not why:
                 if refusals:
                     _warn_once(f"{self.name} runs on the slower backend {backend.name!r} ({'; '.join(refusals)})")
                 return backend
@@ -140,18 +190,67 @@ class Op:
             hint="leave the backend unset, or use dualform.backend('reference')",
         )
 
+    def differentiable(self, a: Arguments) -> list[tuple[str, Tensor]]:
+        """The arguments that have a gradient, with their names: the floating and complex tensors."""
+        return [(f, m) for f, m in zip(self.fields, a, strict=True) if isinstance(m, Tensor) and floats(m)]
+
+    def _borders_are_known(self, a: Arguments) -> bool:
+        """Whether the borders of packed sequences were read: below the dispatcher they are, or they are clamped."""
+        return self._packing is None or a[self._packing] is None or a[self._packing].host is not None
+
+    # Records as the dispatcher sees them: a packing is a tensor there.
+
+    def _flat(self, a: Arguments) -> tuple[Any, ...]:
+        i, buffer = self._packing, self._buffer
+        if i is not None and a[i] is not None:
+            return (*a[:i], a[i].as_tensor(), *a[i + 1 :])
+        return a if buffer is None else (*a[:buffer], None, *a[buffer + 1 :])
+
+    def _record(self, args: tuple[Any, ...]) -> Arguments:
+        """A record for a fake call, where no values are known."""
+        i = self._packing
+        if i is not None and args[i] is not None:
+            args = (*args[:i], Packing(args[i], None), *args[i + 1 :])
+        return self.arguments(*args)
+
+    def _checked(self, args: tuple[Any, ...]) -> tuple[Arguments, Tensor | None]:
+        """A record for a call from the dispatcher, and whether its borders were wrong where they cannot be read."""
+        i, wrong = self._packing, None
+        if i is not None and args[i] is not None:
+            packing, wrong = Packing.inside(self.name, args[i], args[0])
+            args = (*args[:i], packing, *args[i + 1 :])
+        a = self.arguments(*args)
+        self.check(a)
+        return a, wrong
+
+    # What runs below the dispatcher.
+
     def _run(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
-        backend = self.choose(forced, *args)
-        with on_device(args):
-            return (backend.forward if save or backend.infer is None else backend.infer)(*args)
+        a, wrong = self._checked(args)
+        backend = self.choose(forced, a, save)
+        with on_device(args[0].device):
+            return _blank(wrong, (backend.forward if save or backend.infer is None else backend.infer)(a))
 
     def _run_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-        with on_device(args):
-            return self.choose(forced, *args).backward(grads, kept, *args)
+        a, wrong = self._checked(args)
+        with on_device(args[0].device):
+            return _blank(wrong, self._gradients(self.choose(forced, a, True), grads, kept, a))
+
+    def _gradients(
+        self, backend: Backend[Arguments], grads: list[Tensor], kept: list[Tensor], a: Arguments
+    ) -> list[Tensor]:
+        assert backend.backward is not None
+        found = backend.backward(grads, kept, a)
+        return [as_grad(found[name], m) for name, m in self.differentiable(a)]
 
     def _fake(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
-        backend = self.choose(forced, *args)
-        return self.fake(*args) + (backend.saved(*args) if save or backend.infer is None else [])
+        a = self._record(args)
+        backend = self.choose(forced, a, save)
+        return self.fake(a) + (backend.saved(a) if save or backend.infer is None else [])
+
+    def _fake_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
+        contiguous = torch.contiguous_format
+        return [torch.empty_like(m, memory_format=contiguous) for _, m in self.differentiable(self._record(args))]
 
 
 @contextmanager
@@ -159,10 +258,14 @@ def backend(name: str) -> Iterator[None]:
     """Run every op inside the block on the backend called ``name``; an op that lacks it raises.
 
     Names: ``reference`` (the definition, any device, differentiable to any order), ``torch`` (portable, chunked),
-    and whatever ``dualform doctor`` lists. The environment variable ``DUALFORM_BACKEND`` does the same for a whole
-    process. The choice is per process, not per thread.
+    and whatever ``dualform doctor`` lists; the empty string is the best for each call. The environment variable
+    ``DUALFORM_BACKEND`` does the same for a whole process. The choice is per process, not per thread.
+
+    Raises:
+        BackendError: for a name that no op knows.
     """
     global _forced
+    check_name(name, "backend")
     before, _forced = _forced, name
     try:
         yield
@@ -175,19 +278,51 @@ def forced() -> str:
     return _forced
 
 
-def differentiable(args: tuple[Any, ...]) -> list[Tensor]:
-    """The arguments that have a gradient: the floating and complex tensors."""
-    return [a for a in args if isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex())]
+def check_name(name: str, where: str) -> None:
+    """Refuse the name of a backend that no op has.
+
+    Raises:
+        BackendError: lists those that there are.
+    """
+    known = {"reference", *PREFERENCE, *(b.name for op in OPS.values() for b in op.backends)}
+    if name and name not in known:
+        raise BackendError(f"{where}: no op has a backend {name!r}", hint=f"known: {', '.join(sorted(known))}")
 
 
-def on_device(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched where the arguments are, whichever device is the current one."""
-    device = next(a.device for a in args if isinstance(a, Tensor))
     return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
-def _like_inputs(forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-    return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in differentiable(args)]
+def _blank(wrong: Tensor | None, outputs: list[Tensor]) -> list[Tensor]:
+    """NaN instead of what was made of borders that were wrong."""
+    return outputs if wrong is None else [m.masked_fill_(wrong, torch.nan) if floats(m) else m for m in outputs]
+
+
+def _direct(name: str, tensors: list[Tensor]) -> bool:
+    """Whether a call may go past the dispatcher: eager, on plain tensors that nothing watches.
+
+    Raises:
+        BackendError: for derivatives and maps that PyTorch takes of what it sees, and it does not see into a kernel.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    refuse_transforms(name, tensors)
+    return (
+        all(type(m) in _PLAIN and not m.is_neg() and not m.is_conj() for m in tensors)
+        and tensors[0].device.type != "meta"
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, no tensor twice: compilers do not differentiate by one that a function is given two times."""
+    found: list[Any] = []
+    for m in args:
+        again = isinstance(m, Tensor) and any(m is other for other in found)
+        found.append(m.view_as(m) if again else m)
+    return tuple(found)
 
 
 def _warn_once(text: str) -> None:
@@ -196,26 +331,40 @@ def _warn_once(text: str) -> None:
         warnings.warn(text, SlowBackendWarning, stacklevel=4)
 
 
-def _function(op: Op) -> type[torch.autograd.Function]:
+def _function(op: Op[Any]) -> type[torch.autograd.Function]:
     class OpFunction(torch.autograd.Function):
+        """``direct`` calls are given the record's fields and go to a backend, others those of the dispatcher."""
+
         @staticmethod
-        def forward(ctx: Any, forced: str, *args: Any) -> Any:
-            results = op._forward(forced, True, *args)
+        def forward(ctx: Any, forced: str, direct: bool, *args: Any) -> Any:
+            if direct:
+                a = op.arguments(*args)
+                ctx.backend = op.choose(forced, a, True)
+                with on_device(args[0].device):
+                    results = ctx.backend.forward(a)
+            else:
+                ctx.backend, results = forced, op._forward(forced, True, *args)
             kept = [results[i] for i in op.keeps] + results[op.outputs :]
-            ctx.forced, ctx.kept = forced, len(kept)
-            ctx.plain = tuple(None if isinstance(a, Tensor) else (a,) for a in args)
-            ctx.save_for_backward(*kept, *(a for a in args if isinstance(a, Tensor)))
+            ctx.direct, ctx.kept = direct, len(kept)
+            ctx.plain = tuple(None if isinstance(m, Tensor) else (m,) for m in args)
+            ctx.save_for_backward(*kept, *(m for m in args if isinstance(m, Tensor)))
             return tuple(results[: op.outputs])
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
-            kept, tensors = list(saved[: ctx.kept]), iter(saved[ctx.kept :])
-            args = [next(tensors) if a is None else a[0] for a in ctx.plain]
-            found = iter(op._backward(ctx.forced, [g.contiguous() for g in grads], kept, *args))
-            has = [isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) for a in args]
-            return (None, *(next(found) if h else None for h in has))
+            kept, tensors = list(saved[: ctx.kept]), saved[ctx.kept :]
+            rest = iter(tensors)
+            args = [next(rest) if m is None else m[0] for m in ctx.plain]
+            with torch.no_grad():
+                full = [g.contiguous() for g in grads]
+                if ctx.direct:
+                    with on_device(args[0].device):
+                        found = op._gradients(ctx.backend, full, kept, op.arguments(*args))
+                else:
+                    found = op._backward(ctx.backend, full, kept, *args)
+            given = iter(once(op.name, tuple(found), *grads, *tensors))
+            return (None, None, *(next(given) if isinstance(m, Tensor) and floats(m) else None for m in args))
 
     OpFunction.__name__ = OpFunction.__qualname__ = op.name
     return OpFunction

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.packing import each_alone
-from dualform.core.shapes import check_floating, check_tensors, wide
+from dualform.core.packing import Borders, Packing, each_alone
+from dualform.core.shapes import check_floating, check_real, check_tensors, once_per_shape, wide
 from dualform.ops.op import Op
-from dualform.ops.state import initial
-from dualform.ops.step import fast_step
+from dualform.ops.state import check_dtype, check_out_state, check_state, give_state, initial, unless_complex
+
+_WHERE, _STEP = "selective_scan", "selective_state_update"
 
 
 def selective_scan(
@@ -26,7 +27,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Borders = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t``, ``y_t = C_t h_t + D u_t``, gated by ``silu(z_t)``.
 
@@ -44,7 +45,8 @@ def selective_scan(
         delta_bias: ``(D,)``.
         delta_softplus: whether the step passes through softplus.
         initial_state: ``(B, D, N)``, zero by default; with ``cu_seqlens`` one row per sequence.
-        cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis; B is then 1.
+        cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis, or a ``Packing`` that was
+            made of them; B is then 1.
 
     Returns:
         y ``(B, T, D)`` in the dtype of u, and the final state ``(B, D, N)``, float32 or wider.
@@ -55,9 +57,46 @@ def selective_scan(
     References:
         Gu & Dao (2023), arXiv:2312.00752, section 3.2 and algorithm 2.
     """
-    where = "selective_scan"
+    _check_inputs(u, delta, A, B, C, D, z, delta_bias)
+    packing = Packing.of(_WHERE, cu_seqlens, u)
+    state = initial_state if A.is_complex() else unless_complex(initial_state)
+    dtype = wide(u, delta, A, B, C, D, z, delta_bias, state)
+    h0 = initial(_WHERE, initial_state, packing, u, tuple(A.shape), dtype)
+    y, final = selective_scan_op(
+        SelectiveScan(u, delta, A.to(dtype), B, C, D, z, delta_bias, delta_softplus, h0, packing)
+    )
+    return y, final
+
+
+class SelectiveScan(NamedTuple):
+    """The arguments of the operator, as in :func:`selective_scan`; A and h0 have the dtype of the state."""
+
+    u: Tensor  # (B, T, D)
+    delta: Tensor  # (B, T, D)
+    A: Tensor  # (D, N)
+    B: Tensor  # (B, T, G, N)
+    C: Tensor  # (B, T, J, N)
+    D: Tensor | None  # (D,)
+    z: Tensor | None  # (B, T, D)
+    delta_bias: Tensor | None  # (D,)
+    delta_softplus: bool
+    h0: Tensor  # (rows, D, N)
+    packing: Packing | None
+
+
+@once_per_shape
+def _check_inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
     sizes = check_tensors(
-        where,
+        _WHERE,
         u=(u, "B T D"),
         delta=(delta, "B T D"),
         A=(A, "D N"),
@@ -67,82 +106,47 @@ def selective_scan(
         z=(z, "B T D"),
         delta_bias=(delta_bias, "D"),
     )
-    check_floating(where, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_real(_WHERE, u=u, delta=delta, D=D, z=z, delta_bias=delta_bias)
+    check_floating(_WHERE, A=A, B=B, C=C)
     for name, tensor in (("B", B), ("C", C)):
         if tensor.shape[2] == 0 or sizes["D"] % tensor.shape[2]:
-            raise ArgumentError(f"{where}: {name} has {tensor.shape[2]} groups, which do not divide D = {sizes['D']}")
+            raise ArgumentError(f"{_WHERE}: {name} has {tensor.shape[2]} groups, which do not divide D = {sizes['D']}")
         if tensor.is_complex() and not A.is_complex():
-            raise ArgumentError(f"{where}: {name} is {tensor.dtype} but A is {A.dtype}: make A complex, or {name} real")
-    dtype = wide(u, delta, A)
-    h0 = initial(where, initial_state, cu_seqlens, u, (sizes["D"], sizes["N"]), dtype)
-    y, final = selective_scan_op(u, delta, A.to(dtype), B, C, D, z, delta_bias, delta_softplus, h0, cu_seqlens)
-    return y, final
+            raise ArgumentError(
+                f"{_WHERE}: {name} is {tensor.dtype} but A is {A.dtype}: make A complex, or {name} real"
+            )
 
 
-class Arguments(NamedTuple):
-    """Those of the operator, as every backend is given them: as in :func:`selective_scan`."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    bias: Tensor | None
-    softplus: bool
-    h0: Tensor
-    cu_seqlens: Tensor | None
+def _check(a: SelectiveScan) -> None:
+    _check_inputs(a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias)
+    check_state(_WHERE, "the initial state", a.h0, a.packing, a.u, tuple(a.A.shape))
+    check_dtype(_WHERE, a.h0.dtype, A=a.A)
 
 
-def _reference(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    width, scale, real = u.shape[2], 2 if A.is_complex() else 1, initial_state.dtype.to_real()
+def _reference(a: SelectiveScan) -> tuple[Tensor, Tensor]:
+    width, scale, real = a.u.shape[2], 2 if a.A.is_complex() else 1, a.h0.dtype.to_real()
 
     def run(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         B, C = (m.to(h.dtype).repeat_interleave(width // m.shape[2], 2) for m in (B, C))
         ys = []
         for t in range(u.shape[1]):
-            h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t]
+            h = torch.exp(dt[:, t, :, None] * a.A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t]
             ys.append(scale * (C[:, t] * h).sum(-1).real)
         return torch.stack(ys, 1) if ys else dt * u, h.clone()
 
-    dt = delta.to(real) if delta_bias is None else delta.to(real) + delta_bias
-    dt, x = F.softplus(dt) if delta_softplus else dt, u.to(real)
-    y, final = each_alone(run, cu_seqlens, initial_state, x, dt, B, C)
-    y = y if D is None else y + D * x
-    y = y if z is None else y * F.silu(z.to(real))
-    return y.to(u.dtype), final
+    dt = a.delta.to(real) if a.delta_bias is None else a.delta.to(real) + a.delta_bias
+    dt, x = F.softplus(dt) if a.delta_softplus else dt, a.u.to(real)
+    y, final = each_alone(run, a.packing, a.h0, x, dt, a.B, a.C)
+    y = y if a.D is None else y + a.D * x
+    y = y if a.z is None else y * F.silu(a.z.to(real))
+    return y.to(a.u.dtype), final
 
 
-def _fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    return [u.new_empty(u.shape), h0.new_empty(h0.shape)]
+def _fake(a: SelectiveScan) -> list[Tensor]:
+    return [a.u.new_empty(a.u.shape), a.h0.new_empty(a.h0.shape)]
 
 
-selective_scan_op = Op("selective_scan", _reference, fake=_fake)
+selective_scan_op = Op("selective_scan", SelectiveScan, _reference, fake=_fake, check=_check)
 
 
 def selective_state_update(
@@ -157,11 +161,12 @@ def selective_state_update(
     *,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    out_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of the selective recurrence; the streaming form of :func:`selective_scan` and of ``ssd``.
 
     Args:
-        state: ``(B, D, N)``, or ``(B, H, P, N)`` by heads, float32 or wider.
+        state: ``(B, D, N)``, or ``(B, H, P, N)`` by heads.
         x: ``(B, D)`` or ``(B, H, P)``.
         dt: as x, or broadcastable to it, such as ``(B, H, 1)``; before bias and softplus.
         A: ``(D, N)`` or ``(H, P, N)``, or broadcastable to it, such as ``(H, 1, 1)``; real.
@@ -171,23 +176,125 @@ def selective_state_update(
         z: as x, gate.
         dt_bias: added to dt; broadcastable to it.
         dt_softplus: whether dt passes through softplus.
+        out_state: memory for the next state, of its shape; it may be ``state`` itself. It is written in its own dtype,
+            rounded once, and returned. Refused while gradients are recorded.
 
     Returns:
-        y like x, and the next state.
+        y in the dtype of x, and the next state, float32 or wider, or ``out_state``.
+
+    Raises:
+        ArgumentError: for shapes, dtypes or devices that do not fit together.
 
     References:
         Gu & Dao (2023), arXiv:2312.00752, equation 2 with the discretisation of section 3.2.
     """
-    fast = fast_step("selective_state_update", state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    if fast is not None:
-        return fast
-    dt = dt.to(state.dtype) if dt_bias is None else dt.to(state.dtype) + dt_bias
-    dt = F.softplus(dt) if dt_softplus else dt
+    _check_step(state, x, dt, A, B, C, D, z, dt_bias)
+    check_out_state(_STEP, out_state, state, x, dt, A, B, C, D, z, dt_bias)
+    dtype = wide(state, x, dt, A, B, C, D, z, dt_bias)
+    y, after = selective_update_op(
+        SelectiveUpdate(state.to(dtype), x, dt, A.to(dtype), B, C, D, z, dt_bias, dt_softplus, out_state)
+    )
+    return y, give_state(after, out_state)
+
+
+class SelectiveUpdate(NamedTuple):
+    """The arguments of one step, as in :func:`selective_state_update`; A and the state have one dtype."""
+
+    state: Tensor  # (B, D, N) or (B, H, P, N)
+    x: Tensor  # (B, D) or (B, H, P)
+    dt: Tensor  # as x, or broadcastable to it
+    A: Tensor  # (D, N) or (H, P, N), or broadcastable to it
+    B: Tensor  # (B, G, N)
+    C: Tensor  # (B, J, N)
+    D: Tensor | None
+    z: Tensor | None  # as x
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    out_state: Tensor | None
+
+    @property
+    def by_head(self) -> bool | None:
+        """How kernels find rates and step sizes: one of each a head (True), or a rate for every state (False).
+
+        None for other shapes, which broadcasting allows and no kernel was written for.
+        """
+        shape, inner = self.state.shape, self.x.shape
+        if self.dt_bias is not None and not _expands(self.dt_bias.shape, self.dt.shape[1:]):
+            return None
+        if self.A.shape == shape[1:] and self.dt.shape == inner:
+            return False
+        if len(shape) == 4 and self.A.shape == (shape[1], 1, 1) and self.dt.shape == (*inner[:2], 1):
+            return True
+        return None
+
+
+@once_per_shape
+def _check_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+) -> None:
+    inner = "B D" if isinstance(state, Tensor) and state.dim() == 3 else "B H P"
+    sizes = check_tensors(
+        _STEP,
+        state=(state, f"{inner} N"),
+        x=(x, inner),
+        dt=(dt, "* ..."),
+        A=(A, "* ..."),
+        B=(B, "B * N"),
+        C=(C, "B * N"),
+        D=(D, "* ..."),
+        z=(z, inner),
+        dt_bias=(dt_bias, "* ..."),
+    )
+    check_real(_STEP, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    heads = sizes["D" if inner == "B D" else "H"]
+    for name, m in (("B", B), ("C", C)):
+        if m.shape[1] == 0 or heads % m.shape[1]:
+            raise ArgumentError(f"{_STEP}: {name} has {m.shape[1]} groups, which do not divide {heads}")
+    fitting = {"dt": (dt, x.shape), "A": (A, state.shape[1:]), "D": (D, x.shape[1:]), "dt_bias": (dt_bias, x.shape[1:])}
+    for name, (m, shape) in fitting.items():
+        if m is not None and not _expands(m.shape, shape):
+            raise ArgumentError(
+                f"{_STEP}: {name} has shape {tuple(m.shape)}, expected {tuple(shape)} or what broadcasts to it"
+            )
+
+
+def _expands(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a shape broadcasts to another one, axis by axis from the last."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+
+
+def _check_update(a: SelectiveUpdate) -> None:
+    _check_step(a.state, a.x, a.dt, a.A, a.B, a.C, a.D, a.z, a.dt_bias)
+    check_dtype(_STEP, a.state.dtype, A=a.A)
+
+
+def _update(a: SelectiveUpdate) -> tuple[Tensor, Tensor]:
+    state, dtype = a.state, a.state.dtype
+    x = a.x.to(dtype)
+    dt = a.dt.to(dtype) if a.dt_bias is None else a.dt.to(dtype) + a.dt_bias
+    dt = F.softplus(dt) if a.dt_softplus else dt
     heads, by_head = state.shape[1], state.dim() == 4
-    B, C = (m.to(state.dtype).repeat_interleave(heads // m.shape[1], 1) for m in (B, C))
+    B, C = (m.to(dtype).repeat_interleave(heads // m.shape[1], 1) for m in (a.B, a.C))
     B, C = (m[:, :, None] if by_head else m for m in (B, C))
-    state = torch.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B
+    state = torch.exp(dt[..., None] * a.A) * state + (dt * x)[..., None] * B
     y = (state * C).sum(-1)
-    y = y if D is None else y + D * x
-    y = y if z is None else y * F.silu(z.to(y.dtype))
-    return y.to(x.dtype), state
+    y = y if a.D is None else y + a.D * x
+    y = y if a.z is None else y * F.silu(a.z.to(dtype))
+    return y.to(a.x.dtype), state
+
+
+def _fake_update(a: SelectiveUpdate) -> list[Tensor]:
+    return [a.x.new_empty(a.x.shape), a.state.new_empty(a.state.shape)]
+
+
+selective_update_op = Op(
+    "selective_state_update", SelectiveUpdate, _update, fake=_fake_update, check=_check_update, stepwise=True
+)

@@ -1,52 +1,27 @@
 """The portable selective scan: spans of time, whose states are recomputed in the backward instead of being stored."""
 
-from bisect import bisect_left
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualform.ops.linear_scan import as_grad, scan
+from dualform.core.shapes import larger
+from dualform.ops.linear_scan import scan
 from dualform.ops.op import Backend
-from dualform.ops.selective_scan import Arguments, selective_scan_op
+from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
 
 _CPU_SPAN = 3 * 2**18  # elements of (K, B, N, D) held at a time: few enough for a cache, enough to share out
 _GPU_SPAN = 2**23  # elsewhere launches cost more than cache misses
 _SAVE_EVERY = 4  # spans on a CPU between the states that the backward starts from
 
 
-class _Borders:
-    """Where packed sequences begin and end inside a span of time; an unpacked batch has no borders."""
-
-    def __init__(self, cu_seqlens: Tensor | None):
-        self.packed = cu_seqlens is not None
-        if cu_seqlens is not None:
-            full = cu_seqlens.diff() > 0
-            self.rows = full.nonzero()[:, 0]
-            self.first, self.last = cu_seqlens[:-1][full].long(), cu_seqlens[1:][full].long() - 1
-            self._sorted = self.first.tolist(), self.last.tolist()
-
-    def starts(self, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
-        """``(steps, rows)`` of the sequences that begin in the span, counted from ``begin``; None if none does."""
-        return self._within(0, begin, end)
-
-    def ends(self, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
-        """``(steps, rows)`` of the sequences whose last element lies in the span; None if none does."""
-        return self._within(1, begin, end)
-
-    def _within(self, which: int, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
-        if not self.packed:
-            return None
-        i, j = bisect_left(self._sorted[which], begin), bisect_left(self._sorted[which], end)
-        return None if i == j else ((self.first, self.last)[which][i:j] - begin, self.rows[i:j])
-
-
 def _span_sizes(h0: Tensor, batch: int) -> tuple[int, int]:
     """Steps whose states ``(K, B, N, D)`` are held at once by the forward, and by the backward."""
     on_cpu = h0.device.type in ("cpu", "meta")
-    size = max(1, (_CPU_SPAN if on_cpu else _GPU_SPAN) // max(1, batch * h0.shape[1] * h0.shape[2]))
+    held = larger(1, batch * h0.shape[1] * h0.shape[2])
+    size = larger(1, (_CPU_SPAN if on_cpu else _GPU_SPAN) // held)
     return size, size * (_SAVE_EVERY if on_cpu else 1)
 
 
@@ -86,8 +61,7 @@ class _Span(NamedTuple):
     u: Tensor  # (K, B, D)
     B: Tensor  # (K, B, G, N)
     C: Tensor  # (K, B, J, N)
-    a: Tensor  # (K, B, N, D), the decays, 0 where a sequence begins
-    first: Tensor | None  # the decays of steps that begin a sequence
+    a: Tensor  # (K, B, N, D), the decays
     h: Tensor  # (K, B, N, D), the states
 
     @classmethod
@@ -99,13 +73,11 @@ class _Span(NamedTuple):
         dt = F.softplus(step) if of.softplus else step
         a = torch.mul(dt[:, :, None], of.A).exp_()
         b = _outer(B, dt * u)
-        first = None
+        steps = None
         if starts is not None:
             steps, rows = starts
-            first = a[steps, 0]
-            b[steps, 0] += first * of.h0[rows]
-            a[steps, 0] = 0
-        return cls(step, dt, u, B, C, a, first, scan(a, b, h, dim=0, overwrite=True))
+            b[steps, 0] += a[steps, 0] * of.h0[rows]
+        return cls(step, dt, u, B, C, a, scan(a, b, h, dim=0, overwrite=True, starts=steps))
 
     def output(self, of: _Inputs) -> Tensor:
         """``C h + D u``, before the gate."""
@@ -130,29 +102,29 @@ def _over_channels(h: Tensor, x: Tensor, groups: int) -> Tensor:
     return (h.unflatten(3, (groups, -1)).transpose(2, 3) @ x)[..., 0]
 
 
-def _inputs(x: Arguments) -> tuple[_Inputs, _Borders]:
-    rates, start = x.A.T.contiguous(), x.h0.transpose(1, 2).contiguous()
-    return _Inputs(x.u, x.delta, x.B, x.C, rates, x.D, x.z, x.bias, x.softplus, start), _Borders(x.cu_seqlens)
+def _inputs(a: SelectiveScan) -> _Inputs:
+    rates, start = a.A.T.contiguous(), a.h0.transpose(1, 2).contiguous()
+    return _Inputs(a.u, a.delta, a.B, a.C, rates, a.D, a.z, a.delta_bias, a.delta_softplus, start)
 
 
-def _run(keep: bool, *args: Any) -> list[Tensor]:
-    of, borders = _inputs(Arguments(*args))
-    size, save_every = _span_sizes(args[9], len(of.u))
-    y, final = of.u.new_empty(of.u.shape), of.h0.clone()
-    h = torch.zeros_like(of.h0[: len(of.u)]) if borders.packed else of.h0
+def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
+    of, packing = _inputs(a), a.packing
+    size, save_every = _span_sizes(a.h0, len(a.u))
+    y, final = a.u.new_empty(a.u.shape), of.h0.clone()
+    h = of.h0 if packing is None else torch.zeros_like(of.h0[:1])
     entering = []
-    for begin, end in _spans(size, of.u.shape[1]):
+    for begin, end in _spans(size, a.u.shape[1]):
         if keep and begin % save_every == 0:
             entering.append(h)
         times = slice(begin, end)
-        span = _Span.run(times, of, h, borders.starts(begin, end))
+        span = _Span.run(times, of, h, None if packing is None else packing.starting(begin, end))
         out = span.output(of)
         out = out if of.z is None else out.mul_(F.silu(of.part(of.z, times)))
         y[:, times] = out.transpose(0, 1)
-        if (ends := borders.ends(begin, end)) is not None:
+        if packing is not None and (ends := packing.ending(begin, end)) is not None:
             final[ends[1]] = span.h[ends[0], 0]
         h = span.h[-1].clone()
-    final = final if borders.packed else h
+    final = h if packing is None else final
     saved = [torch.stack(entering) if entering else of.h0.new_empty(0, *h.shape)] if keep else []
     return [y, final.transpose(1, 2).clone(memory_format=torch.contiguous_format), *saved]
 
@@ -160,48 +132,49 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
 _forward, _infer = partial(_run, True), partial(_run, False)
 
 
-def _saved(*args: Any) -> list[Tensor]:
-    u, h0 = args[0], args[9]
-    _, size = _span_sizes(h0, u.shape[0])
-    return [h0.new_empty(-(-u.shape[1] // size), u.shape[0], h0.shape[2], h0.shape[1])]
+def _saved(a: SelectiveScan) -> list[Tensor]:
+    _, size = _span_sizes(a.h0, len(a.u))
+    return [a.h0.new_empty(-(-a.u.shape[1] // size), a.u.shape[0], a.h0.shape[2], a.h0.shape[1])]
 
 
-def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
+def _backward(grads: list[Tensor], kept: list[Tensor], args: SelectiveScan) -> dict[str, Tensor]:
     """Spans from last to first, states recomputed from the one that entered.
 
     With ``g_t = dL/dh_t`` in full, ``g_t = conj(C_t) dy_t + conj(a_{t+1}) g_{t+1}``, and everything else is a product.
     """
-    (of, borders), (entering,) = _inputs(Arguments(*args)), kept
-    real = of.h0.dtype.to_real()
+    of, packing, (entering,) = _inputs(args), args.packing, kept
+    (batch, length, width), real = of.u.shape, of.h0.dtype.to_real()
     dfinal = grads[1].transpose(1, 2).contiguous()
     du, ddelta = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (of.u, of.delta))
     dB, dC = (torch.empty_like(m, dtype=of.A.dtype, memory_format=torch.contiguous_format) for m in (of.B, of.C))
-    dz = None if of.z is None else torch.empty_like(of.z, memory_format=torch.contiguous_format)
+    found = {"u": du, "delta": ddelta, "B": dB, "C": dC}
+    if of.z is not None:
+        found["z"] = torch.empty_like(of.z, memory_format=torch.contiguous_format)
     dA, dh0 = torch.zeros_like(of.A), dfinal.clone()
-    dD, dbias = torch.zeros(2, of.u.shape[2], dtype=real, device=of.u.device)
-    carry = torch.zeros_like(of.h0[: len(of.u)]) if borders.packed else dfinal
-    for i, (begin, end) in reversed(list(enumerate(_spans(_span_sizes(args[9], len(of.u))[1], of.u.shape[1])))):
-        times, starts = slice(begin, end), borders.starts(begin, end)
+    dD, dbias = torch.zeros(2, width, dtype=real, device=of.u.device)
+    carry = dfinal if packing is None else torch.zeros_like(of.h0[:1])
+    for i, (begin, end) in reversed(list(enumerate(_spans(_span_sizes(args.h0, batch)[1], length)))):
+        times, starts = slice(begin, end), None if packing is None else packing.starting(begin, end)
         s, dy = _Span.run(times, of, entering[i], starts), of.part(grads[0], times)
-        if of.z is not None and dz is not None:
+        if of.z is not None:
             z = of.part(of.z, times)
-            dz[:, times] = torch.ops.aten.silu_backward(dy * s.output(of), z).transpose(0, 1)
+            found["z"][:, times] = torch.ops.aten.silu_backward(dy * s.output(of), z).transpose(0, 1)
             dy = dy * F.silu(z)
         dys = of.scale * dy
         dC[:, times] = _over_channels(s.h.conj(), dys, of.C.shape[2]).transpose(0, 1)
         g = _outer(s.C.conj(), dys)
-        if (ends := borders.ends(begin, end)) is not None:
+        if packing is not None and (ends := packing.ending(begin, end)) is not None:
             g[ends[0], 0] += dfinal[ends[1]]
         g[-1] += carry
         after = torch.cat([s.a[1:], torch.zeros_like(s.a[:1])]).conj()
-        g = scan(after, g, torch.zeros_like(carry), dim=0, reverse=True, overwrite=True)
-        carry = s.a[0].conj() * g[0]
-        before, a = torch.cat([entering[i][None], s.h[:-1]]), s.a
-        if starts is not None and s.first is not None:
+        last = None if starts is None else starts[0][starts[0] > 0] - 1  # of the sequences before those that start
+        g = scan(after, g, torch.zeros_like(carry), dim=0, reverse=True, overwrite=True, starts=last)
+        carry, before = s.a[0].conj() * g[0], torch.cat([entering[i][None], s.h[:-1]])
+        if starts is not None:
             steps, rows = starts
-            dh0[rows] = s.first.conj() * g[steps, 0]
-            before[steps, 0], a[steps, 0] = of.h0[rows], s.first
-        dlog = before.mul_(a).conj() * g  # dL/d(dt A)
+            dh0[rows], before[steps, 0] = s.a[steps, 0].conj() * g[steps, 0], of.h0[rows]
+            carry = torch.where((steps == 0).any(), 0, carry)
+        dlog = before.mul_(s.a).conj() * g  # dL/d(dt A)
         dB[:, times] = _over_channels(g, s.dt * s.u, of.B.shape[2]).transpose(0, 1)
         dinput, dstep = _over_states(s.B.conj(), g), (dlog * of.A.conj()).sum(2)
         dinput, dstep = (dinput.real, dstep.real) if of.scale == 2 else (dinput, dstep)
@@ -213,14 +186,8 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
         dbias += dstep.sum((0, 1))
         du[:, times] = (dx if of.D is None else dx.addcmul_(of.D.to(real), dy)).transpose(0, 1)
         ddelta[:, times] = dstep.transpose(0, 1)
-    dh0 = dh0 if borders.packed else carry
-    u, delta, A, B, C, D, z, bias, _, h0, _ = args
-    found = (du, ddelta, dA.T, dB, dC, dD, dz, dbias, dh0.transpose(1, 2))
-    return [
-        as_grad(g, m)
-        for g, m in zip(found, (u, delta, A, B, C, D, z, bias, h0), strict=True)
-        if m is not None and g is not None
-    ]
+    dh0 = carry if packing is None else dh0
+    return {**found, "A": dA.T, "D": dD, "delta_bias": dbias, "h0": dh0.transpose(1, 2)}
 
 
 selective_scan_op.add(Backend("torch", _forward, _backward, infer=_infer, saved=_saved))

@@ -1,19 +1,20 @@
 """State space duality: Mamba-2's scan with one decay per head, a recurrence that is also a masked matrix product."""
 
 from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.packing import each_alone, sequence_ids
-from dualform.core.shapes import check_floating, check_tensors, wide, widest
+from dualform.core.packing import Borders, Packing, each_alone
+from dualform.core.shapes import check_real, check_tensors, larger, once_per_shape, smaller, wide, widest
+from dualform.ops.chunks import Chunks
 from dualform.ops.op import Backend, Op
-from dualform.ops.state import initial
+from dualform.ops.state import check_dtype, check_state, initial, unless_complex
 
+_WHERE = "ssd"
 _SPAN_ELEMENTS = 2**21  # of the (K, K) masks held at a time
 _DEFAULT_CHUNK = 64
 _FORGOTTEN = -1e4  # the exponential is 0, and sums of it are numbers
@@ -32,7 +33,7 @@ def ssd(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Borders = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t + D x_t`` per head, gated by ``silu(z_t)``.
@@ -51,11 +52,14 @@ def ssd(
         dt_softplus: whether the step passes through softplus.
         dt_limit: smallest and largest step.
         initial_state: ``(B, H, P, N)``, zero by default; with ``cu_seqlens`` one row per sequence.
-        cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis; B is then 1.
+        cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis, or a ``Packing`` that was
+            made of them; B is then 1.
         chunk: steps per matrix product; changes speed and rounding, never the result.
 
     Returns:
-        y ``(B, T, H, P)`` in the dtype of x, and the final state ``(B, H, P, N)``, float32 or wider.
+        y ``(B, T, H, P)`` in the dtype of x, and the final state ``(B, H, P, N)``, float32 or wider. What is not
+        finite at some step may reach earlier steps of the same chunk, through the zeros of a masked product; it never
+        reaches another sequence or row.
 
     Raises:
         ArgumentError: for shapes, dtypes, devices, limits or a chunk that do not fit together.
@@ -63,33 +67,17 @@ def ssd(
     References:
         Dao & Gu (2024), arXiv:2405.21060, section 6 (block decomposition).
     """
-    where = "ssd"
-    sizes = check_tensors(
-        where,
-        x=(x, "B T H P"),
-        dt=(dt, "B T H"),
-        A=(A, "H"),
-        B=(B, "B T G N"),
-        C=(C, "B T G N"),
-        D=(D, "H ..."),
-        z=(z, "B T H P"),
-        dt_bias=(dt_bias, "H"),
-    )
-    check_floating(where, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
-        raise ArgumentError(f"{where}: B and C have {sizes['G']} groups, which do not divide H = {sizes['H']}")
-    if D is not None and tuple(D.shape[1:]) not in ((), (sizes["P"],)):
-        raise ArgumentError(f"{where}: D has shape {tuple(D.shape)}, expected (H,) or (H, P) = {tuple(x.shape[2:])}")
+    _check_inputs(x, dt, A, B, C, D, z, dt_bias)
     if dt_limit[0] > dt_limit[1]:
-        raise ArgumentError(f"{where}: dt_limit is {dt_limit}, expected (smallest, largest)")
+        raise ArgumentError(f"{_WHERE}: dt_limit is {dt_limit}, expected (smallest, largest)")
     if chunk is not None and chunk < 1:
-        raise ArgumentError(f"{where}: chunk is {chunk}, expected at least 1")
-    dt = limit_step(dt.to(wide(x, dt)), dt_bias, dt_softplus, dt_limit)
-    h0 = initial(where, initial_state, cu_seqlens, x, (sizes["H"], sizes["P"], sizes["N"]), dt.dtype)
-    y, final = ssd_op(x, dt, A.to(dt.dtype), B, C, h0, cu_seqlens, chunk or _DEFAULT_CHUNK)
-    if D is not None:
-        y = y + (D if D.dim() == 2 else D[:, None]).to(y.dtype) * x
-    return y if z is None else y * F.silu(z), final
+        raise ArgumentError(f"{_WHERE}: chunk is {chunk}, expected at least 1")
+    packing = Packing.of(_WHERE, cu_seqlens, x)
+    dtype = wide(x, dt, A, B, C, D, z, dt_bias, unless_complex(initial_state))
+    dt = limit_step(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    h0 = initial(_WHERE, initial_state, packing, x, (*x.shape[2:], B.shape[3]), dtype)
+    y, final = ssd_op(SSD(x, dt, A.to(dtype), B, C, D, z, h0, packing, chunk or _DEFAULT_CHUNK))
+    return y, final
 
 
 def limit_step(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
@@ -99,80 +87,100 @@ def limit_step(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[flo
     return dt if limit == (0.0, float("inf")) and softplus else dt.clamp(*limit)
 
 
-def _reference(
+class SSD(NamedTuple):
+    """The arguments of the operator, as in :func:`ssd`; dt, A and h0 have the dtype of the state."""
+
+    x: Tensor  # (B, T, H, P)
+    dt: Tensor  # (B, T, H), the step that the recurrence takes
+    A: Tensor  # (H,)
+    B: Tensor  # (B, T, G, N)
+    C: Tensor  # (B, T, G, N)
+    D: Tensor | None  # (H,) or (H, P)
+    z: Tensor | None  # (B, T, H, P)
+    h0: Tensor  # (rows, H, P, N)
+    packing: Packing | None
+    chunk: int
+
+    @property
+    def skip(self) -> Tensor | None:
+        """D as it multiplies x, in the dtype of the state."""
+        if self.D is None:
+            return None
+        return (self.D if self.D.dim() == 2 else self.D[:, None]).to(self.h0.dtype)
+
+    def finish(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``(y + D x) silu(z)`` in the dtype of x, rounded once, and what was gated, in the dtype of the state."""
+        y = y.to(self.h0.dtype)
+        y = y if self.skip is None else torch.addcmul(y, self.skip, self.x.to(y.dtype))
+        return (y if self.z is None else y * F.silu(self.z.to(y.dtype))).to(self.x.dtype), y
+
+    def start(self, dy: Tensor, gated: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of the recurrence's own output, and those of D and z; :meth:`finish` backwards."""
+        dy, found = dy.to(self.h0.dtype), {}
+        if self.z is not None:
+            z = self.z.to(dy.dtype)
+            found["z"] = torch.ops.aten.silu_backward(dy * gated, z)
+            dy = dy * F.silu(z)
+        if self.D is not None:
+            found["D"] = (dy * self.x).sum((0, 1) if self.D.dim() == 2 else (0, 1, 3))
+        return dy, found
+
+
+@once_per_shape
+def _check_inputs(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    per_group = x.shape[2] // B.shape[2]
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None = None,
+) -> None:
+    sizes = check_tensors(
+        _WHERE,
+        x=(x, "B T H P"),
+        dt=(dt, "B T H"),
+        A=(A, "H"),
+        B=(B, "B T G N"),
+        C=(C, "B T G N"),
+        D=(D, "H ..."),
+        z=(z, "B T H P"),
+        dt_bias=(dt_bias, "H"),
+    )
+    check_real(_WHERE, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+        raise ArgumentError(f"{_WHERE}: B and C have {sizes['G']} groups, which do not divide H = {sizes['H']}")
+    if D is not None and tuple(D.shape[1:]) not in ((), (sizes["P"],)):
+        raise ArgumentError(f"{_WHERE}: D has shape {tuple(D.shape)}, expected (H,) or (H, P) = {tuple(x.shape[2:])}")
+
+
+def _check(a: SSD) -> None:
+    _check_inputs(a.x, a.dt, a.A, a.B, a.C, a.D, a.z)
+    check_state(_WHERE, "the initial state", a.h0, a.packing, a.x, (*a.x.shape[2:], a.B.shape[3]))
+    check_dtype(_WHERE, a.h0.dtype, dt=a.dt, A=a.A)
+    if a.chunk < 1:
+        raise ArgumentError(f"{_WHERE}: chunk is {a.chunk}, expected at least 1")
+
+
+def _reference(a: SSD) -> tuple[Tensor, Tensor]:
+    per_group = a.x.shape[2] // a.B.shape[2]
 
     def run(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         B, C = (m.to(h.dtype).repeat_interleave(per_group, 2) for m in (B, C))
         ys = []
         for t in range(x.shape[1]):
-            a = torch.exp(dt[:, t] * A)[..., None, None]
-            h = a * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+            decay = torch.exp(dt[:, t] * a.A)[..., None, None]
+            h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
             ys.append((h * C[:, t, :, None]).sum(-1))
         return torch.stack(ys, 1) if ys else x.to(h.dtype), h.clone()
 
-    y, final = each_alone(run, cu_seqlens, initial_state, x, dt, B, C)
-    return y.to(x.dtype), final
-
-
-class _Chunks:
-    """Time cut into chunks of K that no border crosses: ``(B, T, ...)`` <-> ``(B, chunks, K, ...)``, zeros between."""
-
-    def __init__(self, x: Tensor, cu_seqlens: Tensor | None, chunk: int):
-        self.batch, self.length = x.shape[:2]
-        self.slots: Tensor | None = None
-        if cu_seqlens is None:
-            self.K = max(1, min(chunk, self.length))
-            self.count = -(-self.length // self.K)
-            whole = slice(None)
-            self.starts, self.stops = ({0: whole}, {self.count - 1: whole}) if self.count else ({}, {})
-            return
-        lengths = cu_seqlens.diff()
-        self.K = max(1, min(chunk, int(lengths.max())))
-        ends = (-(-lengths // self.K)).cumsum(0)
-        ids = sequence_ids(cu_seqlens, self.length)
-        first = (ends - -(-lengths // self.K))[ids] * self.K - cu_seqlens[:-1][ids]
-        self.slots = torch.arange(self.length, device=x.device) + first
-        borders = list(enumerate(pairwise([0, *ends.tolist()])))
-        self.count = borders[-1][1][1]
-        self.starts = {begin: slice(i, i + 1) for i, (begin, end) in borders if begin < end}
-        self.stops = {end - 1: slice(i, i + 1) for i, (begin, end) in borders if begin < end}
-
-    def cut(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Lay time out in chunks."""
-        total = self.count * self.K
-        if self.slots is not None:
-            out = x.new_zeros(1, total, *x.shape[2:], dtype=dtype)
-            out[0, self.slots] = x[0].to(dtype)
-        elif total == self.length:
-            out = x.to(dtype)
-        else:
-            out = x.new_zeros(self.batch, total, *x.shape[2:], dtype=dtype)
-            out[:, : self.length] = x
-        return out.unflatten(1, (self.count, self.K))
-
-    def join(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`cut`."""
-        x = x.flatten(1, 2)
-        return x[:, : self.length] if self.slots is None else x[:, self.slots]
-
-    def spans(self, heads: int) -> list[tuple[int, int]]:
-        """Runs of chunks whose masks are held at once."""
-        size = _span_size(self.batch, heads, self.K)
-        return [(begin, min(begin + size, self.count)) for begin in range(0, self.count, size)]
+    y, final = each_alone(run, a.packing, a.h0, a.x, a.dt, a.B, a.C)
+    return a.finish(y)[0], final
 
 
 def _span_size(batch: int, heads: int, chunk: int) -> int:
-    return max(1, _SPAN_ELEMENTS // max(1, batch * heads * chunk * chunk))
+    return larger(1, _SPAN_ELEMENTS // larger(1, batch * heads * chunk * chunk))
 
 
 class _Span(NamedTuple):
@@ -223,7 +231,7 @@ def _weights(span: _Span) -> Tensor:
 
 
 def _carry(
-    span: _Span, chunks: _Chunks, begin: int, h: Tensor, h0: Tensor, final: Tensor | None
+    span: _Span, chunks: Chunks, begin: int, h: Tensor, h0: Tensor, final: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The states that enter each chunk ``(B, S, H, P, N)``, and the one that leaves the last."""
     added = (span.kept.mT @ span.B).view(*span.kept.shape[:2], *h0.shape[1:])
@@ -239,49 +247,50 @@ def _carry(
     return enter, h
 
 
-def _run(keep: bool, *args: Any) -> list[Tensor]:
-    x, dt, A, B, C, h0, cu_seqlens, chunk = args
-    chunks = _Chunks(x, cu_seqlens, chunk)
-    heads = x.shape[2]
-    cut = [chunks.cut(m, h0.dtype) for m in (x, dt, B, C)]
+def _chunks(a: SSD) -> Chunks:
+    """K is at most the longest sequence."""
+    longest = a.x.shape[1] if a.packing is None else a.packing.longest
+    return Chunks.of(a.x, a.packing, max(1, min(a.chunk, longest)))
+
+
+def _spans(a: SSD, chunks: Chunks) -> list[tuple[int, int]]:
+    """Runs of chunks whose masks are held at once."""
+    size = _span_size(len(a.x), a.x.shape[2], chunks.size)
+    return [(begin, min(begin + size, chunks.in_row)) for begin in range(0, chunks.in_row, size)]
+
+
+def _run(keep: bool, a: SSD) -> list[Tensor]:
+    chunks, heads, h0 = _chunks(a), a.x.shape[2], a.h0
+    cut = [chunks.cut(m, h0.dtype) for m in (a.x, a.dt, a.B, a.C)]
     y, final, saved = torch.empty_like(cut[0]), h0.clone(), []
-    h = torch.zeros_like(h0[: len(x)])
-    for begin, end in chunks.spans(heads):
+    h = torch.zeros_like(h0[: len(a.x)])
+    for begin, end in _spans(a, chunks):
         saved.append(h)
         xs, dts, Bs, Cs = (m[:, begin:end] for m in cut)
-        span = _span(xs, dts, A, Bs, Cs)
+        span = _span(xs, dts, a.A, Bs, Cs)
         enter, h = _carry(span, chunks, begin, h, h0, final)
         inside = _weights(span) @ span.xdt
         before = _by_head(span.C @ enter.view(*span.kept.shape[:3], span.kept.shape[4], h0.shape[3]).mT, heads)
         y[:, begin:end] = inside.addcmul_(before, span.since[..., None]).transpose(2, 3)
-    y = chunks.join(y).to(x.dtype).contiguous()
-    return [y, final, *([torch.stack(saved) if saved else h.new_empty(0, *h.shape)] if keep else [])]
+    out, gated = a.finish(chunks.join(y))
+    saved = torch.stack(saved) if saved else h.new_empty(0, *h.shape)
+    return [out.contiguous(), final, *([saved, *([] if a.z is None else [gated])] if keep else [])]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)
 
 
-def _backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-    chunk: int,
-) -> list[Tensor]:
+def _backward(grads: list[Tensor], kept: list[Tensor], a: SSD) -> dict[str, Tensor]:
     """Spans from last to first, everything but the states between spans recomputed; matrix products throughout."""
-    chunks, heads, groups = _Chunks(x, cu_seqlens, chunk), x.shape[2], B.shape[2]
-    cut = [chunks.cut(m, h0.dtype) for m in (x, dt, B, C)]
-    dy, dfinal = chunks.cut(grads[0], h0.dtype), grads[1]
+    chunks, heads, groups, h0 = _chunks(a), a.x.shape[2], a.B.shape[2], a.h0
+    dout, found = a.start(grads[0], kept[-1])
+    cut = [chunks.cut(m, h0.dtype) for m in (a.x, a.dt, a.B, a.C)]
+    dy, dfinal = chunks.cut(dout, h0.dtype), grads[1]
     dx, ddt, dB, dC = (torch.empty_like(m) for m in cut)
-    dA, dh0, g = torch.zeros_like(A), dfinal.clone(), torch.zeros_like(h0[: len(x)])
-    for i, (begin, end) in reversed(list(enumerate(chunks.spans(heads)))):
+    dA, dh0, g = torch.zeros_like(a.A), dfinal.clone(), torch.zeros_like(h0[: len(a.x)])
+    for i, (begin, end) in reversed(list(enumerate(_spans(a, chunks)))):
         xs, dts, Bs, Cs = (m[:, begin:end] for m in cut)
-        s = _span(xs, dts, A, Bs, Cs)
+        s = _span(xs, dts, a.A, Bs, Cs)
         enter, _ = _carry(s, chunks, begin, kept[0][i], h0, None)
         enter_g = enter.view(*s.kept.shape[:3], s.kept.shape[4], h0.shape[3])
         dyh = dy[:, begin:end].transpose(2, 3).contiguous()
@@ -322,46 +331,30 @@ def _backward(
         dlog_a = dtotal.flip(3).cumsum(3).flip(3).transpose(2, 3)
         dxdt = dxdt.transpose(2, 3)
         dx[:, begin:end] = dxdt * dts[..., None]
-        ddt[:, begin:end] = dlog_a * A + (dxdt * xs).sum(-1)
+        ddt[:, begin:end] = dlog_a * a.A + (dxdt * xs).sum(-1)
         dA += (dlog_a * dts).sum((0, 1, 2))
         dB[:, begin:end], dC[:, begin:end] = dBs.transpose(2, 3), dCs.transpose(2, 3)
     dx, ddt, dB, dC = (chunks.join(m) for m in (dx, ddt, dB, dC))
-    return [m.to(of.dtype).contiguous() for m, of in zip((dx, ddt, dA, dB, dC, dh0), (x, dt, A, B, C, h0), strict=True)]
+    dx = dx if a.skip is None else dx + a.skip * dout
+    return {**found, "x": dx, "dt": ddt, "A": dA, "B": dB, "C": dC, "h0": dh0}
 
 
-def _fake(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-    chunk: int,
-) -> list[Tensor]:
-    return [x.new_empty(x.shape), h0.new_empty(h0.shape)]
+def _fake(a: SSD) -> list[Tensor]:
+    return [a.x.new_empty(a.x.shape), a.h0.new_empty(a.h0.shape)]
 
 
-def _saved(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    h0: Tensor,
-    cu_seqlens: Tensor | None,
-    chunk: int,
-) -> list[Tensor]:
-    batch, length, heads = x.shape[:3]
-    if cu_seqlens is None:
-        chunk = max(1, min(chunk, length))
+def _saved(a: SSD) -> list[Tensor]:
+    batch, length, heads = a.x.shape[:3]
+    if a.packing is None:
+        chunk = larger(1, smaller(a.chunk, length))
         size = _span_size(batch, heads, chunk)
         chunks = -(-length // chunk)
         spans = -(-chunks // size)
     else:
         spans = torch.library.get_ctx().new_dynamic_size()  # as many as the lengths ask for
-    return [h0.new_empty(spans, batch, *h0.shape[1:])]
+    gated = [] if a.z is None else [a.x.new_empty(a.x.shape, dtype=a.h0.dtype)]
+    return [a.h0.new_empty(spans, batch, *a.h0.shape[1:]), *gated]
 
 
-ssd_op = Op("ssd", _reference, fake=_fake)
+ssd_op = Op(_WHERE, SSD, _reference, fake=_fake, check=_check)
 ssd_op.add(Backend("torch", _forward, _backward, infer=_infer, saved=_saved))

@@ -1,13 +1,17 @@
 """The Vandermonde product: the convolution kernel of a diagonal state space model (S4D, DSS, H3)."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.shapes import check_tensors
+from dualform.core.shapes import check_tensors, once_per_shape
 from dualform.ops.op import Backend, Op
+from dualform.ops.state import check_dtype
+
+_WHERE = "vandermonde_kernel"
 
 
 def vandermonde_kernel(log_poles: Tensor, weights: Tensor, length: int) -> Tensor:
@@ -35,27 +39,45 @@ def vandermonde_kernel(log_poles: Tensor, weights: Tensor, length: int) -> Tenso
     References:
         Gu, Goel, Gupta and Re (2022), arXiv:2206.11893, section 3.2.
     """
-    check_tensors("vandermonde_kernel", log_poles=(log_poles, "D N"), weights=(weights, "D N"))
-    for name, tensor in (("log_poles", log_poles), ("weights", weights)):
-        if not tensor.is_complex():
-            raise ArgumentError(f"vandermonde_kernel: {name} is {tensor.dtype}, expected a complex dtype")
-    if length < 0:
-        raise ArgumentError(f"vandermonde_kernel: the length is {length}, expected 0 or more")
+    _check_inputs(log_poles, weights, length)
     dtype = torch.promote_types(torch.promote_types(log_poles.dtype, weights.dtype), torch.complex64)
     if log_poles.device.type == "cpu" and log_poles.numel() and not torch.compiler.is_compiling():
         growth = float(log_poles.detach().real.max()) * (length - 1)
         if growth > math.log(torch.finfo(dtype).max) / 2:
             raise ArgumentError(
-                f"vandermonde_kernel: a mode grows by exp({growth:.3g}) over {length} taps, which overflows {dtype}",
+                f"{_WHERE}: a mode grows by exp({growth:.3g}) over {length} taps, which overflows {dtype}",
                 hint="the real parts of log_poles are dt Re A: negative for a stable system",
             )
-    (kernel,) = vandermonde_op(log_poles.to(dtype), weights.to(dtype), length)
+    (kernel,) = vandermonde_op(Vandermonde(log_poles.to(dtype), weights.to(dtype), length))
     return kernel
 
 
-def _reference(log_poles: Tensor, weights: Tensor, length: int) -> Tensor:
-    powers = torch.exp(log_poles[..., None] * torch.arange(length, device=log_poles.device))
-    return 2 * (weights[..., None] * powers).sum(1).real
+class Vandermonde(NamedTuple):
+    """The arguments of the operator, as in :func:`vandermonde_kernel`; both tensors have one dtype."""
+
+    log_poles: Tensor  # (D, N)
+    weights: Tensor  # (D, N)
+    length: int
+
+
+@once_per_shape
+def _check_inputs(log_poles: Tensor, weights: Tensor, length: int) -> None:
+    check_tensors(_WHERE, log_poles=(log_poles, "D N"), weights=(weights, "D N"))
+    for name, tensor in (("log_poles", log_poles), ("weights", weights)):
+        if not tensor.is_complex():
+            raise ArgumentError(f"{_WHERE}: {name} is {tensor.dtype}, expected a complex dtype")
+    if length < 0:
+        raise ArgumentError(f"{_WHERE}: the length is {length}, expected 0 or more")
+
+
+def _check(a: Vandermonde) -> None:
+    _check_inputs(*a)
+    check_dtype(_WHERE, a.weights.dtype, log_poles=a.log_poles)
+
+
+def _reference(a: Vandermonde) -> tuple[Tensor]:
+    powers = torch.exp(a.log_poles[..., None] * torch.arange(a.length, device=a.log_poles.device))
+    return (2 * (a.weights[..., None] * powers).sum(1).real,)
 
 
 def _two_levels(log_poles: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -81,16 +103,18 @@ def _complex(x: Tensor) -> Tensor:
     return torch.complex(*(half.mT for half in x.chunk(2, -1)))
 
 
-def _forward(log_poles: Tensor, weights: Tensor, length: int) -> list[Tensor]:
+def _forward(a: Vandermonde) -> list[Tensor]:
+    log_poles, weights, length = a
     outer, inner = _two_levels(log_poles, length)
     kernel = torch.bmm(_real(2 * (weights[..., None] * outer).conj()), _real(inner).mT)
     return [kernel.flatten(1)[:, :length].contiguous()]
 
 
-def _backward(grads: list[Tensor], kept: list[Tensor], log_poles: Tensor, weights: Tensor, length: int) -> list[Tensor]:
+def _backward(grads: list[Tensor], kept: list[Tensor], a: Vandermonde) -> dict[str, Tensor]:
     """The moments ``sum_l dK_l conj(exp(l z))`` and ``sum_l l dK_l conj(exp(l z))``, again in two levels."""
+    log_poles, weights, length = a
     if length == 0:
-        return [torch.zeros_like(log_poles), torch.zeros_like(weights)]
+        return {"log_poles": torch.zeros_like(log_poles), "weights": torch.zeros_like(weights)}
     outer, inner = _two_levels(log_poles, length)
     blocks, block = outer.shape[-1], inner.shape[-1]
     dk = torch.nn.functional.pad(2 * grads[0], (0, blocks * block - length)).unflatten(1, (blocks, block))
@@ -100,12 +124,12 @@ def _backward(grads: list[Tensor], kept: list[Tensor], log_poles: Tensor, weight
     starts = block * torch.arange(blocks, device=dk.device)
     zeroth = (outer * plain).sum(-1).conj()
     first = (outer * (starts * plain + later)).sum(-1).conj()
-    return [weights.conj() * first, zeroth.resolve_conj()]
+    return {"log_poles": weights.conj() * first, "weights": zeroth}
 
 
-def _fake(log_poles: Tensor, weights: Tensor, length: int) -> list[Tensor]:
-    return [log_poles.new_empty(log_poles.shape[0], length, dtype=log_poles.real.dtype)]
+def _fake(a: Vandermonde) -> list[Tensor]:
+    return [a.log_poles.new_empty(a.log_poles.shape[0], a.length, dtype=a.log_poles.real.dtype)]
 
 
-vandermonde_op = Op("vandermonde_kernel", _reference, fake=_fake)
+vandermonde_op = Op(_WHERE, Vandermonde, _reference, fake=_fake, check=_check, outputs=1)
 vandermonde_op.add(Backend("torch", _forward, _backward))

@@ -1,6 +1,6 @@
-// y_t = act(bias + sum_j w_j x_{t - (W-1) + j}): a thread owns V neighbouring channels and walks through a piece of
-// time. What it will need again stays in registers, and the next STEPS inputs are on their way from memory: nothing but
-// the few steps around a piece is read twice. The warps of a block take neighbouring pieces of the same channels.
+// y_t = act(bias + sum_j w_j x_{t - (W-1) + j}): a thread owns V neighbouring channels and walks through a span of
+// time. What it will need again stays in registers, and the next STEPS inputs are on their way from memory: only the
+// few steps around a span are read twice. The warps of a block take neighbouring spans of the same channels.
 #pragma once
 
 #include "sequences.cuh"
@@ -11,7 +11,7 @@ constexpr int ROWS = W + int(BIASED);  // of sums: the gradients of the weights,
 
 // One convolution, forward and backward.
 struct Conv {
-  int64 rows, length, width, span;  // span: steps of a piece
+  int64 rows, length, width, span;  // span: steps of a warp
   const int64* borders;             // (rows + 1), of sequences packed end to end, or null
   View x;
   const WEIGHT* weight;  // (D, W)
@@ -24,7 +24,7 @@ struct Conv {
   const float* dfinal;  // (rows, D, W-1)
   INPUT* dx;            // (B, T, D)
   float* dstate;        // (rows, D, W-1)
-  int64 blocks;         // of pieces of time
+  int64 blocks;         // of spans of time
   float* sums;          // (blocks, ROWS, D)
   WEIGHT* dweight;      // (D, W)
   BIAS* dbias;          // (D)
@@ -63,12 +63,12 @@ DEVICE void store_group(T* p, const float* x, int count) {
   }
 }
 
-// The piece of time of a warp: steps begin to end of a sequence. One without steps exists where its sequence has none.
-struct Piece {
+// The span of time of a warp: steps begin to end of a sequence. One without steps stands for an empty sequence.
+struct Span {
   int64 sequence, batch, start;
   int length, begin, end;
   bool exists;
-  METHOD Piece(const Conv& p) {
+  METHOD Span(const Conv& p) {
     const int64 number = blockIdx.x / over(p.width, LINE) * WARPS + threadIdx.x / 32;
     sequence = find_sequence(p.borders, p.rows, p.length, p.span, number);
     const bool known = sequence < p.rows;
@@ -90,18 +90,18 @@ struct Channels {
       : first(blockIdx.x % over(p.width, LINE) * LINE + threadIdx.x % 32 * V),
         count(int(least(p.width - first, int64(V)))) {}
   // Where the states of a sequence lie: (V, W-1).
-  METHOD int64 states(const Conv& p, const Piece& piece) const { return (piece.sequence * p.width + first) * (W - 1); }
-  METHOD int64 outputs(const Conv& p, const Piece& piece) const {
-    return (piece.batch * p.length + piece.start) * p.width + first;
+  METHOD int64 states(const Conv& p, const Span& span) const { return (span.sequence * p.width + first) * (W - 1); }
+  METHOD int64 outputs(const Conv& p, const Span& span) const {
+    return (span.batch * p.length + span.start) * p.width + first;
   }
 };
 
 // A tensor (B, T, D) as a thread sees it: its channels of any step of a sequence that has steps. A step beyond the last
-// one that is wanted is that one again: a read that asks no question is the fastest.
+// one that is wanted is that one again: the address is always valid, so that reads need no branch.
 struct Steps : Column<INPUT> {
   int last, count;
-  METHOD Steps(const View& v, const Piece& piece, const Channels& of, int last)
-      : Column(v, piece.batch, piece.start, of.first), last(last), count(of.count) {}
+  METHOD Steps(const View& v, const Span& span, const Channels& of, int last)
+      : Column(v, span.batch, span.start, of.first), last(last), count(of.count) {}
   METHOD Group operator[](int t) const { return load_group(at(least(t, last)), count); }
   METHOD void put(int t, const float* x) const { store_group(at(t), x, count); }
 };
@@ -112,7 +112,7 @@ DEVICE void read_input(const Steps& xs, const float* states, int t, float* x) {
   UNROLL for (int v = 0; v < V; v++)
     x[v] = v < xs.count ? states[v * (W - 1) + t + W - 1] : 0;
 }
-// The W-1 inputs before a piece of time, oldest first.
+// The W-1 inputs before a span of time, oldest first.
 DEVICE void read_before(const Steps& xs, const float* states, int begin, float (*x)[V]) {
   if (begin > 0) {
     UNROLL for (int j = 0; j + 1 < W; j++)
@@ -126,7 +126,8 @@ DEVICE void read_before(const Steps& xs, const float* states, int begin, float (
 struct Weights {
   float w[V * W], bias[V];
   METHOD Weights(const Conv& p, const Channels& of) {
-    const int64 first = ALIGNED ? least(of.first, p.width - V) : of.first;  // reads need no question
+    const int64 first =
+        ALIGNED ? least(of.first, p.width - V) : of.first;  // an address that is always valid needs no branch
     load<V * W>(p.weight + first * W, of.count * W, w);
     UNROLL for (int v = 0; v < V; v++)
       bias[v] = 0;

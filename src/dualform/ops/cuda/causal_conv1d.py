@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.ops.causal_conv1d import causal_conv1d_op
+from dualform.ops.causal_conv1d import CausalConv1d, causal_conv1d_op
 from dualform.ops.cuda import compiler
-from dualform.ops.cuda.tensors import TYPES, aligned, alive, pointer, readable, view
+from dualform.ops.cuda.structs import CONV
+from dualform.ops.cuda.tensors import TYPES, aligned, borders, readable
 from dualform.ops.op import Backend
-from dualform.ops.step import add_step
 
 _MOST_TAPS = 8
 
@@ -32,17 +32,6 @@ class Plan(NamedTuple):
     blocks: int = 1
 
 
-class Inputs(NamedTuple):
-    """The arguments of the operator."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    silu: bool
-    state: Tensor
-    cu_seqlens: Tensor | None
-
-
 def plan_forward(rows: int, length: int, width: int, taps: int) -> Plan:
     """As much on its way as registers hold."""
     return Plan(8 if taps <= 4 else 4, 8, 4, _span(rows, length, width, 8), 4)
@@ -54,20 +43,19 @@ def plan_backward(rows: int, length: int, width: int, taps: int) -> Plan:
 
 
 def _span(rows: int, length: int, width: int, channels: int) -> int:
-    """Long, as the steps around a piece are read twice, but with enough warps to go round."""
+    """Long, as the steps around a span are read twice, but with enough warps to go round."""
     span = 1024
     while span > 16 and rows * -(-length // span) * -(-width // (32 * channels)) < (4096 if span > 64 else 1024):
         span //= 2
     return span
 
 
-def _forward(*args: Any) -> list[Tensor]:
-    a = Inputs(*args)
-    y, final = a.x.new_empty(a.x.shape), torch.empty_like(a.state, memory_format=torch.contiguous_format)
+def _forward(a: CausalConv1d) -> list[Tensor]:
+    y, final = a.x.new_empty(a.x.shape), torch.empty_like(a.h0, memory_format=torch.contiguous_format)
     if a.x.numel() == 0:
-        return [y, final.copy_(a.state)]
-    plan = plan_forward(len(a.state), a.x.shape[1], *a.weight.shape)
-    given, fields, macros, lines, blocks = _fields(a, plan)
+        return [y, final.copy_(a.h0)]
+    plan = plan_forward(len(a.h0), a.x.shape[1], *a.weight.shape)
+    given, macros, blocks, lines = _inputs(a, plan)
     compiler.launch(
         "causal_conv1d_forward.cu",
         "causal_conv1d_forward",
@@ -75,49 +63,44 @@ def _forward(*args: Any) -> list[Tensor]:
         lines * blocks,
         32 * plan.warps,
         0,
-        (*fields, pointer(y), pointer(final), *[0] * 10),
+        CONV.pack(**given, y=y, final=final),
     )
-    alive(given)
     return [y, final]
 
 
-def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-    a = Inputs(*args)
-    like = (a.x, a.weight, *(() if a.bias is None else (a.bias,)))
+def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[str, Tensor]:
     dfinal = grads[1].contiguous()
     if a.x.numel() == 0:
-        return [*(torch.zeros_like(m, memory_format=torch.contiguous_format) for m in like), dfinal.clone()]
-    plan = plan_backward(len(a.state), a.x.shape[1], *a.weight.shape)
+        zeros = {f: torch.zeros_like(m) for f, m in a._asdict().items() if isinstance(m, Tensor)}
+        return {**zeros, "h0": dfinal.clone()}
+    plan = plan_backward(len(a.h0), a.x.shape[1], *a.weight.shape)
     dy = readable(grads[0].to(a.x.dtype))
-    given, fields, macros, lines, blocks = _fields(a, plan, dy)
-    _, weight, bias, *_ = given
-    dx, dweight = a.x.new_empty(a.x.shape), torch.empty_like(weight)
-    dbias, dstate = None if bias is None else torch.empty_like(bias), torch.empty_like(dfinal)
-    width, taps = weight.shape
+    given, macros, blocks, lines = _inputs(a, plan, dy)
+    bias = given["bias"]
+    dx, dweight, dh0 = a.x.new_empty(a.x.shape), torch.empty_like(given["weight"]), torch.empty_like(dfinal)
+    found = {"x": dx, "weight": dweight, "h0": dh0, **({} if bias is None else {"bias": torch.empty_like(bias)})}
+    width, taps = dweight.shape
     rows = taps + (bias is not None)
     sums = dfinal.new_empty(blocks, rows, width)
-    fields = (
-        *(*fields, 0, 0, *view(dy), pointer(dfinal), pointer(dx), pointer(dstate), blocks),
-        *(pointer(m) for m in (sums, dweight, dbias)),
-    )
+    structure = CONV.pack(
+        **given, dy=dy, dfinal=dfinal, dx=dx, dstate=dh0, blocks=blocks, sums=sums, dweight=dweight,
+        dbias=found.get("bias"),
+    )  # fmt: skip
     shared = 32 * plan.warps * macros["CHANNELS"] * max(4 * rows, 2 * plan.steps * a.x.element_size())
     file = "causal_conv1d_backward.cu"
-    compiler.launch(file, "causal_conv1d_backward", macros, lines * blocks, 32 * plan.warps, shared, fields)
-    compiler.launch(file, "causal_conv1d_sums", macros, rows * -(-width // 32), 256, 4 * 256, fields)
-    alive(given, dy, dfinal, sums)
-    found = (dx, dweight, *(() if dbias is None else (dbias,)))
-    return [*(g.to(m.dtype) for g, m in zip(found, like, strict=True)), dstate]
+    compiler.launch(file, "causal_conv1d_backward", macros, lines * blocks, 32 * plan.warps, shared, structure)
+    compiler.launch(file, "causal_conv1d_sums", macros, rows * -(-width // 32), 256, 4 * 256, structure)
+    return found
 
 
-def _fields(a: Inputs, plan: Plan, *more: Tensor) -> tuple[Any, tuple[int, ...], dict[str, Any], int, int]:
-    """What the kernels are given, to be kept alive; the first fields of ``Conv``; their macros; numbers of blocks.
+def _inputs(a: CausalConv1d, plan: Plan, *more: Tensor) -> tuple[dict[str, Any], dict[str, Any], int, int]:
+    """The fields of ``Conv`` that forward and backward read, and their macros; blocks over time, and over channels.
 
-    ``more`` are tensors like x that the kernels read, too. Blocks lie side by side over channels, and over time.
+    ``more`` are tensors like x that the kernels read, too.
     """
-    x, weight, state = readable(a.x), readable(a.weight, 2), a.state.contiguous()
+    x, weight = readable(a.x), readable(a.weight, 2)
     bias = None if a.bias is None else readable(a.bias)
-    cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.to(torch.int64).contiguous()
-    (rows, width, _), length = state.shape, x.shape[1]
+    (rows, width, _), length = a.h0.shape, x.shape[1]
     at_once = all(m is None or m.data_ptr() % 16 == 0 for m in (weight, bias))
     eight = plan.channels == 8 and at_once and x.element_size() == 2 and aligned(width, x, *more, many=8)
     channels = 8 if eight else 4
@@ -134,41 +117,31 @@ def _fields(a: Inputs, plan: Plan, *more: Tensor) -> tuple[Any, tuple[int, ...],
         "SILU": a.silu,
         "ALIGNED": at_once and aligned(width, x, *more),
     }
-    pieces = rows * -(-length // plan.span) if cu_seqlens is None else length // plan.span + rows
-    fields = (
-        *(rows, length, width, plan.span, pointer(cu_seqlens), *view(x)),
-        *(pointer(m) for m in (weight, bias, state)),
-    )
-    return (x, weight, bias, state, cu_seqlens), fields, macros, -(-width // (32 * channels)), -(-pieces // plan.warps)
+    given = {
+        "rows": rows,
+        "length": length,
+        "width": width,
+        "span": plan.span,
+        "borders": borders(a.packing),
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "state": a.h0.contiguous(),
+    }
+    spans = rows * -(-length // plan.span) if a.packing is None else length // plan.span + rows
+    return given, macros, -(-spans // plan.warps), -(-width // (32 * channels))
 
 
-def _refuses(*args: Any) -> str | None:
-    a = Inputs(*args)
-    if a.state.dtype != torch.float32:
-        return f"the state is {a.state.dtype}, not float32"
+def _refuses(a: CausalConv1d) -> str | None:
+    if a.h0.dtype != torch.float32:
+        return f"the state is {a.h0.dtype}, not float32"
     if a.x.dtype not in TYPES:
         return f"x is {a.x.dtype}, not one of {', '.join(str(dtype) for dtype in TYPES)}"
     if a.weight.shape[1] > _MOST_TAPS:
         return f"a width of {a.weight.shape[1]}, more than {_MOST_TAPS}"
-    return compiler.missing() or None
+    return None
 
 
-def causal_conv1d_update(
-    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor] | None:
-    """``(B, D)`` and ``(B, D, W-1)``: a sequence of one element."""
-    if not _on_gpu(x, state, weight, bias) or state.shape != (*x.shape, weight.shape[1] - 1):
-        return None
-    args = (x[:, None], weight, bias, silu, state, None)
-    if _refuses(*args):
-        return None
-    y, after = _forward(*args)
-    return y[:, 0], after
-
-
-def _on_gpu(*tensors: Tensor | None) -> bool:
-    return all(m is None or m.is_cuda for m in tensors)
-
-
-causal_conv1d_op.add(Backend("cuda", _forward, _backward, devices=("cuda",), refuses=_refuses))
-add_step("causal_conv1d_update", "cuda", causal_conv1d_update)
+causal_conv1d_op.add(
+    Backend("cuda", _forward, _backward, devices=("cuda",), refuses=_refuses, missing=compiler.missing)
+)

@@ -3,7 +3,7 @@
 //     dx_s = sum_j w_j g_{s + (W-1) - j},    dw_j = sum_t g_t x_{t - (W-1) + j},    dbias = sum_t g_t.
 //
 // A thread runs W-1 steps ahead of the gradients of inputs that it writes: at step t it knows dx_{t - (W-1)}. To the
-// weights it adds what it finds from step begin + W-1 on, and the steps before in the first piece of a sequence.
+// weights it adds what it finds from step begin + W-1 on, and the steps before in the first span of a sequence.
 #include "causal_conv1d.cuh"
 
 struct Walk {
@@ -40,11 +40,11 @@ struct Walk {
 };
 
 // The gradient of input s through the final state.
-DEVICE void add_final(const Conv& p, const Piece& piece, const Channels& of, int s, float* dx) {
-  const int j = s - (piece.length - (W - 1));
+DEVICE void add_final(const Conv& p, const Span& span, const Channels& of, int s, float* dx) {
+  const int j = s - (span.length - (W - 1));
   if (j < 0) return;
   UNROLL for (int v = 0; v < V; v++)
-    if (v < of.count) dx[v] += p.dfinal[of.states(p, piece) + v * (W - 1) + j];
+    if (v < of.count) dx[v] += p.dfinal[of.states(p, span) + v * (W - 1) + j];
 }
 
 // The next STEPS of x and dy, on their way through shared memory: no registers wait for them.
@@ -63,11 +63,11 @@ struct Ring {
   }
 };
 
-// Everything but the sums over time: those of this piece are left in the walk. Beyond the end of a sequence dy is zero.
-DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Walk& walk, const Ring& ring) {
-  const int begin = piece.begin, last = least(piece.end + W - 1, piece.length) - 1;
-  const Steps xs(p.x, piece, of, last), dys(p.dy, piece, of, last);
-  const Steps dxs({p.dx, p.length * p.width, p.width}, piece, of, last);
+// Everything but the sums over time: those of this span are left in the walk. Beyond the end of a sequence dy is zero.
+DEVICE void walk_span(const Conv& p, const Span& span, const Channels& of, Walk& walk, const Ring& ring) {
+  const int begin = span.begin, last = least(span.end + W - 1, span.length) - 1;
+  const Steps xs(p.x, span, of, last), dys(p.dy, span, of, last);
+  const Steps dxs({p.dx, p.length * p.width, p.width}, span, of, last);
   auto ask = [&](int i, int slot) {
     ring.ask(slot, 0, xs.at(begin + i), of.count, begin + i <= last);
     ring.ask(slot, 1, dys.at(begin + i), of.count, begin + i <= last);
@@ -80,16 +80,16 @@ DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Wa
   };
   UNROLL for (int i = 0; i < STEPS; i++)
     ask(i, i);
-  read_before(xs, p.state + of.states(p, piece), begin, walk.x + 1);
+  read_before(xs, p.state + of.states(p, span), begin, walk.x + 1);
   UNROLL for (int i = 0; i < W - 1; i++) {
     next(i, i);
     if (begin > 0) continue;
     walk.collect();
     float dx[V];
     walk.of_input(dx);
-    add_final(p, piece, of, i - (W - 1), dx);
+    add_final(p, span, of, i - (W - 1), dx);
     UNROLL for (int v = 0; v < V; v++)
-      if (v < of.count) p.dstate[of.states(p, piece) + v * (W - 1) + i] = dx[v];
+      if (v < of.count) p.dstate[of.states(p, span) + v * (W - 1) + i] = dx[v];
   }
 
   auto step = [&](int s, int slot, float* dx) {
@@ -99,14 +99,14 @@ DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Wa
   };
   float dx[V];
   int s = begin;
-  const int regular = least(piece.end, piece.length - (W - 1));  // before the inputs that reach the final state
+  const int regular = least(span.end, span.length - (W - 1));  // before the inputs that reach the final state
 #pragma unroll 1
   for (; s + STEPS <= regular; s += STEPS) UNROLL
     for (int u = 0; u < STEPS; u++) step(s + u, u, dx), dxs.put(s + u, dx);
 #pragma unroll 1
-  for (; s < piece.end; s++) {
+  for (; s < span.end; s++) {
     step(s, s - begin, dx);
-    add_final(p, piece, of, s, dx);
+    add_final(p, span, of, s, dx);
     dxs.put(s, dx);
   }
   await_copies<0>();
@@ -115,14 +115,14 @@ DEVICE void walk_piece(const Conv& p, const Piece& piece, const Channels& of, Wa
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     causal_conv1d_backward(const __grid_constant__ Conv p) {
   SHARED_MEMORY(memory);
-  const Piece piece(p);
+  const Span span(p);
   const Channels of(p);
   Walk walk(p, of);
-  if (piece.exists && of.count > 0) {
-    if (piece.length > 0) {
-      walk_piece(p, piece, of, walk, {reinterpret_cast<INPUT*>(memory) + threadIdx.x * V});
+  if (span.exists && of.count > 0) {
+    if (span.length > 0) {
+      walk_span(p, span, of, walk, {reinterpret_cast<INPUT*>(memory) + threadIdx.x * V});
     } else {
-      const int64 at = of.states(p, piece);
+      const int64 at = of.states(p, span);
       UNROLL for (int i = 0; i < V * (W - 1); i++)
         if (i < of.count * (W - 1)) p.dstate[at + i] = p.dfinal[at + i];
     }

@@ -7,7 +7,6 @@ in ``DUALFORM_CACHE``, or in the user's cache folder.
 import ctypes
 import hashlib
 import os
-import struct
 import tempfile
 from contextlib import suppress
 from functools import cache
@@ -52,7 +51,7 @@ def limits() -> Limits:
 
 
 def launch(
-    file: str, kernel: str, defines: dict[str, Any], grid: int, threads: int, shared: int, fields: tuple[int, ...]
+    file: str, kernel: str, defines: dict[str, Any], grid: int, threads: int, shared: int, structure: bytes
 ) -> None:
     """Start ``grid`` blocks of a kernel on the current stream.
 
@@ -63,7 +62,7 @@ def launch(
         grid: number of blocks.
         threads: of a block.
         shared: bytes of shared memory of a block.
-        fields: of the structure, of 64 bits each.
+        structure: in memory; what it points to must live until this returns.
     """
     if grid == 0:
         return
@@ -73,7 +72,7 @@ def launch(
     if not int(_check(*driver.cuCtxGetCurrent())):  # a thread of autograd on which PyTorch has done nothing yet
         _check(*driver.cuCtxSetCurrent(_context(device)))
     function = _function(file, kernel, tuple(defines.items()), device, shared)
-    values = ctypes.create_string_buffer(struct.pack(f"{len(fields)}q", *fields))
+    values = ctypes.create_string_buffer(structure, len(structure))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(values))
     stream = torch.cuda.current_stream().cuda_stream
     _check(

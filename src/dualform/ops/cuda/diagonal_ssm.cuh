@@ -115,7 +115,7 @@ struct Modes {
 };
 
 // Four channels of any step. Steps beyond the end repeat the last one, and channels beyond the width those before:
-// nothing becomes of either, and a read that asks no question is the fastest.
+// neither is used, and an address that is always valid needs no branch.
 struct Input {
   const INPUT* from;
   int64 time;

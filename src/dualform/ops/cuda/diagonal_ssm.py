@@ -1,13 +1,14 @@
 """The diagonal state space model on an NVIDIA GPU: its recurrence, in registers, without a Fourier transform."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dualform.ops.cuda import compiler
-from dualform.ops.cuda.tensors import TYPES, aligned, alive, pointer, readable, view
-from dualform.ops.diagonal_ssm import diagonal_ssm_op
+from dualform.ops.cuda.structs import SYSTEM
+from dualform.ops.cuda.tensors import TYPES, aligned, borders, readable
+from dualform.ops.diagonal_ssm import DiagonalSSM, diagonal_ssm_op
 from dualform.ops.op import Backend
 
 _MOST_MODES = 64
@@ -30,16 +31,6 @@ class Plan(NamedTuple):
     warps: int
     blocks: int
     span: int
-
-
-class Inputs(NamedTuple):
-    """The arguments of the operator."""
-
-    u: Tensor
-    Abar: Tensor
-    CB: Tensor
-    h0: Tensor
-    cu_seqlens: Tensor | None
 
 
 def plan_forward(modes: int, batch: int, length: int, width: int) -> Plan:
@@ -69,15 +60,22 @@ def _span(batch: int, length: int, width: int, lanes: int) -> int:
 class _Call:
     """What the kernels of one direction are given; ``like_u`` are tensors that they read as they read u."""
 
-    def __init__(self, file: str, a: Inputs, plan: Plan, *like_u: Tensor):
-        cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.to(torch.int64).contiguous()
-        u, tensors = readable(a.u), [x.contiguous() for x in (a.Abar, a.CB, a.h0)]
-        (rows, width, modes), length = a.h0.shape, u.shape[1]
-        spans = rows * -(-length // plan.span) if cu_seqlens is None else length // plan.span + rows
-        self.given, self.file, self.plan = (u, cu_seqlens, tensors, like_u), file, plan
+    def __init__(self, file: str, a: DiagonalSSM, plan: Plan, *like_u: Tensor):
+        u, (rows, width, modes), length = readable(a.u), a.h0.shape, a.u.shape[1]
+        spans = rows * -(-length // plan.span) if a.packing is None else length // plan.span + rows
+        self.file, self.plan = file, plan
         self.rows, self.blocks = rows, -(-width * plan.lanes // (32 * plan.warps))  # of channels
         self.shape, self.cut = (spans, width, modes), plan.span < length
-        self.fields = (rows, length, width, modes, plan.span, pointer(cu_seqlens), *view(u), *map(pointer, tensors))
+        self.given = {
+            "rows": rows,
+            "length": length,
+            "width": width,
+            "modes": modes,
+            "span": plan.span,
+            "borders": borders(a.packing),
+            "u": u,
+            **{name: m.resolve_conj().contiguous() for name, m in (("a", a.Abar), ("c", a.CB), ("h0", a.h0))},
+        }
         self.macros = {
             "LANES": plan.lanes,
             "MODES": plan.modes,
@@ -87,65 +85,62 @@ class _Call:
             "INPUT_ALIGNED": aligned(width, u, *like_u),
         }
 
-    def over_spans(self, kernel: str, tiles: int, sums: int, more: tuple[int, ...], **macros: bool) -> None:
+    def over_spans(self, kernel: str, tiles: int, sums: int, structure: bytes, **macros: bool) -> None:
         """Run every span. ``tiles`` and ``sums`` are what a warp keeps in shared memory."""
         lanes, threads = self.plan.lanes, 32 * self.plan.warps
         tile = 32 // lanes * (4 * lanes + 4)
         floats = tiles * tile + sums * lanes * (tile + (20 if lanes == 8 else 8))
         grid, shared = self.shape[0] * self.blocks, 4 * floats * self.plan.warps
-        compiler.launch(self.file, kernel, self.macros | macros, grid, threads, shared, (*self.fields, *more))
+        compiler.launch(self.file, kernel, self.macros | macros, grid, threads, shared, structure)
 
-    def over_sequences(self, kernel: str, more: tuple[int, ...], **macros: bool) -> None:
+    def over_sequences(self, kernel: str, structure: bytes, **macros: bool) -> None:
         """Join the spans of every sequence."""
         grid = self.rows * -(-self.shape[1] * self.shape[2] // 256)
-        compiler.launch(self.file, kernel, self.macros | macros, grid, 256, 0, (*self.fields, *more))
+        compiler.launch(self.file, kernel, self.macros | macros, grid, 256, 0, structure)
 
 
-def _forward(*args: Any) -> list[Tensor]:
-    a = Inputs(*args)
+def _forward(a: DiagonalSSM) -> list[Tensor]:
     y, final = a.u.new_empty(a.u.shape), a.h0.clone(memory_format=torch.contiguous_format)
     if a.u.numel() == 0 or a.h0.numel() == 0:
         return [y.zero_(), final]
     call = _Call("diagonal_ssm_forward.cu", a, plan_forward(a.h0.shape[2], *a.u.shape))
     carry = a.h0.new_empty(call.shape) if call.cut else None
-    more = (pointer(carry), pointer(y), pointer(final), *[0] * 9)
-    if carry is not None:
-        call.over_spans("diagonal_ssm_carry", 1, 0, more)
-        call.over_sequences("diagonal_ssm_join", more)
-    call.over_spans("diagonal_ssm_forward", 1, 1, more)
-    alive(call, carry)
+    structure = SYSTEM.pack(**call.given, carry=carry, y=y, final=final)
+    if call.cut:
+        call.over_spans("diagonal_ssm_carry", 1, 0, structure)
+        call.over_sequences("diagonal_ssm_join", structure)
+    call.over_spans("diagonal_ssm_forward", 1, 1, structure)
     return [y, final]
 
 
-def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-    a = Inputs(*args)
-    du, dfinal = a.u.new_empty(a.u.shape), grads[1].contiguous()
+def _backward(grads: list[Tensor], kept: list[Tensor], a: DiagonalSSM) -> dict[str, Tensor]:
+    du, dfinal = a.u.new_empty(a.u.shape), grads[1].resolve_conj().contiguous()
     dh0 = dfinal.clone()
     if a.u.numel() == 0 or a.h0.numel() == 0:
-        return [du.zero_(), *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in args[1:3]), dh0]
+        return {"u": du.zero_(), "Abar": torch.zeros_like(a.Abar), "CB": torch.zeros_like(a.CB), "h0": dh0}
     dy = readable(grads[0].to(a.u.dtype))
     call = _Call("diagonal_ssm_backward.cu", a, plan_backward(a.h0.shape[2], *a.u.shape), dy)
-    carry = a.h0.new_empty(2, *call.shape) if call.cut else (None, None)
+    carry, carry_q = a.h0.new_empty(2, *call.shape) if call.cut else (None, None)
     da, dc = a.h0.new_empty(2, *call.shape)
-    found = map(pointer, (du, da, dc, dh0))
-    more = (pointer(carry[0]), 0, 0, *view(dy), pointer(dfinal), pointer(carry[1]), *found)
+    structure = SYSTEM.pack(
+        **call.given, carry=carry, dy=dy, dfinal=dfinal, carry_q=carry_q, du=du, da=da, dc=dc, dh0=dh0
+    )
     if call.cut:
-        call.over_spans("diagonal_ssm_backward_carry", 1, 0, more, WITH_FINAL=False)
-        call.over_sequences("diagonal_ssm_backward_join", more, WITH_FINAL=False)
+        call.over_spans("diagonal_ssm_backward_carry", 1, 0, structure, WITH_FINAL=False)
+        call.over_sequences("diagonal_ssm_backward_join", structure, WITH_FINAL=False)
     for with_final in (False, True):  # each leaves to the other what is not its own
-        call.over_spans("diagonal_ssm_backward", 2, 1, more, WITH_FINAL=with_final)
-    alive(call, carry, dfinal)
-    return [du, da.sum(0), dc.sum(0), dh0]
+        call.over_spans("diagonal_ssm_backward", 2, 1, structure, WITH_FINAL=with_final)
+    return {"u": du, "Abar": da.sum(0), "CB": dc.sum(0), "h0": dh0}
 
 
-def _refuses(u: Tensor, Abar: Tensor, CB: Tensor, h0: Tensor, cu_seqlens: Tensor | None) -> str | None:
-    if h0.dtype != torch.complex64:
-        return f"the state is {h0.dtype}, not complex64"
-    if u.dtype not in TYPES:
-        return f"u is {u.dtype}, not float32, bfloat16 or float16"
-    if h0.shape[2] > _MOST_MODES:
-        return f"{h0.shape[2]} modes, more than {_MOST_MODES}"
-    return compiler.missing() or None
+def _refuses(a: DiagonalSSM) -> str | None:
+    if a.h0.dtype != torch.complex64:
+        return f"the state is {a.h0.dtype}, not complex64"
+    if a.u.dtype not in TYPES:
+        return f"u is {a.u.dtype}, not float32, bfloat16 or float16"
+    if a.h0.shape[2] > _MOST_MODES:
+        return f"{a.h0.shape[2]} modes, more than {_MOST_MODES}"
+    return None
 
 
-diagonal_ssm_op.add(Backend("cuda", _forward, _backward, devices=("cuda",), refuses=_refuses))
+diagonal_ssm_op.add(Backend("cuda", _forward, _backward, devices=("cuda",), refuses=_refuses, missing=compiler.missing))

@@ -105,7 +105,7 @@ DEVICE void load_rates(const Scan& p, const Lane& l, float* a) {
 }
 
 // Four channels of any step of a sequence. Steps beyond the end repeat the last one, and channels beyond the width
-// those before: nothing becomes of either, and a read that asks no question is the fastest.
+// those before: neither is used, and an address that is always valid needs no branch.
 template <class T>
 struct Input {
   Column<const T> column;

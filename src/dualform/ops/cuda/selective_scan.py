@@ -1,22 +1,24 @@
 """The selective scan on an NVIDIA GPU."""
 
 from functools import lru_cache, partial
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dualform.ops.cuda import compiler
-from dualform.ops.cuda.tensors import NO_VIEW, TYPES, aligned, alive, pointer, readable, view
+from dualform.ops.cuda.structs import SCAN
+from dualform.ops.cuda.tensors import TYPES, aligned, borders, readable
 from dualform.ops.op import Backend
-from dualform.ops.selective_scan import Arguments, selective_scan_op
+from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
 
 TILE = 64  # steps between the states that the backward starts from, as in selective_scan.cuh
 _LANE_STATES = (2, 4, 8)  # states of one of the four lanes of a channel
 
 
-class Inputs(Arguments):
-    """The arguments, and what follows from them."""
+class Inputs(SelectiveScan):
+    """The record, and what follows from it."""
 
     @property
     def empty(self) -> bool:
@@ -25,8 +27,9 @@ class Inputs(Arguments):
 
     @property
     def per_group(self) -> int:
-        """Channels that share their B and their C."""
-        return self.u.shape[2] // max(self.B.shape[2], self.C.shape[2])
+        """Channels that share their B and their C: no border between groups of either lies within so many."""
+        width = self.u.shape[2]
+        return gcd(width // self.B.shape[2], width // self.C.shape[2])
 
     def in_blocks_of(self, channels: int) -> bool:
         """Whether so many neighbouring channels share their B and their C, and few of the last block are not there."""
@@ -44,9 +47,9 @@ class Inputs(Arguments):
         return next(s for s in _LANE_STATES if 4 * s >= self.h0.shape[2])
 
     def spans(self, lead: int, span: int) -> int:
-        """Pieces of ``lead`` steps, then ``span``, as the kernels number them: sequences do not share one."""
+        """How many spans the kernels number: one of ``lead`` steps, then of ``span``, each within one sequence."""
         rows, length = len(self.h0), self.u.shape[1]
-        return rows * (1 + -(-max(0, length - lead) // span)) if self.cu_seqlens is None else length // span + rows
+        return rows * (1 + -(-max(0, length - lead) // span)) if self.packing is None else length // span + rows
 
 
 class Plan(NamedTuple):
@@ -114,7 +117,7 @@ def plan_backward(x: Inputs) -> tuple[Plan, int, int]:
         if plan.warps == 1 or (x.in_blocks_of(plan.line * plan.warps) and backward_shared(plan, x) <= limits.shared)
     )
     blocks, places = rows * -(-width // (plan.line * plan.warps)), limits.multiprocessors * plan.blocks
-    even = x.cu_seqlens is not None or 2 * blocks < places
+    even = x.packing is not None or 2 * blocks < places
     return plan, *cut(TILE * -(-length // TILE), blocks, places, even)
 
 
@@ -145,12 +148,12 @@ def cut(whole: int, blocks: int, places: int, even: bool) -> tuple[int, int]:
         return full + (0 if last == 0 else 1 if last > places / 2 else 0.7)
 
     def time(lead: int, span: int) -> float:
-        pieces = -(-(whole - lead) // span)
+        others = -(-(whole - lead) // span)
         first, other = lead + 8, span + 8  # a block begins and ends in the time of a few steps
-        if pieces == 0:
+        if others == 0:
             return waves(blocks) * first
         beside = -blocks % places * (first // other)
-        behind = waves(max(0, blocks * pieces - beside))
+        behind = waves(max(0, blocks * others - beside))
         joining = 0.32 * (whole - lead) * blocks / places
         uneven = 0.1 * span  # some blocks run faster than others, and wait for them at last
         return -(-blocks // places) * first + behind * other + joining + uneven
@@ -160,15 +163,15 @@ def cut(whole: int, blocks: int, places: int, even: bool) -> tuple[int, int]:
     return min(((span, span) for span in spans) if even else cuts, key=lambda both: time(*both))
 
 
-def _run(keep: bool, *args: Any) -> list[Tensor]:
-    x = Inputs(*args)
+def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
+    x = Inputs(*a)
     y, final = x.u.new_empty(x.u.shape), x.h0.clone(memory_format=torch.contiguous_format)
-    saved = _saved(*args) if keep else []
+    saved = _saved(a) if keep else []
     if x.empty:
         return [y.zero_(), final, *saved]
     rows, width = len(x.h0), x.u.shape[2]
     plan = plan_forward(x)
-    given, fields, macros = _fields(x)
+    given, macros = _inputs(x)
     compiler.launch(
         "selective_scan_forward.cu",
         "selective_scan_forward",
@@ -176,50 +179,50 @@ def _run(keep: bool, *args: Any) -> list[Tensor]:
         rows * -(-width // (plan.teams * plan.line)),
         32 * plan.teams * plan.warps,
         forward_shared(plan, x),
-        (*fields, pointer(y), pointer(final), pointer(saved[0]) if keep else 0, TILE, TILE, *[0] * 20),
+        SCAN.pack(**given, y=y, final=final, saved=saved[0] if keep else None, lead=TILE, span=TILE),
     )
-    alive(given)
     return [y, final, *saved]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)
 
 
-def _saved(*args: Any) -> list[Tensor]:
-    x = Inputs(*args)
+def _saved(a: SelectiveScan) -> list[Tensor]:
+    x = Inputs(*a)
     return [x.h0.new_empty(x.spans(TILE, TILE), *x.h0.shape[1:])]
 
 
-def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-    x = Inputs(*args)
+def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict[str, Tensor]:
+    x = Inputs(*a)
     dh0 = grads[1].clone()
     if x.empty:
-        tensors = [m for m in x[:8] if isinstance(m, Tensor)]
-        return [*(torch.zeros_like(m, memory_format=torch.contiguous_format) for m in tensors), dh0]
+        return {**{f: torch.zeros_like(m) for f, m in a._asdict().items() if isinstance(m, Tensor)}, "h0": dh0}
     (batch, length, width), (rows, _, states), new = x.u.shape, x.h0.shape, x.h0.new_empty
     plan, lead, span = plan_backward(x)
-    dy = grads[0].to(x.u.dtype)
-    given, fields, macros = _fields(x, dy)
+    dy, dfinal = grads[0].to(x.u.dtype), grads[1].contiguous()
+    given, macros = _inputs(x, dy)
     padded, spans, blocks = 4 * macros["STATES"], x.spans(lead, span), -(-width // (plan.line * plan.warps))
-    du, ddelta = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (x.u, x.delta))
-    dz = None if x.z is None else torch.empty_like(du)
-    carry, seconds = new(spans, width, states), new(spans, width)
-    dmaps, da, dd, dbias = (
-        new(2, blocks, batch, length, padded),
-        new(spans, width, states),
-        new(spans, width),
-        new(spans, width),
-    )
-    outputs = (grads[1], carry, seconds, du, ddelta, dz, dmaps, da, dd, dbias, dh0)
-    sums_of_maps = [m.new_empty(m.shape, dtype=x.map_dtype) for m in (x.B, x.C)]
+    found = {"u": x.u.new_empty(x.u.shape), "delta": x.delta.new_empty(x.delta.shape), "h0": dh0}
+    dz = None if x.z is None else x.u.new_empty(x.u.shape)
+    partial = {
+        "carry": new(spans, width, states),
+        "seconds": new(spans, width),
+        "dmaps": new(2, blocks, batch, length, padded),
+        "da": new(spans, width, states),
+        "dd": new(spans, width),
+        "dbias": new(spans, width),
+    }
+    maps = [m.new_empty(m.shape, dtype=x.map_dtype) for m in (x.B, x.C)]
     sums = (new(width, states), new(width), new(width))
-    fields = (*fields, 0, 0, pointer(kept[0]), lead, span, *view(dy), *(pointer(m) for m in outputs))
-    fields = (*fields, spans, *(pointer(m) for m in (*sums_of_maps, *sums)))
+    structure = SCAN.pack(
+        **given, **partial, saved=kept[0], lead=lead, span=span, dy=dy, dfinal=dfinal, du=found["u"],
+        ddelta=found["delta"], dz=dz, dh0=dh0, spans=spans, sums_of_maps=maps, sums=sums,
+    )  # fmt: skip
 
     def launch(kernel: str, grid: int, threads: int, shared: int) -> None:
-        compiler.launch("selective_scan_backward.cu", kernel, macros | plan.macros, grid, threads, shared, fields)
+        compiler.launch("selective_scan_backward.cu", kernel, macros | plan.macros, grid, threads, shared, structure)
 
-    if x.cu_seqlens is not None or lead < length:
+    if x.packing is not None or lead < length:
         of_warp = 4 * (2 * plan.steps * plan.line + plan.steps * padded + 2 * plan.line)
         launch("selective_scan_carry", spans * blocks, 32 * plan.warps, plan.warps * of_warp)
         launch("selective_scan_join", rows * -(-width * states // 256), 256, 0)
@@ -227,51 +230,71 @@ def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tenso
     fours = batch * length * macros["STATES"]
     sizes = (x.B.shape[2] * fours, x.C.shape[2] * fours, width * states, width, width)
     launch("selective_scan_sums", sum(-(-size // 256) for size in sizes), 256, 0)
-    alive(given, kept, outputs)
-    found = [du, ddelta, *(m.to(like.dtype) for m, like in zip((sums[0], *sums_of_maps), x[2:5], strict=True))]
-    found += [] if x.D is None else [sums[1].to(x.D.dtype)]
-    found += [] if x.z is None or dz is None else [dz.to(x.z.dtype)]
-    found += [] if x.bias is None else [sums[2].to(x.bias.dtype)]
-    return [*found, dh0]
+    found |= dict(zip(("B", "C", "A", "D", "delta_bias"), (*maps, *sums), strict=True))
+    return found if dz is None else {**found, "z": dz}
 
 
-def _fields(x: Inputs, *more: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any]]:
-    """What the kernels are given, to be kept alive; the first fields of ``Scan``; the macros of both sources.
+def _inputs(x: Inputs, *more: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of ``Scan`` that forward and backward read, and their macros.
 
     ``more`` are tensors like u that the kernels read, too.
     """
     u, delta, B, C = readable(x.u), readable(x.delta), *(readable(m.to(x.map_dtype), 2) for m in (x.B, x.C))
     z = None if x.z is None else readable(x.z.to(x.u.dtype))
-    A, D, bias = (None if m is None else m.float().contiguous() for m in (x.A, x.D, x.bias))
-    h0, cu_seqlens = x.h0.contiguous(), None if x.cu_seqlens is None else x.cu_seqlens.to(torch.int64).contiguous()
-    fields = (
-        *(len(h0), u.shape[1], *h0.shape[1:], B.shape[2], C.shape[2], pointer(cu_seqlens)),
-        *(*view(u), *view(delta), *(NO_VIEW if z is None else view(z)), *view(B), *view(C)),
-        *(pointer(m) for m in (A, D, bias, h0)),
-    )
+    A, D, bias = (None if m is None else m.float().contiguous() for m in (x.A, x.D, x.delta_bias))
+    rows, width, states = x.h0.shape
+    given = {
+        "rows": rows,
+        "length": u.shape[1],
+        "width": width,
+        "states": states,
+        "groups_b": B.shape[2],
+        "groups_c": C.shape[2],
+        "borders": borders(x.packing),
+        "u": u,
+        "delta": delta,
+        "z": z,
+        "b": B,
+        "c": C,
+        "a": A,
+        "d": D,
+        "bias": bias,
+        "h0": x.h0.contiguous(),
+    }
     macros = {
         "STATES": x.lane_states,
-        "FULL": 4 * x.lane_states == h0.shape[2],
+        "FULL": 4 * x.lane_states == states,
         "INPUT": TYPES[u.dtype],
         "DELTA": TYPES[delta.dtype],
         "MAP": TYPES[B.dtype],
-        "INPUT_ALIGNED": aligned(u.shape[2], u, delta, z, *more),
-        "MAP_ALIGNED": aligned(h0.shape[2], B, C),
+        "INPUT_ALIGNED": aligned(width, u, delta, z, *more),
+        "MAP_ALIGNED": aligned(states, B, C),
         "GATED": z is not None,
-        "SOFTPLUS": x.softplus,
+        "SOFTPLUS": x.delta_softplus,
     }
-    return (u, delta, A, B, C, D, z, bias, h0, cu_seqlens), fields, macros
+    return given, macros
 
 
-def _refuses(*args: Any) -> str | None:
-    x = Inputs(*args)
+def _refuses(a: SelectiveScan) -> str | None:
+    x = Inputs(*a)
     if x.h0.dtype != torch.float32:
         return f"the state is {x.h0.dtype}, not float32"
-    if x.h0.shape[2] > 4 * _LANE_STATES[-1]:
-        return f"{x.h0.shape[2]} states, more than {4 * _LANE_STATES[-1]}"
+    if not 0 < x.h0.shape[2] <= 4 * _LANE_STATES[-1]:
+        return f"{x.h0.shape[2]} states, expected 1 to {4 * _LANE_STATES[-1]}"
     if x.per_group < x.u.shape[2] and x.per_group % 8:
         return f"groups of {x.per_group} channels, not a multiple of 8"
-    return compiler.missing() or None
+    return None
 
 
-selective_scan_op.add(Backend("cuda", _forward, _backward, _infer, _saved, devices=("cuda",), refuses=_refuses))
+selective_scan_op.add(
+    Backend(
+        "cuda",
+        _forward,
+        _backward,
+        infer=_infer,
+        saved=_saved,
+        devices=("cuda",),
+        refuses=_refuses,
+        missing=compiler.missing,
+    )
+)

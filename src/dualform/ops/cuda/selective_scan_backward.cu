@@ -60,8 +60,8 @@ DEVICE float before_gate(float dy, float gate, bool inside) {
   return inside ? (GATED ? dy * gate * sigmoid(gate) : dy) : 0;
 }
 
-// What a span adds to the gradient of the state before it, and the sum of its steps; nobody asks the first of a
-// sequence.
+// What a span adds to the gradient of the state before it, and the sum of its steps; the first span of a sequence is
+// left out, as nothing comes before it.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(const __grid_constant__ Scan p) {
   struct Shared {
     Pairs steps;       // dt and dy

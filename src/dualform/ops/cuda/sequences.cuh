@@ -1,6 +1,7 @@
-// Sequences in memory, side by side in rows or packed end to end in one, and their division into pieces of time.
+// Sequences in memory, side by side in rows or packed end to end in one, and their division into spans of time.
 //
-// Packed, the pieces of sequence r are numbered from begin / size + r: no two sequences share one, and some stay empty.
+// Where sequences are packed, the spans of sequence r are numbered from begin / size + r: a number never belongs to two
+// sequences, and some numbers belong to none.
 #pragma once
 
 #include "common.cuh"
@@ -23,13 +24,13 @@ struct Column {
 
 DEVICE int64 over(int64 a, int64 b) { return (a + b - 1) / b; }
 
-// The sequence that a piece belongs to; a number beyond the last piece may give `rows`.
-DEVICE int64 find_sequence(const int64* borders, int64 rows, int64 length, int64 size, int64 piece) {
-  if (!borders) return piece / over(length, size);
-  int64 low = 0, high = rows;  // the last sequence whose first piece is not beyond this one
+// The sequence that a span belongs to; for a number beyond the last span the result may be `rows`.
+DEVICE int64 find_sequence(const int64* borders, int64 rows, int64 length, int64 size, int64 span) {
+  if (!borders) return span / over(length, size);
+  int64 low = 0, high = rows;  // the last sequence whose first span is not beyond this one
   while (high - low > 1) {
     const int64 middle = (low + high) / 2;
-    (borders[middle] / size + middle <= piece ? low : high) = middle;
+    (borders[middle] / size + middle <= span ? low : high) = middle;
   }
   return low;
 }

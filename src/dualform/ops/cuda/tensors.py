@@ -1,19 +1,12 @@
-"""How kernels see tensors: an address, and strides in elements."""
-
-from typing import Any
+"""How kernels find their numbers in tensors: dtypes, contiguous axes, alignment."""
 
 import torch
 from torch import Tensor
 
+from dualform.core.packing import Packing
 from dualform.ops.layout import inner_contiguous
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-NO_VIEW = (0, 0, 0)
-
-
-def pointer(tensor: Tensor | None) -> int:
-    """The address of the first element; 0 for no tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def readable(tensor: Tensor, inner: int = 1) -> Tensor:
@@ -21,9 +14,9 @@ def readable(tensor: Tensor, inner: int = 1) -> Tensor:
     return inner_contiguous(tensor if tensor.dtype in TYPES else tensor.float(), inner)
 
 
-def view(tensor: Tensor) -> tuple[int, int, int]:
-    """``View``: a tensor ``(B, T, ...)`` whose axes after time are contiguous."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+def borders(packing: Packing | None) -> Tensor | None:
+    """The cumulative lengths as kernels read them: int64, one after another."""
+    return None if packing is None else packing.cu_seqlens.contiguous()
 
 
 def aligned(size: int, *tensors: Tensor | None, many: int = 4) -> bool:
@@ -36,7 +29,3 @@ def aligned(size: int, *tensors: Tensor | None, many: int = 4) -> bool:
             if x.data_ptr() % min(many * x.element_size(), 16) or strides[0] % many or strides[1] % many:
                 return False
     return True
-
-
-def alive(*tensors: Any) -> None:
-    """Names the tensors once more after a launch, so that their memory is not given back before it is queued."""

@@ -47,6 +47,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _library, missing = _load()
 
 
+def why_missing() -> str:
+    """Why there are no kernels; empty where there are."""
+    return missing
+
+
 def choose(name: str = "") -> str:
     """Use the kernels of one instruction set from now on: avx512, avx2 or baseline; "" is the best here.
 
@@ -85,8 +90,3 @@ def fresh(tensor: Tensor) -> Tensor:
 def readable(tensor: Tensor, inner: int = 1) -> Tensor:
     """The tensor in a dtype that kernels read, its last ``inner`` axes contiguous."""
     return inner_contiguous(tensor if tensor.dtype in DTYPES else tensor.float(), inner)
-
-
-def borders(cu_seqlens: Tensor | None) -> Tensor | None:
-    """Cumulative lengths as kernels read them."""
-    return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

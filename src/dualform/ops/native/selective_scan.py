@@ -7,92 +7,97 @@ import torch
 from torch import Tensor
 
 from dualform.ops.native import library
-from dualform.ops.native.library import borders, fresh, readable
+from dualform.ops.native.library import fresh, readable
 from dualform.ops.native.structs import SELECTIVE_SCAN, SELECTIVE_SCAN_TILE
-from dualform.ops.op import Backend, differentiable
-from dualform.ops.selective_scan import Arguments, selective_scan_op
+from dualform.ops.op import Backend
+from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
 
 
-def _run(keep: bool, *args: Any) -> list[Tensor]:
-    u, h0 = args[0], args[9]
-    y, final = fresh(u.new_empty(u.shape)), h0.clone(memory_format=torch.contiguous_format)
-    saved = [fresh(m) for m in _saved(*args)] if keep else []
-    if u.numel() == 0:
+def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
+    y, final = fresh(a.u.new_empty(a.u.shape)), a.h0.clone(memory_format=torch.contiguous_format)
+    saved = [fresh(m) for m in _saved(a)] if keep else []
+    if a.u.numel() == 0:
         return [y.zero_(), final, *saved]
-    inputs, kept = _inputs(Arguments(*args)), saved[0] if keep else None
-    library.call("selective_scan", SELECTIVE_SCAN, **inputs, y=y, final=final, saved=kept)
+    library.call("selective_scan", SELECTIVE_SCAN, **_inputs(a), y=y, final=final, saved=saved[0] if keep else None)
     return [y, final, *saved]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)
 
 
-def _saved(*args: Any) -> list[Tensor]:
-    u, h0 = args[0], args[9]
-    return [h0.new_empty(u.shape[0], -(-u.shape[1] // SELECTIVE_SCAN_TILE), h0.shape[2], h0.shape[1])]
+def _saved(a: SelectiveScan) -> list[Tensor]:
+    return [a.h0.new_empty(a.u.shape[0], -(-a.u.shape[1] // SELECTIVE_SCAN_TILE), a.h0.shape[2], a.h0.shape[1])]
 
 
-def _backward(grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-    u, delta, A, B, C, D, z, bias, _, h0, _ = args
-    du, ddelta, dA, dB, dC = (
-        fresh(torch.empty_like(m, memory_format=torch.contiguous_format)) for m in (u, delta, A, B, C)
-    )
-    dz = None if z is None else fresh(torch.empty_like(z, memory_format=torch.contiguous_format))
-    dD, dbias = (None if m is None else h0.new_empty(m.shape) for m in (D, bias))
-    found = [g for g in (du, ddelta, dA, dB, dC, dD, dz, dbias) if g is not None]
+def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict[str, Tensor]:
+    found = {
+        name: fresh(torch.empty_like(m, memory_format=torch.contiguous_format))
+        for name, m in (("u", a.u), ("delta", a.delta), ("A", a.A), ("B", a.B), ("C", a.C), ("z", a.z))
+        if m is not None
+    }
+    found |= {name: a.h0.new_empty(m.shape) for name, m in (("D", a.D), ("delta_bias", a.delta_bias)) if m is not None}
     dh0 = grads[1].clone()
-    if u.numel() == 0:
-        for g in found:
+    if a.u.numel() == 0:
+        for g in found.values():
             g.zero_()
     else:
         library.call(
             "selective_scan_backward",
             SELECTIVE_SCAN,
-            **_inputs(Arguments(*args)),
+            **_inputs(a),
             saved=kept[0],
             dy=readable(grads[0]),
             dfinal=grads[1].contiguous(),
-            du=du,
-            ddelta=ddelta,
-            db=dB,
-            dc=dC,
-            dz=dz,
-            da=dA,
-            dd=dD,
-            dbias=dbias,
+            du=found["u"],
+            ddelta=found["delta"],
+            db=found["B"],
+            dc=found["C"],
+            dz=found.get("z"),
+            da=found["A"],
+            dd=found.get("D"),
+            dbias=found.get("delta_bias"),
             dh0=dh0,
         )
-    return [g.to(m.dtype) for g, m in zip((*found, dh0), differentiable(args), strict=True)]
+    return {**found, "h0": dh0}
 
 
-def _inputs(x: Arguments) -> dict[str, Any]:
+def _inputs(a: SelectiveScan) -> dict[str, Any]:
     """The fields of ``SelectiveScan`` that forward and backward read."""
-    u, B, C, h0 = readable(x.u), readable(x.B, 2), readable(x.C, 2), x.h0.contiguous()
-    D, bias = (None if m is None else m.to(h0.dtype).contiguous() for m in (x.D, x.bias))
+    u, B, C, h0 = readable(a.u), readable(a.B, 2), readable(a.C, 2), a.h0.contiguous()
+    D, bias = (None if m is None else m.to(h0.dtype).contiguous() for m in (a.D, a.delta_bias))
     return {
         "dtype": h0.dtype,
-        "sequences": (u, borders(x.cu_seqlens)),
+        "sequences": (u, a.packing),
         "width": h0.shape[1],
         "states": h0.shape[2],
         "groups_b": B.shape[2],
         "groups_c": C.shape[2],
-        "softplus": x.softplus,
+        "softplus": a.delta_softplus,
         "u": u,
-        "delta": readable(x.delta),
+        "delta": readable(a.delta),
         "b": B,
         "c": C,
-        "z": None if x.z is None else readable(x.z),
-        "a": x.A.contiguous(),
+        "z": None if a.z is None else readable(a.z),
+        "a": a.A.contiguous(),
         "d": D,
         "bias": bias,
         "h0": h0,
     }
 
 
-def _refuses(*args: Any) -> str | None:
-    return "A is complex" if args[2].is_complex() else None
+def _refuses(a: SelectiveScan) -> str | None:
+    return "A is complex" if a.A.is_complex() else None
 
 
 selective_scan_op.add(
-    Backend("native", _forward, _backward, _infer, _saved, devices=("cpu",), refuses=_refuses, missing=library.missing)
+    Backend(
+        "native",
+        _forward,
+        _backward,
+        _infer,
+        _saved,
+        devices=("cpu",),
+        refuses=_refuses,
+        missing=library.why_missing,
+    )
 )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dualform.core.packing import Packing
 from dualform.ops.structs import FLAG, INT64, POINTER, Kind, Structure
 
 VERSION = 6  # DUALFORM_VERSION
@@ -20,17 +21,17 @@ def _view_of_step(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), x.stride(0), 0, DTYPES[x.dtype]
 
 
-def _sequences(of: tuple[Tensor, Tensor | None]) -> tuple[int, ...]:
-    x, borders = of
+def _sequences(of: tuple[Tensor, Packing | None]) -> tuple[int, ...]:
+    x, packing = of
     rows, length = x.shape[:2]
-    return (rows, length, rows, 0) if borders is None else (rows, length, len(borders) - 1, borders.data_ptr())
+    return (rows, length, rows, 0) if packing is None else (rows, length, packing.rows, packing.cu_seqlens.data_ptr())
 
 
 _VIEW = (POINTER, "data"), (INT64, "row time dtype")
 DTYPE = Kind("int64", 1, DTYPES.__getitem__)
 # A tensor (B, T, ...) whose axes after time are contiguous; and one step of it, (B, ...).
 VIEW, STEP = Structure("View", *_VIEW, of=_view), Structure("View", *_VIEW, of=_view_of_step)
-# A tensor (B, T, ...) and its cumulative lengths, int64 and contiguous, or None.
+# A tensor (B, T, ...) and its packing, or None.
 SEQUENCES = Structure("Sequences", (INT64, "rows length count"), (POINTER, "borders"), of=_sequences)
 
 SELECTIVE_SCAN = Structure(

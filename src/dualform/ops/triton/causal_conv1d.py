@@ -1,12 +1,11 @@
-"""The short causal convolution in Triton: one pass forward; one backward, and the sums of its parts."""
+"""The short causal convolution in Triton: one pass forward; one backward, then a sum over its programs."""
 
 import torch
 from torch import Tensor
 
-from dualform.ops.causal_conv1d import causal_conv1d_op
+from dualform.ops.causal_conv1d import CausalConv1d, causal_conv1d_op
 from dualform.ops.layout import inner_contiguous
-from dualform.ops.op import Backend
-from dualform.ops.triton.support import DEVICES, blocks, kernels, missing, owners, power_of_two
+from dualform.ops.triton.support import add_backend, blocks, kernels, owners, power_of_two
 
 _AHEAD = 4  # rows requested before they are used
 _FORWARD, _BACKWARD = (64, 16), (128, 8)  # steps of a program, and the bytes of each row that a thread reads
@@ -18,23 +17,21 @@ def _tile(x: Tensor, steps: int, loads: int) -> tuple[int, int]:
     return min(steps, max(_AHEAD, power_of_two(x.shape[1]))), min(channels, max(16, power_of_two(x.shape[2])))
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Tensor, cu_seqlens: Tensor | None
-) -> list[Tensor]:
-    y = x.new_empty(x.shape)
+def _forward(a: CausalConv1d) -> list[Tensor]:
+    y = a.x.new_empty(a.x.shape)
     if y.numel() == 0:
-        return [y, state.clone(memory_format=torch.contiguous_format)]
-    final, (rows, length, width) = state.new_empty(state.shape), x.shape
-    x, weight, state = inner_contiguous(x), weight.contiguous(), state.contiguous()
+        return [y, a.h0.clone(memory_format=torch.contiguous_format)]
+    final, (rows, length, width) = a.h0.new_empty(a.h0.shape), a.x.shape
+    x, weight, state = inner_contiguous(a.x), a.weight.contiguous(), a.h0.contiguous()
     steps, channels = _tile(x, *_FORWARD)
-    finals = 1 if cu_seqlens is None else len(state)
+    finals = 1 if a.packing is None else a.packing.rows
     kernels("causal_conv1d").forward[(rows * (blocks(length, steps) + finals) * blocks(width, channels),)](
         x,
         weight,
-        bias,
+        _contiguous(a.bias),
         state,
-        owners(cu_seqlens, length),
-        cu_seqlens,
+        owners(a.packing, length),
+        _borders(a),
         y,
         final,
         length,
@@ -42,7 +39,7 @@ def _forward(
         finals,
         x.stride(0),
         x.stride(1),
-        SILU=silu,
+        SILU=a.silu,
         W=weight.shape[1],
         BT=steps,
         R=_AHEAD,
@@ -52,43 +49,36 @@ def _forward(
     return [y, final]
 
 
-def _backward(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-    dbias = None if bias is None else bias.new_empty(bias.shape)
-    found = [dx, dweight, *([] if dbias is None else [dbias])]
-    if x.numel() == 0:
-        return [*(g.zero_() for g in found), grads[1].clone()]
-    dstate = state.new_empty(state.shape) if cu_seqlens is None else grads[1].clone()  # empty sequences pass it on
-    x, weight, state, (rows, length, width) = inner_contiguous(x), weight.contiguous(), state.contiguous(), x.shape
+def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[str, Tensor]:
+    dx, dweight = a.x.new_empty(a.x.shape), a.weight.new_empty(a.weight.shape)
+    found = {"x": dx, "weight": dweight}
+    if a.bias is not None:
+        found["bias"] = a.bias.new_empty(a.bias.shape)
+    if a.x.numel() == 0:
+        return {**{name: g.zero_() for name, g in found.items()}, "h0": grads[1].clone()}
+    # Empty sequences pass the gradient of their state on.
+    found["h0"] = a.h0.new_empty(a.h0.shape) if a.packing is None else grads[1].clone()
+    x, weight, state, (rows, length, width) = inner_contiguous(a.x), a.weight.contiguous(), a.h0.contiguous(), a.x.shape
     steps, channels = _tile(x, *_BACKWARD)
     parts = rows * blocks(length, steps)
     partial = state.new_empty(parts, weight.shape[1] + 1, width)
     kernels("causal_conv1d").backward[(parts * blocks(width, channels),)](
         x,
         weight,
-        bias,
+        _contiguous(a.bias),
         state,
-        owners(cu_seqlens, length),
-        cu_seqlens,
+        owners(a.packing, length),
+        _borders(a),
         grads[0],
         grads[1],
         dx,
         partial,
-        dstate,
+        found["h0"],
         length,
         width,
         x.stride(0),
         x.stride(1),
-        SILU=silu,
+        SILU=a.silu,
         W=weight.shape[1],
         BT=steps,
         R=_AHEAD,
@@ -96,9 +86,17 @@ def _backward(
         num_warps=1,
     )
     kernels("causal_conv1d").gather[(blocks(width, 64) * (weight.shape[1] + 1),)](
-        partial, dweight, dbias, parts, width, W=weight.shape[1], BP=32, BD=64
+        partial, dweight, found.get("bias"), parts, width, W=weight.shape[1], BP=32, BD=64
     )
-    return [*found, dstate]
+    return found
 
 
-causal_conv1d_op.add(Backend("triton", _forward, _backward, devices=DEVICES, missing=missing))
+def _borders(a: CausalConv1d) -> Tensor | None:
+    return None if a.packing is None else a.packing.cu_seqlens.contiguous()
+
+
+def _contiguous(m: Tensor | None) -> Tensor | None:
+    return None if m is None else m.contiguous()
+
+
+add_backend(causal_conv1d_op, forward=_forward, backward=_backward)

@@ -5,16 +5,55 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualform.core.packing import sequence_ids
+from dualform.core.packing import Packing
+from dualform.ops.op import Backend, Op
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
 """AMD's devices are called cuda too; a CPU runs kernels only in Triton's interpreter (``TRITON_INTERPRET=1``)."""
-missing = "" if find_spec("triton") else "Triton is not installed; pip install triton (on Windows triton-windows)"
+_NO_PRODUCTS = (
+    "Triton's interpreter takes products of the bits of bfloat16, not of the numbers; use another dtype, or another "
+    "backend, or a GPU"
+)
+_NO_ROUNDING = (
+    "Triton's interpreter cannot round float64 to bfloat16; give states and bfloat16 inputs of at most float32, or use "
+    "another backend, or a GPU"
+)
+
+
+@cache
+def missing() -> str:
+    """Why no kernel can run here, and what to install; empty when they can."""
+    return "" if find_spec("triton") else "Triton is not installed; pip install triton (on Windows triton-windows)"
+
+
+def add_backend(op: Op[Any], *, products: bool = False, **backend: Any) -> None:
+    """Register the Triton backend of an op.
+
+    Args:
+        op: the operator.
+        products: whether its kernels take matrix products of what they are given, without converting it before.
+        backend: ``forward`` and all else that a ``Backend`` has, but for its name, its devices and what is missing.
+    """
+    if INTERPRETED:
+        refuses = backend.get("refuses", lambda a: None)
+        backend["refuses"] = lambda a: refuses(a) or _not_interpreted(a, products)
+    op.add(Backend("triton", devices=DEVICES, missing=missing, **backend))
+
+
+def _not_interpreted(a: Any, products: bool) -> str | None:
+    """Why Triton's interpreter would give wrong numbers for a call, without a word, or None."""
+    dtypes = {m.dtype.to_real() for m in a if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())}
+    if torch.bfloat16 not in dtypes:
+        return None
+    if products:
+        return _NO_PRODUCTS
+    return _NO_ROUNDING if torch.float64 in dtypes else None
 
 
 @cache
@@ -23,9 +62,9 @@ def kernels(op: str) -> ModuleType:
     return import_module(f"dualform.ops.triton.kernels.{op}")
 
 
-def owners(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-    """The sequence of every packed token, ``(T,)`` int32; computed on the device, without waiting for it."""
-    return None if cu_seqlens is None else sequence_ids(cu_seqlens, length).to(torch.int32)
+def owners(packing: Packing | None, length: int) -> Tensor | None:
+    """The sequence of every packed step, ``(T,)`` int32; computed on the device, without waiting for it."""
+    return None if packing is None else packing.sequence_ids(length).to(torch.int32)
 
 
 def blocks(size: int, block: int) -> int:
@@ -69,3 +108,25 @@ def warps(threads: int) -> int:
 
     target = None if INTERPRETED else driver.active.get_current_target()
     return threads // (target.warp_size if target else 32)
+
+
+def enter(
+    decay: Tensor, state: Tensor, rows: int, spans: int, *, packed: bool, start: Tensor | None = None, apart: int = 0
+) -> Tensor:
+    """What enters every span of time.
+
+    Args:
+        decay: of every span, ``(B, spans, ...)``.
+        state: what a span makes of the state zero, like ``decay``.
+        rows: B.
+        spans: of a row.
+        packed: whether a decay of 0 says that a sequence begins within the span.
+        start: what enters the first span, ``(B, ...)``; zero by default.
+        apart: how far behind its real part an imaginary one lies; 0 for real numbers.
+    """
+    found, width = torch.empty_like(state), state.numel() // (rows * spans * (2 if apart else 1))
+    kernels("spans").enter[(rows * blocks(width, 128),)](
+        decay, state, start, found, spans, width, 2 if apart == 1 else 1, apart,
+        COMPLEX=apart > 0, START=start is not None, PACKED=packed, BD=128,
+    )  # fmt: skip
+    return found

@@ -1,20 +1,22 @@
 """The short causal convolution: every program walks along time over some channels, its window in registers.
 
-Each input is read once, and what a tap needs from a neighbouring segment is read again there (the halo). Rows are
+Each input is read once, and what a tap needs from a neighbouring span is read again there (the halo). Rows are
 requested R steps before they are used, which keeps enough memory in flight.
 """
 
 import triton
 import triton.language as tl
 
+from dualform.ops.triton.kernels.pointwise import silu
+
 
 @triton.jit
-def _place(pid, D, BD: tl.constexpr, segments):
-    """The channels, the segment and the batch row of a program."""
+def _place(pid, D, BD: tl.constexpr, spans):
+    """The channels, the span and the batch row of a program."""
     blocks = tl.cdiv(D, BD)
     rest = pid // blocks
     d = (pid % blocks) * BD + tl.arange(0, BD)
-    return d, rest % segments, rest // segments
+    return d, rest % spans, rest // spans
 
 
 @triton.jit
@@ -79,17 +81,17 @@ def forward(
     R: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A program is ``BT`` steps of ``BD`` channels, or, behind the last segment, the final state of a sequence."""
+    """A program is ``BT`` steps of ``BD`` channels, or, behind the last span, the final state of a sequence."""
     dtype: tl.constexpr = state_ptr.dtype.element_ty
-    segments = tl.cdiv(T, BT)
-    d, segment, b = _place(tl.program_id(0), D, BD, segments + finals)
+    spans = tl.cdiv(T, BT)
+    d, span, b = _place(tl.program_id(0), D, BD, spans + finals)
     mask = d < D
     x_ptr += tl.cast(b, tl.int64) * stride_b
-    begin, end, row, start = segment * BT, tl.minimum(T, segment * BT + BT), b, 0
-    if segment >= segments:
+    begin, end, row, start = span * BT, tl.minimum(T, span * BT + BT), b, 0
+    if span >= spans:
         end = T
         if owner_ptr is not None:
-            row = segment - segments
+            row = span - spans
             start = tl.load(cu_ptr + row).to(tl.int32)
             end = tl.load(cu_ptr + row + 1).to(tl.int32)
         found = _earlier(x_ptr, state_ptr, end, start, row, d, mask, D, stride_t, W - 1)
@@ -110,9 +112,9 @@ def forward(
         for i in tl.static_range(R):
             ahead = ahead + (tl.load(x_at, mask=mask & (begin + i < end), other=0.0),)
             x_at += stride_t
-        for span in range(begin, end, R):
+        for base in range(begin, end, R):
             for i in tl.static_range(R):
-                t = span + i
+                t = base + i
                 x = ahead[0].to(dtype)
                 ahead = ahead[1:] + (tl.load(x_at, mask=mask & (t + R < end), other=0.0),)
                 if owner_ptr is not None:
@@ -124,7 +126,7 @@ def forward(
                 for j in tl.static_range(W - 1):
                     y += w[j] * before[j]
                 if SILU:
-                    y = y / (1 + tl.exp(-y))
+                    y = silu(y)
                 tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask & (t < end))
                 if W > 1:
                     before = before[1:] + (x,)
@@ -161,12 +163,12 @@ def backward(
     sequence as the gradient of the final state and leaves it as that of the initial state.
     """
     dtype: tl.constexpr = state_ptr.dtype.element_ty
-    HALO: tl.constexpr = (W - 1 + R - 1) // R * R  # steps behind the segment whose outputs saw its inputs
-    segments = tl.cdiv(T, BT)
+    HALO: tl.constexpr = (W - 1 + R - 1) // R * R  # steps behind the span whose outputs saw its inputs
+    spans = tl.cdiv(T, BT)
     pid = tl.program_id(0)
-    d, segment, b = _place(pid, D, BD, segments)
+    d, span, b = _place(pid, D, BD, spans)
     mask = d < D
-    end = T - segment * BT  # segments are counted from the last step, so that the first one may be shorter
+    end = T - span * BT  # spans are counted from the last step, so that the first one may be shorter
     begin, top = end - BT, tl.minimum(end + HALO, T)
     x_ptr += tl.cast(b, tl.int64) * stride_b
     row, start, stop = b, 0, T
@@ -195,9 +197,9 @@ def backward(
         dy_ahead = dy_ahead + (tl.load(dy_at, mask=mask & (top - 1 - i >= 0), other=0.0),)
         x_at -= stride_t
         dy_at -= D
-    for span in range(top - 1, tl.maximum(begin, 0) - 1, -R):
+    for base in range(top - 1, tl.maximum(begin, 0) - 1, -R):
         for i in tl.static_range(R):
-            t = span - i
+            t = base - i
             oldest = x_ahead[0].to(dtype)
             g = dy_ahead[0].to(dtype)
             there = mask & (t - R >= begin)

@@ -6,15 +6,15 @@ States are planes: ``(2, N, D)``, the real parts first.
 import triton
 import triton.language as tl
 
-from dualform.ops.triton.kernels.chunks import begins, ends_at
+from dualform.ops.triton.kernels.spans import begins, ends_at
 
 
 @triton.jit
-def _place(D, chunks, BD: tl.constexpr):
-    """Channels, and whether they are there; the chunk and the batch row."""
+def _place(D, spans, BD: tl.constexpr):
+    """Channels, and whether they are there; the span and the batch row."""
     blocks = tl.cdiv(D, BD)
     d, rest = tl.program_id(0) % blocks * BD + tl.arange(0, BD), tl.program_id(0) // blocks
-    return d, d < D, rest % chunks, rest // chunks
+    return d, d < D, rest % spans, rest // spans
 
 
 @triton.jit
@@ -61,35 +61,35 @@ def forward(
     D,
     stride_b,
     stride_t,
-    chunks,
+    spans,
     steps,
     N: tl.constexpr,
     NP: tl.constexpr,
     K: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A chunk of time from the state that enters it: y, the final states, and, for a backward, every K-th state.
+    """A span of time from the state that enters it: y, the final states, and, for a backward, every K-th state.
 
-    Without ``y_ptr``: the decay of the chunk and its last state from zero, ``(B, chunks, 2, N, D)``.
+    Without ``y_ptr``: the decay of the span and its last state from zero, ``(B, spans, 2, N, D)``.
     """
     dtype: tl.constexpr = start_ptr.dtype.element_ty
-    d, mask, chunk, b = _place(D, chunks, BD)
-    begin = chunk * steps
+    d, mask, span, b = _place(D, spans, BD)
+    begin = span * steps
     end = tl.minimum(length, begin + steps)
     a, ai = _load(A_ptr, 0, d, mask, D, N, NP)
     c, ci = _load(C_ptr, 0, d, mask, D, N, NP)
     row, fresh = begins(owner_ptr, begin, length, b)
     h, hi = _load(start_ptr, row, d, mask & fresh, D, N, NP)
     if entering_ptr is not None:
-        e, ei = _load(entering_ptr, b * chunks + chunk, d, mask & (fresh == 0), D, N, NP)
+        e, ei = _load(entering_ptr, b * spans + span, d, mask & (fresh == 0), D, N, NP)
         h, hi = h + e, hi + ei
     forgets = fresh
     u_ptr += tl.cast(b, tl.int64) * stride_b + d
     later = tl.load(u_ptr + tl.cast(begin, tl.int64) * stride_t, mask=mask, other=0.0)
-    for segment in range(begin, end, K):
+    for tile in range(begin, end, K):
         if saved_ptr is not None:
-            _store(saved_ptr, b * tl.cdiv(length, K) + segment // K, d, mask, D, N, NP, h, hi)
-        for t in range(segment, tl.minimum(end, segment + K)):
+            _store(saved_ptr, b * tl.cdiv(length, K) + tile // K, d, mask, D, N, NP, h, hi)
+        for t in range(tile, tl.minimum(end, tile + K)):
             u = later.to(dtype)
             later = tl.load(u_ptr + (tl.cast(t, tl.int64) + 1) * stride_t, mask=mask & (t + 1 < end), other=0.0)
             if owner_ptr is not None:
@@ -109,8 +109,8 @@ def forward(
     if y_ptr is None:
         p, pi = _power(a, ai, end - begin, 31)
         p, pi = tl.where(forgets, 0.0, p), tl.where(forgets, 0.0, pi)
-        _store(decay_ptr, b * chunks + chunk, d, mask, D, N, NP, p, pi)
-        _store(state_ptr, b * chunks + chunk, d, mask, D, N, NP, h, hi)
+        _store(decay_ptr, b * spans + span, d, mask, D, N, NP, p, pi)
+        _store(state_ptr, b * spans + span, d, mask, D, N, NP, h, hi)
     elif owner_ptr is None:
         _store(final_ptr, b, d, mask & (end == length), D, N, NP, h, hi)
 
@@ -126,16 +126,16 @@ def adjoint(
     state_ptr,
     length,
     D,
-    chunks,
+    spans,
     steps,
     N: tl.constexpr,
     NP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The decay of every chunk, and the gradient of the state before it from zero behind it; last chunk first."""
+    """The decay of every span, and the gradient of the state before it from zero behind it; last span first."""
     dtype: tl.constexpr = dfinal_ptr.dtype.element_ty
-    d, mask, chunk, b = _place(D, chunks, BD)
-    begin = (chunks - 1 - chunk) * steps
+    d, mask, span, b = _place(D, spans, BD)
+    begin = (spans - 1 - span) * steps
     end = tl.minimum(length, begin + steps)
     a, ai = _load(A_ptr, 0, d, mask, D, N, NP)
     c, ci = _load(C_ptr, 0, d, mask, D, N, NP)
@@ -150,8 +150,8 @@ def adjoint(
         g, gi = a * g + ai * gi, a * gi - ai * g
     p, pi = _power(a, -ai, end - begin, 31)
     p, pi = tl.where(forgets, 0.0, p), tl.where(forgets, 0.0, pi)
-    _store(decay_ptr, b * chunks + chunk, d, mask, D, N, NP, p, pi)
-    _store(state_ptr, b * chunks + chunk, d, mask, D, N, NP, g, gi)
+    _store(decay_ptr, b * spans + span, d, mask, D, N, NP, p, pi)
+    _store(state_ptr, b * spans + span, d, mask, D, N, NP, g, gi)
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def backward(
     D,
     stride_b,
     stride_t,
-    chunks,
+    spans,
     steps,
     N: tl.constexpr,
     NP: tl.constexpr,
@@ -196,31 +196,31 @@ def backward(
     S: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A chunk of time, last step first; the gradients of A and C by chunk, ``(B, chunks, 2, 2, N, D)``.
+    """A span of time, last step first; the gradients of A and C by span, ``(B, spans, 2, 2, N, D)``.
 
-    The states of a segment of K steps are found twice: once to put every S-th into scratch memory, and then, S steps
+    The states of a tile of K steps are found twice: once to put every S-th into scratch memory, and then, S steps
     at a time, in registers.
     """
     dtype: tl.constexpr = start_ptr.dtype.element_ty
-    d, mask, chunk, b = _place(D, chunks, BD)
-    begin = (chunks - 1 - chunk) * steps
+    d, mask, span, b = _place(D, spans, BD)
+    begin = (spans - 1 - span) * steps
     end = tl.minimum(length, begin + steps)
     a, ai = _load(A_ptr, 0, d, mask, D, N, NP)
     c, ci = _load(C_ptr, 0, d, mask, D, N, NP)
     dA, dAi = tl.zeros((NP, BD), dtype), tl.zeros((NP, BD), dtype)
     dC, dCi, g, gi = dA, dA, dA, dA
     if entering_ptr is not None:
-        g, gi = _load(entering_ptr, b * chunks + chunk, d, mask, D, N, NP)
+        g, gi = _load(entering_ptr, b * spans + span, d, mask, D, N, NP)
     u_ptr += tl.cast(b, tl.int64) * stride_b + d
     scratch_ptr += tl.cast(tl.program_id(0), tl.int64) * (K // S * 2 * NP * BD)
     lane = tl.arange(0, BD)
-    for segment in range((end - 1) // K * K, begin - 1, -K):
-        h, hi = _load(saved_ptr, b * tl.cdiv(length, K) + segment // K, d, mask, D, N, NP)
-        parts = tl.cdiv(tl.minimum(end - segment, K), S)
+    for tile in range((end - 1) // K * K, begin - 1, -K):
+        h, hi = _load(saved_ptr, b * tl.cdiv(length, K) + tile // K, d, mask, D, N, NP)
+        parts = tl.cdiv(tl.minimum(end - tile, K), S)
         for part in range(parts):
             _store(scratch_ptr, part, lane, lane < BD, BD, NP, NP, h, hi)
             for i in tl.static_range(S):
-                t = segment + part * S + i
+                t = tile + part * S + i
                 _, _, h, hi = _again(
                     h, hi, a, ai, u_ptr, start_ptr, owner_ptr, t, end, d, mask, length, D, stride_t, N, NP, dtype
                 )
@@ -230,13 +230,13 @@ def backward(
             h, hi = _load(scratch_ptr, part, lane, lane < BD, BD, NP, NP)
             kept = ()
             for i in tl.static_range(S):
-                t = segment + part * S + i
+                t = tile + part * S + i
                 before, beforei, h, hi = _again(
                     h, hi, a, ai, u_ptr, start_ptr, owner_ptr, t, end, d, mask, length, D, stride_t, N, NP, dtype
                 )
                 kept = kept + ((before, beforei, h, hi),)
             for i in tl.static_range(S - 1, -1, -1):
-                t = segment + part * S + i
+                t = tile + part * S + i
                 inside = t < end
                 step = (tl.cast(b, tl.int64) * length + t) * D + d
                 dy = 2 * tl.load(dy_ptr + step, mask=mask & inside, other=0.0).to(dtype)[None, :]
@@ -255,6 +255,6 @@ def backward(
                 if fresh & inside:
                     _store(dstart_ptr, row, d, mask, D, N, NP, g, gi)
         tl.debug_barrier()
-    rest = 2 * (b * chunks + chunk)
+    rest = 2 * (b * spans + span)
     _store(partial_ptr, rest, d, mask, D, N, NP, dA, dAi)
     _store(partial_ptr, rest + 1, d, mask, D, N, NP, dC, dCi)

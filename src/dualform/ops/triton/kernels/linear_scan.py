@@ -16,7 +16,7 @@ def _affine(a, b, c, d):
 @triton.jit
 def _affine_or_reset(a, b, c, d):
     """The same, but a decay of 0 forgets even what is not finite: what came before is another sequence."""
-    return a * c, tl.where(c == 0, d, c * b + d)
+    return tl.where(c == 0, 0.0, a * c), tl.where(c == 0, d, c * b + d)
 
 
 @triton.jit
@@ -28,7 +28,8 @@ def _complex_affine(ar, ai, br, bi, cr, ci, dr, di):
 def _complex_affine_or_reset(ar, ai, br, bi, cr, ci, dr, di):
     kept = (cr != 0) | (ci != 0)
     r, i = tl.where(kept, cr * br - ci * bi, 0.0), tl.where(kept, cr * bi + ci * br, 0.0)
-    return ar * cr - ai * ci, ar * ci + ai * cr, r + dr, i + di
+    decay, decay_i = tl.where(kept, ar * cr - ai * ci, 0.0), tl.where(kept, ar * ci + ai * cr, 0.0)
+    return decay, decay_i, r + dr, i + di
 
 
 @triton.jit
@@ -145,13 +146,13 @@ def _enter(a, b, carry, rows, COMPLEX: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _place(T, D, chunks, steps, BD: tl.constexpr):
-    """Of a program: its chunk of which row, its channels and which of them are there, and its steps."""
+def _place(T, D, spans, steps, BD: tl.constexpr):
+    """Of a program: its span of which row, its channels and which of them are there, and its steps."""
     blocks = tl.cdiv(D, BD)
     rest = tl.program_id(0) // blocks
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    begin = (rest % chunks) * steps
-    return rest, (rest // chunks).to(tl.int64), d, d < D, begin, tl.minimum(T, begin + steps)
+    begin = (rest % spans) * steps
+    return rest, (rest // spans).to(tl.int64), d, d < D, begin, tl.minimum(T, begin + steps)
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def summarize(
     state_ptr,
     T,
     D,
-    chunks,
+    spans,
     steps,
     a_b,
     a_t,
@@ -180,9 +181,9 @@ def summarize(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Every chunk's decay and its last state from zero, ``(B, chunks, D)``."""
+    """Every span's decay and its last state from zero, ``(B, spans, D)``."""
     dtype: tl.constexpr = state_ptr.dtype.element_ty
-    rest, b64, d, mask, begin, end = _place(T, D, chunks, steps, BD)
+    rest, b64, d, mask, begin, end = _place(T, D, spans, steps, BD)
     rows = tl.arange(0, BT)
     a_ptr += b64 * a_b * (2 if A_COMPLEX else 1)
     b_ptr += b64 * b_b * (2 if B_COMPLEX else 1)
@@ -196,8 +197,12 @@ def summarize(
         )  # fmt: skip
         b = _enter(a, b, state, rows, COMPLEX, owner_ptr is not None)
         a, b = _scan(a, b, COMPLEX, owner_ptr is not None)
-        state = _row(b, rows, BT - 1)
-        decay = _times(_row(a, rows, BT - 1), decay, COMPLEX, False)
+        state, last = _row(b, rows, BT - 1), _row(a, rows, BT - 1)
+        more = _times(last, decay, COMPLEX, False)
+        if owner_ptr is not None:
+            kept = (last[0] != 0) | (last[1] != 0)
+            more = (tl.where(kept, more[0], 0.0), tl.where(kept, more[1], 0.0))
+        decay = more
     _store(decay_ptr, rest.to(tl.int64) * D + d, decay, mask, COMPLEX)
     _store(state_ptr, rest.to(tl.int64) * D + d, state, mask, COMPLEX)
 
@@ -213,7 +218,7 @@ def forward(
     final_ptr,
     T,
     D,
-    chunks,
+    spans,
     steps,
     a_b,
     a_t,
@@ -228,9 +233,9 @@ def forward(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The states ``(B, T, D)``, from those that enter every chunk ``(B, chunks, D)``, and the final ones."""
+    """The states ``(B, T, D)``, from those that enter every span ``(B, spans, D)``, and the final ones."""
     dtype: tl.constexpr = start_ptr.dtype.element_ty
-    rest, b64, d, mask, begin, end = _place(T, D, chunks, steps, BD)
+    rest, b64, d, mask, begin, end = _place(T, D, spans, steps, BD)
     rows = tl.arange(0, BT)
     a_ptr += b64 * a_b * (2 if A_COMPLEX else 1)
     b_ptr += b64 * b_b * (2 if B_COMPLEX else 1)
@@ -276,7 +281,7 @@ def backward(
     dstart_ptr,
     T,
     D,
-    chunks,
+    spans,
     steps,
     a_b,
     a_t,
@@ -290,7 +295,7 @@ def backward(
 ):
     """With ``g`` the gradient of the states in full: ``db_t = g_t``, ``da_t = g_t conj(h_{t-1})``."""
     dtype: tl.constexpr = start_ptr.dtype.element_ty
-    rest, b64, d, mask, begin, end = _place(T, D, chunks, steps, BD)
+    rest, b64, d, mask, begin, end = _place(T, D, spans, steps, BD)
     rows = tl.arange(0, BT)
     a_ptr += b64 * a_b * (2 if A_COMPLEX else 1)
     dh_ptr += b64 * T * D * (2 if COMPLEX else 1)

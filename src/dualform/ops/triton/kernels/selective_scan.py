@@ -7,18 +7,19 @@ too; the channels of a program share a group of B and one of C. ``A2`` is ``A / 
 import triton
 import triton.language as tl
 
-from dualform.ops.triton.kernels.chunks import begins, ends_at
+from dualform.ops.triton.kernels.pointwise import silu, softplus
+from dualform.ops.triton.kernels.spans import begins, ends_at
 
 
 @triton.jit
-def _place(width, cell, chunks, BD: tl.constexpr):
-    """Channels, whether they are there, their block and the first of their cell; the chunk and the batch row."""
-    per_cell = tl.cdiv(cell, BD)
-    blocks = width // cell * per_cell
+def _place(width, per_both, spans, BD: tl.constexpr):
+    """Channels, whether they are there, their block and the first of their per_both; the span and the batch row."""
+    of_both = tl.cdiv(per_both, BD)
+    blocks = width // per_both * of_both
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    first = block // per_cell * cell
-    d = first + block % per_cell * BD + tl.arange(0, BD)
-    return d, d < first + cell, block, first, rest % chunks, rest // chunks
+    first = block // of_both * per_both
+    d = first + block % of_both * BD + tl.arange(0, BD)
+    return d, d < first + per_both, block, first, rest % spans, rest // spans
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _group(tensor, first, per_group):
 
 
 @triton.jit
-def _tile(ptr, row, d, mask, width, N: tl.constexpr, NP: tl.constexpr):
+def _states(ptr, row, d, mask, width, N: tl.constexpr, NP: tl.constexpr):
     """The states of a row ``(N, D)``: pointers and mask."""
     n = tl.arange(0, NP)[:, None]
     return ptr + (tl.cast(row, tl.int64) * N + n) * width + d[None, :], (n < N) & mask[None, :]
@@ -50,7 +51,7 @@ def _given(ptr, row, d, mask, width, N: tl.constexpr, NP: tl.constexpr):
 @triton.jit
 def _rates(A_ptr, d, mask, width, N: tl.constexpr, NP: tl.constexpr, dtype: tl.constexpr):
     """A2; the states that fill up a power of two do not move."""
-    at, there = _tile(A_ptr, 0, d, mask, width, N, NP)
+    at, there = _states(A_ptr, 0, d, mask, width, N, NP)
     return tl.load(at, mask=there, other=0.0).to(dtype) * 1.4426950408889634
 
 
@@ -83,14 +84,6 @@ def _decay(dt, rates):
 
 
 @triton.jit
-def _softplus(x):
-    """``log(1 + exp(x))``, to full precision where it is small; x itself above 20, as in PyTorch."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    one = 1 + e
-    return tl.where(x > 20, x, tl.where(one == 1, e, tl.log(one) * (e / (one - 1))))
-
-
-@triton.jit
 def forward(
     u,
     delta,
@@ -110,10 +103,10 @@ def forward(
     state_ptr,
     length,
     width,
-    cell,
+    per_both,
     per_b,
     per_c,
-    chunks,
+    spans,
     steps,
     SOFTPLUS: tl.constexpr,
     N: tl.constexpr,
@@ -121,13 +114,13 @@ def forward(
     K: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A chunk of time from the state that enters it: y, the final states, and, for a backward, every K-th state.
+    """A span of time from the state that enters it: y, the final states, and, for a backward, every K-th state.
 
-    Without ``y_ptr``: the decay of the chunk and its last state from zero, ``(B, chunks, N, D)``.
+    Without ``y_ptr``: the decay of the span and its last state from zero, ``(B, spans, N, D)``.
     """
     dtype: tl.constexpr = start_ptr.dtype.element_ty
-    d, mask, _, first, chunk, b = _place(width, cell, chunks, BD)
-    begin = chunk * steps
+    d, mask, _, first, span, b = _place(width, per_both, spans, BD)
+    begin = span * steps
     end = tl.minimum(length, begin + steps)
     B = _group(B, first, per_b)
     C = _group(C, first, per_c)
@@ -138,20 +131,20 @@ def forward(
     at, there = _given(start_ptr, row, d, mask & fresh, width, N, NP)
     h = tl.load(at, mask=there, other=0.0)
     if entering_ptr is not None:
-        at, there = _tile(entering_ptr, b * chunks + chunk, d, mask & (fresh == 0), width, N, NP)
+        at, there = _states(entering_ptr, b * spans + span, d, mask & (fresh == 0), width, N, NP)
         h += tl.load(at, mask=there, other=0.0)
     forgets, total = fresh, tl.zeros((BD,), dtype)
     next_u, next_delta = _channel(u, b, begin, d, mask), _channel(delta, b, begin, d, mask)
-    for segment in range(begin, end, K):
+    for tile in range(begin, end, K):
         if saved_ptr is not None:
-            at, there = _tile(saved_ptr, b * tl.cdiv(length, K) + segment // K, d, mask, width, N, NP)
+            at, there = _states(saved_ptr, b * tl.cdiv(length, K) + tile // K, d, mask, width, N, NP)
             tl.store(at, h, mask=there)
-        for t in range(segment, tl.minimum(end, segment + K)):
+        for t in range(tile, tl.minimum(end, tile + K)):
             x, dt = next_u.to(dtype), next_delta.to(dtype) + bias
             next_u = _channel(u, b, t + 1, d, mask & (t + 1 < end))
             next_delta = _channel(delta, b, t + 1, d, mask & (t + 1 < end))
             if SOFTPLUS:
-                dt = _softplus(dt)
+                dt = softplus(dt)
             if owner_ptr is not None:
                 row, fresh = begins(owner_ptr, t, length, row)
                 if fresh:
@@ -164,8 +157,7 @@ def forward(
             else:
                 y = tl.sum(_map(C, b, t, True, N, NP, dtype) * h, 0) + skip * x
                 if z is not None:
-                    gate = _channel(z, b, t, d, mask).to(dtype)
-                    y *= gate / (1 + tl.exp(-gate))
+                    y *= silu(_channel(z, b, t, d, mask).to(dtype))
                 step = (tl.cast(b, tl.int64) * length + t) * width + d
                 tl.store(y_ptr + step, y.to(y_ptr.dtype.element_ty), mask=mask)
                 if owner_ptr is not None:
@@ -175,9 +167,9 @@ def forward(
                         tl.store(at, h, mask=there)
     if y_ptr is None:
         decay = tl.where(forgets, 0.0, _decay(total, rates))
-        at, there = _tile(decay_ptr, b * chunks + chunk, d, mask, width, N, NP)
+        at, there = _states(decay_ptr, b * spans + span, d, mask, width, N, NP)
         tl.store(at, decay, mask=there)
-        at, there = _tile(state_ptr, b * chunks + chunk, d, mask, width, N, NP)
+        at, there = _states(state_ptr, b * spans + span, d, mask, width, N, NP)
         tl.store(at, h, mask=there)
     elif owner_ptr is None:
         at, there = _given(final_ptr, b, d, mask & (end == length), width, N, NP)
@@ -198,19 +190,19 @@ def adjoint(
     state_ptr,
     length,
     width,
-    cell,
+    per_both,
     per_c,
-    chunks,
+    spans,
     steps,
     SOFTPLUS: tl.constexpr,
     N: tl.constexpr,
     NP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The decay of every chunk, and the gradient of the state before it from zero behind it; last chunk first."""
+    """The decay of every span, and the gradient of the state before it from zero behind it; last span first."""
     dtype: tl.constexpr = dfinal_ptr.dtype.element_ty
-    d, mask, _, first, chunk, b = _place(width, cell, chunks, BD)
-    begin = (chunks - 1 - chunk) * steps
+    d, mask, _, first, span, b = _place(width, per_both, spans, BD)
+    begin = (spans - 1 - span) * steps
     end = tl.minimum(length, begin + steps)
     C = _group(C, first, per_c)
     rates = _rates(A_ptr, d, mask, width, N, NP, dtype)
@@ -219,11 +211,10 @@ def adjoint(
     for t in range(end - 1, begin - 1, -1):
         dt = _channel(delta, b, t, d, mask).to(dtype) + bias
         if SOFTPLUS:
-            dt = _softplus(dt)
+            dt = softplus(dt)
         dy = tl.load(dy_ptr + (tl.cast(b, tl.int64) * length + t) * width + d, mask=mask, other=0.0).to(dtype)
         if z is not None:
-            gate = _channel(z, b, t, d, mask).to(dtype)
-            dy *= gate / (1 + tl.exp(-gate))
+            dy *= silu(_channel(z, b, t, d, mask).to(dtype))
         row, ends = ends_at(owner_ptr, t, length, b)
         if ends:
             at, there = _given(dfinal_ptr, row, d, mask, width, N, NP)
@@ -232,9 +223,9 @@ def adjoint(
         g = _decay(dt, rates) * (g + dy[None, :] * _map(C, b, t, True, N, NP, dtype))
         total += dt
     decay = tl.where(forgets, 0.0, _decay(total, rates))
-    at, there = _tile(decay_ptr, b * chunks + chunk, d, mask, width, N, NP)
+    at, there = _states(decay_ptr, b * spans + span, d, mask, width, N, NP)
     tl.store(at, decay, mask=there)
-    at, there = _tile(state_ptr, b * chunks + chunk, d, mask, width, N, NP)
+    at, there = _states(state_ptr, b * spans + span, d, mask, width, N, NP)
     tl.store(at, g, mask=there)
 
 
@@ -249,7 +240,7 @@ def _again(
     raw = _channel(delta, b, t, d, mask & inside).to(dtype) + bias
     dt = raw
     if SOFTPLUS:
-        dt = _softplus(raw)
+        dt = softplus(raw)
     if owner_ptr is not None:
         row, fresh = begins(owner_ptr, t, length, 0)
         if fresh & inside:
@@ -286,10 +277,10 @@ def backward(
     dstart_ptr,
     length,
     width,
-    cell,
+    per_both,
     per_b,
     per_c,
-    chunks,
+    spans,
     steps,
     SOFTPLUS: tl.constexpr,
     N: tl.constexpr,
@@ -298,15 +289,15 @@ def backward(
     S: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A chunk of time, last step first; the maps' gradients by block of channels, those of A, D and the bias by chunk.
+    """A span of time, last step first; the maps' gradients by block of channels, those of A, D and the bias by span.
 
-    The states of a segment of K steps are found twice: once to put every S-th into scratch memory, and then, S steps
+    The states of a tile of K steps are found twice: once to put every S-th into scratch memory, and then, S steps
     at a time, in registers.
     """
     dtype: tl.constexpr = start_ptr.dtype.element_ty
-    d, mask, block, first, chunk, b = _place(width, cell, chunks, BD)
-    blocks = width // cell * tl.cdiv(cell, BD)
-    begin = (chunks - 1 - chunk) * steps
+    d, mask, block, first, span, b = _place(width, per_both, spans, BD)
+    blocks = width // per_both * tl.cdiv(per_both, BD)
+    begin = (spans - 1 - span) * steps
     end = tl.minimum(length, begin + steps)
     B = _group(B, first, per_b)
     C = _group(C, first, per_c)
@@ -317,17 +308,17 @@ def backward(
     dbias, dskip = tl.zeros((BD,), dtype), tl.zeros((BD,), dtype)
     dA, g = tl.zeros((NP, BD), dtype), tl.zeros((NP, BD), dtype)
     if entering_ptr is not None:
-        at, there = _tile(entering_ptr, b * chunks + chunk, d, mask, width, N, NP)
+        at, there = _states(entering_ptr, b * spans + span, d, mask, width, N, NP)
         g = tl.load(at, mask=there, other=0.0)
     scratch_ptr += tl.cast(tl.program_id(0), tl.int64) * (K // S * NP * BD) + n[:, None] * BD + lane[None, :]
-    for segment in range((end - 1) // K * K, begin - 1, -K):
-        at, there = _tile(saved_ptr, b * tl.cdiv(length, K) + segment // K, d, mask, width, N, NP)
+    for tile in range((end - 1) // K * K, begin - 1, -K):
+        at, there = _states(saved_ptr, b * tl.cdiv(length, K) + tile // K, d, mask, width, N, NP)
         h = tl.load(at, mask=there, other=0.0)
-        parts = tl.cdiv(tl.minimum(end - segment, K), S)
+        parts = tl.cdiv(tl.minimum(end - tile, K), S)
         for part in range(parts):
             tl.store(scratch_ptr + part * (NP * BD), h)
             for i in tl.static_range(S):
-                t = segment + part * S + i
+                t = tile + part * S + i
                 _, h, _, _, _, _ = _again(
                     h, u, delta, B, rates, bias, start_ptr, owner_ptr, b, t, end, d, mask, length, width,
                     SOFTPLUS, N, NP, dtype,
@@ -338,14 +329,14 @@ def backward(
             h = tl.load(scratch_ptr + part * (NP * BD))
             kept = ()
             for i in tl.static_range(S):
-                t = segment + part * S + i
+                t = tile + part * S + i
                 before, h, a, x, raw, dt = _again(
                     h, u, delta, B, rates, bias, start_ptr, owner_ptr, b, t, end, d, mask, length, width,
                     SOFTPLUS, N, NP, dtype,
                 )  # fmt: skip
                 kept = kept + ((before, h, a, x, raw, dt),)
             for i in tl.static_range(S - 1, -1, -1):
-                t = segment + part * S + i
+                t = tile + part * S + i
                 inside = t < end
                 on = mask & inside
                 before, h, a, x, raw, dt = kept[i]
@@ -382,8 +373,8 @@ def backward(
                     at, there = _given(dstart_ptr, row, d, mask, width, N, NP)
                     tl.store(at, g, mask=there)
         tl.debug_barrier()
-    at, there = _tile(partial_ptr, 0, d, mask, width, N, NP)
-    offset = tl.cast(b * chunks + chunk, tl.int64) * (N + 2) * width
+    at, there = _states(partial_ptr, 0, d, mask, width, N, NP)
+    offset = tl.cast(b * spans + span, tl.int64) * (N + 2) * width
     tl.store(at + offset, dA, mask=there)
     tl.store(partial_ptr + offset + N * width + d, dskip, mask=mask)
     tl.store(partial_ptr + offset + (N + 1) * width + d, dbias, mask=mask)

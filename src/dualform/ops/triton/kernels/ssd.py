@@ -2,10 +2,15 @@
 
 Within a chunk everything is a matrix product. ``x`` and ``dy`` are ``(B, T, H, P)``, ``dt`` is ``(B, T, H)`` and the
 maps are ``(B, T, G, N)``, given as ``(pointer, stride of B, stride of T)``; a head has ``(P, N)`` states.
+
+What is not finite at one step may reach every step of its chunk, through the zeros of a masked product, and the later
+ones of its sequence; it never reaches another sequence or row, nor an earlier chunk.
 """
 
 import triton
 import triton.language as tl
+
+from dualform.ops.triton.kernels.pointwise import silu
 
 
 @triton.jit
@@ -85,7 +90,7 @@ def states(
     heads,
     per_group,
     slots,
-    segments,
+    spans,
     steps,
     BACKWARD: tl.constexpr,
     P: tl.constexpr,
@@ -94,23 +99,23 @@ def states(
     BN: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """The state that enters every chunk, over the chunks of a segment; BACKWARD, the gradient of the one that leaves.
+    """The state that enters every chunk, over the chunks of a span; BACKWARD, the gradient of the one that leaves.
 
     ``h' = e^l h + (e^(l - l_t) dt_t x_t) B_t^T``, or with dy for x and C for B ``g' = e^l g + (e^(l_t) dy_t) C_t^T``.
-    Without ``saved_ptr``: the decay of the segment and what it adds, ``(B, segments, H, P, N)``.
+    Without ``saved_ptr``: the decay of the span and what it adds, ``(B, spans, H, P, N)``.
     """
     dtype: tl.constexpr = start_ptr.dtype.element_ty
     blocks: tl.constexpr = (N + BN - 1) // BN
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    segment, rest = rest % segments, rest // segments
+    span, rest = rest % spans, rest // spans
     h, b = rest % heads, rest // heads
     p, n = tl.arange(0, BP), block * BN + tl.arange(0, BN)
     state = tl.zeros((BP, BN), dtype)
     if entering_ptr is not None:
-        at, there = _state(entering_ptr, b * segments + segment, heads, h, p, n, P, N)
+        at, there = _state(entering_ptr, b * spans + span, heads, h, p, n, P, N)
         state = tl.load(at, mask=there, other=0.0)
-    forgets, logs = segment < 0, tl.zeros((), tl.float64)
-    for k in range(segment * steps, tl.minimum(slots, (segment + 1) * steps)):
+    forgets, logs = span < 0, tl.zeros((), tl.float64)
+    for k in range(span * steps, tl.minimum(slots, (span + 1) * steps)):
         c = slots - 1 - k if BACKWARD else k
         begin, end, row, first, last = _chunk(table_ptr, c, b, length, Q)
         starts = last if BACKWARD else first
@@ -135,9 +140,9 @@ def states(
             tl.store(at, state, mask=there & stops)
     if saved_ptr is None:
         decay = tl.where(forgets, 0.0, tl.exp2(logs.to(dtype)))
-        at, there = _state(decay_ptr, b * segments + segment, heads, h, p, n, P, N)
+        at, there = _state(decay_ptr, b * spans + span, heads, h, p, n, P, N)
         tl.store(at, tl.zeros((BP, BN), dtype) + decay, mask=there)
-        at, there = _state(state_ptr, b * segments + segment, heads, h, p, n, P, N)
+        at, there = _state(state_ptr, b * spans + span, heads, h, p, n, P, N)
         tl.store(at, state, mask=there)
 
 
@@ -183,15 +188,19 @@ def outputs(
     C,
     dt,
     A_ptr,
+    D_ptr,
+    z,
     table_ptr,
     saved_ptr,
     y_ptr,
+    gated_ptr,
     length,
     heads,
     per_group,
     slots,
     parts,
     BACKWARD: tl.constexpr,
+    SKIP_BY_HEAD: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     BP: tl.constexpr,
@@ -199,15 +208,19 @@ def outputs(
     Q: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """One chunk, some heads of a group: ``y = (M o C B^T) dt x + e^l C h``.
+    """One chunk, some heads of a group: ``y = ((M o C B^T) dt x + e^l C h + D x) silu(z)``, and what was gated.
 
-    BACKWARD: ``dx = dt (M o C B^T)^T dy + dt e^(l - l_t) B g``, with dy for x and the gradients g for the states.
+    BACKWARD: ``dx = dt (M o C B^T)^T dy + dt e^(l - l_t) B g + D dy``, with the gradient dy of what was gated for x and
+    the gradients g for the states.
     """
     _part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
     of_b, of_c, products = _products(B, C, b, begin, group, inside, N, NP)
     for h in range(first, last):
         of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
         given = _read(x, b, begin, h * P, BP, inside, P)
+        gate = given
+        if z is not None:
+            gate = _read(z, b, begin, h * P, BP, inside, P)
         weights = (products * _mask(total, inside, dtype) * of[None, :]).to(given.dtype)
         state = _load_state(saved_ptr, b * slots + c, heads, h, P, N, BP, NP)
         if BACKWARD:
@@ -216,8 +229,38 @@ def outputs(
         else:
             y = tl.dot(of_c, tl.trans(state)) * tl.exp2(total.to(dtype))[:, None]
             y += tl.dot(weights, given)
+        if D_ptr is not None:
+            if SKIP_BY_HEAD:
+                y += given.to(dtype) * tl.load(D_ptr + h).to(dtype)
+            else:
+                p = tl.arange(0, BP)
+                y += given.to(dtype) * tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(dtype)[None, :]
         step = (tl.cast(b, tl.int64) * length + begin) * heads + h
+        if gated_ptr is not None:
+            _write(gated_ptr, step * P, heads * P, y, inside, P)
+        if z is not None:
+            y *= silu(gate.to(dtype))
         _write(y_ptr, step * P, heads * P, y, inside, P)
+
+
+@triton.jit
+def before_gate(
+    dy_ptr, z, gated_ptr, found_ptr, dz_ptr, length, width, BT: tl.constexpr, BD: tl.constexpr, dtype: tl.constexpr
+):
+    """Of ``(B, T, H P)``: ``dz = dy gated silu'(z)``, and the gradient of what was gated, ``dy silu(z)``."""
+    columns, steps = tl.cdiv(width, BD), tl.cdiv(length, BT)
+    rest = tl.program_id(0) // columns
+    t, column = rest % steps * BT + tl.arange(0, BT), tl.program_id(0) % columns * BD + tl.arange(0, BD)
+    b = tl.cast(rest // steps, tl.int64)
+    there = (t < length)[:, None] & (column < width)[None, :]
+    at = (b * length + t[:, None]) * width + column[None, :]
+    gate_at = z[0] + b * z[1] + tl.cast(t, tl.int64)[:, None] * z[2] + column[None, :]
+    dy = tl.load(dy_ptr + at, mask=there, other=0.0).to(dtype)
+    gated = tl.load(gated_ptr + at, mask=there, other=0.0).to(dtype)
+    gate = tl.load(gate_at, mask=there, other=0.0).to(dtype)
+    s = 1 / (1 + tl.exp(-gate))
+    tl.store(dz_ptr + at, (dy * gated * s * (1 + gate * (1 - s))).to(dz_ptr.dtype.element_ty), mask=there)
+    tl.store(found_ptr + at, (dy * gate * s).to(found_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -233,11 +276,13 @@ def gradients_c(
     dy,
     dlog_ptr,
     dC_ptr,
+    dD_ptr,
     length,
     heads,
     per_group,
     slots,
     parts,
+    SKIP_BY_HEAD: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     BP: tl.constexpr,
@@ -245,9 +290,9 @@ def gradients_c(
     Q: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """One chunk, some heads of a group: what C gets, and the sums of dt A from the state that enters.
+    """One chunk, some heads of a group: what C and D get, and the sums of dt A from the state that enters.
 
-    ``dC`` is ``(parts, B, T, G, N)``, ``dlog`` ``(B, T, H)``.
+    ``dC`` is ``(parts, B, T, G, N)``, ``dD`` ``(B, chunks, H)`` or ``(B, chunks, H, P)``, ``dlog`` ``(B, T, H)``.
     """
     part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
     of_c = _read(C, b, begin, group * N, NP, inside, N)
@@ -255,6 +300,13 @@ def gradients_c(
     for h in range(first, last):
         of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
         given, pulled = _read(x, b, begin, h * P, BP, inside, P), _read(dy, b, begin, h * P, BP, inside, P)
+        if dD_ptr is not None:
+            skipped, p = tl.sum(pulled.to(dtype) * given.to(dtype), 0), tl.arange(0, BP)
+            at = (tl.cast(b, tl.int64) * slots + c) * heads + h
+            if SKIP_BY_HEAD:
+                tl.store(dD_ptr + at, tl.sum(skipped, 0))
+            else:
+                tl.store(dD_ptr + at * P + p, skipped, mask=p < P)
         dweights = tl.dot(pulled, tl.trans(given))
         dproducts += dweights * _mask(total, inside, dtype) * of[None, :]
         state = _load_state(entering_ptr, b * slots + c, heads, h, P, N, BP, NP)

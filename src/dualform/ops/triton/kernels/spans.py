@@ -1,4 +1,4 @@
-"""Borders: where packed sequences begin and end, and what enters every chunk of time."""
+"""Borders: where packed sequences begin and end, and what enters every span of time."""
 
 import triton
 import triton.language as tl
@@ -28,17 +28,19 @@ def enter(
     state_ptr,
     start_ptr,
     entering_ptr,
-    chunks,
+    spans,
     D,
     step,
     apart,
     COMPLEX: tl.constexpr,
     START: tl.constexpr,
+    PACKED: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``h_{c+1} = decay_c h_c + state_c`` over chunks: ``(B, chunks, D)``, from ``start`` ``(B, D)`` or from zero.
+    """``h_{c+1} = decay_c h_c + state_c`` over spans: ``(B, spans, D)``, from ``start`` ``(B, D)`` or from zero.
 
-    Numbers are ``step`` apart, and an imaginary part is ``apart`` behind its real one.
+    Numbers are ``step`` apart, and an imaginary part is ``apart`` behind its real one. ``PACKED``: a decay of 0 forgets
+    even what is not finite, as a sequence began in the span.
     """
     dtype: tl.constexpr = state_ptr.dtype.element_ty
     blocks = tl.cdiv(D, BD)
@@ -50,8 +52,8 @@ def enter(
         h = tl.load(start_ptr + n * b * D + step * d, mask=mask, other=0.0)
         if COMPLEX:
             hi = tl.load(start_ptr + n * b * D + step * d + apart, mask=mask, other=0.0)
-    for c in range(chunks):
-        at = n * (b * chunks + c) * D + step * d
+    for c in range(spans):
+        at = n * (b * spans + c) * D + step * d
         tl.store(entering_ptr + at, h, mask=mask)
         a = tl.load(decay_ptr + at, mask=mask, other=0.0)
         s = tl.load(state_ptr + at, mask=mask, other=0.0)
@@ -59,7 +61,13 @@ def enter(
             tl.store(entering_ptr + at + apart, hi, mask=mask)
             ai = tl.load(decay_ptr + at + apart, mask=mask, other=0.0)
             si = tl.load(state_ptr + at + apart, mask=mask, other=0.0)
-            forgets = (a == 0) & (ai == 0)
-            h, hi = tl.where(forgets, 0.0, a * h - ai * hi) + s, tl.where(forgets, 0.0, a * hi + ai * h) + si
+            more, more_i = a * h - ai * hi, a * hi + ai * h
+            if PACKED:
+                forgets = (a == 0) & (ai == 0)
+                more, more_i = tl.where(forgets, 0.0, more), tl.where(forgets, 0.0, more_i)
+            h, hi = more + s, more_i + si
         else:
-            h = tl.where(a == 0, 0.0, a * h) + s
+            more = a * h
+            if PACKED:
+                more = tl.where(a == 0, 0.0, more)
+            h = more + s

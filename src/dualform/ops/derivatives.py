@@ -1,0 +1,74 @@
+"""Hand-written gradients and what PyTorch may do with them: first derivatives, in reverse."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dualform.core.errors import BackendError
+
+
+def floats(m: Tensor) -> bool:
+    """Whether a tensor has a gradient: it is floating or complex."""
+    return m.is_floating_point() or m.is_complex()
+
+
+def as_grad(g: Tensor, of: Tensor) -> Tensor:
+    """A gradient in the dtype of its tensor; the real part where the tensor is real."""
+    g = g.real if g.is_complex() and not of.is_complex() else g
+    return g.to(of.dtype).resolve_conj().contiguous()
+
+
+def refuse_transforms(name: str, tensors: list[Tensor]) -> None:
+    """Refuse what PyTorch derives from the operations it sees: it does not see into a kernel, and would find zeros.
+
+    Raises:
+        BackendError: for tensors of ``torch.func`` (grad, vmap, jvp, ...) and for those with a forward-mode tangent.
+    """
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if functorch.peek_interpreter_stack() is not None and any(map(functorch.is_functorch_wrapped_tensor, tensors)):
+        _refuse(name, "the transforms of torch.func (grad, vmap, jvp, ...)")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(m).tangent is not None for m in tensors):
+        _refuse(name, "forward-mode derivatives")
+
+
+def _refuse(name: str, what: str) -> NoReturn:
+    raise BackendError(
+        f"{name}: {what} cannot see into its kernels",
+        hint="run it in `with dualform.backend('reference'):`, which is plain PyTorch, or use torch.autograd.grad",
+    )
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on; to differentiate them again raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.name = name
+        return tuple(None if m is None else m.clone() for m in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise BackendError(
+            f"{ctx.name}: its gradient cannot be differentiated a second time",
+            hint="run it in `with dualform.backend('reference'):`, which is differentiable to any order",
+        )
+
+
+def once(name: str, gradients: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients that a hand-written backward found, which refuse to be differentiated a second time.
+
+    PyTorch's ``once_differentiable`` refuses only where the gradients of the outputs were differentiable, and leaves
+    out of second derivatives, without a word, what came through the saved tensors.
+
+    Args:
+        name: whose gradients they are.
+        gradients: what was found, without a graph.
+        sources: all that they depend on: the gradients of the outputs, and the saved tensors.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradients
+    if not any(m is not None and m.requires_grad for m in sources):
+        return gradients
+    return _Once.apply(name, len(gradients), *gradients, *sources)
