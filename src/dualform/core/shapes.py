@@ -126,7 +126,7 @@ def wide(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of states and accumulations: float32, or float64 where an input is; complex where one is."""
     dtype = torch.float32
     for tensor in tensors:
-        if tensor is not None and tensor.dtype is not dtype:
+        if isinstance(tensor, Tensor) and tensor.dtype is not dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from dualform.core.errors import BackendError
+from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
 from dualform.ops.derivatives import as_grad, floats, once, refuse_transforms
 
@@ -219,9 +219,25 @@ class Op(Generic[Arguments]):
         if i is not None and args[i] is not None:
             packing, wrong = Packing.inside(self.name, args[i], args[0])
             args = (*args[:i], packing, *args[i + 1 :])
+        if self._buffer is not None and args[self._buffer] is not None:
+            raise ArgumentError(
+                f"{self.name}: out_state was given, but an operator writes to none of its arguments",
+                hint=f"call dualform.ops.{self.name}, or leave out_state out",
+            )
         a = self.arguments(*args)
         self.check(a)
         return a, wrong
+
+    def _check_backward(self, grads: list[Tensor], kept: list[Tensor], a: Arguments) -> None:
+        """Gradients, and the outputs that were kept, must be like the outputs: kernels go by the sizes of those."""
+        out = self.fake(self.arguments(*(m.to("meta") if isinstance(m, Tensor) else m for m in a)))
+        like = [*out, *(out[i] for i in self.keeps)]
+        given = [*grads, *kept[: len(self.keeps)]]
+        came, expected = ([(tuple(m.shape), m.dtype) for m in tensors] for tensors in (given, like))
+        if came != expected or any(m.device != a[0].device for m in (*grads, *kept)):
+            raise ArgumentError(
+                f"{self.name}_backward: gradients and kept outputs are {came}, expected {expected} on {a[0].device}"
+            )
 
     # What runs below the dispatcher.
 
@@ -233,6 +249,7 @@ class Op(Generic[Arguments]):
 
     def _run_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
         a, wrong = self._checked(args)
+        self._check_backward(grads, kept, a)
         with on_device(args[0].device):
             return _blank(wrong, self._gradients(self.choose(forced, a, True), grads, kept, a))
 

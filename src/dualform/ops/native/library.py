@@ -80,6 +80,18 @@ def call(name: str, structure: Structure, **fields: Any) -> None:
         )
 
 
+def saved_states(name: str, kept: list[Tensor], h0: Tensor, *shape: int) -> Tensor:
+    """The states that a forward saved, of the shape that its backward reads.
+
+    Raises:
+        ArgumentError: says what came and what was expected.
+    """
+    came = [(tuple(m.shape), m.dtype) for m in kept[:1]]
+    if came != [(shape, h0.dtype)]:
+        raise ArgumentError(f"{name}_backward: the saved states are {came}, expected {[(shape, h0.dtype)]}")
+    return kept[0].contiguous()
+
+
 def fresh(tensor: Tensor) -> Tensor:
     """An empty tensor that a kernel is about to fill; where it is large, its memory comes in large pages."""
     if tensor.nbytes >= _LARGE and _library is not None:

@@ -25,8 +25,12 @@ def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
 _forward, _infer = partial(_run, True), partial(_run, False)
 
 
+def _shape(a: SelectiveScan) -> tuple[int, ...]:
+    return a.u.shape[0], -(-a.u.shape[1] // SELECTIVE_SCAN_TILE), a.h0.shape[2], a.h0.shape[1]
+
+
 def _saved(a: SelectiveScan) -> list[Tensor]:
-    return [a.h0.new_empty(a.u.shape[0], -(-a.u.shape[1] // SELECTIVE_SCAN_TILE), a.h0.shape[2], a.h0.shape[1])]
+    return [a.h0.new_empty(_shape(a))]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict[str, Tensor]:
@@ -45,7 +49,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
             "selective_scan_backward",
             SELECTIVE_SCAN,
             **_inputs(a),
-            saved=kept[0],
+            saved=library.saved_states("selective_scan", kept, a.h0, *_shape(a)),
             dy=readable(grads[0]),
             dfinal=grads[1].contiguous(),
             du=found["u"],

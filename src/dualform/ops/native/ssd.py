@@ -35,9 +35,13 @@ def _run(keep: bool, a: Arguments) -> list[Tensor]:
 _forward, _infer = partial(_run, True), partial(_run, False)
 
 
-def _states(a: Arguments) -> list[Tensor]:
+def _shape(a: Arguments) -> tuple[int, ...]:
     heads, width, states = a.h0.shape[1:]
-    return [a.h0.new_empty(a.x.shape[0], -(-a.x.shape[1] // SSD_SPAN), heads, states, width)]
+    return a.x.shape[0], -(-a.x.shape[1] // SSD_SPAN), heads, states, width
+
+
+def _states(a: Arguments) -> list[Tensor]:
+    return [a.h0.new_empty(_shape(a))]
 
 
 def _saved(a: Arguments) -> list[Tensor]:
@@ -58,7 +62,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: Arguments) -> dict[str
             "ssd_backward",
             SSD,
             **_inputs(a),
-            saved=kept[0],
+            saved=library.saved_states("ssd", kept, a.h0, *_shape(a)),
             dy=readable(dy, 2),
             dfinal=grads[1].contiguous(),
             dx=dx,

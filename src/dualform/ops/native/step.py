@@ -15,7 +15,7 @@ def _selective(a: SelectiveUpdate) -> list[Tensor]:
     shape, dtype, inner, by_head = a.state.shape, a.state.dtype, a.x.shape, a.by_head
     state, x, dt, B, C = a.state.contiguous(), _rows(a.x), _rows(a.dt), _rows(a.B), _rows(a.C)
     y, after = torch.empty(inner, dtype=a.x.dtype), _after(a.out_state, state)
-    if state.numel() > 0:
+    if y.numel() > 0:
         library.call(
             "selective_update",
             SELECTIVE_UPDATE,
@@ -45,9 +45,7 @@ def _selective(a: SelectiveUpdate) -> list[Tensor]:
 
 
 def _selective_refuses(a: SelectiveUpdate) -> str | None:
-    if a.by_head is None:
-        return f"rates {tuple(a.A.shape)} with steps {tuple(a.dt.shape)} are broadcast"
-    return "there are no states: N is 0" if a.state.shape[-1] == 0 else None
+    return f"rates {tuple(a.A.shape)} with steps {tuple(a.dt.shape)} are broadcast" if a.by_head is None else None
 
 
 def _conv(a: ConvUpdate) -> list[Tensor]:
