@@ -318,7 +318,7 @@ def spoiled(arguments: Arguments, draw: Draw) -> Arguments:
         elif isinstance(value, Tensor):
             arguments[name] = spoiled_tensor(value, draw)
         elif isinstance(value, bool):
-            arguments[name] = draw.one(None, 2, 1.5, "yes")
+            arguments[name] = draw.one(None, 0, 2)
         elif isinstance(value, int):
             arguments[name] = draw.one(0, -1, 2**40)
         elif name != "chunk":
@@ -391,7 +391,7 @@ def through_dispatcher(op: Op[Any], arguments: Arguments, draw: Draw, spoil: boo
     """``torch.ops.dualform``: what a compiled program calls, forward and backward."""
     forward, backward = (getattr(torch.ops.dualform, op.name + end) for end in ("", "_backward"))
     save = not op.stepwise and draw.chance(0.5)
-    out = forward(draw.one("", "", op.backends[0].name), save, *arguments.values())
+    out = forward(draw.one("", "", "", "torch"), save, *arguments.values())
     if not save:
         return out[: op.outputs]
     kept = [out[i] for i in op.keeps] + out[op.outputs :]
