@@ -391,14 +391,15 @@ def through_dispatcher(op: Op[Any], arguments: Arguments, draw: Draw, spoil: boo
     """``torch.ops.dualform``: what a compiled program calls, forward and backward."""
     forward, backward = (getattr(torch.ops.dualform, op.name + end) for end in ("", "_backward"))
     save = not op.stepwise and draw.chance(0.5)
-    out = forward(draw.one("", "", "", "torch"), save, *arguments.values())
+    chosen = draw.one("", "", "", "torch")
+    out = forward(chosen, save, *arguments.values())
     if not save:
         return out[: op.outputs]
     kept = [out[i] for i in op.keeps] + out[op.outputs :]
     grads = [draw.normal(*y.shape, dtype=y.dtype).to(y.device) for y in out[: op.outputs]]
     if spoil:
         grads, kept = ([m if draw.chance(0.7) else spoiled_tensor(m, draw) for m in ms] for ms in (grads, kept))
-    return [*out[: op.outputs], *backward("", grads, kept, *arguments.values())]
+    return [*out[: op.outputs], *backward(chosen, grads, kept, *arguments.values())]
 
 
 def compare(got: list[Tensor], want: list[Tensor]) -> None:
