@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
 from dualform.ops.derivatives import as_grad, floats, once, refuse_transforms
+from dualform.ops.dispatch import ordinary_dispatch
 
 Arguments = TypeVar("Arguments", bound=tuple)
 
@@ -244,13 +245,13 @@ class Op(Generic[Arguments]):
     def _run(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
         a, wrong = self._checked(args)
         backend = self.choose(forced, a, save)
-        with on_device(args[0].device):
+        with on_device(args[0].device), ordinary_dispatch():
             return _blank(wrong, (backend.forward if save or backend.infer is None else backend.infer)(a))
 
     def _run_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
         a, wrong = self._checked(args)
         self._check_backward(grads, kept, a)
-        with on_device(args[0].device):
+        with on_device(args[0].device), ordinary_dispatch():
             return _blank(wrong, self._gradients(self.choose(forced, a, True), grads, kept, a))
 
     def _gradients(
