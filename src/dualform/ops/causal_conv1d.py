@@ -9,10 +9,12 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import Borders, Packing, each_alone
 from dualform.core.shapes import check_real, check_tensors, once_per_shape, wide
+from dualform.ops.banded import Banded
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import check_dtype, check_out_state, check_state, give_state, initial, unless_complex
 
 _WHERE, _STEP = "causal_conv1d", "causal_conv1d_update"
+_FEW = 16  # taps, up to which products with shifted inputs are faster than matrices
 _ACTIVATIONS = {None: False, "silu": True, "swish": True}  # whether there is a SiLU
 
 
@@ -182,22 +184,31 @@ class _Line:
         return found.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
-def _before_silu(line: _Line, full: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``bias + sum_j weight_j x_{t - (W-1) + j}`` all along the line, ``(B, L - (W-1), D)``."""
-    out = full.shape[1] - line.back
-    y = full[:, :out] * weight[:, 0]
-    if bias is not None:
-        y += bias
+def _banded(a: CausalConv1d) -> Banded | None:
+    """The form with matrix products, where there are so many taps that it is faster."""
+    if a.weight.shape[1] <= _FEW or a.x.numel() == 0:
+        return None
+    return Banded(a.x.to(a.h0.dtype), a.weight.to(a.h0.dtype), a.h0, a.packing)
+
+
+def _before_silu(a: CausalConv1d, line: _Line, full: Tensor, banded: Banded | None) -> Tensor:
+    """``bias + sum_j weight_j x_{t - (W-1) + j}``, ``(B, T, D)``."""
+    if banded is not None:
+        y = banded.forward()
+        return y if a.bias is None else y + a.bias
+    weight, out = a.weight.to(a.h0.dtype), full.shape[1] - line.back
+    y = full[:, :out] * weight[:, 0]  # all along the line
+    if a.bias is not None:
+        y += a.bias
     for j in range(1, weight.shape[1]):
         y.addcmul_(full[:, j : j + out], weight[:, j])
-    return y
+    return y[:, line.tokens - line.back] if line.packed else y
 
 
 def _forward(a: CausalConv1d) -> list[Tensor]:
     line = _Line(a)
     full = line.lay(a.x, a.h0)
-    y = _before_silu(line, full, a.weight.to(a.h0.dtype), a.bias)
-    y = y[:, line.tokens - line.back] if line.packed else y
+    y = _before_silu(a, line, full, _banded(a))
     return [(F.silu(y, inplace=True) if a.silu else y).to(a.x.dtype), line.tail(full)]
 
 
@@ -205,15 +216,19 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
     line, w = _Line(a), a.weight.to(a.h0.dtype)
     full, dy = line.lay(a.x, a.h0), grads[0].to(a.h0.dtype)
     out = full.shape[1] - line.back
+    banded = _banded(a)
     if a.silu:
-        y = _before_silu(line, full, w, a.bias)
-        dy = torch.ops.aten.silu_backward(dy, y[:, line.tokens - line.back] if line.packed else y)
-    if line.packed:
-        dy = full.new_zeros(1, out, a.x.shape[2]).index_copy_(1, line.tokens - line.back, dy)
-    dfull, dweight = torch.zeros_like(full), torch.empty_like(w)
-    for j in range(w.shape[1]):
-        dfull[:, j : j + out].addcmul_(dy, w[:, j])
-        dweight[:, j] = (full[:, j : j + out] * dy).sum((0, 1))
+        dy = torch.ops.aten.silu_backward(dy, _before_silu(a, line, full, banded))
+    dbias = {} if a.bias is None else {"bias": dy.sum((0, 1))}
+    dfull, dweight, more = torch.zeros_like(full), torch.empty_like(w), []
+    if banded is not None:
+        *more, dweight = banded.backward(dy, len(a.h0))
+    else:
+        if line.packed:
+            dy = full.new_zeros(1, out, a.x.shape[2]).index_copy_(1, line.tokens - line.back, dy)
+        for j in range(w.shape[1]):
+            dfull[:, j : j + out].addcmul_(dy, w[:, j])
+            dweight[:, j] = (full[:, j : j + out] * dy).sum((0, 1))
     dtail = grads[1].transpose(1, 2)
     if line.packed:
         dfull[0].index_put_((line.tails,), dtail, accumulate=True)
@@ -221,8 +236,10 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
     else:
         dfull[:, line.length :] += dtail
         dx, dh0 = dfull[:, line.back :], dfull[:, : line.back]
-    found = {"x": dx, "weight": dweight, "h0": dh0.transpose(1, 2)}
-    return found if a.bias is None else {**found, "bias": dy.sum((0, 1))}
+    dh0 = dh0.transpose(1, 2)
+    if more:
+        dx, dh0 = dx.add_(more[0]), dh0.add_(more[1])
+    return {"x": dx, "weight": dweight, "h0": dh0, **dbias}
 
 
 def _fake(a: CausalConv1d) -> list[Tensor]:
