@@ -13,7 +13,6 @@ from dualform.core.discretize import EXPONENTS, RULES, hold
 from dualform.core.errors import ArgumentError
 from dualform.core.laws import LAWS
 from dualform.core.tree import leaves
-from dualform.layers import spans
 from dualform.layers.dss import DSSConfig
 from dualform.layers.lru import LRUConfig
 from dualform.layers.mamba import MambaConfig
@@ -21,6 +20,7 @@ from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.registry import MIXERS
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
+from dualform.ops import spans
 from vectors import close
 
 # The convolutions of Mamba count samples, not time: the law is that of the recurrence, seen with a width of 1.

@@ -1,5 +1,6 @@
 """The family of linear time-invariant layers: prepared steps, linear systems, empty batches, the weights of now."""
 
+import io
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.packing import from_lengths
 from dualform.core.tree import clone, leaves
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mixer import Mixer
@@ -15,6 +17,7 @@ from dualform.layers.s4d import S4DConfig
 from dualform.models.config import ModelConfig
 from dualform.models.heads import SequenceClassifier
 from dualform.models.lm import LanguageModel
+from dualform.ops.op import backend
 from vectors import close
 
 FAMILY = ("s4", "s4d", "dss", "s5", "lru", "h3", "hyena_modal")
@@ -155,3 +158,119 @@ def test_a_state_of_another_layer_is_named(kind: str) -> None:
         layer.step(x, (torch.zeros(2), torch.zeros(2), torch.zeros(2)))
     with pytest.raises(ArgumentError, match="has shape"):
         layer.step(x, layer.init_state(3))
+
+
+LENGTHS = (3, 70, 0, 66, 1)
+
+
+def variants() -> list[Any]:
+    """Every layer, its forms and backends."""
+    found: list[Any] = []
+    for kind in FAMILY:
+        found.append(pytest.param(kind, {}, False, id=kind))
+        if kind in ("s4", "s4d", "dss", "s5"):
+            found.append(pytest.param(kind, {"bidirectional": True}, False, id=f"{kind}-bidirectional"))
+        if kind in ("s4d", "dss", "s5", "lru"):
+            found.append(pytest.param(kind, {}, True, id=f"{kind}-intervals"))
+    found.append(pytest.param("h3", {"d_head": 2, "d_state": 40}, False, id="h3-wide"))
+    return found
+
+
+@pytest.mark.parametrize("kind, options, irregular", variants())
+@pytest.mark.parametrize("name", ["", "torch"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_sequence(
+    kind: str, options: dict[str, Any], irregular: bool, name: str, value: float
+) -> None:
+    """Packed, and in the rows of a batch: outputs, final states and gradients of the inputs."""
+    layer = build(kind, **options)
+    x = samples(1, sum(LENGTHS))
+    bad = x.clone()
+    bad[0, 3 + 40] = value  # in the middle of the second sequence
+    intervals = torch.rand(1, sum(LENGTHS), dtype=torch.float64) + 0.5
+    keep = torch.ones(sum(LENGTHS), dtype=torch.bool)
+    keep[3:73] = False
+    others = [0, 2, 3, 4]
+
+    def run(x: Tensor, **more: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+        x = x.clone().requires_grad_()
+        y, state = layer(x, **({"intervals": intervals.expand(x.shape[:2])} if irregular else {}), **more)
+        (dx,) = torch.autograd.grad(y.nan_to_num().pow(2).sum(), x)
+        return y.detach(), leaves(state), dx
+
+    borders = from_lengths(torch.tensor(LENGTHS))
+    with backend(name):
+        got, want = run(bad, cu_seqlens=borders), run(x, cu_seqlens=borders)
+        close(got[0][:, keep], want[0][:, keep], 1e-12)
+        close(got[2][:, keep], want[2][:, keep], 1e-12)
+        for a, b in zip(got[1], want[1], strict=True):
+            close(a[others], b[others], 1e-12)
+        got, want = run(torch.cat([x, bad, x])), run(torch.cat([x, x, x]))
+        close(got[0][[0, 2]], want[0][[0, 2]], 1e-12)
+        close(got[2][[0, 2]], want[2][[0, 2]], 1e-12)
+        for a, b in zip(got[1], want[1], strict=True):
+            close(a[[0, 2]], b[[0, 2]], 1e-12)
+        if layer.causal:
+            y, _ = layer.step(torch.cat([x, bad, x])[:, 43], layer.init_state(3))
+            assert bool(y[[0, 2]].isfinite().all())
+
+
+def random_packing(generator: torch.Generator) -> tuple[int, ...]:
+    count = int(torch.randint(2, 6, (), generator=generator))
+    return tuple(torch.randint(0, 90, (count,), generator=generator).tolist())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_one_graph_for_all_lengths_and_batches(kind: str) -> None:
+    """From 2 on, and one more when packed; its results are those of the layer."""
+    torch.compiler.reset()
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    layer, generator = build(kind), torch.Generator().manual_seed(1)
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=count)
+    for batch, length in ((2, 5), (3, 17), (2, 64), (4, 130), (2, 2)):
+        x = samples(batch, length)
+        close(compiled(x)[0], layer(x)[0], 1e-12)
+    assert len(graphs) == 1
+    for lengths in ((3, 4), *(random_packing(generator) for _ in range(4))):
+        x, borders = samples(1, sum(lengths)), from_lengths(torch.tensor(lengths))
+        got, want = compiled(x, cu_seqlens=borders), layer(x, cu_seqlens=borders)
+        close(got[0], want[0], 1e-12)
+        for a, b in zip(leaves(got[1]), leaves(want[1]), strict=True):
+            close(a, b, 1e-12)
+    assert len(graphs) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute")
+def test_compiled_gradients_on_the_first_call(kind: str) -> None:
+    """The first call of a compiled graph runs operators under a mode that hides conjugates from them."""
+    torch.compiler.reset()
+    layer, x = build(kind), samples(2, 70)
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(x)[0].pow(2).sum(), [*layer.parameters()]) for f in (compiled, layer)]
+    for got, want in zip(*gradients, strict=True):
+        close(got, want, 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning")
+def test_exported_with_any_batch_and_length(kind: str) -> None:
+    layer, file = build(kind), io.BytesIO()
+    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("time")},)
+    torch.export.save(torch.export.export(layer, (samples(2, 8),), dynamic_shapes=shapes), file)
+    file.seek(0)
+    program = torch.export.load(file).module()
+    for batch, length in ((3, 77), (1, 64)):
+        x = samples(batch, length)
+        close(program(x)[0], layer(x)[0], 1e-12)
+
+
+def test_empty_sequences_and_batches(kind: str) -> None:
+    layer = build(kind)
+    for x in (samples(2, 0), samples(0, 5), samples(0, 0)):
+        y, state = layer(x)
+        assert y.shape == x.shape
+        assert [leaf.shape for leaf in leaves(state)] == [leaf.shape for leaf in leaves(layer.init_state(len(x)))]

@@ -1,6 +1,7 @@
 """S4 against the original's numbers, against dense matrices, and against its recurrence written out."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from dualform.core.hippo import transition
 from dualform.core.nplr import nplr
 from dualform.core.packing import from_lengths
 from dualform.core.system import StateSpace
-from dualform.layers import dplr
 from dualform.layers.dss import DSSConfig
 from dualform.layers.s4 import INITS, S4, S4Config
 from dualform.layers.s4d import S4DConfig
+from dualform.ops import spans
 from dualform.ops.cauchy import cauchy_kernel
+from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
 from vectors import close, load
 
@@ -38,8 +40,8 @@ def layer(request: pytest.FixtureRequest) -> S4:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short sequences have many chunks, whose states are added up in pairs several times."""
-    monkeypatch.setattr(dplr, "CHUNK", 4)
-    monkeypatch.setattr(dplr, "_IN_TURN", 2)
+    monkeypatch.setattr(sys.modules[dplr_ssm.__module__], "CHUNK", 4)
+    monkeypatch.setattr(sys.modules[dplr_ssm.__module__], "_IN_TURN", 2)
 
 
 def sample(layer: S4, rows: int, length: int, states: int | None = None) -> tuple[Tensor, Tensor]:
@@ -104,13 +106,21 @@ def test_many_chunks(layer: S4, length: int, small_chunks: None):
         close(got, expected, 1e-9)
 
 
-def test_a_long_sequence_runs_in_spans(layer: S4, small_chunks: None, monkeypatch: pytest.MonkeyPatch):
-    x, h = sample(layer, 2, 150)
-    want, want_last = layer(x, h)
-    monkeypatch.setattr(dplr, "SPAN", 64)
-    y, last = layer(x, h)
+@pytest.mark.parametrize("lengths", [None, (70, 0, 1, 58, 64, 7)])
+def test_a_long_sequence_runs_in_spans(
+    layer: S4, lengths: tuple[int, ...] | None, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+):
+    """The same outputs, states and gradients; the borders of spans lie inside of sequences and between them."""
+    borders = None if lengths is None else from_lengths(torch.tensor(lengths))
+    x, h = sample(layer, 2, 150) if lengths is None else sample(layer, 1, sum(lengths), len(lengths))
+    want, want_last = layer(x, h, cu_seqlens=borders)
+    before = gradients(layer, x, h, want, want_last)
+    monkeypatch.setattr(spans, "_CPU_ELEMENTS", 0)  # 64 steps
+    y, last = layer(x, h, cu_seqlens=borders)
     close(y, want, 1e-12)
     close(last, want_last, 1e-12)
+    for got, expected in zip(gradients(layer, x, h, y, last), before, strict=True):
+        close(got, expected, 1e-10)
 
 
 @pytest.mark.parametrize("lengths", [(3, 0, 66, 64, 1), (0, 0), (45,), (4, 32), (0, 63, 65), (17, 18, 19, 2, 40)])

@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.core.dplr import DiscreteDPLR
 from dualform.core.packing import from_lengths
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
+from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
+from dualform.ops.irregular_scan import irregular_scan
+from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.linear_scan import linear_scan
+from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
@@ -60,6 +65,10 @@ class OpCase:
         options = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.options.items()}
         out = self.function(**tensors, **options)
         return out if isinstance(out, tuple) else (out,)
+
+
+def _dplr_ssm(u: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, **options: Any) -> Any:
+    return dplr_ssm(u, DiscreteDPLR.of(A, P, B, dt), C, **options)
 
 
 def op_cases(length: int, seed: int = 0) -> list[OpCase]:
@@ -150,6 +159,49 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
             "initial_state": normal(states, 5, 6, complex=True),
         }
 
+    def times(batch: int) -> Tensor:
+        return 3 * torch.rand(batch, length, generator=generator, dtype=torch.float64) + 0.1
+
+    def many(batch: int, states: int, held: bool = False) -> dict[str, Tensor]:
+        log_a = torch.complex(0.3 * decay(7), normal(7))
+        found = {
+            "u": normal(batch, length, 5),
+            "decay": log_a if held else log_a.exp(),
+            "B": normal(7, 5, complex=True),
+            "C": normal(5, 7, complex=True),
+            "initial_state": normal(states, 7, complex=True),
+        }
+        return {**found, "intervals": times(batch)} if held else found
+
+    def irregular(batch: int, states: int) -> dict[str, Tensor]:
+        return {
+            "u": normal(batch, length, 5),
+            "intervals": times(batch),
+            "log_a": torch.complex(0.3 * decay(5, 6), normal(5, 6)),
+            "B": normal(5, 6, complex=True),
+            "C": normal(5, 6, complex=True),
+            "initial_state": normal(states, 5, 6, complex=True),
+        }
+
+    def irregular_selective(batch: int, states: int) -> dict[str, Tensor]:
+        return {
+            "u": normal(batch, length, 5),
+            "intervals": times(batch),
+            "dt": 0.3 * normal(batch, length, 5).abs(),
+            "A": decay(5, 6),
+            "B": normal(batch, length, 6),
+            "C": normal(batch, length, 6),
+            "initial_state": normal(states, 5, 6),
+        }
+
+    def low_rank_ssm(batch: int, states: int, rank: int) -> dict[str, Tensor]:
+        m = low_rank(rank)
+        return {
+            "u": normal(batch, length, 5),
+            **{name: m[name] for name in ("A", "P", "B", "C", "dt")},
+            "initial_state": normal(states, 5, 3, complex=True),
+        }
+
     def update(inner: tuple[int, ...], head: tuple[int, ...], rates: int) -> dict[str, Tensor]:
         return {
             "state": normal(3, *inner, 5),
@@ -183,6 +235,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("ssd packed", "ssd", ssd, dual(1, rows), {**soft2, **runs, "chunk": 13}),
         OpCase("causal_conv1d", "causal_conv1d", causal_conv1d, conv(3, 3), silu),
         OpCase("causal_conv1d width 1", "causal_conv1d", causal_conv1d, conv(3, 3, 1)),
+        OpCase("causal_conv1d wide", "causal_conv1d", causal_conv1d, conv(3, 3, 19), silu),
+        OpCase("causal_conv1d wide packed", "causal_conv1d", causal_conv1d, conv(1, rows, 70), {**silu, **runs}),
         OpCase("causal_conv1d packed", "causal_conv1d", causal_conv1d, conv(1, rows), {**silu, **runs}),
         OpCase("causal_conv1d_update", "causal_conv1d_update", causal_conv1d_update, window, silu),
         OpCase("selective_state_update", "selective_state_update", selective_state_update, by_state, step),
@@ -191,6 +245,14 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("cauchy_kernel complex rank 2", "cauchy_kernel", cauchy_kernel, low_rank(2), {"length": length}),
         OpCase("diagonal_ssm complex", "diagonal_ssm", diagonal_ssm, diagonal(3, 3)),
         OpCase("diagonal_ssm complex packed", "diagonal_ssm", diagonal_ssm, diagonal(1, rows), runs),
+        OpCase("mimo_ssm complex", "mimo_ssm", mimo_ssm, many(3, 3)),
+        OpCase("mimo_ssm complex intervals packed", "mimo_ssm", mimo_ssm, many(1, rows, True), runs),
+        OpCase("irregular_ssm complex", "irregular_ssm", irregular_ssm, irregular(3, 3)),
+        OpCase("irregular_ssm complex packed", "irregular_ssm", irregular_ssm, irregular(1, rows), runs),
+        OpCase("irregular_scan", "irregular_scan", irregular_scan, irregular_selective(3, 3)),
+        OpCase("irregular_scan packed", "irregular_scan", irregular_scan, irregular_selective(1, rows), runs),
+        OpCase("dplr_ssm complex", "dplr_ssm", _dplr_ssm, low_rank_ssm(3, 3, 1)),
+        OpCase("dplr_ssm complex packed", "dplr_ssm", _dplr_ssm, low_rank_ssm(1, rows, 2), runs),
         OpCase("fft_conv", "fft_conv", fft_conv, long(length)),
         OpCase("fft_conv short filter", "fft_conv", fft_conv, long(3)),
         OpCase("fft_conv long filter", "fft_conv", fft_conv, long(2 * length + 1)),

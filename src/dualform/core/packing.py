@@ -89,6 +89,26 @@ class Packing(NamedTuple):
         """The sequence of each of ``length`` packed steps, ``(T,)`` int64, on the device of the data."""
         return sequence_ids(self.cu_seqlens, length)
 
+    def reversed(self) -> "Packing":
+        """The packing of the same line read from its end."""
+        return self._derived("reversed", lambda m: m[-1] - m.flip(0))
+
+    def repeated(self, times: int) -> "Packing":
+        """The packing of the same sequences laid end to end so many times."""
+
+        def repeat(m: Tensor) -> Tensor:
+            starts = m[:-1] + m[-1] * torch.arange(times, device=m.device)[:, None]
+            return torch.cat([starts.flatten(), m[-1:] * times])
+
+        return self._derived(("repeated", times), repeat)
+
+    def _derived(self, key: Hashable, make: Callable[[Tensor], Tensor]) -> "Packing":
+        """Other borders that are made of these; on the host once for each packing."""
+        if self.host is None:
+            return Packing(make(self.cu_seqlens), None)
+        host = self.host
+        return Packing.of_host(once(host, key, lambda: make(host)), self.cu_seqlens.device)
+
     def of_span(self, begin: int, end: int) -> tuple[slice, "Packing"]:
         """The rows that have steps between two times, or none at all there, and the packing of those steps."""
         host = self.host_borders()

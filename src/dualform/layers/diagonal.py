@@ -7,11 +7,10 @@ from torch import Tensor
 
 from dualform.core.discretize import hold
 from dualform.core.dplr import as_real, as_rotations
-from dualform.core.packing import Borders
+from dualform.core.packing import Packing
 from dualform.core.system import StateSpace
-from dualform.layers.spans import in_spans
 from dualform.ops.diagonal_ssm import diagonal_ssm
-from dualform.ops.linear_scan import linear_scan
+from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.vandermonde import vandermonde_kernel
 
 
@@ -37,12 +36,17 @@ class DiagonalSystem(NamedTuple):
         h = torch.view_as_complex(torch.addcmul(torch.view_as_real(a * h), torch.view_as_real(b), u))
         return (self.C * h).sum(-1).real, h
 
-    def run(self, u: Tensor, h: Tensor, cu_seqlens: Borders, intervals: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``u`` ``(B, T, D)``, ``h`` ``(rows, D, N)``, ``intervals`` ``(B, T)``; outputs in the dtype of u."""
+    def run(
+        self, u: Tensor, h: Tensor, packing: Packing | None, intervals: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``u`` ``(B, T, D)``, ``h`` ``(rows, D, N)``, ``intervals`` ``(B, T)``.
+
+        Outputs have the dtype of u, and with intervals that of the states.
+        """
         if intervals is not None:
-            return self._irregular(u.to(h.real.dtype), h, cu_seqlens, intervals)
+            return irregular_ssm(u, intervals, self.log_a, self.b, self.C / 2, h, cu_seqlens=packing)
         b = _reached(self.b)
-        s, last = diagonal_ssm(u, self.a, self.C * b / 2, h / b, cu_seqlens=cu_seqlens)
+        s, last = diagonal_ssm(u, self.a, self.C * b / 2, h / b, cu_seqlens=packing)
         return s, last * b
 
     def kernel(self, length: int) -> Tensor:
@@ -54,18 +58,6 @@ class DiagonalSystem(NamedTuple):
         """One system per channel."""
         matrices = as_rotations(self.a), as_real(self.b), as_real(self.C.conj()), D
         return [StateSpace(*channel, dt=1.0) for channel in zip(*matrices, strict=True)]
-
-    def _irregular(self, u: Tensor, h: Tensor, cu_seqlens: Borders, intervals: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`run` as a scan from step to step; states are held one span at a time."""
-
-        def span(h: Tensor, cu_seqlens: Borders, *parts: Tensor) -> tuple[Tensor, Tensor]:
-            u, steps, log_a, b, C = parts
-            a, weight = hold(log_a, steps[..., None, None])
-            hs, h = linear_scan(a, weight * b * u[..., None], h, cu_seqlens=cu_seqlens)
-            return (C * hs).sum(-1).real, h
-
-        weights = self.log_a, self.b, self.C
-        return in_spans(span, h, (u, intervals), weights, width=self.log_a.numel(), packing=cu_seqlens)
 
 
 def _reached(b: Tensor) -> Tensor:

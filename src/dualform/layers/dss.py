@@ -22,7 +22,8 @@ class DSSConfig:
     """Sizes and initialisation of a :class:`DSS`.
 
     Args:
-        d_state: state size of a channel, real numbers, even: twice the N of the paper, which is 64 there.
+        d_state: eigenvalues of the state matrix of a channel; even, as they come in conjugate pairs, of which the state
+            holds one each. Twice the N of the paper, which is 64 there.
         kernel: ``softmax`` or ``exp``.
         length: L, the number of taps over which ``softmax`` normalises: the length of the training sequences.
         init: the poles at the start, a key of :data:`~dualform.core.nplr.DIAGONALS`; ``legs`` is the paper's.

@@ -6,14 +6,14 @@ from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualform.core.discretize import EXPONENTS, RULES
 from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
-from dualform.core.packing import check_cu_seqlens
+from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone, state_class
@@ -30,8 +30,9 @@ class H3Config:
     """Sizes and initialisation of an :class:`H3`.
 
     Args:
-        d_state: state size of both models: the shift keeps ``d_state`` keys, and a channel of the diagonal model has
-            as many real numbers; even, as poles come in conjugate pairs.
+        d_state: eigenvalues of the state matrix of a channel in both models. Those of the shift are zero: it keeps the
+            current key and the last ``d_state - 1``. Those of the diagonal model come in conjugate pairs, of which the
+            state holds one each; hence even.
         d_head: P, width of a head; every head has ``P * P`` channels of the diagonal model, which share its poles.
         init: the poles at the start, a key of :data:`INITS`, see :func:`dualform.core.nplr.diagonal`.
         rule: discretisation, ``zoh`` or ``bilinear``.
@@ -64,15 +65,15 @@ class H3State(NamedTuple):
 class H3(Poles, Mixer):
     """``y_t = W_out (q_t SSM_diag(SSM_shift(k) v^T)_t)``, a head at a time, with ``q, k, v = W x + b``.
 
-    The shift model is a short causal convolution, ``kbar_t = sum_{j < d_state} shift_j k_{t-j}``: its state is a line
-    of keys that moves on by one place, its input vector the first unit vector, and ``shift`` its output vector with
-    the skip added to the first place. The diagonal model of a head, ``h_t = Abar h_{t-1} + Bbar kbar_t v_t^T``,
+    The shift model is a causal convolution, ``kbar_t = sum_{j < d_state} shift_j k_{t-j}``: its state is a shift
+    register of keys, its input vector the first unit vector, and ``shift`` its output vector with the skip added to
+    the first entry. The diagonal model of a head, ``h_t = Abar h_{t-1} + Bbar kbar_t v_t^T``,
     ``z_t = 2 Re(C h_t) + D kbar_t v_t^T``, is that of :class:`~dualform.layers.s4d.S4D`; it runs on each of the
     ``P x P`` products of a key and a value channel, and ``q_t z_t`` sums over the key channels.
 
     Shapes:
         ``(B, T, d_model) -> (B, T, d_model)``; inside, H = d_model / P heads of width P. The parallel form holds
-        ``(B, T, d_model * P)`` numbers, and never the states of every token.
+        ``(B, T, d_model * P)`` numbers, and never the states of every step.
 
     Raises:
         ConfigError: for an odd ``d_state``, an unknown ``init`` or ``rule``, step sizes that are not positive, or a
@@ -118,19 +119,16 @@ class H3(Poles, Mixer):
         x: Float[Tensor, "B T D"],
         state: H3State | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
     ) -> tuple[Float[Tensor, "B T D"], H3State]:
         """The parallel form."""
         check_tensors("h3", x=(x, f"B T {self.d_model}"))
-        rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens("h3", cu_seqlens, *x.shape[:2])
-        state = check_state("h3", state, self.init_state(rows))
-        if x.numel() == 0:
-            return x, state
-        borders = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.int64)
+        packing = Packing.of("h3", cu_seqlens, x)
+        state = check_state("h3", state, self.init_state(x.shape[0] if packing is None else packing.rows))
         q, k, v = self._qkv(x)
         with exactly(x.device.type):
-            k, shift = causal_conv1d(k.flatten(2), self._taps(), initial_state=state.shift, cu_seqlens=borders)
-            y, h = self._diagonal(q, k.view_as(v), v, state.h, borders)
+            k, shift = causal_conv1d(k.flatten(2), self._taps(), initial_state=state.shift, cu_seqlens=packing)
+            y, h = self._diagonal(q, k.view_as(v), v, state.h, packing)
         return self.out_proj(y.flatten(2).to(x.dtype)), H3State(shift, h)
 
     def step(self, x: Float[Tensor, "B D"], state: H3State) -> tuple[Float[Tensor, "B D"], H3State]:
@@ -165,17 +163,12 @@ class H3(Poles, Mixer):
             y = (q[..., None] * z).sum(-2)
         return self.out_proj(y.flatten(1).to(x.dtype)), H3State(shift, h)
 
-    def _diagonal(self, q: Tensor, k: Tensor, v: Tensor, h: Tensor, borders: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _diagonal(self, q: Tensor, k: Tensor, v: Tensor, h: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
         """``(B, T, H, P)`` -> the same. Products are further rows of one batch, or further sequences of one line."""
-        (rows, length), products = k.shape[:2], self.config.d_head**2
         kv = (k[..., :, None] * v[..., None, :]).permute(3, 4, 0, 1, 2)  # (P, P, B, T, H)
-        if borders is None:
-            u = kv.reshape(products * rows, length, self.heads)
-        else:
-            u = kv.reshape(1, products * length, self.heads)
-            begin = length * torch.arange(products, device=k.device)[:, None] + borders[:-1]
-            borders = torch.cat([begin.flatten(), begin.new_full((1,), products * length)])
-        z, last = self._system().run(u, h.permute(2, 3, 0, 1, 4).flatten(0, 2), borders)
+        u = kv.flatten(0, 2) if packing is None else kv.flatten(0, 3)[None]
+        line = None if packing is None else packing.repeated(self.config.d_head**2)
+        z, last = self._system().run(u, h.permute(2, 3, 0, 1, 4).flatten(0, 2), line)
         z = torch.addcmul(z, u, self.D.to(u.dtype)).view(kv.shape)
         last = last.unflatten(0, (self.config.d_head, self.config.d_head, -1)).permute(2, 3, 0, 1, 4).contiguous()
         return torch.einsum("bthi,ijbth->bthj", q, z), last

@@ -6,13 +6,13 @@ from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
-from dualform.core.packing import check_cu_seqlens
+from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone, state_class
@@ -28,7 +28,8 @@ class HyenaModalConfig:
 
     Args:
         order: N, gates; ``N - 1`` long convolutions per channel.
-        d_state: state size of a filter, real numbers; even, as poles come in conjugate pairs.
+        d_state: eigenvalues of the state matrix of a filter; even, as they come in conjugate pairs, of which the state
+            holds one each.
         d_conv: W, width of the short convolution.
         dt_min: smallest step size at the start, with which poles ``-1/2 + i pi n`` are discretised.
         dt_max: largest step size at the start.
@@ -98,20 +99,18 @@ class HyenaModal(HyenaOperator):
         x: Float[Tensor, "B T D"],
         state: HyenaModalState | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
     ) -> tuple[Float[Tensor, "B T D"], HyenaModalState]:
         """The parallel form."""
         check_tensors("hyena_modal", x=(x, f"B T {self.d_model}"))
-        rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens("hyena_modal", cu_seqlens, *x.shape[:2])
+        packing = Packing.of("hyena_modal", cu_seqlens, x)
+        rows = x.shape[0] if packing is None else packing.rows
         state = check_state("hyena_modal", state, self.init_state(rows))
-        if x.numel() == 0:
-            return x, state
-        p, conv = self._short(x, state.conv, cu_seqlens)
-        borders = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.int64)
+        p, conv = self._short(x, state.conv, packing)
         filters, last = self._filters(), []
 
         def convolve(n: int, u: Tensor) -> Tensor:
-            y, h = filters[n].run(u, state.h[:, n], borders)
+            y, h = filters[n].run(u, state.h[:, n], packing)
             last.append(h)
             return y
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
+from dualform.core.packing import Borders
 from dualform.core.shapes import wide
 from dualform.layers.mixer import Hint, Mixer
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
@@ -44,7 +45,7 @@ class HyenaOperator(Mixer):
     def _conv_shape(self, rows: int) -> tuple[int, int, int]:
         return rows, len(self.conv_weight), self.conv_weight.shape[1] - 1
 
-    def _short(self, x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _short(self, x: Tensor, state: Tensor, cu_seqlens: Borders) -> tuple[Tensor, Tensor]:
         """The projections of ``(B, T, D)`` after the short convolution, in float32 or wider, and its state."""
         p = self.in_proj(x).to(wide(self.D))
         return causal_conv1d(p, self.conv_weight, self.conv_bias, initial_state=state, cu_seqlens=cu_seqlens)

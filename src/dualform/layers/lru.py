@@ -21,7 +21,7 @@ class LRUConfig:
     """Sizes and initialisation of an :class:`LRU`.
 
     Args:
-        d_state: N, eigenvalues of the state matrix, of the whole layer; they do not come in pairs.
+        d_state: N, eigenvalues of the state matrix of the layer. They do not come in pairs: the state holds all.
         r_min: smallest modulus of the eigenvalues at the start; they are spread evenly over the ring's area.
         r_max: largest modulus at the start.
         max_phase: largest phase at the start, in radians; small phases help with long memories.
@@ -94,4 +94,4 @@ class LRU(ContinuousLTI):
         if rate != 1:
             gain = gain * hold(log_a, torch.full_like(gain, rate))[1]
             log_a = rate * log_a
-        return [MimoSystem.of(log_a, log_a.exp(), gain[:, None] * B, C)]
+        return [MimoSystem(log_a, log_a.exp(), gain[:, None] * B, C)]

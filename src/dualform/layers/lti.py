@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float, Int, Real
+from jaxtyping import Complex, Float, Real
 from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
-from dualform.core.packing import check_cu_seqlens, sequence_ids
+from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone
@@ -27,7 +27,7 @@ class System(Protocol):
     :class:`ContinuousLTI`.
     """
 
-    def run(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None, *more: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, u: Tensor, h: Tensor, packing: Packing | None, *more: Tensor) -> tuple[Tensor, Tensor]:
         """``u`` ``(B, T, D)`` from the states ``h`` ``(rows, ...)`` -> outputs ``(B, T, D)`` and the final states."""
         ...
 
@@ -78,7 +78,7 @@ class LTI(Mixer):
         x: Float[Tensor, "B T D"],
         state: Complex[Tensor, "rows ..."] | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
         rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], Any]:
         """The parallel form. States are never held for every step."""
@@ -117,33 +117,30 @@ class LTI(Mixer):
             return self._systems(rate)[0]
 
     def _forward(
-        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, rate: float, *more: Tensor
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Borders, rate: float, *more: Tensor
     ) -> tuple[Tensor, Any]:
         """The parallel form; ``more`` is what else there is for every step, ``(B, T)``."""
         check_tensors(self._name, x=(x, f"B T {self.d_model}"))
-        rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
+        packing = Packing.of(self._name, cu_seqlens, x)
         check_rate(self._name, rate)
-        h = self._start(state, rows)
-        if x.numel() == 0:
-            return x, h if self.causal else ()
-        borders = None if cu_seqlens is None else cu_seqlens.to(x.device, torch.int64)
+        h = self._start(state, x.shape[0] if packing is None else packing.rows)
         with exactly(x.device.type):
             system, *second = self._systems(rate)
-            s, last = system.run(x, h, borders, *more)
+            s, last = system.run(x, h, packing, *more)
             for other in second:
-                s = s + self._from_the_end(other, x, h, borders, *more)
+                s = s + self._from_the_end(other, x, h, packing, *more)
         return self._out(self._skip(s, x), x), last if self.causal else ()
 
-    def _from_the_end(self, system: Any, x: Tensor, h: Tensor, borders: Tensor | None, *more: Tensor) -> Tensor:
-        turned = None if borders is None else x.shape[1] - borders.flip(0)
+    def _from_the_end(self, system: Any, x: Tensor, h: Tensor, packing: Packing | None, *more: Tensor) -> Tensor:
+        turned = None if packing is None else packing.reversed()
         s = system.run(x.flip(1), h, turned, *(m.flip(1) for m in more))[0].flip(1)
         if not self._next_first:
             return s
         s = s[:, 1:]
-        if borders is not None:
-            owner = sequence_ids(borders, x.shape[1])
+        if packing is not None:
+            owner = packing.sequence_ids(x.shape[1])
             s = torch.where((owner[1:] == owner[:-1])[:, None], s, 0)
-        return F.pad(s, (0, 0, 0, 1))
+        return F.pad(s, (0, 0, 0, 1))[:, : x.shape[1]]
 
     def _step(self, system: Any, x: Tensor, state: Tensor, interval: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check_causal()
@@ -203,7 +200,7 @@ class ContinuousLTI(LTI):
         x: Float[Tensor, "B T D"],
         state: Complex[Tensor, "rows ..."] | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
         intervals: Real[Tensor, "B T"] | None = None,
         rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], Any]:

@@ -8,18 +8,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from dualform.core.discretize import hold
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Hint, Mixer, check_intervals
-from dualform.layers.spans import in_spans
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
-from dualform.ops.linear_scan import linear_scan
+from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.selective_scan import selective_scan, selective_state_update
-from dualform.ops.state import initial
 
 
 @options
@@ -126,7 +123,8 @@ class Mamba(Mixer):
         )
         dt, B, C = self._maps(x)
         if intervals is not None:
-            y, h = self._irregular((x, dt, B, C), h, packing, intervals)
+            dt = F.softplus(dt.to(intervals.dtype) + self.dt_bias)
+            y, h = irregular_scan(x, intervals, dt, self.A(), B, C, h, cu_seqlens=packing)
             return self.out_proj((y + self.D.to(y.dtype) * x) * F.silu(z)), MambaState(conv, h)
         y, h = selective_scan(
             x,
@@ -171,23 +169,6 @@ class Mamba(Mixer):
     def A(self) -> Tensor:
         """The decay rates ``(D, N)``: negative, so that the recurrence is stable."""
         return -self.A_log.to(wide(self.A_log)).exp()
-
-    def _irregular(
-        self, inputs: tuple[Tensor, ...], h: Tensor | None, packing: Packing | None, intervals: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The scan over ``intervals`` ``(B, T)`` of x, dt, B and C; states are held for one span at a time."""
-        (x, dt, B, C), A = inputs, self.A()
-        dt = F.softplus(dt.to(A.dtype) + self.dt_bias)
-
-        def span(h: Tensor, packing: Packing | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
-            u, dt, B, C, steps, A = parts
-            a, weight = hold(dt[..., None] * A, steps[..., None, None])
-            hs, h = linear_scan(a, weight * (dt * u)[..., None] * B[:, :, None], h, cu_seqlens=packing)
-            return (hs * C[:, :, None]).sum(-1), h
-
-        h0 = initial("mamba", h, packing, x, tuple(A.shape), A.dtype)
-        y, h = in_spans(span, h0, (x, dt, B, C, intervals), (A,), width=A.numel(), packing=packing)
-        return y.to(x.dtype), h
 
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, B, C = self.x_proj(x).split([self.dt_rank, self.config.d_state, self.config.d_state], -1)

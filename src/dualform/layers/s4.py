@@ -22,7 +22,8 @@ class S4Config:
     """Sizes and initialisation of an :class:`S4`.
 
     Args:
-        d_state: state size of a channel, real numbers; even, as poles come in conjugate pairs.
+        d_state: eigenvalues of the state matrix of a channel; even, as they come in conjugate pairs, of which the state
+            holds one each.
         init: the state matrix at the start, a key of :data:`INITS`: a HiPPO measure, ``legs`` or ``fout`` among
             them; ``random``; or ``dplr-`` and ``diag-`` with a diagonal init of S4D, such as ``diag-lin``, where the
             low-rank term starts at random or at zero. From zero it does not move, its gradient being zero too.
@@ -52,9 +53,9 @@ class S4(Structured):
     appears twice, A stays stable whatever training does. For the parametrisation of Lambda, for ``rate`` and for
     bidirectional layers see :class:`~dualform.layers.structured.Structured`.
 
-    A step costs ``O(N)``. The parallel form uses dense powers of Abar, made by squaring, between chunks of time and
-    for the kernel within: matrix products throughout, the states exact at both ends, and quicker than the generating
-    function, which is :func:`~dualform.ops.cauchy.cauchy_kernel`, with an FFT.
+    A step costs ``O(N)``. The parallel form, :func:`~dualform.ops.dplr_ssm.dplr_ssm`, cuts time into chunks and uses
+    dense powers of Abar between them. It takes and returns states, and is faster than an FFT with the kernel of the
+    generating function, :func:`~dualform.ops.cauchy.cauchy_kernel`.
 
     Raises:
         ConfigError: for an odd ``d_state``, an unknown ``init``, a rank that is not the measure's, or step sizes

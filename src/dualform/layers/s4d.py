@@ -16,7 +16,8 @@ class S4DConfig:
     """Sizes and initialisation of an :class:`S4D`.
 
     Args:
-        d_state: state size of a channel, real numbers; even, as poles come in conjugate pairs.
+        d_state: eigenvalues of the state matrix of a channel; even, as they come in conjugate pairs, of which the state
+            holds one each.
         init: the poles at the start, a key of :data:`INITS`, see :func:`dualform.core.nplr.diagonal`.
         rule: discretisation, ``zoh`` or ``bilinear``.
         dt_min: smallest step size at the start; steps are spread evenly in their logarithm.

@@ -23,12 +23,12 @@ class S5Config:
     """Sizes and initialisation of an :class:`S5`.
 
     Args:
-        d_state: eigenvalues of the state matrix, of the whole layer.
+        d_state: eigenvalues of the state matrix of the layer; with ``conj_pairs`` the state holds one of each pair.
         blocks: J, blocks on its diagonal at the start, each the normal part of a HiPPO-LegS matrix of
             ``d_state / blocks`` eigenvalues, an even number.
         rule: discretisation, ``zoh`` or ``bilinear``.
-        conj_pairs: whether eigenvalues come in conjugate pairs; the state then holds one of each pair, and half as
-            many numbers do the same work.
+        conj_pairs: whether eigenvalues come in conjugate pairs, as those of a real system do; the state then is half as
+            large.
         dt_min: smallest step size at the start; steps are spread evenly in their logarithm.
         dt_max: largest step size at the start.
         bidirectional: whether a second recurrence runs from the end; such a layer is not causal and has no state.
@@ -96,7 +96,7 @@ class S5(Poles, ContinuousLTI):
         log_a, (a, factor) = EXPONENTS[self.config.rule](A, dt), RULES[self.config.rule](A, dt)
         B, C = (torch.view_as_complex(m.to(wide(m))) for m in (self.B, self.C))
         C = 2 * C if self.config.conj_pairs else C
-        return [MimoSystem.of(log_a, a, factor[:, None] * B, part) for part in C.split(len(A), 1)]
+        return [MimoSystem(log_a, a, factor[:, None] * B, part) for part in C.split(len(A), 1)]
 
     def _out(self, s: Tensor, x: Tensor) -> Tensor:
         g = F.gelu(s).to(x.dtype)

@@ -7,8 +7,12 @@ import torch
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
+from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
+from dualform.ops.irregular_scan import irregular_scan
+from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.linear_scan import linear_scan
+from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
@@ -35,8 +39,12 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "diagonal_ssm",
+    "dplr_ssm",
     "fft_conv",
+    "irregular_scan",
+    "irregular_ssm",
     "linear_scan",
+    "mimo_ssm",
     "selective_scan",
     "selective_state_update",
     "ssd",

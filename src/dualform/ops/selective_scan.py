@@ -268,7 +268,7 @@ def _check_step(
 
 def _expands(shape: torch.Size, to: torch.Size) -> bool:
     """Whether a shape broadcasts to another one, axis by axis from the last."""
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+    return len(shape) <= len(to) and all(a == 1 or a == b for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 
 def _check_update(a: SelectiveUpdate) -> None:
