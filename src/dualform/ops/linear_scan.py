@@ -51,7 +51,7 @@ def linear_scan(
             ) from None
     packing, dtype = Packing.of(_WHERE, cu_seqlens, b), wide(a, b, initial_state)
     h0 = initial(_WHERE, initial_state, packing, b, tuple(b.shape[2:]), dtype)
-    h, final = linear_scan_op(LinearScan(a, b, h0, packing, reverse))
+    h, final = linear_scan_op(LinearScan(a, b, h0, packing, bool(reverse)))
     return h, final
 
 
