@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 
 import sanitize
+from dualform.ops import OPS
 from dualform.ops.native import library
+from random_arguments import CALLS
 from random_calls import call
 
 WHY_NOT = library.missing or sanitize.why_not()
+
+
+def test_every_operator_is_called():
+    assert set(CALLS) == set(OPS)
 
 
 @pytest.mark.parametrize("hundred", range(4))

@@ -1,0 +1,380 @@
+"""Random arguments of every operator: valid ones, the same in other memory, and ones that do not fit."""
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualform.core.dplr import DiscreteDPLR
+
+Arguments = dict[str, Any]
+FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Draw:
+    """The random choices of one call."""
+
+    def __init__(self, seed: int, device: str):
+        self.random, self.device = Random(seed), torch.device(device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = self.random.choice(FLOATS)
+
+    @property
+    def real(self) -> torch.dtype:
+        """That of a state."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def one(self, *values: Any) -> Any:
+        return self.random.choice(values)
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(*shape, generator=self.generator, dtype=wide).to(dtype)
+
+    def uniform(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64).to(dtype or self.dtype)
+
+    def maybe(self, make: Callable[[], Any], probability: float = 0.5) -> Any:
+        return make() if self.chance(probability) else None
+
+    def batch(self) -> tuple[int, int, Tensor | None]:
+        """Rows, steps, and cumulative lengths or None."""
+        length = self.one(0, 1, 2, 5, 9, 33, 65, 70)
+        if self.chance(0.5):
+            return self.one(0, 1, 2, 3), length, None
+        borders = sorted(self.random.randint(0, length) for _ in range(self.random.randint(0, 4)))
+        return 1, length, torch.tensor([0, *borders, length], dtype=self.one(torch.int32, torch.int64))
+
+    def state(self, batch: int, cu_seqlens: Tensor | None, *shape: int, dtype: torch.dtype | None = None) -> Any:
+        rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        return self.maybe(lambda: self.normal(rows, *shape, dtype=dtype or self.real))
+
+    def dividing(self, size: int) -> int:
+        return self.random.choice([n for n in (1, 2, 3, size) if n and size % n == 0] or [1])
+
+
+def selective_scan(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width, states = draw.one(1, 3, 8, 17, 33), draw.one(0, 1, 3, 4, 16)
+    softplus = draw.chance(0.5)
+    return {
+        "u": draw.normal(batch, length, width),
+        "delta": draw.normal(batch, length, width) if softplus else draw.uniform(batch, length, width),
+        "A": -draw.uniform(width, states, dtype=draw.real),
+        "B": draw.normal(batch, length, draw.dividing(width), states),
+        "C": draw.normal(batch, length, draw.dividing(width), states),
+        "D": draw.maybe(lambda: draw.normal(width)),
+        "z": draw.maybe(lambda: draw.normal(batch, length, width)),
+        "delta_bias": draw.maybe(lambda: draw.uniform(width, dtype=draw.real)),
+        "delta_softplus": softplus,
+        "initial_state": draw.state(batch, cu_seqlens, width, states),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def selective_state_update(draw: Draw) -> Arguments:
+    batch, states, by_head = draw.one(0, 1, 3), draw.one(0, 1, 3, 16, 20), draw.chance(0.5)
+    inner = (draw.one(1, 2, 6), draw.one(1, 5, 16)) if by_head else (draw.one(1, 3, 8, 17, 64),)
+    one = (inner[0], 1) if by_head and draw.chance(0.7) else inner
+    rates = (*one, 1) if by_head and one != inner else (*inner, states)
+    state = draw.normal(batch, *inner, states, dtype=draw.real)
+    return {
+        "state": state,
+        "x": draw.normal(batch, *inner),
+        "dt": draw.uniform(batch, *one),
+        "A": -draw.uniform(*rates, dtype=draw.real),
+        "B": draw.normal(batch, draw.dividing(inner[0]), states),
+        "C": draw.normal(batch, draw.dividing(inner[0]), states),
+        "D": draw.maybe(lambda: draw.normal(*one)),
+        "z": draw.maybe(lambda: draw.normal(batch, *inner)),
+        "dt_bias": draw.maybe(lambda: draw.normal(*one)),
+        "dt_softplus": draw.chance(0.5),
+        "out_state": draw.maybe(lambda: draw.one(state, torch.empty_like(state)), 0.2),
+    }
+
+
+def ssd(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    heads, width, states = draw.one(1, 2, 6), draw.one(1, 3, 8, 20), draw.one(0, 1, 5, 16)
+    groups = draw.dividing(heads)
+    return {
+        "x": draw.normal(batch, length, heads, width),
+        "dt": draw.uniform(batch, length, heads),
+        "A": -draw.uniform(heads, dtype=draw.real),
+        "B": draw.normal(batch, length, groups, states),
+        "C": draw.normal(batch, length, groups, states),
+        "D": draw.maybe(lambda: draw.normal(*draw.one((heads,), (heads, width)))),
+        "z": draw.maybe(lambda: draw.normal(batch, length, heads, width)),
+        "dt_bias": draw.maybe(lambda: draw.normal(heads, dtype=draw.real)),
+        "dt_softplus": draw.chance(0.5),
+        "initial_state": draw.state(batch, cu_seqlens, heads, width, states),
+        "cu_seqlens": cu_seqlens,
+        "chunk": draw.one(None, 1, 16, 64),
+    }
+
+
+def linear_scan(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    shape = draw.one((), (1,), (7,), (3, 5), (33,))
+    number = torch.promote_types(draw.real, torch.complex64) if draw.chance(0.4) else draw.dtype
+    a = 0.9 * draw.uniform(*draw.one((batch, length), (1, 1)), *shape)
+    return {
+        "a": (torch.polar(a.to(draw.real), 3 * a.to(draw.real)) if number.is_complex and draw.chance(0.8) else a),
+        "b": draw.normal(batch, length, *shape, dtype=number),
+        "initial_state": draw.state(batch, cu_seqlens, *shape, dtype=torch.promote_types(number, torch.float32)),
+        "cu_seqlens": cu_seqlens,
+        "reverse": draw.chance(0.5),
+    }
+
+
+def diagonal_ssm(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width, states = draw.one(1, 3, 8, 17, 33), draw.one(0, 1, 3, 4, 16)
+    number = torch.promote_types(draw.real, torch.complex64)
+    size, angle = 0.9 * draw.uniform(width, states, dtype=draw.real), draw.uniform(width, states, dtype=draw.real)
+    return {
+        "u": draw.normal(batch, length, width),
+        "Abar": torch.polar(size, 6 * angle),
+        "CB": draw.normal(width, states, dtype=number),
+        "initial_state": draw.state(batch, cu_seqlens, width, states, dtype=number),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def causal_conv1d(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width, taps = draw.one(1, 3, 8, 17, 33), draw.one(1, 2, 4, 6)
+    return {
+        "x": draw.normal(batch, length, width),
+        "weight": draw.normal(width, taps),
+        "bias": draw.maybe(lambda: draw.normal(width)),
+        "activation": draw.one(None, "silu"),
+        "initial_state": draw.state(batch, cu_seqlens, width, taps - 1),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def causal_conv1d_update(draw: Draw) -> Arguments:
+    batch, width, taps = draw.one(0, 1, 3), draw.one(1, 3, 8, 17, 64), draw.one(1, 2, 4, 6)
+    state = draw.normal(batch, width, taps - 1, dtype=draw.real)
+    return {
+        "x": draw.normal(batch, width),
+        "state": state,
+        "weight": draw.normal(width, taps),
+        "bias": draw.maybe(lambda: draw.normal(width)),
+        "activation": draw.one(None, "silu"),
+        "out_state": draw.maybe(lambda: draw.one(state, torch.empty_like(state)), 0.2),
+    }
+
+
+def fft_conv(draw: Draw) -> Arguments:
+    batch, length, width = draw.one(0, 1, 3), draw.one(0, 1, 9, 33), draw.one(1, 3, 17)
+    return {
+        "u": draw.normal(batch, length, width),
+        "k": draw.normal(width, draw.one(1, 4, 40)),
+        "D": draw.maybe(lambda: draw.normal(width)),
+    }
+
+
+def cauchy_kernel(draw: Draw) -> Arguments:
+    width, states, rank = draw.one(1, 3), draw.one(1, 4), draw.one(1, 2)
+    number = torch.promote_types(draw.real, torch.complex64)
+    poles = torch.complex(-0.5 - draw.uniform(width, states, dtype=draw.real), draw.normal(width, states).to(draw.real))
+    B, C = (draw.normal(width, states, dtype=number) for _ in range(2))
+    P = 0.1 * draw.normal(rank, width, states, dtype=number)
+    dt = 0.1 + draw.uniform(width, dtype=draw.real)
+    return {"A": poles, "P": P, "B": B, "C": C, "dt": dt, "length": draw.one(0, 1, 16)}
+
+
+def vandermonde_kernel(draw: Draw) -> Arguments:
+    width, states = draw.one(1, 3, 17), draw.one(0, 1, 4)
+    number = torch.promote_types(draw.real, torch.complex64)
+    poles = torch.complex(-draw.uniform(width, states, dtype=draw.real), draw.normal(width, states).to(draw.real))
+    return {
+        "log_poles": poles,
+        "weights": draw.normal(width, states, dtype=number),
+        "length": draw.one(0, 1, 9, 40),
+    }
+
+
+def dplr_ssm(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width, states = draw.one(1, 3), draw.one(1, 4)
+    number = torch.promote_types(draw.real, torch.complex64)
+    poles = torch.complex(-0.5 - draw.uniform(width, states, dtype=draw.real), draw.normal(width, states).to(draw.real))
+    P, B, C = (0.3 * draw.normal(*shape, width, states, dtype=number) for shape in ((1,), (), ()))
+    system = DiscreteDPLR.of(poles, P, B, 0.1 + draw.uniform(width, dtype=draw.real))
+    return {
+        "u": draw.normal(batch, length, width),
+        "system": DiscreteDPLR(*(m.to(draw.device) for m in system)),
+        "C": C,
+        "initial_state": draw.state(batch, cu_seqlens, width, states, dtype=number),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def irregular_scan(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width, states = draw.one(1, 3, 17), draw.one(1, 4, 5)
+    return {
+        "u": draw.normal(batch, length, width),
+        "intervals": 0.5 + draw.uniform(batch, length),
+        "dt": 0.1 + draw.uniform(batch, length, width),
+        "A": -0.1 - draw.uniform(width, states, dtype=draw.real),
+        "B": draw.normal(batch, length, states),
+        "C": draw.normal(batch, length, states),
+        "initial_state": draw.state(batch, cu_seqlens, width, states),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def irregular_ssm(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width, states = draw.one(1, 3, 17), draw.one(1, 4, 5)
+    number = torch.promote_types(draw.real, torch.complex64)
+    rate, angle = (0.1 + draw.uniform(width, states, dtype=draw.real) for _ in range(2))
+    return {
+        "u": draw.normal(batch, length, width),
+        "intervals": 0.5 + draw.uniform(batch, length),
+        "log_a": torch.complex(-rate, angle),
+        "B": draw.normal(width, states, dtype=number),
+        "C": draw.normal(width, states, dtype=number),
+        "initial_state": draw.state(batch, cu_seqlens, width, states, dtype=number),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def mimo_ssm(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width, states, irregular = draw.one(1, 3, 17), draw.one(1, 4, 5), draw.chance(0.5)
+    number = torch.promote_types(draw.real, torch.complex64)
+    rate, angle = (0.1 + draw.uniform(states, dtype=draw.real) for _ in range(2))
+    log_a = torch.complex(-rate, angle)
+    return {
+        "u": draw.normal(batch, length, width),
+        "decay": log_a if irregular else log_a.exp(),
+        "B": draw.normal(states, width, dtype=number),
+        "C": draw.normal(width, states, dtype=number),
+        "initial_state": draw.state(batch, cu_seqlens, states, dtype=number),
+        "intervals": 0.5 + draw.uniform(batch, length) if irregular else None,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+CALLS: dict[str, Callable[[Draw], Arguments]] = {
+    make.__name__: make
+    for make in (
+        selective_scan,
+        selective_state_update,
+        ssd,
+        linear_scan,
+        diagonal_ssm,
+        causal_conv1d,
+        causal_conv1d_update,
+        fft_conv,
+        cauchy_kernel,
+        vandermonde_kernel,
+        dplr_ssm,
+        irregular_scan,
+        irregular_ssm,
+        mimo_ssm,
+    )
+}
+# Those without kernels.
+PORTABLE = {
+    "fft_conv",
+    "cauchy_kernel",
+    "vandermonde_kernel",
+    "dplr_ssm",
+    "irregular_scan",
+    "irregular_ssm",
+    "mimo_ssm",
+}
+
+
+# The same numbers in other memory, and arguments that do not fit.
+
+
+def laid_out(x: Tensor, draw: Draw) -> Tensor:
+    """The same numbers on the device, at times with other strides, beside NaN, or as a view that conjugates."""
+    x = x.to(draw.device)
+    how = draw.one("plain", "plain", "transposed", "slice", "offset", "conjugate")
+    if how == "transposed" and x.dim() > 1:
+        i, j = draw.random.sample(range(x.dim()), 2)
+        return x.transpose(i, j).contiguous().transpose(i, j)
+    if how == "slice" and x.dim() > 0 and x.is_floating_point():
+        axis = draw.random.randrange(x.dim())
+        beside = torch.full_like(x.narrow(axis, 0, min(1, x.shape[axis])), torch.nan)
+        return torch.cat([beside, x, beside], axis).narrow(axis, beside.shape[axis], x.shape[axis])
+    if how == "offset":
+        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+    if how == "conjugate" and x.is_complex():
+        return x.conj().resolve_conj().conj()
+    return x
+
+
+def spoiled_tensor(x: Tensor, draw: Draw) -> Any:
+    """Something else in the place of a tensor."""
+    how = draw.one("longer", "shorter", "empty", "axis", "no axis", "dtype", "device", "nan", "inf", "other", "turned")
+    axis = draw.random.randrange(x.dim()) if x.dim() else 0
+    if how in ("longer", "shorter", "empty") and x.dim():
+        size = {"longer": x.shape[axis] + draw.one(1, 7, 64), "shorter": max(0, x.shape[axis] - 1), "empty": 0}[how]
+        return x.new_ones([size if i == axis else n for i, n in enumerate(x.shape)])
+    if how == "axis":
+        return x[None] if draw.chance(0.5) else x[..., None]
+    if how == "no axis" and x.dim() and x.shape[axis]:
+        return x.select(axis, 0)
+    if how == "dtype":
+        return x.to(draw.one(torch.int64, torch.bool, torch.float64, torch.float16, torch.complex64, torch.float32))
+    if how == "device":
+        return x.to("meta" if draw.device.type == "cpu" else draw.one("meta", "cpu"))
+    if how in ("nan", "inf") and x.numel() and x.is_floating_point():
+        x = x.clone(memory_format=torch.contiguous_format)
+        x.view(-1)[draw.random.randrange(x.numel())] = float(how)
+        return x
+    if how == "turned" and x.dim() > 1:
+        return x.mT
+    return draw.one(1.0, "x", [1, 2], x.expand(2, *x.shape))
+
+
+def spoiled_borders(borders: Tensor, draw: Draw) -> Any:
+    """Cumulative lengths that are wrong in one way."""
+    values, last = borders.tolist(), int(borders[-1])
+    wrong = [
+        [*values[:-1], last + draw.one(1, 1000, 2**31 - 1 - last)],
+        [draw.one(-1, 1, -(2**31)), *values[1:]],
+        values[::-1],
+        [*values, 0],
+        [0, last + 9, last],
+        [0, -9, last],
+        values[:1],
+        [],
+    ]
+    how = draw.random.randrange(len(wrong) + 3)
+    if how < len(wrong):
+        return torch.tensor(wrong[how], dtype=borders.dtype, device=draw.device)
+    return (borders.float(), borders[None], values)[how - len(wrong)]
+
+
+def spoiled(arguments: Arguments, draw: Draw) -> Arguments:
+    """One or two arguments that do not fit."""
+    arguments = dict(arguments)
+    for name in draw.random.sample(list(arguments), draw.one(1, 1, 2)):
+        value = arguments[name]
+        if name in ("cu_seqlens", "packing") and isinstance(value, Tensor):
+            arguments[name] = spoiled_borders(value, draw)
+        elif isinstance(value, Tensor):
+            arguments[name] = spoiled_tensor(value, draw)
+        elif isinstance(value, bool):
+            arguments[name] = draw.one(None, 0, 2)
+        elif isinstance(value, int):
+            arguments[name] = draw.one(0, -1, 2**40)
+        elif name not in ("chunk", "system"):
+            arguments[name] = draw.one(None, draw.normal(draw.one(0, 1, 3)), 1)
+    return arguments
