@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.dplr import DiscreteDPLR
+from dualform.ops.attention import Past
 
 Arguments = dict[str, Any]
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -267,6 +268,53 @@ def mimo_ssm(draw: Draw) -> Arguments:
     }
 
 
+def attention(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    rows, heads, width = batch if cu_seqlens is None else len(cu_seqlens) - 1, draw.one(1, 2, 6), draw.one(1, 4, 5)
+    shared, window, slots = draw.dividing(heads), draw.one(None, 1, 3, 9), draw.one(0, 4, 9)
+    slots, most = (slots, slots) if window is None else (window, 20)
+
+    def past() -> Past:
+        k, v = (draw.normal(rows, slots, shared, width).to(draw.device) for _ in range(2))
+        lengths = torch.tensor([draw.random.randint(0, most) for _ in range(rows)], dtype=torch.int64)
+        return Past(k, v, lengths.to(draw.device))
+
+    return {
+        "q": draw.normal(batch, length, heads, width),
+        "k": draw.normal(batch, length, shared, width),
+        "v": draw.normal(batch, length, shared, width),
+        "past": draw.maybe(past),
+        "window": window,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def long_conv(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width = draw.one(1, 3, 17)
+    return {
+        "u": draw.normal(batch, length, width),
+        "k": draw.normal(width, draw.one(1, 4, 40)),
+        "past": draw.state(batch, cu_seqlens, draw.one(0, 3, 50), width, dtype=draw.dtype),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def lstm(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    rows, width, hidden = batch if cu_seqlens is None else len(cu_seqlens) - 1, draw.one(1, 3), draw.one(1, 5)
+    return {
+        "x": draw.normal(batch, length, width),
+        "h": draw.normal(rows, hidden),
+        "c": draw.normal(rows, hidden),
+        "input_weight": draw.normal(4 * hidden, width),
+        "hidden_weight": draw.normal(4 * hidden, hidden),
+        "input_bias": draw.normal(4 * hidden),
+        "hidden_bias": draw.normal(4 * hidden),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
 CALLS: dict[str, Callable[[Draw], Arguments]] = {
     make.__name__: make
     for make in (
@@ -284,6 +332,9 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         irregular_scan,
         irregular_ssm,
         mimo_ssm,
+        attention,
+        long_conv,
+        lstm,
     )
 }
 # Those without kernels.
@@ -295,6 +346,9 @@ PORTABLE = {
     "irregular_scan",
     "irregular_ssm",
     "mimo_ssm",
+    "attention",
+    "long_conv",
+    "lstm",
 }
 
 

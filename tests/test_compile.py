@@ -1,26 +1,61 @@
-"""Compiled whole, without a graph break, every mixer is the same function: outputs, final state and gradients."""
+"""Compiled whole, without a graph break, every mixer is the same function, one program for all lengths and batches."""
+
+import io
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from dualform.check.cases import CASES, Case
-from dualform.core.forms import whole
+from dualform.core.forms import packed, whole
 from dualform.core.laws import compare_gradients, gradients
+from dualform.core.packing import Packing
+from dualform.core.tree import clone
 from dualform.layers.registry import MIXERS
 
 ONE_OF_EACH = {case.kind: case for case in CASES.values() if case.kind in MIXERS and case.name.endswith("d=3")}
+DYNAMIC = {**ONE_OF_EACH, "attention window": CASES["attention window d=17"], "hyena long": CASES["hyena long d=1"]}
 ONE_OF_EACH["lm"] = CASES["lm mamba2 + shared attention"]
+SHAPES = ((13, 21), (6, 11), (14, 310), (2, 250))  # batches and lengths, unlike any width: a compiler ties equal sizes
+
+# Mixers whose forward still has a guard on the length where it keeps something for the backward: how many spans.
+GUARDED = {kind: "the number of spans is compared with 1" for kind in ("mamba", "mamba2")}
+
+
+every_dynamic = pytest.mark.parametrize("case", DYNAMIC.values(), ids=list(DYNAMIC))
+
 
 pytestmark = [  # while it traces, the compiler trips over warnings of its own library
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
 ]
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=list(ONE_OF_EACH))
-@torch._dynamo.config.patch(allow_rnn=True)  # torch.nn.LSTM, off by default
-def test_compiled_equals_eager(case: Case):
+def steps(f, x, state, borders):
+    return f.step(x[:, 0], state)
+
+
+FORMS = {
+    "whole": lambda f, x, state, borders: f(x),
+    "from a state": lambda f, x, state, borders: f(x, state),
+    "packed": lambda f, x, state, borders: f(x.flatten(0, 1)[None], cu_seqlens=borders),
+    "packed from a state": lambda f, x, state, borders: f(x.flatten(0, 1)[None], state, cu_seqlens=borders),
+    "step": steps,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """A compiler that has seen nothing, and takes ``torch.nn.LSTM``, which is off by default."""
     torch.compiler.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=list(ONE_OF_EACH))
+def test_compiled_equals_eager(case: Case):
     trial = case.trial(5)
     compiled = torch.compile(trial.f.forward, fullgraph=True, backend="aot_eager", dynamic=False)
     got = gradients(trial, lambda f, x, state: compiled(x, state), "both")
@@ -30,3 +65,69 @@ def test_compiled_equals_eager(case: Case):
 
 def test_every_mixer_is_compiled():
     assert set(ONE_OF_EACH) == {*MIXERS, "lm"}
+
+
+@every_dynamic
+def test_compiled_and_packed_equals_eager(case: Case):
+    check_packed(case, known=False)
+
+
+@every_dynamic
+def test_compiled_with_a_known_packing_equals_eager(case: Case):
+    check_packed(case, known=True)
+
+
+def check_packed(case: Case, known: bool) -> None:
+    """Forward and backward, the borders given as a tensor or as what was made of one before."""
+    trial = case.trial(9)
+    compiled = torch.compile(trial.f.forward, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    class Compiled:
+        def forward(self, x: Tensor, state, *, cu_seqlens: Tensor):
+            borders = Packing.of("test", cu_seqlens, x) if known else cu_seqlens
+            return compiled(x, state, cu_seqlens=borders)
+
+    form = packed(trial.lengths)
+    got = gradients(trial, lambda f, x, state: form(Compiled(), x, state), "both")
+    found = compare_gradients(got, gradients(trial, form, "both"), "compiled")
+    assert found.error <= 1e-9, found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@every_dynamic
+def test_one_program_serves_all_lengths_and_batches(case: Case, form: str):
+    f, programs = case.trial(1).f, []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(FORMS[form], dynamic=True, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for batch, length in SHAPES:
+            x = case.sample(batch, length, torch.Generator())
+            borders = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(batch * length, (batch,)).sort()[0]])
+            borders[-1] = batch * length
+            state = f.init_state(batch, max_len=batch * length + 7)
+            _, state = f(x[:, :7], state)
+            got = compiled(f, x, clone(state), borders)
+            torch.testing.assert_close(got[0], FORMS[form](f, x, clone(state), borders)[0])
+    assert len(programs) == 1
+
+
+@every_dynamic
+def test_a_mixer_is_exported_with_dynamic_batch_and_time(case: Case, request: pytest.FixtureRequest):
+    if case.kind in GUARDED:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=GUARDED[case.kind]))
+    f, file = case.trial(1).f.eval(), io.BytesIO()
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("time", min=2)}
+    x = case.sample(*SHAPES[0], torch.Generator())
+    torch.export.save(torch.export.export(f, (x,), dynamic_shapes=(sizes,)), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for shape in SHAPES:
+        x = case.sample(*shape, torch.Generator())
+        y, state = loaded(x)
+        want, last = f(x)
+        torch.testing.assert_close(y, want)
+        assert type(state) is type(last)

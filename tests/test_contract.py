@@ -46,6 +46,13 @@ def test_every_law_from_the_initial_state(case: Case, poison: None):
 
 
 @every_case
+def test_portable_operators_are_contained(case: Case, poison: None):
+    """Every law runs on the preferred operators of a CPU; these are those that run anywhere."""
+    with backend("torch"):
+        prove(case.trial(33, seed=3), 1e-9, ("contained",))
+
+
+@every_case
 def test_float32(case: Case, poison: None):
     trial = case.trial(33, dtype=torch.float32, seed=2)
     prove(trial, 1e-4, ("layout", "fresh", "split", "step", "packed", "padded left", "gradient"))

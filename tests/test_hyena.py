@@ -1,6 +1,7 @@
 """Hyena against the original's numbers and against the convolutions of the paper, written out; its distillation."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -185,29 +186,43 @@ def test_on_the_meta_device() -> None:
         assert layer.step(y[:, 0], state)[0].shape == (2, 2)
 
 
-def test_kept_filters_follow_the_parameters() -> None:
-    """Without gradients filters are kept; a step of an optimiser, other weights and another dtype change them."""
+def test_filters_follow_the_parameters() -> None:
+    """Weights that are averaged, stepped, loaded, cast or written through ``data`` change what the layer computes."""
     torch.manual_seed(0)
-    layer, other = (HyenaConfig(l_max=20, d_embed=3, d_filter=4).build(2) for _ in range(2))
+    layer, other = (HyenaConfig(l_max=20, d_embed=3, d_filter=4).build(2).double() for _ in range(2))
+    x, outputs = torch.randn(1, 15, 2, dtype=torch.float64), []
 
     def check() -> None:
         with torch.no_grad():
-            got = layer.kernel(15)
-        close(got, layer.filter(15).permute(1, 2, 0), 0.0)
+            y, _ = layer(x)
+            outputs.append(y)
+            close(layer.step(x[:, 0], layer.init_state(1))[0], y[:, 0], 1e-12)
+        close(y, oracle(layer, x), 1e-9)
 
+    layer.filter.rate.copy_(rates(layer))
+    other.filter.rate.copy_(rates(other))
     check()
-    with torch.no_grad():
-        assert layer.filter.taps(5).data_ptr() == layer.filter.taps(9).data_ptr()
+    for p in layer.filter.parameters():
+        p.data.mul_(1.5)
+    check()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     layer.kernel(20).sum().backward()
     optimizer.step()
     check()
     layer.load_state_dict(other.state_dict())
     check()
-    layer.load_state_dict({n: w.clone() for n, w in layer.state_dict().items()}, assign=True)
-    check()
-    layer.double()
-    check()
+    assert all(not torch.equal(a, b) for a, b in pairwise(outputs))
+
+
+def test_prepared_steps_are_those_of_the_layer() -> None:
+    layer = HyenaConfig(l_max=6, d_embed=3, d_filter=4).build(2).double()
+    x, state, again = torch.randn(2, 9, 2, dtype=torch.float64), layer.init_state(2), layer.init_state(2)
+    with torch.no_grad():
+        prepared = layer.prepare()
+        for t in range(9):
+            want, state = layer.step(x[:, t], state)
+            got, again = prepared.step(x[:, t], again)
+            close(got, want, 1e-14)
 
 
 @pytest.mark.parametrize("modes", [1, 3])

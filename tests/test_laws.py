@@ -247,6 +247,35 @@ class SometimesNaN(Leaky):
         return y * math.nan, after
 
 
+class WritesIntoWhatItIsGiven(Leaky):
+    def cell(self, x, state):
+        y, after = super().cell(x, state)
+        if torch.is_grad_enabled():
+            return y, after
+        return y, after._replace(h=state.h.copy_(after.h))
+
+
+class WritesIntoRecordedStates(Leaky):
+    def forward(self, x, state=None, *, cu_seqlens=None):
+        y, after = super().forward(x, state, cu_seqlens=cu_seqlens)
+        if torch.is_grad_enabled() and state is not None:
+            with torch.no_grad():
+                state.seen.add_(1)
+        return y, after
+
+
+class MultipliesOtherRowsByZero(Leaky):
+    def cell(self, x, state):
+        y, after = super().cell(x, state)
+        return y + 0 * x.sum(0), after
+
+
+class MultipliesOtherSequencesByZero(Leaky):
+    def pack(self, x, state, cu_seqlens):
+        y, after = super().pack(x, state, cu_seqlens)
+        return y, after._replace(h=after.h + 0 * y.sum(1))
+
+
 BUGS = {
     NoDecayAtBorder: {"split", "step", "gradient", "final state"},
     ForgetsOneStateLeaf: {"split", "step", "gradient", "final state"},
@@ -273,6 +302,10 @@ BUGS = {
     RightPaddingOnly: {"padded left", "padded between", "gradient"},
     SpeaksInThePadding: {"padded left", "padded between", "padded right", "gradient"},
     SometimesNaN: {"step", "gradient"},
+    WritesIntoWhatItIsGiven: {"ownership"},
+    WritesIntoRecordedStates: {"ownership"},
+    MultipliesOtherRowsByZero: {"contained"},
+    MultipliesOtherSequencesByZero: {"contained"},
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dualform.core.dplr import DiscreteDPLR
 from dualform.core.packing import from_lengths
+from dualform.ops.attention import Past, attention
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
@@ -17,6 +18,8 @@ from dualform.ops.fft_conv import fft_conv
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.linear_scan import linear_scan
+from dualform.ops.long_conv import long_conv
+from dualform.ops.lstm import lstm
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
@@ -29,6 +32,12 @@ _STAY_WIDE = (
     "delta_bias",
     "dt_bias",
 )  # float32 at least, whatever the dtype of the activations
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, length: Tensor, **options: Any
+) -> Tensor:
+    return attention(q, k, v, Past(past_k, past_v, length), **options)
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,19 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     def long(taps: int) -> dict[str, Tensor]:
         return {"u": normal(3, length, 5), "k": normal(5, taps), "D": normal(5)}
 
+    def tokens(batch: int, states: int) -> dict[str, Tensor]:
+        named = {"q": (batch, length, 6, 5), "k": (batch, length, 3, 5), "v": (batch, length, 3, 5)}
+        past = {"past_k": (states, 9, 3, 5), "past_v": (states, 9, 3, 5)}
+        return {name: normal(*shape) for name, shape in {**named, **past}.items()}
+
+    def gates(batch: int, states: int) -> dict[str, Tensor]:
+        found = {"x": normal(batch, length, 5), "h": normal(states, 3), "c": normal(states, 3)}
+        maps = {"input_weight": normal(12, 5), "hidden_weight": normal(12, 3)}
+        return {**found, **maps, "input_bias": normal(12), "hidden_bias": normal(12)}
+
+    def behind(batch: int, states: int, taps: int) -> dict[str, Tensor]:
+        return {"u": normal(batch, length, 5), "k": normal(5, taps), "past": normal(states, 6, 5)}
+
     poles = {"log_poles": torch.complex(0.1 * decay(5, 7), normal(5, 7)), "weights": normal(5, 7, complex=True)}
 
     def low_rank(rank: int) -> dict[str, Tensor]:
@@ -220,6 +242,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
     plain = {**selective(3, 3, 1, without=("D", "z", "delta_bias")), "delta": 0.3 * normal(3, length, 24).abs()}
     narrow = selective(3, 3, 2, without=("z",), width=6)  # groups of fewer channels than a vector has lanes
+    seen = {"length": torch.tensor([9, 0, 4, 7])}
     runs, silu, step = {"cu_seqlens": packed}, {"activation": "silu"}, {"dt_softplus": True}
     return [
         OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
@@ -233,6 +256,10 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("ssd", "ssd", ssd, dual(3, 3), soft2),
         OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),
         OpCase("ssd packed", "ssd", ssd, dual(1, rows), {**soft2, **runs, "chunk": 13}),
+        OpCase("attention", "attention", _attention, tokens(4, 4), seen),
+        OpCase("attention window", "attention", _attention, tokens(4, 4), {**seen, "window": 4}),
+        OpCase("attention packed", "attention", _attention, tokens(1, rows), {**seen, **runs}),
+        OpCase("attention packed window", "attention", _attention, tokens(1, rows), {**seen, **runs, "window": 9}),
         OpCase("causal_conv1d", "causal_conv1d", causal_conv1d, conv(3, 3), silu),
         OpCase("causal_conv1d width 1", "causal_conv1d", causal_conv1d, conv(3, 3, 1)),
         OpCase("causal_conv1d wide", "causal_conv1d", causal_conv1d, conv(3, 3, 19), silu),
@@ -256,5 +283,9 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("fft_conv", "fft_conv", fft_conv, long(length)),
         OpCase("fft_conv short filter", "fft_conv", fft_conv, long(3)),
         OpCase("fft_conv long filter", "fft_conv", fft_conv, long(2 * length + 1)),
+        OpCase("long_conv", "long_conv", long_conv, behind(3, 3, 4)),
+        OpCase("long_conv packed", "long_conv", long_conv, behind(1, rows, 20), runs),
+        OpCase("lstm", "lstm", lstm, gates(3, 3)),
+        OpCase("lstm packed", "lstm", lstm, gates(1, rows), runs),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]

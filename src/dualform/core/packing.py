@@ -83,11 +83,55 @@ class Packing(NamedTuple):
     @property
     def longest(self) -> int:
         """The length of the longest sequence."""
-        return int(self.lengths.max())
+        return once(self.host_borders(), "longest", lambda: int(self.lengths.max()))
+
+    @property
+    def known(self) -> bool:
+        """Whether the lengths can be read on the host, here and now, without waiting for a device."""
+        return self.host is not None and readable(self.host)
+
+    @property
+    def common(self) -> int | None:
+        """The length of every sequence, where all are equally long and that is known."""
+        if not self.known:
+            return None
+        return once(self.host_borders(), "common", lambda: self.longest if self.lengths.unique().numel() == 1 else None)
+
+    def places(self, length: int) -> tuple[Tensor, Tensor]:
+        """``(ids, index)``, ``(T,)`` int64: the sequence of each of ``length`` packed steps, and its place in it."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            ids = self.sequence_ids(length)
+            return ids, torch.arange(length, device=ids.device) - self.cu_seqlens[ids]
+
+        return once(self.host_borders(), ("places", self.cu_seqlens.device), make) if self.known else make()
+
+    def in_rows(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """What ``run(rows, *inputs)`` makes of sequences that are laid out as rows, laid end to end again.
+
+        Sequences of like length share a call, so that padding at most doubles them.
+
+        Args:
+            run: is given the rows of the state, a slice or ``(R,)`` int64, and the inputs as ``(R, L, ...)``, zero
+                after the last step of a row; returns ``(R, L, ...)``.
+            inputs: ``(1, T, ...)``, T above 0.
+        """
+        *groups, places = self.table("in rows", _groups)
+        out = []
+        for rows, steps, keep in zip(*[iter(groups)] * 3, strict=True):
+            laid = [x[0].index_select(0, steps.flatten()).unflatten(0, steps.shape) for x in inputs]
+            masked = [torch.where(keep.view(*keep.shape, *[1] * (x.dim() - 2)), x, 0) for x in laid]
+            out.append(run(rows if len(rows) < self.rows else slice(None), *masked).flatten(0, 1))
+        return torch.cat(out).index_select(0, places)[None]
 
     def sequence_ids(self, length: int) -> Tensor:
         """The sequence of each of ``length`` packed steps, ``(T,)`` int64, on the device of the data."""
         return sequence_ids(self.cu_seqlens, length)
+
+    def keep_mask(self) -> Tensor:
+        """The mask ``(n, longest)`` that lays the sequences out as rows padded on the right."""
+        steps = torch.arange(self.longest, device=self.cu_seqlens.device)
+        return steps < self.cu_seqlens.diff()[:, None]
 
     def reversed(self) -> "Packing":
         """The packing of the same line read from its end."""
@@ -249,8 +293,30 @@ def once(host: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     if known is None:
         known = host._dualform = {}  # pyright: ignore[reportAttributeAccessIssue]
     if key not in known:
-        known[key] = make()
+        with torch.inference_mode(False):  # a tensor of inference mode could not be used in training afterwards
+            known[key] = make()
     return known[key]
+
+
+def _groups(host: Tensor) -> tuple[Tensor, ...]:
+    """What :meth:`Packing.in_rows` needs, from the borders.
+
+    For each group of sequences of like length: their rows ``(R,)``, the places of their steps on the line ``(R, L)``,
+    and which of these there are. Last, where each step of the line lies among the steps of all groups, ``(T,)``.
+    """
+    lengths, alike = host.diff(), dict[int, list[int]]()
+    for row, length in enumerate(lengths.tolist()):
+        if length:
+            alike.setdefault((length - 1).bit_length(), []).append(row)
+    found, order = [], []
+    for group in alike.values():
+        rows = torch.tensor(group)
+        steps = host[rows, None] + torch.arange(int(lengths[rows].max()))
+        keep = steps < host[rows + 1, None]
+        order.append(torch.where(keep, steps, host[-1]).flatten())
+        found += [rows, steps.clamp(max=int(host[-1]) - 1), keep]
+    places = torch.cat(order or [host[:0]]).argsort(stable=True)[: int(host[-1])]
+    return *found, places
 
 
 def from_lengths(lengths: Tensor) -> Tensor:
@@ -274,12 +340,6 @@ def unpack(x: Tensor, keep: Tensor) -> Tensor:
     out = x.new_zeros(*keep.shape, *x.shape[2:])
     out[keep] = x[0]
     return out
-
-
-def keep_mask(cu_seqlens: Tensor) -> Tensor:
-    """The mask ``(n, longest)`` that lays n packed sequences out as right-padded rows."""
-    lengths = cu_seqlens.diff()
-    return torch.arange(int(lengths.max()), device=cu_seqlens.device) < lengths[:, None]
 
 
 def each_alone(

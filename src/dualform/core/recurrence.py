@@ -22,8 +22,17 @@ class Recurrence(Protocol[Out]):
     - *rows*: row ``i`` of outputs and states depends on row ``i`` of the inputs only.
     - *packed*: sequences laid end to end with ``cu_seqlens`` equal the same sequences run one by one.
 
+    - *ownership*: memory that a state shares is not written to, see below.
+    - *contained*: what is not finite in one row or sequence reaches no other.
+
     ``state=None`` means ``init_state(batch)``. ``max_len`` is a capacity hint for states that grow with the
-    context; a state of constant size ignores it. A state is used once: ``clone`` it to keep it.
+    context; a state of constant size ignores it.
+
+    A state is used once: ``clone`` it to keep it. Where gradients are recorded nothing that is given is written to.
+    Elsewhere ``forward`` and ``step`` may write into the state that they are given, which is spent then, but only into
+    memory that belongs to it alone: never into a view of a larger tensor, such as a slice of a batch of states, nor
+    into an expanded one; :func:`~dualform.core.tree.may_write` decides. Memory of the caller's choice is an option of
+    an operator, ``out_state=``.
     """
 
     def init_state(self, batch: int, *, max_len: int = 0) -> State: ...

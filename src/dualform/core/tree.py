@@ -72,6 +72,25 @@ def detach(tree: Tree) -> Tree:
     return tree_map(Tensor.detach, tree)
 
 
+def may_write(leaf: Tensor) -> bool:
+    """Whether a recurrence may write into the memory of a state that it is given, as a state is used once.
+
+    It may not where gradients are recorded, where anything traces or transforms the call, and where the memory may be
+    somebody else's: that of a view, of a larger or an expanded tensor, or, outside of inference mode, of a tensor that
+    was made inside.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or leaf.requires_grad or type(leaf) is not Tensor:
+        return False
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    if leaf.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    whole = leaf.is_contiguous() and leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
+    return whole and not leaf._is_view()
+
+
 def nbytes(tree: Tree) -> int:
     """Bytes held by the leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))

@@ -1,23 +1,21 @@
 """Causal attention as a Recurrence: its state is the keys and values that later tokens may still see."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
-from dualform.core.packing import check_cu_seqlens, sequence_ids
-from dualform.core.shapes import check_tensors
+from dualform.core.packing import Borders, Packing, readable
+from dualform.core.ring import held, write
+from dualform.core.shapes import check_tensors, larger
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer
-from dualform.layers.ring import held, write
 from dualform.layers.rotary import rotate
-
-_SCORES = 2**26  # how many scores (rows x heads x queries x keys) one masked call may span
+from dualform.ops.attention import Past, attention, causal, over
 
 
 @options
@@ -109,22 +107,28 @@ class Attention(Mixer):
         return self._empty(self.like, batch, max_len)
 
     def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: AttentionState | None = None,
-        *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        self, x: Float[Tensor, "B T D"], state: AttentionState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], AttentionState]:
         """The whole sequence. Memory grows with T, not with T squared, whatever the window, packing or state."""
         check_tensors("attention", x=(x, f"B T {self.d_model}"))
-        new = _layout(x, cu_seqlens)
-        self._check_state(x, state, len(new.added))
+        packing = Packing.of("attention", cu_seqlens, x)
+        rows = x.shape[0] if packing is None else packing.rows
+        self._check_state(x, state, packing)
+        if x.numel() == 0:
+            y = x.new_zeros(*x.shape[:2], self.heads * self.d_head)
+            return self.out_proj(y), self._empty(x, rows) if state is None else state
+        common = None if packing is None else packing.common
+        if common is not None:  # a batch
+            y, state = self._run(x.view(rows, common, -1), state, None)
+            return y.reshape(x.shape), state
+        return self._run(x, state, packing)
+
+    def _run(self, x: Tensor, state: AttentionState | None, packing: Packing | None) -> tuple[Tensor, AttentionState]:
+        new = _layout(x, packing)
         q, k, v = self._project(x, new.at if state is None else state.length[new.row] + new.at)
         if state is not None:
             k, v = k.to(state.k.dtype), v.to(state.v.dtype)
-        if x.numel() == 0:
-            y, after = q, self._empty(k, len(new.added)) if state is None else state
-        elif new.longest == 1 and state is not None:
+        if state is not None and packing is None and x.shape[1] == 1:
             y, after = self._decode(q, k, v, state, new)
         else:
             y, after = self._prefill(q, k, v, state, new)
@@ -133,43 +137,32 @@ class Attention(Mixer):
     def _decode(
         self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, new: "_Layout"
     ) -> tuple[Tensor, AttentionState]:
-        """At most one token per row: written first, as the slot it takes is one it may not see."""
-        extent, end = self._extent(state, new), state.length + new.added
-        after = self._put(_grow(state, extent.end), k, v, new)
-        mask = None
-        if not extent.level or new.lengths is not None:
-            mask = (held(end, after.k.shape[1]) >= 0)[:, None, None, : extent.end]
-
-        def attend(rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = after.k[rows][:, : extent.end], after.v[rows][:, : extent.end]
-            return _attention(q, keys, values, attn_mask=None if mask is None else mask[rows])
-
-        return _by_rows(attend, q, k, v, new), after
+        """One token per row: written first, as the slot it takes is one it may not see."""
+        slots, length = self._slots(state, new), state.length + new.added
+        after = self._put(_grow(state, slots.end), k, v, new)
+        seen = None if slots.level else (held(length, after.k.shape[1]) >= 0)[:, None, None, : slots.end]
+        return over(q, after.k[:, : slots.end], after.v[:, : slots.end], seen), after
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, new: "_Layout"
     ) -> tuple[Tensor, AttentionState]:
         """Any number of tokens: they see the cache as it was, then each other."""
-        before = self._empty(k, len(new.added)) if state is None else state
-        extent = _Extent(True, 0, new.longest) if state is None else self._extent(before, new)
-        past, length = extent.start, before.length[:1] if extent.level else before.length
-        filled = held(length, before.k.shape[1])[:, :past]
-
-        def attend(rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if past == 0 and (self.window is None or q.shape[1] <= self.window):
-                return _attention(q, k, v, is_causal=True)
-            own = slice(None) if extent.level else rows
-            at = length[own, None] + torch.arange(q.shape[1], device=q.device)
-            keys = torch.cat([before.k[rows][:, :past], k], 1) if past else k
-            values = torch.cat([before.v[rows][:, :past], v], 1) if past else v
-            return _banded(q, keys, values, at, torch.cat([filled[own], at], 1), past, self.window)
-
-        y = _by_rows(attend, q, k, v, new)
+        slots, past = _Slots(True, 0, new.most), None
+        if state is not None:
+            slots = self._slots(state, new)
+            if slots.start:
+                length = state.length[:1] if slots.level else state.length
+                past = Past(state.k[:, : slots.start], state.v[:, : slots.start], length)
+        if past is None and self.window is None and new.packing is None:
+            y = causal(q, k, v)
+        else:
+            y = attention(q, k, v, past, window=self.window, cu_seqlens=new.packing)
+        if state is None and self.window is None and new.packing is None:
+            return y, AttentionState(k, v, new.added)
+        before = self._empty(k, new.added.shape[0]) if state is None else state
         if self.window is not None:
             return y, _turn(before, k, v, new)
-        if state is None and new.lengths is None:
-            return y, AttentionState(k, v, new.added)
-        return y, self._put(_grow(before, extent.end), k, v, new)
+        return y, self._put(_grow(before, slots.end), k, v, new)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.d_head))
@@ -182,30 +175,31 @@ class Attention(Mixer):
         k = like.new_zeros(rows, self.window or max_len, self.kv_heads, self.d_head)
         return AttentionState(k, k.clone(), torch.zeros(rows, dtype=torch.int64, device=like.device))
 
-    def _extent(self, state: AttentionState, new: "_Layout") -> "_Extent":
+    def _slots(self, state: AttentionState, new: "_Layout") -> "_Slots":
+        """A cache without a window asks how long its rows are; the answer waits for the device."""
         capacity = state.k.shape[1]
         if self.window is not None:
-            return _Extent(False, capacity, capacity)
-        if torch.compiler.is_compiling() or state.k.device.type == "meta":
-            end = max(capacity, new.longest)  # lengths are trusted: a write past the capacity fails on the device
-            return _Extent(False, end - new.longest, end)
+            return _Slots(False, capacity, capacity)
+        if not readable(state.length):  # lengths are trusted: a write past the capacity fails on the device
+            if new.packing is not None:
+                return _Slots(False, capacity, capacity or new.most)
+            end = larger(capacity, new.most)
+            return _Slots(False, end - new.most, end)
         low, high, end = torch.stack([*state.length.aminmax(), (state.length + new.added).max()]).tolist()
-        return _Extent(low == high, high, end)
+        return _Slots(low == high, high, end)
 
     def _put(self, state: AttentionState, k: Tensor, v: Tensor, new: "_Layout") -> AttentionState:
-        """Write the new tokens to their slots, in place where no gradient is recorded."""
+        """Write the new tokens to their slots."""
         position = state.length[new.row] + new.at
         at = new.row.expand_as(position), position if self.window is None else position % self.window
         return AttentionState(write(state.k, at, k), write(state.v, at, v), state.length + new.added)
 
-    def _check_state(self, x: Tensor, state: AttentionState | None, rows: int) -> None:
+    def _check_state(self, x: Tensor, state: AttentionState | None, packing: Packing | None) -> None:
         if state is not None:
-            spec = f"{rows} {self.window or 'S'} {self.kv_heads} {self.d_head}"
-            names = {"state.k": (state.k, spec), "state.v": (state.v, spec), "state.length": (state.length, f"{rows}")}
-            check_tensors("attention", x=(x, "* * *"), **names)
-
-
-Rows = slice | Tensor
+            cache = f"R {self.window or 'S'} {self.kv_heads} {self.d_head}"
+            rows = {"x": (x, "R ...")} if packing is None else {"sequences": (packing.cu_seqlens[1:], "R")}
+            leaves = {"state.k": (state.k, cache), "state.v": (state.v, cache), "state.length": (state.length, "R")}
+            check_tensors("attention", **rows, **leaves)
 
 
 class _Layout(NamedTuple):
@@ -215,11 +209,11 @@ class _Layout(NamedTuple):
     at: Tensor  # (1, T), how many new tokens of the same row came before
     begin: Tensor  # (rows,), place of a row's first token among the B * T
     added: Tensor  # (rows,), how many tokens a row receives
-    lengths: list[int] | None  # the same, where the rows are packed
-    longest: int
+    most: int  # how many the longest row receives, or T where that is not known
+    packing: Packing | None
 
 
-class _Extent(NamedTuple):
+class _Slots(NamedTuple):
     """Slots of a cache that matter."""
 
     level: bool  # whether all rows are known to have seen equally many tokens
@@ -227,75 +221,25 @@ class _Extent(NamedTuple):
     end: int  # slots needed once the new tokens are written
 
 
-def _layout(x: Tensor, cu_seqlens: Tensor | None) -> _Layout:
+def _layout(x: Tensor, packing: Packing | None) -> _Layout:
     (batch, length), device = x.shape[:2], x.device
-    at = torch.arange(length, device=device)[None]
-    if cu_seqlens is None:
-        row, added = torch.arange(batch, device=device), torch.full((batch,), length, device=device)
-        return _Layout(row[:, None], at, row * length, added, None, length)
-    check_cu_seqlens("attention", cu_seqlens, batch, length)
-    borders = cu_seqlens.to(device, torch.int64)
-    row, added = sequence_ids(borders, length)[None], borders.diff()
-    lengths = added.tolist()
-    return _Layout(row, at - borders[row], borders[:-1], added, lengths, max(lengths))
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Softmax attention of ``q`` ``(B, T, H, P)`` over ``k`` and ``v`` ``(B, S, H', P)`` in the dtype of ``q``."""
-    q, k, v = (z.to(q.dtype).transpose(1, 2) for z in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options).transpose(1, 2)
-
-
-def _banded(q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, past: int, window: int | None) -> Tensor:
-    """Masked attention in blocks of queries, each over the keys it may see.
-
-    ``past`` keys in any order come before those of the queries' own tokens; positions ``(B or 1, ...)`` decide
-    what is seen, and a negative one is an empty slot.
-    """
-    (batch, length, heads), span = q.shape[:3], k.shape[1]
-    block = length if window is None else min(length, max(window, 256))
-    while block > 16 and batch * heads * block * (span if window is None else min(span, window + block)) > _SCORES:
-        block = (block + 1) // 2
-    out = []
-    for i in range(0, length, block):
-        first, last = 0 if window is None or i < window - 1 else past + i - window + 1, past + i + block
-        at, seen_at = q_at[:, i : i + block, None], k_at[:, None, first:last]
-        seen = (seen_at >= 0) & (seen_at <= at)
-        if window is not None:
-            seen &= seen_at > at - window
-        out.append(_attention(q[:, i : i + block], k[:, first:last], v[:, first:last], attn_mask=seen[:, None]))
-    return torch.cat(out, 1)
-
-
-def _by_rows(attend: Callable[[Rows, Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, new: _Layout):
-    """Run ``attend(rows, q, k, v)`` on tokens laid out as rows ``(rows, longest, ...)``, padded on the right.
-
-    Packed sequences of like length share a call, so that padding at most doubles their size.
-    """
-    if new.lengths is None:
-        return attend(slice(None), q, k, v)
-    alike: dict[int, list[int]] = {}
-    for i, length in enumerate(new.lengths):
-        if length:
-            alike.setdefault((length - 1).bit_length(), []).append(i)
-    out, order = [], []
-    for group in alike.values():
-        rows = torch.tensor(group, device=q.device)
-        at = torch.arange(max(new.lengths[i] for i in group), device=q.device)
-        token, keep = new.begin[rows, None] + at, at < new.added[rows, None]
-        inside = token.clamp(max=q.shape[1] - 1)
-        y = attend(rows if len(group) < len(new.lengths) else slice(None), q[0, inside], k[0, inside], v[0, inside])
-        out.append(y[keep])
-        order.append(token[keep])
-    return torch.cat(out)[torch.cat(order).argsort()][None]
+    if packing is None:
+        row = torch.arange(batch, device=device)
+        at = torch.arange(length, device=device)[None]
+        return _Layout(row[:, None], at, row * length, torch.full_like(row, length), length, None)
+    (ids, at), most = packing.places(length), packing.longest if packing.known else length
+    return _Layout(ids[None], at[None], packing.cu_seqlens[:-1], packing.cu_seqlens.diff(), most, packing)
 
 
 def _grow(state: AttentionState, capacity: int) -> AttentionState:
     """Room for ``capacity`` positions, at least doubled where it must grow."""
     slots = state.k.shape[1]
-    more = max(capacity, 2 * slots) - slots if capacity > slots else 0
-    if more == 0:
-        return state
+    if torch.compiler.is_compiling():  # no branch on sizes: it would make a program for each case
+        more = larger(capacity, slots) - slots
+    else:
+        more = max(capacity, 2 * slots) - slots if capacity > slots else 0
+        if more == 0:
+            return state
     return AttentionState(F.pad(state.k, (0, 0, 0, 0, 0, more)), F.pad(state.v, (0, 0, 0, 0, 0, more)), state.length)
 
 

@@ -1,24 +1,25 @@
 """Hyena: long convolutions with implicit filters between gates, over the whole history."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dualform.core.errors import ConfigError
 from dualform.core.modal import fit_modes
 from dualform.core.options import options
-from dualform.core.packing import check_cu_seqlens
-from dualform.core.shapes import check_tensors, wide, widest
+from dualform.core.packing import Borders, Packing, readable
+from dualform.core.ring import held, write
+from dualform.core.shapes import check_tensors, larger, smaller, wide
 from dualform.core.tree import state_class
 from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
 from dualform.layers.hyena_operator import HyenaOperator
 from dualform.layers.implicit_filter import ImplicitFilter
-from dualform.layers.ring import held, write
-from dualform.ops.fft_conv import fft_conv
+from dualform.layers.mixer import Prepared
+from dualform.ops.long_conv import long_conv
 
 
 @options
@@ -125,56 +126,63 @@ class Hyena(HyenaOperator):
         )
 
     def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: HyenaState | None = None,
-        *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        self, x: Float[Tensor, "B T D"], state: HyenaState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], HyenaState]:
         """The parallel form: one FFT convolution per filter over the history and the new tokens."""
         check_tensors("hyena", x=(x, f"B T {self.d_model}"))
-        rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens("hyena", cu_seqlens, *x.shape[:2])
-        start, state = state, self._state(x, state, rows)
+        packing = Packing.of("hyena", cu_seqlens, x)
+        start, state = state, self._state(x, state, packing)
         if x.numel() == 0:
-            return x, state
-        p, conv = self._short(x, state.conv, cu_seqlens)
-        new = _layout(x, cu_seqlens)
-        before, capacity = (0, min(new.longest, self._reach)) if start is None else self._extent(state, new)
+            return x.clone(), state
+        p, conv = self._short(x, state.conv, packing)
+        new = _layout(x, packing)
+        before, capacity = (0, smaller(new.most, self._reach)) if start is None else self._extent(state, new)
         past = _grow(state.past, capacity)
         history = _history(past, state.length, before)
-        k, inputs = self.filter.taps(before + new.longest), []
+        k, inputs = self.filter(before + new.most), []
 
         def convolve(n: int, u: Tensor) -> Tensor:
             inputs.append(u)
-            return _by_rows(lambda u, rows: _long(u, history[rows][:, :, n], k[:, n].T), u, new)
+            return long_conv(u, k[:, n].T, history[:, :, n], cu_seqlens=packing)
 
         y, length = self._gate(p, convolve, x), state.length + new.added
         return y, HyenaState(conv, _turn(past, torch.stack(inputs, 2), state.length, length, new.begin), length)
 
     def step(self, x: Float[Tensor, "B D"], state: HyenaState) -> tuple[Float[Tensor, "B D"], HyenaState]:
         """The recurrent form: a product of the filters with the history, which grows by one token."""
+        return self._step(None, x, state)
+
+    def prepare(self) -> Prepared:
+        """Steps that do not compute the filters anew; see :class:`~dualform.layers.mixer.Prepared`."""
+        return Prepared(partial(self._step, self.filter(self.config.l_max)))
+
+    def _step(self, taps: Tensor | None, x: Tensor, state: HyenaState) -> tuple[Tensor, HyenaState]:
         check_tensors("hyena", x=(x, f"B {self.d_model}"))
-        state = self._state(x, state, len(x))
+        state = self._state(x, state, None)
+        if x.numel() == 0:
+            return x.clone(), state
         p, conv = self._short_step(x, state.conv)
         before, capacity = self._extent(state, _layout(x[:, None], None))
         past = _grow(state.past, capacity)
-        seen, k, inputs = past[:, :before], self.filter.taps(before + 1), []
+        seen, inputs = past[:, :before], []
+        k = self.filter(before + 1) if taps is None else taps[: before + 1]
         at = held(state.length, past.shape[1])[:, :before]
-        weights = k[(state.length[:, None] - at).clamp(max=len(k) - 1)] * (at >= 0)[..., None, None]
+        weights = k[(state.length[:, None] - at).clamp(max=k.shape[0] - 1)]
+        weights = torch.where((at >= 0)[..., None, None], weights, 0)
 
         def convolve(n: int, u: Tensor) -> Tensor:
             inputs.append(u)
             return (weights[:, :, n] * seen[:, :, n]).sum(1) + k[0, n] * u
 
         y = self._gate(p, convolve, x)
-        if past.shape[1]:
-            place = torch.arange(len(x), device=x.device), state.length % past.shape[1]
+        if self._reach:
+            place = torch.arange(x.shape[0], device=x.device), state.length % past.shape[1]
             past = write(past, place, torch.stack(inputs, 1))
         return y, HyenaState(conv, past, state.length + 1)
 
     def kernel(self, length: int) -> Float[Tensor, "n D K"]:
         """The long filters of every channel, without the skips D; zero from l_max on."""
-        k = self.filter.taps(length).permute(1, 2, 0)
+        k = self.filter(length).permute(1, 2, 0)
         return F.pad(k, (0, length - k.shape[2]))
 
     @torch.no_grad()
@@ -216,27 +224,31 @@ class Hyena(HyenaOperator):
         return self.config.l_max - 1
 
     def _extent(self, state: HyenaState, new: "_Layout") -> tuple[int, int]:
-        """How much history the longest row has, and the capacity that the new tokens ask for."""
-        capacity, reach = state.past.shape[1], self._reach
-        if torch.compiler.is_compiling() or state.past.device.type == "meta":
-            if capacity < reach:
-                fits = (state.length + new.added).max() <= capacity
+        """How much history the longest row has, and the capacity that the new tokens ask for.
+
+        The state is asked how long its rows are, and the answer waits for the device.
+        """
+        capacity, reach, length = state.past.shape[1], self._reach, state.length + new.added
+        if not readable(state.length):
+            if state.length.device.type != "meta":
+                fits = length.clamp(max=reach).max() <= capacity
                 torch.ops.aten._assert_async.msg(fits, "hyena: a compiled layer cannot grow its state: raise max_len")
             return capacity, capacity
-        high, end = torch.stack([state.length.max(), (state.length + new.added).max()]).tolist()
+        high, end = torch.stack([state.length.max(), length.max()]).tolist()
         need = min(end, reach)
         return min(high, reach), capacity if need <= capacity else min(max(need, 2 * capacity), reach)
 
-    def _state(self, x: Tensor, state: HyenaState | None, rows: int) -> HyenaState:
+    def _state(self, x: Tensor, state: HyenaState | None, packing: Packing | None) -> HyenaState:
         if state is None:
-            return self.init_state(rows)
-        dtype = wide(self.D)
-        expected = {
-            "state.conv": (state.conv, " ".join(map(str, self._conv_shape(rows)))),
-            "state.past": (state.past, f"{rows} S {self.order - 1} {self.d_model}"),
-            "state.length": (state.length, f"{rows}"),
+            return self.init_state(x.shape[0] if packing is None else packing.rows)
+        dtype, (_, width, before) = wide(self.D), self._conv_shape(0)
+        rows = {"x": (x, "R ...")} if packing is None else {"sequences": (packing.cu_seqlens[1:], "R")}
+        leaves = {
+            "state.conv": (state.conv, f"R {width} {before}"),
+            "state.past": (state.past, f"R S {self.order - 1} {self.d_model}"),
+            "state.length": (state.length, "R"),
         }
-        check_tensors("hyena", x=(x, "* ..."), **expected)
+        check_tensors("hyena", **rows, **leaves)
         return HyenaState(state.conv.to(dtype), state.past.to(dtype), state.length)
 
 
@@ -245,66 +257,28 @@ class _Layout(NamedTuple):
 
     begin: Tensor  # (rows,), place of a row's first token among the B * T
     added: Tensor  # (rows,), how many tokens a row receives
-    longest: int
-    groups: list[tuple[Tensor, Tensor, Tensor]] | None  # of packed rows: (rows, places of their tokens, which exist)
+    most: int  # how many the longest row receives, or T where that is not known
 
 
-def _layout(x: Tensor, cu_seqlens: Tensor | None) -> _Layout:
-    """Packed sequences of like length share a group, so that padding at most doubles their size."""
+def _layout(x: Tensor, packing: Packing | None) -> _Layout:
     (batch, length), device = x.shape[:2], x.device
-    if cu_seqlens is None:
+    if packing is None:
         rows = torch.arange(batch, device=device)
-        return _Layout(rows * length, torch.full_like(rows, length), length, None)
-    borders = cu_seqlens.to(device, torch.int64)
-    added, alike = borders.diff(), {}
-    lengths: list[int] = added.tolist()
-    for i, n in enumerate(lengths):
-        if n:
-            alike.setdefault((n - 1).bit_length(), []).append(i)
-    groups = []
-    for group in alike.values():
-        rows, at = torch.tensor(group, device=device), torch.arange(max(lengths[i] for i in group), device=device)
-        groups.append((rows, (borders[rows, None] + at).clamp(max=length - 1), at < added[rows, None]))
-    return _Layout(borders[:-1], added, max(lengths), groups)
-
-
-def _by_rows(run: Callable[[Tensor, slice | Tensor], Tensor], u: Tensor, new: _Layout) -> Tensor:
-    """``run(u, rows)`` on tokens ``(rows, T, D)`` that lie apart, zeros after the last."""
-    if new.groups is None:
-        return run(u, slice(None))
-    out = [run(torch.where(keep[..., None], u[0, place], 0), rows)[keep] for rows, place, keep in new.groups]
-    order = torch.cat([place[keep] for _, place, keep in new.groups])
-    return torch.cat(out)[order.argsort()][None]
-
-
-def _long(u: Tensor, history: Tensor, k: Tensor) -> Tensor:
-    """The convolution of ``history`` ``(B, P, D)`` and ``u`` ``(B, T, D)`` behind it with ``k`` ``(D, K)``, at u.
-
-    A sequence much longer than the filter is cut into frames, each behind the ``K - 1`` inputs that it needs: what
-    lies further apart then does not meet, not even as rounding errors. The FFT is of double precision where there is
-    one: that of single precision spreads rounding errors over all times, to earlier outputs too.
-    """
-    (batch, length, width), reach, dtype = u.shape, k.shape[1] - 1, u.dtype
-    line, hop, double = torch.cat([history, u], 1), 4 * reach, widest(u)
-    line, k = line.to(double), k.to(double)
-    if reach == 0 or length <= hop:
-        return fft_conv(line, k)[:, history.shape[1] :].to(dtype)
-    count = -(-length // hop)
-    line = F.pad(line, (0, 0, reach - history.shape[1], count * hop - length))
-    frames = line.unfold(1, reach + hop, hop).transpose(2, 3).flatten(0, 1)
-    return fft_conv(frames, k)[:, reach:].reshape(batch, count * hop, width)[:, :length].to(dtype)
+        return _Layout(rows * length, torch.full_like(rows, length), length)
+    most = packing.longest if packing.known else length
+    return _Layout(packing.cu_seqlens[:-1], packing.cu_seqlens.diff(), most)
 
 
 def _history(past: Tensor, length: Tensor, count: int) -> Tensor:
     """The last ``count`` entries of every row in their order, zeros before the first, ``(B, count, N - 1, D)``."""
     at = length[:, None] - count + torch.arange(count, device=past.device)
-    rows, slots = torch.arange(len(past), device=past.device), at.clamp(min=0) % max(past.shape[1], 1)
+    rows, slots = torch.arange(past.shape[0], device=past.device), at.clamp(min=0) % larger(past.shape[1], 1)
     return torch.where((at >= 0)[..., None, None], past[rows[:, None], slots], 0)
 
 
 def _grow(past: Tensor, capacity: int) -> Tensor:
     more = capacity - past.shape[1]
-    return F.pad(past, (0, 0, 0, 0, 0, more)) if more else past
+    return past if isinstance(more, int) and more == 0 else F.pad(past, (0, 0, 0, 0, 0, more))
 
 
 def _turn(past: Tensor, new: Tensor, before: Tensor, after: Tensor, begin: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dualform.core.shapes import wide
+from dualform.core.shapes import smaller, wide
 from dualform.layers.mixer import Hint, exactly
 
 
@@ -62,13 +62,14 @@ class ImplicitFilter(nn.Module):
         self.out = nn.Linear(d_filter, count * d_model, bias=False)
         self.frequency = nn.Parameter(torch.full((d_filter,), frequency))
         rates = torch.linspace(math.log(100) / slow, math.log(100) / fast, count * d_model)
-        self.register_buffer("rate", rates.view(d_model, count).T.contiguous())
-        self._kept: tuple[list[tuple[Tensor, int]], Tensor] | None = None
+        # a copy: the transpose of one column counts as contiguous, and has strides that DistributedDataParallel refuses
+        rate = rates.view(d_model, count).T.clone(memory_format=torch.contiguous_format)
+        self.register_buffer("rate", rate)
 
     def forward(self, length: int) -> Float[Tensor, "K count D"]:
         """The first ``length`` taps, at most ``l_max``, in float32 or wider."""
-        dtype = wide(self.frequency)
-        z, times = self.positions[:length].to(dtype), torch.arange(min(length, self.l_max), device=self.rate.device)
+        dtype, length = wide(self.frequency), smaller(length, self.l_max)
+        z, times = self.positions.narrow(0, 0, length).to(dtype), torch.arange(length, device=self.rate.device)
         with exactly(z.device.type):
             for layer in self.maps:
                 z = torch.sin(self.frequency.to(dtype) * _in(dtype, layer, z))
@@ -76,31 +77,10 @@ class ImplicitFilter(nn.Module):
         times = times.to(dtype)[:, None, None] / max(self.l_max - 1, 1)
         return k * ((-times * self.rate.to(dtype)).exp() + self.floor)
 
-    def taps(self, length: int) -> Float[Tensor, "K count D"]:
-        """The same; where no gradient is recorded they are kept until a parameter changes."""
-        tensors = [*self.parameters(), self.rate]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(p.is_inference() for p in tensors):
-            return self(length)
-        have, length = 0, min(length, self.l_max)
-        if self._kept is not None and _unchanged(self._kept[0], tensors):
-            have = len(self._kept[1])
-        if have < length or self._kept is None:
-            taps = self(min(max(length, 2 * have), self.l_max))
-            self._kept = [(p.detach(), p._version) for p in tensors], taps
-        return self._kept[1][:length]
-
 
 def _in(dtype: torch.dtype, layer: nn.Module, z: Tensor) -> Tensor:
     """``layer(z)`` with its parameters in ``dtype``; the layer may be what wraps a linear map."""
     return functional_call(layer, {name: p.to(dtype) for name, p in layer.named_parameters()}, z)
-
-
-def _unchanged(kept: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
-    """Whether tensors have the memory and the versions they had: optimisers and loading change one or the other."""
-    return all(
-        old.data_ptr() == new.data_ptr() and old.dtype == new.dtype and old.device == new.device and v == new._version
-        for (old, v), new in zip(kept, tensors, strict=True)
-    )
 
 
 def _features(l_max: int, d_embed: int) -> Tensor:

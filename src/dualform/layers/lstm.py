@@ -3,16 +3,17 @@
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
-from dualform.core.packing import check_cu_seqlens
+from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer
+from dualform.ops.lstm import lstm, side_by_side
 
 
 @options
@@ -43,7 +44,8 @@ class LSTMState(NamedTuple):
 class LSTM(Mixer):
     """``i, f, o = sigmoid(...)``, ``g = tanh(...)``, ``c_t = f c_{t-1} + i g``, ``h_t = o tanh(c_t)``, ``y_t = h_t``.
 
-    Every gate is an affine map of ``x_t`` and ``h_{t-1}``, with torch's parameters and initialisation.
+    Every gate is an affine map of ``x_t`` and ``h_{t-1}``, with the parameters and the initialisation of
+    ``torch.nn.LSTM``. To compile a model that holds one, set ``torch._dynamo.config.allow_rnn = True`` first.
 
     Raises:
         ConfigError: for a size below 1.
@@ -60,50 +62,68 @@ class LSTM(Mixer):
         self.d_model, self.hidden, self.layers = d_model, hidden, config.layers
         self.lstm = nn.LSTM(d_model, hidden, config.layers, batch_first=True)
         self.out_proj = nn.Identity() if hidden == d_model else nn.Linear(hidden, d_model, bias=False)
+        self._like: Tensor
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the weights' dtype and device; where they are wrapped, one that moves with the layer."""
+        return next(self.lstm.parameters(), self._like)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> LSTMState:
-        """Zeros."""
-        weight = next(self.lstm.parameters())
-        zeros = torch.zeros(batch, self.layers, self.hidden, dtype=wide(weight), device=weight.device)
+        """Zeros; ``max_len`` is ignored."""
+        zeros = torch.zeros(batch, self.layers, self.hidden, dtype=wide(self.like), device=self.like.device)
         return LSTMState(zeros, zeros.clone())
 
     def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: LSTMState | None = None,
-        *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        self, x: Float[Tensor, "B T D"], state: LSTMState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], LSTMState]:
         """The whole sequence; packed sequences run side by side, without padding."""
         check_tensors("lstm", x=(x, f"B T {self.d_model}"))
-        batch, length = x.shape[:2]
-        rows = batch if cu_seqlens is None else check_cu_seqlens("lstm", cu_seqlens, batch, length)
+        packing = Packing.of("lstm", cu_seqlens, x)
+        rows = x.shape[0] if packing is None else packing.rows
         state = self.init_state(rows) if state is None else state
-        spec = f"{rows} {self.layers} {self.hidden}"
-        check_tensors("lstm", x=(x, "* * *"), **{"state.h": (state.h, spec), "state.c": (state.c, spec)})
+        of = {"x": (x, "R ...")} if packing is None else {"sequences": (packing.cu_seqlens[1:], "R")}
+        spec = f"R {self.layers} {self.hidden}"
+        check_tensors("lstm", **of, **{"state.h": (state.h, spec), "state.c": (state.c, spec)})
         if x.numel() == 0:
-            return x, state
-        if cu_seqlens is None:
+            return x.clone(), state
+        low = x.device.type == "cpu" and (self.like.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"))
+        if low or torch.compiler.is_compiling():
+            y, state = self._run_as_ops(x, state, packing)
+        elif packing is None:
             y, state = self._run(x, state)
         else:
-            y, state = self._run_packed(x[0], state, cu_seqlens.to(x.device, torch.int64))
+            y, state = self._run_packed(x[0], state, packing)
         return self.out_proj(y), state
 
-    def _run_packed(self, x: Tensor, state: LSTMState, borders: Tensor) -> tuple[Tensor, LSTMState]:
+    def _run_as_ops(self, x: Tensor, state: LSTMState, packing: Packing | None) -> tuple[Tensor, LSTMState]:
+        """Layer by layer: ``nn.LSTM`` would unroll its loop over time in a compiled program, one for every length.
+
+        On a CPU the states of low precision stay wide, as :func:`dualform.ops.lstm.lstm` computes in float32 there.
+        """
+        dtype = wide(self.like) if x.device.type == "cpu" else self.like.dtype
+        y, last = x.to(dtype), []
+        for i in range(self.layers):
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            weights = [getattr(self.lstm, f"{name}_l{i}").to(dtype) for name in names]
+            h, c = (s[:, i].to(dtype) for s in state)
+            y, *after = lstm(y, h, c, *weights, cu_seqlens=packing)
+            last.append(after)
+        h, c = (torch.stack(s, 1).to(old.dtype) for s, old in zip(zip(*last, strict=True), state, strict=True))
+        return y.to(self.like.dtype), LSTMState(h, c)
+
+    def _run_packed(self, x: Tensor, state: LSTMState, packing: Packing) -> tuple[Tensor, LSTMState]:
         """``x`` ``(total, D)``: a batch that holds, at every time, the sequences that are longer, longest first."""
-        lengths, rows = borders.diff().sort(descending=True, stable=True)
-        rows = rows[: int((lengths > 0).sum())]
-        time = torch.arange(int(lengths[0]), device=x.device)
-        running = lengths[: len(rows)] > time[:, None]  # (longest, rows)
-        order = (borders[rows] + time[:, None])[running]
-        packed = PackedSequence(x[order], running.sum(1).cpu())
-        y, after = self._run(packed, LSTMState(state.h[rows], state.c[rows]))
-        h, c = (old.index_copy(0, rows, new) for old, new in zip(state, after, strict=True))
-        return y.data[order.argsort()][None], LSTMState(h, c)
+        line = side_by_side(packing)
+        packed = PackedSequence(x.index_select(0, line.steps), line.running)
+        y, after = self._run(packed, LSTMState(*(s.index_select(0, line.rows) for s in state)))
+        h, c = (old.index_copy(0, line.rows, new) for old, new in zip(state, after, strict=True))
+        return y.data.index_select(0, line.places)[None], LSTMState(h, c)
 
     def _run(self, x: Any, state: LSTMState) -> tuple[Any, LSTMState]:
         """``nn.LSTM``, whose states have the layers first and the dtype of its weights."""
-        dtype = next(self.lstm.parameters()).dtype
+        dtype = self.like.dtype
         y, after = self.lstm(x.to(dtype), tuple(s.transpose(0, 1).to(dtype).contiguous() for s in state))
         h, c = (new.transpose(0, 1).to(old.dtype) for new, old in zip(after, state, strict=True))
         return y, LSTMState(h, c)

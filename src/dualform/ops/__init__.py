@@ -4,6 +4,7 @@ from importlib import import_module
 
 import torch
 
+from dualform.ops.attention import attention
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
@@ -12,6 +13,8 @@ from dualform.ops.fft_conv import fft_conv
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.linear_scan import linear_scan
+from dualform.ops.long_conv import long_conv
+from dualform.ops.lstm import lstm
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
 from dualform.ops.selective_scan import selective_scan, selective_state_update
@@ -34,6 +37,7 @@ __all__ = [
     "Backend",
     "Op",
     "SlowBackendWarning",
+    "attention",
     "backend",
     "cauchy_kernel",
     "causal_conv1d",
@@ -44,6 +48,8 @@ __all__ = [
     "irregular_scan",
     "irregular_ssm",
     "linear_scan",
+    "long_conv",
+    "lstm",
     "mimo_ssm",
     "selective_scan",
     "selective_state_update",

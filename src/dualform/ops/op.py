@@ -74,6 +74,7 @@ class Backend(Generic[Arguments]):
         refuses: why it cannot run a call, or None; it may look at shapes and dtypes only.
         missing: asked when a call comes: why the backend cannot run here at all, and what to install; empty when it
             can.
+        plain: PyTorch differentiates the forward by itself, and does so in eager calls; see :mod:`dualform.ops.rerun`.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Backend(Generic[Arguments]):
     devices: tuple[str, ...] = ()
     refuses: Callable[[Arguments], str | None] = _no_refusal
     missing: Callable[[], str] = _here
+    plain: bool = False
 
     def runs_on(self, device: str) -> bool:
         """Whether this backend is meant for a device type."""
@@ -123,6 +125,7 @@ class Op(Generic[Arguments]):
         self.name, self.reference, self.fake, self.check, self.keeps = name, reference, fake, check, keeps
         self.arguments, self.outputs, self.stepwise = arguments, outputs, stepwise
         self.backends: list[Backend[Arguments]] = []
+        self._plain = False  # whether a backend is
         hints = get_type_hints(arguments)
         self.fields: tuple[str, ...] = arguments._fields  # pyright: ignore[reportAttributeAccessIssue]
         self._buffer = self.fields.index("out_state") if "out_state" in self.fields else None
@@ -151,6 +154,9 @@ class Op(Generic[Arguments]):
             return self.reference(a)
         direct = _direct(self.name, tensors) and self._borders_are_known(a)
         if wanted:
+            if direct and self._plain and (backend := self.choose(_forced, a, True)).plain:
+                with on_device(tensors[0].device):
+                    return tuple(backend.forward(a))
             return self._function.apply(_forced, direct, *(a if direct else _distinct(self._flat(a))))
         if direct:
             backend = self.choose(_forced, a)
@@ -161,6 +167,7 @@ class Op(Generic[Arguments]):
     def add(self, backend: Backend[Arguments]) -> None:
         """Register a backend, at its place in :data:`PREFERENCE`."""
         self.backends.append(backend)
+        self._plain = self._plain or backend.plain
         self.backends.sort(key=lambda b: PREFERENCE.index(b.name) if b.name in PREFERENCE else -1)
 
     def choose(self, forced: str, a: Arguments, differentiate: bool = False) -> Backend[Arguments]:
@@ -327,7 +334,7 @@ def _direct(name: str, tensors: list[Tensor]) -> bool:
         return False
     refuse_transforms(name, tensors)
     return (
-        all(type(m) in _PLAIN and not m.is_neg() and not m.is_conj() for m in tensors)
+        all(type(m) in _PLAIN and not m.is_neg() for m in tensors)  # backends resolve conjugates themselves
         and tensors[0].device.type != "meta"
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None

@@ -1,0 +1,18 @@
+"""Caches that grow with the context up to a limit: position p lies in slot ``p mod S``, rows may differ in length."""
+
+import torch
+from torch import Tensor
+
+from dualform.core.shapes import larger
+from dualform.core.tree import may_write
+
+
+def held(length: Tensor, capacity: int) -> Tensor:
+    """The position each of S slots holds after ``length`` ``(B,)`` tokens, ``(B, S)``; negative where empty."""
+    last = length[:, None] - 1
+    return last - (last - torch.arange(capacity, device=length.device)) % larger(capacity, 1)
+
+
+def write(cache: Tensor, at: tuple[Tensor, Tensor], new: Tensor) -> Tensor:
+    """Put ``new`` at (row, slot): into the memory of the cache where that is allowed, else into a copy."""
+    return (cache.index_put_ if may_write(cache) else cache.index_put)(at, new)
