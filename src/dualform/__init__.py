@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dualform.core.errors import DualformError
     from dualform.core.identify import identify
     from dualform.core.memory import Memory
+    from dualform.core.packing import Packing
     from dualform.core.system import StateSpace
     from dualform.gaussian.kalman import KalmanFilter
     from dualform.gaussian.model import LinearGaussian
@@ -32,6 +33,7 @@ __all__ = [
     "LinearGaussian",
     "Memory",
     "ModelConfig",
+    "Packing",
     "Sampling",
     "SequenceClassifier",
     "SequenceRegressor",
@@ -52,6 +54,7 @@ _HOME = {
     "LinearGaussian": "gaussian.model",
     "Memory": "core.memory",
     "ModelConfig": "models.config",
+    "Packing": "core.packing",
     "Sampling": "generation.options",
     "SequenceClassifier": "models.heads",
     "SequenceRegressor": "models.heads",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite, refuse, symmetric_part
-from dualform.core.packing import check_cu_seqlens, keep_mask, unpack
+from dualform.core.packing import Borders, Packing, unpack
 from dualform.core.shapes import check_floating, check_tensors, wide
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.filtering import Blame, Filtered, Steps, predict, run, update
@@ -64,7 +64,7 @@ class KalmanFilter:
         return Gaussian(self.model.m0.repeat(batch, 1), self.model.P0.repeat(batch, 1, 1))
 
     def forward(
-        self, x: Tensor, state: Gaussian | None = None, *, cu_seqlens: Tensor | None = None
+        self, x: Tensor, state: Gaussian | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Filtered, Gaussian]:
         """Filter observations ``x`` ``(B, T, M)``.
 
@@ -83,20 +83,20 @@ class KalmanFilter:
         return self._forward("KalmanFilter.forward", "x", x, state, cu_seqlens)
 
     def _forward(
-        self, where: str, name: str, x: Tensor, state: Gaussian | None, cu_seqlens: Tensor | None = None
+        self, where: str, name: str, x: Tensor, state: Gaussian | None, cu_seqlens: Borders = None
     ) -> tuple[Filtered, Gaussian]:
         self._check_observations(where, name, x, "B T")
-        rows = len(x) if cu_seqlens is None else check_cu_seqlens(where, cu_seqlens, *x.shape[:2])
+        packing = Packing.of(where, cu_seqlens, x)
+        rows = len(x) if packing is None else packing.rows
         state = self._check_state(where, rows, x, state)
         blame = _blame(where, name, x, state)
         blame()
-        if cu_seqlens is None:
+        if packing is None:
             return self._run(x, state, None, blame)
-        cu_seqlens = cu_seqlens.to(x.device)
-        keep = keep_mask(cu_seqlens)
+        keep = packing.keep_mask()
         out, _ = self._run(unpack(x, keep), state, keep, blame)
         history = concat([tree_map(lambda z: z[:, None], state), Gaussian(out.mean, out.cov)], dim=1)
-        last = torch.arange(rows, device=x.device), cu_seqlens.diff().long()
+        last = torch.arange(rows, device=x.device), packing.cu_seqlens.diff()
         return tree_map(lambda z: z[keep][None], out), tree_map(lambda z: z[last], history)
 
     def step(self, x: Tensor, state: Gaussian) -> tuple[Filtered, Gaussian]:

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualform.core.errors import ArgumentError, ConfigError
-from dualform.core.packing import check_cu_seqlens
+from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_floating, check_tensors, wide
 from dualform.core.tree import leaves
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
         x: Tensor,
         state: State | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
         intervals: Real[Tensor, "B T"] | None = None,
         rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], State]:
@@ -92,7 +92,8 @@ class Backbone(nn.Module):
         Args:
             x: tokens ``(B, T)``, or features ``(B, T, inputs)``.
             state: what came before; None is the state before the first element.
-            cu_seqlens: borders of packed sequences; then B is 1 and the state has one row per sequence.
+            cu_seqlens: borders of packed sequences, or their ``Packing``; then B is 1 and the state has one row per
+                sequence.
             intervals: for inputs at irregular times, the number of steps over which each is held; None is 1 throughout.
             rate: the step of every mixer is multiplied by it: 2 for inputs sampled half as often as in training.
 
@@ -104,8 +105,9 @@ class Backbone(nn.Module):
         self._check_timing(intervals=intervals, rate=rate)
         if intervals is not None:
             check_tensors(self._name, x=(x, "B T ..."), intervals=(intervals, "B T"))
-        rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens(self._name, cu_seqlens, *x.shape[:2])
-        options = {"cu_seqlens": cu_seqlens, "intervals": intervals, "rate": rate}
+        packing = Packing.of(self._name, cu_seqlens, x)
+        rows = x.shape[0] if packing is None else packing.rows
+        options = {"cu_seqlens": packing, "intervals": intervals, "rate": rate}
         h, new = self._embed(x), []
         for block, old in zip(self._stack(), self._states(state, rows), strict=True):
             h, left = self._run(block, h, old, options)

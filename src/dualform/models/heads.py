@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError, ConfigError
-from dualform.core.packing import check_cu_seqlens, sequence_ids
+from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors, wide, widest
 from dualform.core.tree import state_class
@@ -72,7 +72,7 @@ class PooledModel(Backbone):
         x: Tensor,
         state: PooledState | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
         attention_mask: Tensor | None = None,
         intervals: Real[Tensor, "B T"] | None = None,
         rate: float = 1.0,
@@ -93,17 +93,16 @@ class PooledModel(Backbone):
             ArgumentError: names the argument, what came and what was expected.
         """
         line = lay_out(self._name, x, state, cu_seqlens, attention_mask, intervals)
-        x, borders = line.x, line.cu_seqlens
+        x, packing = line.x, line.packing
         self._check_inputs(x, "B T")
-        rows = x.shape[0] if borders is None else check_cu_seqlens(self._name, borders, *x.shape[:2])
+        rows = x.shape[0] if packing is None else packing.rows
         old = self._split(line.state, rows)
-        h, blocks = self.features(x, old and old.blocks, cu_seqlens=borders, intervals=line.intervals, rate=rate)
+        h, blocks = self.features(x, old and old.blocks, cu_seqlens=packing, intervals=line.intervals, rate=rate)
         pooled, seen = old[1:] if old else self._nothing(rows)
-        if borders is None:
+        if packing is None:
             lengths, pooled = torch.full_like(seen, h.shape[1]), self._pool(h, pooled)
         else:
-            borders = borders.to(h.device, torch.int64)
-            lengths, pooled = borders.diff(), self._pool_packed(h[0], borders, pooled)
+            lengths, pooled = packing.cu_seqlens.diff(), self._pool_packed(h[0], packing, pooled)
         seen = seen + lengths
         y = line.rows(self._read(pooled, seen))
         return y, line.rows(PooledState(blocks, pooled, seen)) if self.causal else ()
@@ -143,15 +142,16 @@ class PooledModel(Backbone):
             return h[:, -1].to(pooled.dtype, copy=True)
         return torch.maximum(pooled, h.amax(1).to(pooled.dtype))
 
-    def _pool_packed(self, h: Tensor, borders: Tensor, pooled: Tensor) -> Tensor:
+    def _pool_packed(self, h: Tensor, packing: Packing, pooled: Tensor) -> Tensor:
         """``h`` ``(total, D)``, ``pooled`` ``(n, D)``."""
         if h.shape[0] == 0:
             return pooled
         h = h.to(pooled.dtype)
         if self.pooling == "last":
+            borders = packing.cu_seqlens
             some, last = borders.diff() > 0, (borders[1:] - 1).clamp(min=0)
             return torch.where(some[:, None], h[last], pooled)
-        ids = sequence_ids(borders, h.shape[0])
+        ids = packing.sequence_ids(h.shape[0])
         if self.pooling == "mean":
             return pooled.index_add(0, ids, h)
         return pooled.scatter_reduce(0, ids[:, None].expand_as(h), h, "amax")

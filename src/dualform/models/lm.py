@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
-from dualform.core.packing import sequence_ids
+from dualform.core.packing import Borders
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mixer import Step
@@ -42,7 +42,7 @@ class LanguageModel(Backbone):
         tokens: Int[Tensor, "B T"],
         state: State | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
         attention_mask: Tensor | None = None,
         intervals: Real[Tensor, "B T"] | None = None,
         rate: float = 1.0,
@@ -52,7 +52,8 @@ class LanguageModel(Backbone):
         Args:
             tokens: int32 or int64, 0 to V - 1. Values are checked where reading them costs nothing, on the CPU.
             state: what came before; None is ``init_state``.
-            cu_seqlens: borders of packed sequences; then B is 1 and the state has one row per sequence.
+            cu_seqlens: borders of packed sequences, or their ``Packing``; then B is 1 and the state has one row per
+                sequence.
             attention_mask: ``(B, T)``, 1 for a token and 0 for padding, left, right or anywhere. Padding changes
                 nothing: logits there are 0, and each row's state is that of its tokens alone.
             intervals: as in :meth:`features`.
@@ -102,7 +103,7 @@ class LanguageModel(Backbone):
         targets: Int[Tensor, "B T"] | None = None,
         state: State | None = None,
         *,
-        cu_seqlens: Int[Tensor, " n"] | None = None,
+        cu_seqlens: Borders = None,
         attention_mask: Tensor | None = None,
         intervals: Real[Tensor, "B T"] | None = None,
         rate: float = 1.0,
@@ -134,7 +135,7 @@ class LanguageModel(Backbone):
         """
         line = lay_out(self._name, tokens, state, cu_seqlens, attention_mask, intervals)
         h, state = self._features(line, rate)
-        borders = line.cu_seqlens
+        packing = line.packing
         if targets is None:
             targets = F.pad(line.x[:, 1:], (0, 1), value=IGNORED) if line.x.shape[1] else line.x
         else:
@@ -142,17 +143,17 @@ class LanguageModel(Backbone):
             self._check_tokens("targets", targets, "B T", ignored=IGNORED)
             if line.keep is not None:
                 targets = line.pack(targets.masked_fill(~line.keep, IGNORED))
-                borders = None  # the target at the end of a row is the caller's
-        if borders is not None:
-            ids = sequence_ids(borders.to(tokens.device), line.x.shape[1])
+                packing = None  # the target at the end of a row is the caller's
+        if packing is not None:
+            ids = packing.sequence_ids(line.x.shape[1])
             targets = targets.masked_fill(F.pad(ids.diff() != 0, (0, 1), value=True), IGNORED)
-        if line.spare:
-            inside = torch.arange(line.x.shape[1], device=tokens.device) < line.cu_seqlens[-2]
+        if line.spare and line.packing is not None:
+            inside = torch.arange(line.x.shape[1], device=tokens.device) < line.packing.cu_seqlens[-2]
             targets = targets.masked_fill(~inside, IGNORED)
         return self._loss(h.flatten(0, 1), targets.long().flatten()), line.rows(state)
 
     def _features(self, line: Line, rate: float) -> tuple[Tensor, State]:
-        return self.features(line.x, line.state, cu_seqlens=line.cu_seqlens, intervals=line.intervals, rate=rate)
+        return self.features(line.x, line.state, cu_seqlens=line.packing, intervals=line.intervals, rate=rate)
 
     def _loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """The mean over the targets that count."""

@@ -1,12 +1,12 @@
 """Padding at the door of a model: rows with an ``attention_mask`` become one packed line, and results rows again."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.packing import from_lengths
+from dualform.core.packing import Borders, Packing, from_lengths, readable
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors
 from dualform.core.tree import Tree, concat, take
@@ -22,7 +22,7 @@ class Line(NamedTuple):
 
     x: Tensor
     state: State | None
-    cu_seqlens: Any
+    packing: Packing | None
     intervals: Tensor | None
     keep: Tensor | None = None  # (B, T), where the line has been laid out anew
     order: Tensor | None = None  # the places of the line's elements among B T
@@ -51,33 +51,40 @@ def lay_out(
     where: str,
     x: Tensor,
     state: State | None,
-    cu_seqlens: Any,
+    cu_seqlens: Borders,
     attention_mask: Tensor | None,
     intervals: Tensor | None = None,
 ) -> Line:
     """The line of inputs ``(B, T, ...)``, with a mask ``(B, T)`` of 1 for an element and 0 for padding.
 
+    The borders or the mask are read on the host once: one synchronisation where they are on a GPU, and none for a
+    ``Packing``.
+
     Raises:
         ArgumentError: for a mask beside ``cu_seqlens``, of another shape, or with other values.
     """
     if attention_mask is None:
-        return Line(x, state, cu_seqlens, intervals)
+        return Line(x, state, Packing.of(where, cu_seqlens, x), intervals)
     if cu_seqlens is not None:
         raise ArgumentError(f"{where}: give cu_seqlens or attention_mask, not both")
     check_tensors(where, x=(x, "B T ..."), attention_mask=(attention_mask, "B T"), intervals=(intervals, "B T"))
-    keep = attention_mask != 0
-    if torch.compiler.is_compiling():
+    keep, unread = attention_mask != 0, not readable(attention_mask)
+    if unread:
         order = keep.flatten().logical_not().to(torch.int8).argsort(stable=True)
         lengths = keep.sum(1)
         borders = from_lengths(torch.cat([lengths, (keep.numel() - lengths.sum())[None]]))
+        packing = Packing(borders, None)
         x = x.masked_fill(~keep.view(*keep.shape, *[1] * (x.dim() - 2)), 0)
         intervals = None if intervals is None else intervals.masked_fill(~keep, 1)
         state = None if state is None else concat([state, take(state, slice(0, 1))])
     else:
-        if not torch.equal(keep.to(attention_mask.dtype), attention_mask):
+        mask = attention_mask.cpu()
+        shown = mask != 0
+        if not torch.equal(shown.to(mask.dtype), mask):
             raise ArgumentError(f"{where}: attention_mask has values other than 0 and 1")
-        if keep.all():
+        if shown.all():
             return Line(x, state, None, intervals)
-        order, borders = keep.flatten().nonzero()[:, 0], from_lengths(keep.sum(1))
-    line = Line(x, state, borders, intervals, keep, order, spare=torch.compiler.is_compiling())
+        order = shown.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+        packing = Packing.of_host(from_lengths(shown.sum(1)), x.device)
+    line = Line(x, state, packing, intervals, keep, order, spare=unread)
     return line._replace(x=line.pack(x), intervals=None if intervals is None else line.pack(intervals))

@@ -91,7 +91,7 @@ def _read_documents(
         tokens, cu_seqlens = sequences.line(chosen)
         after = tokens[0].roll(-1).index_fill(0, cu_seqlens[1:] - 1, IGNORED).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits, _ = model(tokens.to(device), cu_seqlens=cu_seqlens.to(device))
+            logits, _ = model(tokens.to(device), cu_seqlens=cu_seqlens)
         nats += F.cross_entropy(logits[0].float(), after, ignore_index=IGNORED, reduction="sum").cpu()
         predicted = np.delete(sequences.places(chosen), cu_seqlens[:-1].numpy())
         text += int(dataset.nbytes[predicted].sum())

@@ -174,7 +174,7 @@ class _Run:
         else:
             portions = [Portion(w) for w in self.dataset.windows(recipe.data, recipe.seed, self.step, rank, ranks)]
         for left, (tokens, cu_seqlens, share) in zip(reversed(range(len(portions))), portions, strict=True):
-            given = [x.to(self.device, non_blocking=True) for x in (tokens, cu_seqlens) if x is not None]
+            given = [tokens.to(self.device, non_blocking=True), *([] if cu_seqlens is None else [cu_seqlens])]
             with self.accelerator.no_sync(self.objective) if left else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                     loss = self.objective(*given) * (share / len(portions))
