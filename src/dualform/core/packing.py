@@ -246,13 +246,6 @@ def clamped(borders: Tensor, length: int) -> tuple[Packing, Tensor]:
     return Packing(inside, None), (inside != borders).any()
 
 
-def check_cu_seqlens(where: str, cu_seqlens: Borders, batch: int, length: int) -> int:
-    """The number of sequences n, after checking the cumulative lengths against ``(batch, length)``."""
-    packing = Packing.of(where, cu_seqlens, torch.empty(batch, length, device="meta"))
-    assert packing is not None
-    return packing.rows
-
-
 def _check_borders(where: str, cu_seqlens: Any, batch: int) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise ArgumentError(f"{where}: cu_seqlens is {type(cu_seqlens).__name__}, expected a tensor", hint=_EXAMPLE)

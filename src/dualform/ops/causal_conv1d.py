@@ -29,6 +29,9 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """``y_t = act(bias + sum_j weight_j x_{t - (W-1) + j})``, per channel; inputs before the first come from the state.
 
+    A value that is not finite reaches no other sequence, and no earlier output unless W is large: the portable backend
+    then makes matrix products of chunks.
+
     Args:
         x: ``(B, T, D)``.
         weight: ``(D, W)``; the last column multiplies the current input.
