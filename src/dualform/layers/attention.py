@@ -50,6 +50,10 @@ class AttentionState(NamedTuple):
     Without a window it grows with the context: capacity S is ``max_len``, doubled whenever it is exceeded, and
     position p lies in slot p. With a window S is the window, constant, and position p lies in slot ``p mod S``.
     Slots that hold nothing yet are zero.
+
+    A growing cache is asked how long its rows are, which waits for the device. A compiled program cannot ask: there
+    the state keeps its capacity, or has room for T tokens per row where it had less, or for packed sequences none. A
+    token beyond it is an error on the device, never an overwritten one: give ``max_len``.
     """
 
     k: Tensor  # (B, S, H, P), H key and value heads
@@ -61,7 +65,7 @@ class Attention(Mixer):
     """``y_t = W_out concat_h sum_{s <= t} softmax_s(q_t . k_s / sqrt(P)) v_s``, rotary, grouped-query, windowed.
 
     The state keeps the dtype it comes with: new keys and values are cast to it before anything reads them.
-    Where no gradient is recorded, a step writes into the memory of the state it is given, as a state is used once.
+    Where no gradient is recorded, a step writes into the state that it is given, if that has memory of its own.
 
     Raises:
         ConfigError: when ``heads`` does not divide ``d_model`` and no ``d_head`` is given, when ``kv_heads`` does
