@@ -219,12 +219,23 @@ class SelectiveUpdate(NamedTuple):
         None for other shapes, which broadcasting allows and no kernel was written for.
         """
         shape, inner = self.state.shape, self.x.shape
-        if self.dt_bias is not None and not _expands(self.dt_bias.shape, self.dt.shape[1:]):
-            return None
         if self.A.shape == shape[1:] and self.dt.shape == inner:
             return False
         if len(shape) == 4 and self.A.shape == (shape[1], 1, 1) and self.dt.shape == (*inner[:2], 1):
             return True
+        return None
+
+    @property
+    def broadcast(self) -> str | None:
+        """What is broadcast in a way that no kernel was written for; None where kernels can run the step."""
+        A, dt, bias = self.A, self.dt, self.dt_bias
+        if self.by_head is None:
+            return (
+                f"A is {tuple(A.shape)} and dt {tuple(dt.shape)}; expected a rate for every state and a step for every "
+                "channel, or one of each for every head"
+            )
+        if bias is not None and not _expands(bias.shape, dt.shape[1:]):
+            return f"dt is {tuple(dt.shape)} but dt_bias {tuple(bias.shape)}; expected one of each for every head"
         return None
 
 

@@ -44,10 +44,6 @@ def _selective(a: SelectiveUpdate) -> list[Tensor]:
     return [y, after]
 
 
-def _selective_refuses(a: SelectiveUpdate) -> str | None:
-    return f"rates {tuple(a.A.shape)} with steps {tuple(a.dt.shape)} are broadcast" if a.by_head is None else None
-
-
 def _conv(a: ConvUpdate) -> list[Tensor]:
     dtype, state = a.state.dtype, a.state.contiguous()
     y, after = torch.empty(a.x.shape, dtype=a.x.dtype), _after(a.out_state, state)
@@ -90,6 +86,6 @@ def _like(m: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 selective_update_op.add(
-    Backend("native", _selective, devices=("cpu",), refuses=_selective_refuses, missing=library.why_missing)
+    Backend("native", _selective, devices=("cpu",), refuses=lambda a: a.broadcast, missing=library.why_missing)
 )
 conv_update_op.add(Backend("native", _conv, devices=("cpu",), missing=library.why_missing))

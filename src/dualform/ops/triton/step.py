@@ -34,16 +34,9 @@ def _selective(a: SelectiveUpdate) -> list[Tensor]:
 
 
 def _refuses(a: SelectiveUpdate) -> str | None:
-    if a.by_head is None:
-        return (
-            f"A is {tuple(a.A.shape)} and dt {tuple(a.dt.shape)}; expected a rate for every state and a step size for "
-            "every channel, or one of each for every head"
-        )
-    if a.by_head and a.dt_bias is not None and a.dt_bias.shape[-1] != 1:
-        return f"dt is {tuple(a.dt.shape)} but dt_bias {tuple(a.dt_bias.shape)}; expected one of each for every head"
     if not 0 < a.state.shape[-1] <= _MOST_STATES:
         return f"N is {a.state.shape[-1]}, expected 1 to {_MOST_STATES}"
-    return None
+    return a.broadcast
 
 
 def _convolve(a: ConvUpdate) -> list[Tensor]:
