@@ -10,8 +10,10 @@ from torch import Tensor
 
 from dualform.core.shapes import wide
 from dualform.layers.mixer import exactly
-from dualform.ops.op import SlowBackendWarning
+from dualform.ops.derivatives import once, refuse_transforms
+from dualform.ops.op import SlowBackendWarning, forced
 
+_NAME = "LanguageModel.loss"
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # of a span: large enough to be worth a matrix product
 _WORTH_COMPILING = 2**22  # logits; fewer are done before a compiler has begun
@@ -23,13 +25,18 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     The gradient is computed along with the loss, span by span, and kept instead of the logits: three matrix products
     in all, none of them twice. Logits and their gradient are in the dtype of the product (bfloat16 under autocast),
     sums in float32 or wider; the gradient is scaled before it is rounded to the dtype of its tensor, so that float16
-    trains under a ``GradScaler``. Differentiable once.
+    trains under a ``GradScaler``. Differentiable once; to any order in ``dualform.backend("reference")``.
 
     Args:
         h: ``(M, D)``, what the map reads.
         weight: ``(V, D)``, its weight.
         targets: ``(M,)``, int64; -100 does not count.
     """
+    if forced() == "reference":
+        logits = F.linear(h, weight)
+        return F.cross_entropy(logits.to(wide(logits)), targets, ignore_index=IGNORED, reduction="sum")
+    if not torch.compiler.is_compiling():
+        refuse_transforms(_NAME, [h, weight])
     if not torch.is_grad_enabled():
         h, weight = h.detach(), weight.detach()
     return _LinearCrossEntropy.apply(h, weight, targets)
@@ -62,19 +69,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif dweight is not None:
                 dweight += _summed(slope.T, part)
         ctx.dtype, ctx.scale = weight.dtype, scale
-        ctx.save_for_backward(dh, dweight)
+        ctx.save_for_backward(dh, dweight, h, weight)
         return torch.stack(losses).sum() if losses else h.new_zeros((), dtype=wide(h))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dh, dweight = ctx.saved_tensors
-        grad = grad / ctx.scale
-        return (
-            None if dh is None else (dh.to(grad.dtype) * grad).to(dh.dtype),
-            None if dweight is None else (dweight * grad).to(ctx.dtype),
-            None,
-        )
+        dh, dweight, h, weight = ctx.saved_tensors
+        with torch.no_grad():
+            scaled = grad / ctx.scale
+            found = (
+                None if dh is None else (dh.to(scaled.dtype) * scaled).to(dh.dtype),
+                None if dweight is None else (dweight * scaled).to(ctx.dtype),
+            )
+        return (*once(_NAME, found, grad, h, weight), None)
 
 
 def _scale(dtype: torch.dtype) -> float:
