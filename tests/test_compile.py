@@ -38,9 +38,7 @@ def steps(f, x, state, borders):
 
 
 FORMS = {
-    "whole": lambda f, x, state, borders: f(x),
     "from a state": lambda f, x, state, borders: f(x, state),
-    "packed": lambda f, x, state, borders: f(x.flatten(0, 1)[None], cu_seqlens=borders),
     "packed from a state": lambda f, x, state, borders: f(x.flatten(0, 1)[None], state, cu_seqlens=borders),
     "step": steps,
 }
@@ -72,9 +70,9 @@ def test_compiled_and_packed_equals_eager(case: Case):
     check_packed(case, known=False)
 
 
-@every_dynamic
-def test_compiled_with_a_known_packing_equals_eager(case: Case):
-    check_packed(case, known=True)
+@pytest.mark.parametrize("kind", ["mamba2", "attention", "s4"])
+def test_compiled_with_a_known_packing_equals_eager(kind: str):
+    check_packed(ONE_OF_EACH[kind], known=True)
 
 
 def check_packed(case: Case, known: bool) -> None:
