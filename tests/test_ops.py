@@ -1,44 +1,30 @@
 """Every op: each backend is the definition, forward and backward; registration; refusals; errors that explain."""
 
-import os
-import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dualform.check.op_cases import OpCase, op_cases
 from dualform.core.errors import ArgumentError, BackendError
-from dualform.layers.mamba import MambaConfig
-from dualform.layers.mlp import MLPConfig
-from dualform.models.config import ModelConfig
-from dualform.models.lm import LanguageModel
 from dualform.ops import (
     OPS,
     Backend,
     SlowBackendWarning,
     backend,
     causal_conv1d,
-    causal_conv1d_update,
     fft_conv,
     linear_scan,
-    selective_state_update,
     ssd,
 )
 from dualform.ops import selective_scan as scan
-from dualform.ops.op import PREFERENCE
 from dualform.ops.selective_scan import SelectiveScan
+from op_calls import NAMES, case_of, dispatched
 
 LENGTHS = (1, 2, 23, 65)
-NAMES = [case.name for case in op_cases(3)]
-
-
-def case_of(name: str, length: int) -> OpCase:
-    return next(case for case in op_cases(length) if case.name == name)
 
 
 @pytest.fixture
@@ -98,29 +84,13 @@ def test_every_op_has_a_portable_backend(op):
     assert any(case.op == op for case in op_cases(3))
 
 
-class Watching(TorchDispatchMode):
-    """Calls go through the dispatcher, where they can be seen."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_registration(name, short_spans):
     """PyTorch's own check of schema, fake tensors and dispatch, on the arguments that the op itself receives."""
-    case = case_of(name, 9)
-    op, seen = OPS[case.op], []
-    forward = op._forward
-    op._forward = lambda *args: seen.append(args) or forward(*args)
-    try:
-        with torch.no_grad(), backend("torch"), Watching():
-            case.call(case.cast("cpu", torch.float64))
-    finally:
-        op._forward = forward
-    (args,) = [args for args in seen if args[0] == "torch"]
+    op, args = dispatched(case_of(name, 9), torch.float64)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for save in (False,) if op.stepwise else (False, True):
-        torch.library.opcheck(forward, ("torch", save, *args[2:]), test_utils=tests)
+        torch.library.opcheck(op._forward, ("torch", save, *args[2:]), test_utils=tests)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -352,181 +322,3 @@ def test_states_of_all_times_are_never_held_at_once(form):
             y, state, *saved = portable.forward(a)
             portable.backward([y, state], saved, a)
     assert 0 < largest.numel < length * width * states / 3
-
-
-# What PyTorch derives from operations that it sees, and steps like scans.
-
-X = torch.randn(1, 4, 2, dtype=torch.float64)
-
-
-def square(x):
-    return linear_scan(x.sigmoid(), x)[0].square().sum()
-
-
-def affine(b):
-    return linear_scan(torch.full_like(b, 0.5), b)[0]
-
-
-DERIVED = {
-    "hvp": lambda: torch.autograd.functional.hvp(square, X, torch.ones_like(X))[1],
-    "hessian": lambda: torch.autograd.functional.hessian(square, X),
-    "jvp": lambda: torch.func.jvp(affine, (X,), (torch.ones_like(X),))[1],
-    "jacfwd": lambda: torch.func.jacfwd(affine)(X),
-    "grad": lambda: torch.func.grad(square)(X),
-    "vmap": lambda: torch.func.vmap(affine)(torch.stack([X, 2 * X])),
-    "forward_ad": lambda: forward_mode(affine, X),
-}
-
-
-def forward_mode(f, x):
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # forward mode scripts its own decompositions
-@pytest.mark.parametrize("name", DERIVED)
-def test_other_derivatives_are_refused_or_right(name):
-    """Kernels are refused with the way out; the reference, which PyTorch sees, gives what finite differences give."""
-    with pytest.raises(BackendError, match=r"linear_scan: (.|\n)*backend\('reference'\)"):
-        DERIVED[name]()
-    with backend("reference"):
-        found = DERIVED[name]()
-    assert found.isfinite().all() and bool(found.any())
-
-
-@pytest.mark.parametrize("part", [MambaConfig(d_state=4), MLPConfig(d_hidden=8)])
-def test_a_second_derivative_of_the_loss_is_refused_or_right(part):
-    model = LanguageModel(ModelConfig(11, 8, {"M": (part,)}, "M")).double()
-    tokens, weight = torch.randint(11, (1, 6)), model.embed.weight
-
-    def curvature(loss):
-        (g,) = torch.autograd.grad(loss, weight, create_graph=True)
-        return torch.autograd.grad(g.square().sum(), weight)[0]
-
-    with pytest.raises(BackendError, match="second time"):
-        curvature(model.loss(tokens))
-    with backend("reference"):
-        plain = torch.nn.functional.cross_entropy(model(tokens)[0][0, :-1], tokens[0, 1:])
-        torch.testing.assert_close(curvature(model.loss(tokens)), curvature(plain))
-
-
-def r(*shape):
-    return torch.randn(*shape)
-
-
-BAD_STEPS = {
-    "no groups": (
-        lambda: selective_state_update(r(2, 8, 16), r(2, 8), r(2, 8), -r(8, 16).abs(), r(2, 0, 16), r(2, 1, 16)),
-        "B has 0 groups, which do not divide 8",
-    ),
-    "rows of B": (
-        lambda: selective_state_update(r(2, 8, 16), r(2, 8), r(2, 8), -r(8, 16).abs(), r(3, 1, 16), r(2, 1, 16)),
-        "B has shape .*axis 0 is 3, not 2",
-    ),
-    "rates": (
-        lambda: selective_state_update(r(2, 8, 16), r(2, 8), r(2, 8), -r(4, 16).abs(), r(2, 1, 16), r(2, 1, 16)),
-        r"A has shape \(4, 16\), expected \(8, 16\)",
-    ),
-    "integers": (
-        lambda: selective_state_update(
-            r(2, 8, 16), torch.ones(2, 8, dtype=torch.int64), r(2, 8), -r(8, 16).abs(), r(2, 1, 16), r(2, 1, 16)
-        ),
-        "x is torch.int64, expected a floating dtype",
-    ),
-    "complex skip": (
-        lambda: scan(r(1, 4, 3), r(1, 4, 3), -r(3, 2).abs(), r(1, 4, 1, 2), r(1, 4, 1, 2), torch.ones(3) * 1j),
-        "D is torch.complex64, expected a real dtype",
-    ),
-    "weights": (lambda: causal_conv1d_update(r(2, 8), r(2, 8, 3), r(4000, 4)), "weight has shape .*axis 0 is 4000"),
-    "bias": (lambda: causal_conv1d_update(r(2, 8), r(2, 8, 3), r(8, 4), r(7)), "bias has shape .*axis 0 is 7, not 8"),
-    "state": (
-        lambda: causal_conv1d_update(r(2, 8), r(2, 8, 2), r(8, 4)),
-        r"state is \(2, 8, 2\), expected \(2, 8, 3\)",
-    ),
-    "out_state": (
-        lambda: causal_conv1d_update(r(2, 8), r(2, 8, 3), r(8, 4), out_state=r(2, 8, 4)),
-        r"out_state is \(2, 8, 4\), expected \(2, 8, 3\)",
-    ),
-    "out_state while recording": (
-        lambda: causal_conv1d_update(r(2, 8).requires_grad_(), r(2, 8, 3), r(8, 4), out_state=r(2, 8, 3)),
-        "out_state cannot be written to while gradients are recorded",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_STEPS)
-def test_bad_steps_are_named(name):
-    call, words = BAD_STEPS[name]
-    with pytest.raises(ArgumentError, match=words):
-        call()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_operator_checks_what_comes_past_the_public_function(name):
-    """Every tensor in turn too short: a clear error, no number."""
-    case = case_of(name, 9)
-    op, seen = OPS[case.op], []
-    forward = op._forward
-    op._forward = lambda *args: seen.append(args) or forward(*args)
-    try:
-        with torch.no_grad(), backend("torch"), Watching():
-            case.call(case.cast("cpu", torch.float32))
-    finally:
-        op._forward = forward
-    args = seen[-1]
-    for i, m in enumerate(args):
-        if isinstance(m, torch.Tensor) and m.numel():
-            with pytest.raises((ArgumentError, BackendError)):
-                by_row = m.shape[0] > 1 and (case.op, i) != ("fft_conv", 2)  # its batch may be of any size
-                forward(*args[:i], m[:-1] if by_row else m[..., :-1], *args[i + 1 :])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["torch", "native"])
-@pytest.mark.parametrize("own", [False, True])
-def test_a_step_writes_into_the_memory_it_is_given(dtype, name, own):
-    """In its own dtype, rounded once; the state itself may be that memory."""
-    if name == "native" and any(b.name == name and b.missing() for b in OPS["selective_state_update"].backends):
-        pytest.skip("no C++ kernels")
-    state, window = r(2, 6, 5).to(dtype), r(2, 6, 3).to(dtype)
-    args = r(2, 6), r(2, 6), -r(6, 5).abs(), r(2, 2, 5), r(2, 2, 5)
-    weight = r(6, 4)
-    for step, given in (
-        (lambda s, **more: selective_state_update(s, *args, **more), state),
-        (lambda s, **more: causal_conv1d_update(args[0], s, weight, **more), window),
-    ):
-        with backend(name), torch.no_grad():
-            want_y, want = step(given.clone())
-            memory = given.clone() if own else torch.empty_like(given)
-            y, found = step(memory if own else given.clone(), out_state=memory)
-        assert found is memory and found.dtype == dtype and want.dtype == torch.promote_types(dtype, torch.float32)
-        torch.testing.assert_close(y, want_y)
-        torch.testing.assert_close(found, want.to(dtype))
-
-
-@pytest.mark.parametrize("name", ["linear_scan", "selective_scan", "ssd", "causal_conv1d", "diagonal_ssm complex"])
-def test_a_wider_state_is_never_narrowed(name):
-    case = case_of(name, 7)
-    given = case.cast("cpu", torch.float32)
-    given["initial_state"] = given["initial_state"].to(_wider(given["initial_state"].dtype))
-    _, final = case.call(given)
-    assert final.dtype == given["initial_state"].dtype
-
-
-def _wider(dtype):
-    return torch.complex128 if dtype.is_complex else torch.float64
-
-
-def test_names_of_backends_are_known():
-    with pytest.raises(BackendError, match=r"no op has a backend 'bogus'(.|\n)*known: "), backend("bogus"):
-        pass
-    command = [sys.executable, "-c", "import dualform.ops"]
-    done = subprocess.run(command, env={**os.environ, "DUALFORM_BACKEND": "bogus"}, capture_output=True, text=True)
-    assert done.returncode and "DUALFORM_BACKEND: no op has a backend 'bogus'" in done.stderr
-
-
-def test_one_rule_of_preference():
-    """It does not depend on the order in which backends were registered."""
-    for op in OPS.values():
-        known = [b.name for b in op.backends]
-        assert known == sorted(known, key=PREFERENCE.index), op.name

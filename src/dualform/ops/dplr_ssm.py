@@ -55,7 +55,7 @@ def dplr_ssm(
     dtype = torch.promote_types(wide(u, *system, C, initial_state), torch.complex64)
     h0 = initial(_WHERE, initial_state, packing, u, tuple(C.shape), dtype)
     e, a, b, B, C = (m.to(dtype) for m in (*system, C))
-    y, final = _spanned(DplrSSM(u.to(h0.real.dtype), e, a, b, B, C, h0, packing))
+    y, final = dplr_ssm_op(DplrSSM(u.to(h0.real.dtype), e, a, b, B, C, h0, packing))
     return y, final
 
 
@@ -192,5 +192,4 @@ def _fake(a: DplrSSM) -> list[Tensor]:
 
 
 dplr_ssm_op = Op(_WHERE, DplrSSM, _reference, fake=_fake, check=_check)
-_spanned = Spanned(dplr_ssm_op, _run, _tables, ("u",), lambda a: 1 + a.C.shape[0] // 8, CHUNK)
-dplr_ssm_op.add(_spanned.backend())
+dplr_ssm_op.add(Spanned(dplr_ssm_op, _run, _tables, ("u",), lambda a: 1 + a.C.shape[0] // 8, CHUNK).backend())

@@ -55,7 +55,7 @@ def irregular_scan(
     h0 = initial(_WHERE, initial_state, packing, u, tuple(A.shape), dtype)
     given = u.dtype
     u, intervals, dt, A, B, C = (m.to(dtype) for m in (u, intervals, dt, A, B, C))
-    y, final = _spanned(IrregularScan(u, intervals, dt, A, B, C, h0, packing))
+    y, final = irregular_scan_op(IrregularScan(u, intervals, dt, A, B, C, h0, packing))
     return y.to(given), final
 
 
@@ -109,5 +109,6 @@ def _fake(a: IrregularScan) -> list[Tensor]:
 
 _INPUTS = ("u", "intervals", "dt", "B", "C")
 irregular_scan_op = Op(_WHERE, IrregularScan, _reference, fake=_fake, check=_check)
-_spanned = Spanned(irregular_scan_op, _run, lambda a, most: (a.A,), _INPUTS, lambda a: a.A.numel())
-irregular_scan_op.add(_spanned.backend())
+irregular_scan_op.add(
+    Spanned(irregular_scan_op, _run, lambda a, most: (a.A,), _INPUTS, lambda a: a.A.numel()).backend()
+)

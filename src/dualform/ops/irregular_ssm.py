@@ -53,7 +53,7 @@ def irregular_ssm(
     h0 = initial(_WHERE, initial_state, packing, u, tuple(log_a.shape), dtype)
     real = h0.real.dtype
     a = IrregularSSM(u.to(real), intervals.to(real), log_a.to(dtype), B.to(dtype), C.to(dtype), h0, packing)
-    y, final = _spanned(a)
+    y, final = irregular_ssm_op(a)
     return y, final
 
 
@@ -113,5 +113,4 @@ def _fake(a: IrregularSSM) -> list[Tensor]:
 
 
 irregular_ssm_op = Op(_WHERE, IrregularSSM, _reference, fake=_fake, check=_check)
-_spanned = Spanned(irregular_ssm_op, _run, _tables, ("u", "intervals"), lambda a: a.log_a.numel())
-irregular_ssm_op.add(_spanned.backend())
+irregular_ssm_op.add(Spanned(irregular_ssm_op, _run, _tables, ("u", "intervals"), lambda a: a.log_a.numel()).backend())

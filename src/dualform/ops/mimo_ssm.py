@@ -57,7 +57,7 @@ def mimo_ssm(
     h0 = initial(_WHERE, initial_state, packing, u, tuple(decay.shape), dtype)
     real = h0.real.dtype
     s = None if intervals is None else intervals.to(real)
-    y, final = _spanned(MimoSSM(u.to(real), s, decay.to(dtype), B.to(dtype), C.to(dtype), h0, packing))
+    y, final = mimo_ssm_op(MimoSSM(u.to(real), s, decay.to(dtype), B.to(dtype), C.to(dtype), h0, packing))
     return y, final
 
 
@@ -118,5 +118,4 @@ def _fake(a: MimoSSM) -> list[Tensor]:
 
 
 mimo_ssm_op = Op(_WHERE, MimoSSM, _reference, fake=_fake, check=_check)
-_spanned = Spanned(mimo_ssm_op, _run, _tables, ("u", "intervals"), lambda a: a.decay.shape[0])
-mimo_ssm_op.add(_spanned.backend())
+mimo_ssm_op.add(Spanned(mimo_ssm_op, _run, _tables, ("u", "intervals"), lambda a: a.decay.shape[0]).backend())

@@ -74,7 +74,8 @@ class Backend(Generic[Arguments]):
         refuses: why it cannot run a call, or None; it may look at shapes and dtypes only.
         missing: asked when a call comes: why the backend cannot run here at all, and what to install; empty when it
             can.
-        plain: PyTorch differentiates the forward by itself, and does so in eager calls; see :mod:`dualform.ops.rerun`.
+        plain: the outputs of an eager call in operations that PyTorch records and differentiates by itself, or None
+            where the backward should rather compute anew; see :mod:`dualform.ops.rerun` and :mod:`dualform.ops.spans`.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Backend(Generic[Arguments]):
     devices: tuple[str, ...] = ()
     refuses: Callable[[Arguments], str | None] = _no_refusal
     missing: Callable[[], str] = _here
-    plain: bool = False
+    plain: Callable[[Arguments], tuple[Tensor, ...] | None] = _no_refusal
 
     def runs_on(self, device: str) -> bool:
         """Whether this backend is meant for a device type."""
@@ -125,7 +126,6 @@ class Op(Generic[Arguments]):
         self.name, self.reference, self.fake, self.check, self.keeps = name, reference, fake, check, keeps
         self.arguments, self.outputs, self.stepwise = arguments, outputs, stepwise
         self.backends: list[Backend[Arguments]] = []
-        self._plain = False  # whether a backend is
         hints = get_type_hints(arguments)
         self.fields: tuple[str, ...] = arguments._fields  # pyright: ignore[reportAttributeAccessIssue]
         self._buffer = self.fields.index("out_state") if "out_state" in self.fields else None
@@ -153,21 +153,20 @@ class Op(Generic[Arguments]):
         if wanted and self.stepwise:
             return self.reference(a)
         direct = _direct(self.name, tensors) and self._borders_are_known(a)
-        if wanted:
-            if direct and self._plain and (backend := self.choose(_forced, a, True)).plain:
-                with on_device(tensors[0].device):
-                    return tuple(backend.forward(a))
-            return self._function.apply(_forced, direct, *(a if direct else _distinct(self._flat(a))))
-        if direct:
-            backend = self.choose(_forced, a)
-            with on_device(tensors[0].device):
+        if not direct:
+            if wanted:
+                return self._function.apply(_forced, *_distinct(self._flat(a)))
+            return tuple(self._forward(_forced, False, *self._flat(a)))
+        backend = self.choose(_forced, a, wanted)
+        with on_device(tensors[0].device):
+            if not wanted:
                 return tuple((backend.infer or backend.forward)(a))
-        return tuple(self._forward(_forced, False, *self._flat(a)))
+            recorded = backend.plain(a)
+        return self._function.apply(backend, *a) if recorded is None else recorded
 
     def add(self, backend: Backend[Arguments]) -> None:
         """Register a backend, at its place in :data:`PREFERENCE`."""
         self.backends.append(backend)
-        self._plain = self._plain or backend.plain
         self.backends.sort(key=lambda b: PREFERENCE.index(b.name) if b.name in PREFERENCE else -1)
 
     def choose(self, forced: str, a: Arguments, differentiate: bool = False) -> Backend[Arguments]:
@@ -358,20 +357,18 @@ def _warn_once(text: str) -> None:
 
 def _function(op: Op[Any]) -> type[torch.autograd.Function]:
     class OpFunction(torch.autograd.Function):
-        """``direct`` calls are given the record's fields and go to a backend, others those of the dispatcher."""
+        """Runs ``by`` a backend, given the record's fields, or by a backend's name below the dispatcher, given its."""
 
         @staticmethod
-        def forward(ctx: Any, forced: str, direct: bool, *args: Any) -> Any:
-            if direct:
-                a = op.arguments(*args)
-                ctx.backend = op.choose(forced, a, True)
+        def forward(ctx: Any, by: Any, *args: Any) -> Any:
+            if isinstance(by, Backend):
                 with on_device(args[0].device):
-                    results = ctx.backend.forward(a)
+                    results = by.forward(op.arguments(*args))
             else:
-                ctx.backend, results = forced, op._forward(forced, True, *args)
+                results = op._forward(by, True, *args)
             kept = [results[i] for i in op.keeps] + results[op.outputs :]
-            ctx.direct, ctx.kept = direct, len(kept)
-            ctx.plain = tuple(None if isinstance(m, Tensor) else (m,) for m in args)
+            ctx.by, ctx.kept = by, len(kept)
+            ctx.others = tuple(None if isinstance(m, Tensor) else (m,) for m in args)
             ctx.save_for_backward(*kept, *(m for m in args if isinstance(m, Tensor)))
             return tuple(results[: op.outputs])
 
@@ -380,16 +377,16 @@ def _function(op: Op[Any]) -> type[torch.autograd.Function]:
             saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
             kept, tensors = list(saved[: ctx.kept]), saved[ctx.kept :]
             rest = iter(tensors)
-            args = [next(rest) if m is None else m[0] for m in ctx.plain]
+            args = [next(rest) if m is None else m[0] for m in ctx.others]
             with torch.no_grad():
                 full = [g.contiguous() for g in grads]
-                if ctx.direct:
+                if isinstance(ctx.by, Backend):
                     with on_device(args[0].device):
-                        found = op._gradients(ctx.backend, full, kept, op.arguments(*args))
+                        found = op._gradients(ctx.by, full, kept, op.arguments(*args))
                 else:
-                    found = op._backward(ctx.backend, full, kept, *args)
+                    found = op._backward(ctx.by, full, kept, *args)
             given = iter(once(op.name, tuple(found), *grads, *tensors))
-            return (None, None, *(next(given) if isinstance(m, Tensor) and floats(m) else None for m in args))
+            return (None, *(next(given) if isinstance(m, Tensor) and floats(m) else None for m in args))
 
     OpFunction.__name__ = OpFunction.__qualname__ = op.name
     return OpFunction

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dualform.ops.op import Backend, Op, forced
+from dualform.ops.op import Backend, Op
 
 Arguments = TypeVar("Arguments", bound=tuple)
 Tables = tuple[Tensor, ...]
@@ -50,22 +50,17 @@ class Spanned(Generic[Arguments]):
     width: Callable[[Arguments], int]
     unit: int = 1
 
-    def __call__(self, a: Any) -> tuple[Tensor, ...]:
-        """The op. Eager calls of a single span leave the gradient to autograd, which does not run it twice."""
-        tensors, length = [m for m in a if isinstance(m, Tensor)], getattr(a, self.inputs[0]).shape[1]
-        recorded = torch.is_grad_enabled() and any(m.requires_grad for m in tensors)
-        plain = all(type(m) in (Tensor, nn.Parameter) for m in tensors) and a.h0.device.type != "meta"
-        known = a.packing is None or a.packing.host is not None
-        if torch.compiler.is_compiling() or not (recorded and plain and known and forced() in ("", "torch")):
-            return self.op(a)
+    def single(self, a: Any) -> tuple[Tensor, Tensor] | None:
+        """The outputs of a call of a single span, which autograd differentiates without running it twice; or None."""
+        length = getattr(a, self.inputs[0]).shape[1]
         if length > self.size(a):
-            return self.op(a)
+            return None
         with torch.autocast(a.h0.device.type, enabled=False):
             return self.run(a, self.tables(a, length))
 
     def backend(self) -> Backend[Arguments]:
         """What to register."""
-        return Backend("torch", self.forward, self.backward, self.infer, self.saved)
+        return Backend("torch", self.forward, self.backward, self.infer, self.saved, plain=self.single)
 
     def size(self, a: Any) -> int:
         """Steps of a span; an expression without branches, as shapes may be symbols."""
