@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dualform.check.cases import CASES, Case
+from dualform.core.errors import ArgumentError
 from dualform.core.packing import Packing
 from dualform.core.tree import leaves
 from dualform.layers.registry import MIXERS
@@ -21,6 +22,28 @@ WIDE = {case.kind: case for case in MIXER_CASES.values() if case.name.endswith("
 WAITS = ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__", "__float__")  # for a device's values
 every_mixer = pytest.mark.parametrize("case", MIXER_CASES.values(), ids=list(MIXER_CASES))
 one_of_each = pytest.mark.parametrize("case", WIDE.values(), ids=list(WIDE))
+
+
+@one_of_each
+def test_what_does_not_fit_is_named(case: Case):
+    """Another width, missing axes, no tensor, another batch, and what is no state of the layer."""
+    f, x = case.trial(3).f, case.sample(2, 5, torch.Generator())
+    state = f.init_state(2, max_len=9)
+    wrong = {
+        "width": lambda: f(x[..., :-1]),
+        "axes": lambda: f(x[0]),
+        "list": lambda: f(x.tolist()),
+        "batch": lambda: f(torch.cat([x, x]), state),
+        "step of another batch": lambda: f.step(torch.cat([x, x])[:, 0], state),
+        "step of another width": lambda: f.step(x[:, 0, :-1], state),
+        "step of a sequence": lambda: f.step(x, state),
+        "no state of the layer": lambda: f(x, (x,)),
+        "borders as a list": lambda: f(x[:1], cu_seqlens=[0, 5]),
+        "borders beyond": lambda: f(x[:1], cu_seqlens=torch.tensor([0, 6])),
+    }
+    for name, call in wrong.items():
+        with pytest.raises(ArgumentError):
+            pytest.fail(f"{name}: {call()}")
 
 
 @every_mixer

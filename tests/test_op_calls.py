@@ -183,3 +183,26 @@ def test_one_rule_of_preference():
     for op in OPS.values():
         known = [b.name for b in op.backends]
         assert known == sorted(known, key=PREFERENCE.index), op.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_is_asked_for(name):
+    """None for what is not optional, or a list: named; all but the first, which gives the case its device."""
+    case = case_of(name, 7)
+    tensors = case.cast("cpu", torch.float32)
+    if case.op == "dplr_ssm":
+        pytest.skip("the case makes a system of its tensors first")
+    for field in list(tensors)[1:]:
+        for value in (None, [1.0]):
+            try:
+                with backend("torch"):
+                    case.call({**tensors, field: value})
+            except ArgumentError as error:
+                assert field.replace("past_", "past.") in str(error), error
+            else:
+                assert value is None, field  # an optional one
+
+
+def test_a_complex_state_of_a_real_step_is_refused():
+    with pytest.raises(ArgumentError, match=r"state is torch\.complex64, expected a real dtype"):
+        causal_conv1d_update(r(2, 8), r(2, 8, 3) + 0j, r(8, 4))

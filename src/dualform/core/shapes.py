@@ -34,18 +34,20 @@ def once_per_shape(check: Callable[..., None]) -> Callable[..., None]:
     @wraps(check)
     def remembered(*args: Any) -> None:
         if torch.compiler.is_compiling():
-            return check(*args)
-        key = tuple([(m.shape, m.dtype, m.device) if isinstance(m, Tensor) else m for m in args])
+            check(*args)
+            return
+        key: Any = tuple([(m.shape, m.dtype, m.device) if isinstance(m, Tensor) else m for m in args])
         try:
-            if key in passed:
-                return None
+            known = key in passed
         except TypeError:  # no key: sizes that are symbols, or an argument of a type that the check will refuse
-            return check(*args)
+            key, known = None, False
+        if known:
+            return
         check(*args)
         if len(passed) >= _MOST_PASSED:
             passed.clear()
-        passed.add(key)
-        return None
+        if key is not None:
+            passed.add(key)
 
     return remembered
 
@@ -56,7 +58,7 @@ def check_tensors(where: str, **tensors: tuple[Tensor | None, str]) -> dict[str,
     Args:
         where: name of the function, first word of every error.
         tensors: ``name=(tensor, "B T D")``; a number instead of a letter is a fixed size, ``*`` any size,
-            ``...`` at the end any further axes. ``None`` is skipped.
+            ``...`` at the end any further axes. With ``?`` first, ``None`` is skipped.
 
     Raises:
         ArgumentError: names the argument, what came and what was expected.
@@ -65,9 +67,11 @@ def check_tensors(where: str, **tensors: tuple[Tensor | None, str]) -> dict[str,
     origin: dict[str, str] = {}
     device: tuple[torch.device, str] | None = None
     for name, (tensor, spec) in tensors.items():
-        if tensor is None:
-            continue
         letters = spec.split()
+        if letters[:1] == ["?"]:
+            if tensor is None:
+                continue
+            letters = letters[1:]
         rest = bool(letters) and letters[-1] == "..."
         letters = letters[:-1] if rest else letters
         shown = f"({', '.join(letters)}{', ...' if rest else ','[: len(letters) == 1]})"

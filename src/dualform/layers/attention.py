@@ -13,7 +13,7 @@ from dualform.core.packing import Borders, Packing, readable
 from dualform.core.ring import held, write
 from dualform.core.shapes import check_tensors, larger
 from dualform.core.tree import state_class
-from dualform.layers.mixer import Mixer
+from dualform.layers.mixer import Mixer, check_kind
 from dualform.layers.rotary import rotate
 from dualform.ops.attention import Past, attention, causal, over
 
@@ -200,6 +200,7 @@ class Attention(Mixer):
 
     def _check_state(self, x: Tensor, state: AttentionState | None, packing: Packing | None) -> None:
         if state is not None:
+            check_kind("attention", state, AttentionState)
             cache = f"R {self.window or 'S'} {self.kv_heads} {self.d_head}"
             rows = {"x": (x, "R ...")} if packing is None else {"sequences": (packing.cu_seqlens[1:], "R")}
             leaves = {"state.k": (state.k, cache), "state.v": (state.v, cache), "state.length": (state.length, "R")}

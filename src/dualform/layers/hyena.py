@@ -18,7 +18,7 @@ from dualform.core.tree import state_class
 from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
 from dualform.layers.hyena_operator import HyenaOperator
 from dualform.layers.implicit_filter import ImplicitFilter
-from dualform.layers.mixer import Prepared
+from dualform.layers.mixer import Prepared, check_kind
 from dualform.ops.long_conv import long_conv
 
 
@@ -241,6 +241,7 @@ class Hyena(HyenaOperator):
     def _state(self, x: Tensor, state: HyenaState | None, packing: Packing | None) -> HyenaState:
         if state is None:
             return self.init_state(x.shape[0] if packing is None else packing.rows)
+        check_kind("hyena", state, HyenaState)
         dtype, (_, width, before) = wide(self.D), self._conv_shape(0)
         rows = {"x": (x, "R ...")} if packing is None else {"sequences": (packing.cu_seqlens[1:], "R")}
         leaves = {

@@ -12,7 +12,7 @@ from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
-from dualform.layers.mixer import Mixer
+from dualform.layers.mixer import Mixer, check_kind
 from dualform.ops.lstm import lstm, side_by_side
 
 
@@ -83,6 +83,7 @@ class LSTM(Mixer):
         packing = Packing.of("lstm", cu_seqlens, x)
         rows = x.shape[0] if packing is None else packing.rows
         state = self.init_state(rows) if state is None else state
+        check_kind("lstm", state, LSTMState)
         of = {"x": (x, "R ...")} if packing is None else {"sequences": (packing.cu_seqlens[1:], "R")}
         spec = f"R {self.layers} {self.hidden}"
         check_tensors("lstm", **of, **{"state.h": (state.h, spec), "state.c": (state.c, spec)})

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import wide
+from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
-from dualform.layers.mixer import Hint, Mixer, check_intervals
+from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.selective_scan import selective_scan, selective_state_update
@@ -81,7 +81,7 @@ class Mamba(Mixer):
 
     def __init__(self, config: MambaConfig, d_model: int):
         super().__init__()
-        c, self.config = config, config
+        c, self.config, self.d_model = config, config, d_model
         check_sizes("mamba", d_model=d_model, d_state=c.d_state, d_conv=c.d_conv, expand=c.expand)
         self.d_inner, self.dt_rank = c.expand * d_model, c.dt_rank or math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=c.bias)
@@ -114,8 +114,11 @@ class Mamba(Mixer):
         intervals: Real[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, MambaState]:
         """The parallel form."""
+        check_tensors("mamba", x=(x, f"B T {self.d_model}"))
         packing = Packing.of("mamba", cu_seqlens, x)
         intervals = check_intervals("mamba", x, intervals, wide(self.A_log))
+        if state is not None:
+            check_kind("mamba", state, MambaState)
         conv, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv = causal_conv1d(
@@ -145,6 +148,8 @@ class Mamba(Mixer):
         self, x: Float[Tensor, "B D"], state: MambaState, interval: Real[Tensor, " B"] | None = None
     ) -> tuple[Tensor, MambaState]:
         """The recurrent form."""
+        check_tensors("mamba", x=(x, f"B {self.d_model}"))
+        check_kind("mamba", state, MambaState)
         if interval is not None:
             check_intervals("mamba", x, interval, wide(self.A_log))
             y, state = self.forward(x[:, None], state, intervals=interval[:, None])

@@ -11,10 +11,10 @@ from dualform.core.discretize import hold
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import wide
+from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes, initial_step
-from dualform.layers.mixer import Hint, Mixer, check_intervals
+from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import GatedRMSNorm
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.selective_scan import selective_state_update
@@ -90,7 +90,8 @@ class Mamba2(Mixer):
 
     def __init__(self, config: Mamba2Config, d_model: int):
         super().__init__()
-        c, self.config, self.d_inner = config, config, config.expand * d_model
+        c, self.config = config, config
+        self.d_model, self.d_inner = d_model, c.expand * d_model
         check_sizes(
             "mamba2",
             d_model=d_model,
@@ -140,8 +141,11 @@ class Mamba2(Mixer):
         intervals: Real[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Mamba2State]:
         """The parallel form."""
+        check_tensors("mamba2", x=(x, f"B T {self.d_model}"))
         packing = Packing.of("mamba2", cu_seqlens, x)
         intervals = check_intervals("mamba2", x, intervals, wide(self.A_log))
+        if state is not None:
+            check_kind("mamba2", state, Mamba2State)
         conv, h = (None, None) if state is None else state
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_in, self.heads], -1)
         xBC, conv = causal_conv1d(
@@ -172,6 +176,8 @@ class Mamba2(Mixer):
         self, x: Float[Tensor, "B D"], state: Mamba2State, interval: Real[Tensor, " B"] | None = None
     ) -> tuple[Tensor, Mamba2State]:
         """The recurrent form."""
+        check_tensors("mamba2", x=(x, f"B {self.d_model}"))
+        check_kind("mamba2", state, Mamba2State)
         if interval is not None:
             check_intervals("mamba2", x, interval, wide(self.A_log))
             y, state = self.forward(x[:, None], state, intervals=interval[:, None])

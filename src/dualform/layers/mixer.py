@@ -104,6 +104,19 @@ class Mixer(Part):
         return Prepared(self.step)
 
 
+_ORIGIN = "a state comes from init_state, forward or step of the same layer"
+
+
+def check_kind(where: str, state: Any, kind: type[tuple[Any, ...]]) -> None:
+    """A state must be of the layer's own kind.
+
+    Raises:
+        ArgumentError: says what came and what was expected.
+    """
+    if not isinstance(state, kind):
+        raise ArgumentError(f"{where}: state is {type(state).__name__}, expected {kind.__name__}", hint=_ORIGIN)
+
+
 def check_state(where: str, state: S | None, like: S) -> S:
     """A caller's state in the dtypes of ``like``, the initial one; None is ``like`` itself.
 
@@ -118,7 +131,7 @@ def check_state(where: str, state: S | None, like: S) -> S:
         raise ArgumentError(
             f"{where}: state is {type(state).__name__} of {', '.join(found) or 'no tensors'}, "
             f"expected {type(like).__name__} of {', '.join(expected)}",
-            hint="a state comes from init_state, forward or step of the same layer",
+            hint=_ORIGIN,
         )
     for name, leaf in found.items():
         want = expected[name]

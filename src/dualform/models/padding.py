@@ -67,7 +67,7 @@ def lay_out(
         return Line(x, state, Packing.of(where, cu_seqlens, x), intervals)
     if cu_seqlens is not None:
         raise ArgumentError(f"{where}: give cu_seqlens or attention_mask, not both")
-    check_tensors(where, x=(x, "B T ..."), attention_mask=(attention_mask, "B T"), intervals=(intervals, "B T"))
+    check_tensors(where, x=(x, "B T ..."), attention_mask=(attention_mask, "B T"), intervals=(intervals, "? B T"))
     keep, unread = attention_mask != 0, not readable(attention_mask)
     if unread:
         order = keep.flatten().logical_not().to(torch.int8).argsort(stable=True)

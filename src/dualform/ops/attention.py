@@ -99,7 +99,7 @@ def _check(a: Attention) -> None:
     if a.past_k is not None:
         rows = a.q.shape[0] if a.packing is None else a.packing.rows
         if a.past_v is None or a.length is None:
-            raise ArgumentError(f"{_WHERE}: earlier keys come without values or without lengths")
+            raise ArgumentError(f"{_WHERE}: past.k comes without past.v or without past.length")
         if a.past_k.shape[0] != rows or a.length.shape[0] not in (1, rows):
             raise ArgumentError(
                 f"{_WHERE}: past has keys of {a.past_k.shape[0]} rows and {a.length.shape[0]} lengths, expected {rows}"
@@ -110,7 +110,7 @@ def _check(a: Attention) -> None:
 def _check_inputs(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, length: Tensor | None
 ) -> None:
-    past = {"past.k": (past_k, "R S G P"), "past.v": (past_v, "R S G P"), "past.length": (length, "L")}
+    past = {"past.k": (past_k, "? R S G P"), "past.v": (past_v, "? R S G P"), "past.length": (length, "? L")}
     check_tensors(_WHERE, q=(q, "B T H P"), k=(k, "B T G P"), v=(v, "B T G P"), **past)
     check_real(_WHERE, q=q, k=k, v=v, **{"past.k": past_k, "past.v": past_v})
     if length is not None and length.dtype != torch.int64:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dualform.core.dplr import DiscreteDPLR, as_complex, as_real
 from dualform.core.errors import ArgumentError
-from dualform.core.shapes import check_floating, check_tensors, wide
+from dualform.core.shapes import check_floating, check_real, check_tensors, wide
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import check_dtype
 
@@ -44,7 +44,8 @@ def cauchy_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length
         Gu, Goel and Re (2022), arXiv:2111.00396, algorithm 1 and appendix C.3.
     """
     check_tensors(_WHERE, A=(A, "D N"), P=(P, "* D N"), B=(B, "D N"), C=(C, "D N"), dt=(dt, "D"))
-    check_floating(_WHERE, A=A, P=P, B=B, C=C, dt=dt)
+    check_floating(_WHERE, A=A, P=P, B=B, C=C)
+    check_real(_WHERE, dt=dt)
     if length < 0:
         raise ArgumentError(f"{_WHERE}: the length is {length}, expected 0 or more")
     if A.device.type == "cpu" and A.numel() and not torch.compiler.is_compiling():

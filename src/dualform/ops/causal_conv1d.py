@@ -97,6 +97,7 @@ def causal_conv1d_update(
     """
     _check_inputs(_STEP, "B D", x, weight, bias, activation)
     check_state(_STEP, "state", state, None, x, (weight.shape[0], weight.shape[1] - 1))
+    check_real(_STEP, state=state)
     check_out_state(_STEP, out_state, state, x, weight, bias)
     state = state.to(wide(x, state, weight, bias))
     y, after = conv_update_op(ConvUpdate(x, state, weight, bias, _ACTIVATIONS[activation], out_state))
@@ -118,7 +119,7 @@ class ConvUpdate(NamedTuple):
 def _check_inputs(
     where: str, axes: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> None:
-    check_tensors(where, x=(x, axes), weight=(weight, "D W"), bias=(bias, "D"))
+    check_tensors(where, x=(x, axes), weight=(weight, "D W"), bias=(bias, "? D"))
     check_real(where, x=x, weight=weight, bias=bias)
     if activation not in _ACTIVATIONS:
         raise ArgumentError(f"{where}: activation is {activation!r}, expected None or 'silu'")
@@ -129,12 +130,14 @@ def _check_inputs(
 def _check(a: CausalConv1d) -> None:
     _check_inputs(_WHERE, "B T D", a.x, a.weight, a.bias)
     check_state(_WHERE, "the initial state", a.h0, a.packing, a.x, (a.weight.shape[0], a.weight.shape[1] - 1))
+    check_real(_WHERE, h0=a.h0)
     check_dtype(_WHERE, a.h0.dtype)
 
 
 def _check_update(a: ConvUpdate) -> None:
     _check_inputs(_STEP, "B D", a.x, a.weight, a.bias)
     check_state(_STEP, "the state", a.state, None, a.x, (a.weight.shape[0], a.weight.shape[1] - 1))
+    check_real(_STEP, state=a.state)
     check_dtype(_STEP, a.state.dtype)
 
 

@@ -43,7 +43,7 @@ class FFTConv(NamedTuple):
 
 @once_per_shape
 def _check_inputs(u: Tensor, k: Tensor, D: Tensor | None = None) -> None:
-    check_tensors(_WHERE, u=(u, "B T D"), k=(k, "D K"), D=(D, "D"))
+    check_tensors(_WHERE, u=(u, "B T D"), k=(k, "D K"), D=(D, "? D"))
     check_real(_WHERE, u=u, k=k, D=D)
 
 

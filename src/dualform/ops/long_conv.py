@@ -68,7 +68,7 @@ def _check(a: LongConv) -> None:
 
 @once_per_shape
 def _check_inputs(u: Tensor, k: Tensor, past: Tensor | None) -> None:
-    check_tensors(_WHERE, u=(u, "B T D"), k=(k, "D K"), past=(past, "R S D"))
+    check_tensors(_WHERE, u=(u, "B T D"), k=(k, "D K"), past=(past, "? R S D"))
     check_real(_WHERE, u=u, k=k, past=past)
 
 

@@ -74,7 +74,9 @@ class MimoSSM(NamedTuple):
 
 
 def _check_inputs(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, intervals: Tensor | None) -> None:
-    check_tensors(_WHERE, u=(u, "B T D"), decay=(decay, "N"), B=(B, "N D"), C=(C, "D N"), intervals=(intervals, "B T"))
+    check_tensors(
+        _WHERE, u=(u, "B T D"), decay=(decay, "N"), B=(B, "N D"), C=(C, "D N"), intervals=(intervals, "? B T")
+    )
     check_real(_WHERE, u=u, intervals=intervals)
     check_floating(_WHERE, decay=decay, B=B, C=C)
 

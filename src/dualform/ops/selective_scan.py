@@ -102,9 +102,9 @@ def _check_inputs(
         A=(A, "D N"),
         B=(B, "B T * N"),
         C=(C, "B T * N"),
-        D=(D, "D"),
-        z=(z, "B T D"),
-        delta_bias=(delta_bias, "D"),
+        D=(D, "? D"),
+        z=(z, "? B T D"),
+        delta_bias=(delta_bias, "? D"),
     )
     check_real(_WHERE, u=u, delta=delta, D=D, z=z, delta_bias=delta_bias)
     check_floating(_WHERE, A=A, B=B, C=C)
@@ -260,9 +260,9 @@ def _check_step(
         A=(A, "* ..."),
         B=(B, "B * N"),
         C=(C, "B * N"),
-        D=(D, "* ..."),
-        z=(z, inner),
-        dt_bias=(dt_bias, "* ..."),
+        D=(D, "? * ..."),
+        z=(z, f"? {inner}"),
+        dt_bias=(dt_bias, "? * ..."),
     )
     check_real(_STEP, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     heads = sizes["D" if inner == "B D" else "H"]

@@ -144,9 +144,9 @@ def _check_inputs(
         A=(A, "H"),
         B=(B, "B T G N"),
         C=(C, "B T G N"),
-        D=(D, "H ..."),
-        z=(z, "B T H P"),
-        dt_bias=(dt_bias, "H"),
+        D=(D, "? H ..."),
+        z=(z, "? B T H P"),
+        dt_bias=(dt_bias, "? H"),
     )
     check_real(_WHERE, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
