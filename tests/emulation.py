@@ -66,7 +66,7 @@ def packing(borders) -> Packing | None:
     if borders is None:
         return None
     cu_seqlens = torch.tensor(borders)
-    return Packing(cu_seqlens, cu_seqlens)
+    return Packing.of_host(cu_seqlens, cu_seqlens.device)
 
 
 def gradients(op, a, found):

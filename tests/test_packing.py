@@ -9,7 +9,7 @@ import dualform as df
 from dualform import Packing
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import clamped
-from dualform.ops import linear_scan, selective_scan
+from dualform.ops import backend, linear_scan, selective_scan, ssd
 
 BORDERS = torch.tensor([0, 3, 3, 8])
 X = torch.zeros(1, 8, 2)
@@ -20,7 +20,8 @@ def test_it_is_a_tree_of_tensors():
     leaves, _ = pytree.tree_flatten(packing)
     assert all(torch.equal(leaf, BORDERS) and leaf.dtype == torch.int64 for leaf in leaves) and len(leaves) == 2
     assert packing.rows == 3 and packing.longest == 5 and packing.lengths.tolist() == [3, 0, 5]
-    assert Packing.of("there", packing, X) is packing
+    again = Packing.of("there", packing, X)
+    assert again.host is packing.host and again.cu_seqlens is packing.cu_seqlens
 
 
 def test_what_a_caller_changes_later_does_not_reach_it():
@@ -28,6 +29,34 @@ def test_what_a_caller_changes_later_does_not_reach_it():
     packing = Packing.of("here", borders, X)
     borders[1] = 7
     assert packing.host.tolist() == BORDERS.tolist() and packing.cu_seqlens.tolist() == BORDERS.tolist()
+
+
+def test_a_packing_that_a_caller_put_together_is_read_again():
+    """In any dtype, and whatever its two halves say: what counts is the one on the host."""
+    short = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    for made in (Packing(short, short), Packing(torch.tensor([0, 10**9, 8, 8]), short), Packing(short, None)):
+        packing = Packing.of("here", made, X)
+        assert packing.host.tolist() == packing.cu_seqlens.tolist() == BORDERS.tolist()
+        assert packing.host.dtype == packing.cu_seqlens.dtype == torch.int64
+        torch.testing.assert_close(linear_scan(X, X, cu_seqlens=made), linear_scan(X, X, cu_seqlens=BORDERS))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_borders_may_be_written_anew_between_calls(compiled):
+    """Tables are made of a copy, also where the operator sees the caller's own tensor."""
+    x, dt, A, maps = torch.randn(1, 64, 2, 4), torch.rand(1, 64, 2), -torch.rand(2), torch.randn(1, 64, 1, 4)
+
+    def run(borders):
+        return ssd(x, dt, A, maps, maps, cu_seqlens=borders)
+
+    again, borders = (
+        (torch.compile(run, fullgraph=True, backend="eager") if compiled else run),
+        torch.tensor([0, 20, 64]),
+    )
+    with backend("torch"):
+        for border in (20, 41):
+            borders[1] = border
+            torch.testing.assert_close(again(borders), run(borders.clone()))
 
 
 @pytest.mark.parametrize(

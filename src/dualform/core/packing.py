@@ -49,26 +49,21 @@ class Packing(NamedTuple):
         """
         if cu_seqlens is None:
             return None
-        batch, length = x.shape[:2]
         known = isinstance(cu_seqlens, Packing)
-        borders = cu_seqlens.cu_seqlens if known else cu_seqlens
-        _check_borders(where, borders, batch)
-        if known:
-            if cu_seqlens.host is not None and not torch.compiler.is_compiling():
-                _check_values(where, cu_seqlens.host, length)
-            if borders.device == x.device:
-                return cu_seqlens
-            return cls(_on_device(cu_seqlens.as_tensor(), x.device), cu_seqlens.host)
+        borders = cu_seqlens.as_tensor() if known else cu_seqlens
+        _check_borders(where, borders, x.shape[0])
+        if known and torch.compiler.is_compiling():
+            return cu_seqlens
         if not readable(borders):
             return cls(borders.to(x.device, torch.int64), None)
-        host = borders.to("cpu", torch.int64, copy=True)
-        _check_values(where, host, length)
-        return cls(_on_device(host, x.device), host)
+        return cls.of_host(_checked(where, borders, x.shape[1]), x.device)
 
     @classmethod
     def of_host(cls, host: Tensor, device: torch.device) -> "Packing":
-        """The packing of borders on the CPU that are known to be right."""
-        return cls(_on_device(host, device), host)
+        """The packing of borders on the CPU, int64, that are known to be right and that nobody writes to any more."""
+        if not _is_ours(host):
+            host._dualform = {}  # pyright: ignore[reportAttributeAccessIssue]
+        return cls(host if host.device == device else once(host, device, lambda: _moved(host, device)), host)
 
     @property
     def rows(self) -> int:
@@ -159,7 +154,7 @@ class Packing(NamedTuple):
         first = int(torch.searchsorted(host, begin, right=True)) - 1
         last = int(torch.searchsorted(host, end))
         part = host[first : last + 1].clamp(begin, end) - begin
-        return slice(first, last), Packing(_on_device(part, self.cu_seqlens.device), part)
+        return slice(first, last), Packing.of_host(part, self.cu_seqlens.device)
 
     def not_empty(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(rows, first, last)`` of the sequences that have steps: their rows, first and last steps, int64."""
@@ -181,7 +176,7 @@ class Packing(NamedTuple):
 
     def _among(self, which: int, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
         there = self.not_empty()
-        here = there if there[0].device.type == "cpu" else Packing(self.host_borders(), self.host_borders()).not_empty()
+        here = there if there[0].device.type == "cpu" else Packing(self.host_borders(), self.host).not_empty()
         i, j = torch.searchsorted(here[which], torch.tensor([begin, end])).tolist()
         return None if i == j else (there[which][i:j] - begin, there[0][i:j])
 
@@ -220,9 +215,7 @@ class Packing(NamedTuple):
             return None, None
         _check_borders(where, borders, x.shape[0])
         if readable(borders):
-            host = borders.to("cpu", torch.int64)
-            _check_values(where, host, x.shape[1])
-            return cls(_on_device(host, x.device), host), None
+            return cls.of_host(_checked(where, borders, x.shape[1]), x.device), None
         borders = borders.to(x.device, torch.int64)
         return clamped(borders, x.shape[1])
 
@@ -262,18 +255,19 @@ def _check_borders(where: str, cu_seqlens: Any, batch: int) -> None:
         )
 
 
-def _check_values(where: str, host: Tensor, length: int) -> None:
+def _is_ours(host: Tensor) -> bool:
+    """Whether borders belong to a packing, so that nobody else writes to them and tables can be kept with them."""
+    return getattr(host, "_dualform", None) is not None
+
+
+def _checked(where: str, borders: Tensor, length: int) -> Tensor:
+    """The borders on the host, int64, in memory that is not the caller's."""
+    host = borders if _is_ours(borders) else borders.to("cpu", torch.int64, copy=True)
     values = host.numpy()
     if values[0] != 0 or values[-1] != length or (values[1:] < values[:-1]).any():
         shown = values.tolist() if len(values) <= 16 else [*values[:8].tolist(), "...", *values[-8:].tolist()]
         raise ArgumentError(f"{where}: cu_seqlens {shown} must rise from 0 to the length {length}")
-
-
-def _on_device(host: Tensor, device: torch.device) -> Tensor:
-    """The copy of borders on a device, made once for each tensor of borders, which nobody writes to."""
-    if host.device == device:
-        return host
-    return once(host, device, lambda: _moved(host, device))
+    return host
 
 
 def _moved(m: Tensor, device: torch.device) -> Tensor:
@@ -281,10 +275,8 @@ def _moved(m: Tensor, device: torch.device) -> Tensor:
 
 
 def once(host: Tensor, key: Hashable, make: Callable[[], T]) -> T:
-    """What is made of borders on the host, kept with the tensor that holds them, which is the same one in every op."""
-    known: dict[Hashable, T] | None = getattr(host, "_dualform", None)
-    if known is None:
-        known = host._dualform = {}  # pyright: ignore[reportAttributeAccessIssue]
+    """What is made of a packing's borders on the host, kept with their tensor, which is the same one in every op."""
+    known: dict[Hashable, T] = host._dualform  # pyright: ignore[reportAttributeAccessIssue]
     if key not in known:
         with torch.inference_mode(False):  # a tensor of inference mode could not be used in training afterwards
             known[key] = make()

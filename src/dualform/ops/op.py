@@ -46,7 +46,7 @@ class SlowBackendWarning(UserWarning):
     """A faster backend exists for this device and could not run the call; says why and what to do."""
 
 
-def _no_refusal(a: Any) -> None:
+def _none(a: Any) -> None:
     return None
 
 
@@ -84,9 +84,9 @@ class Backend(Generic[Arguments]):
     infer: Callable[[Arguments], list[Tensor]] | None = None
     saved: Callable[[Arguments], list[Tensor]] = _nothing_saved
     devices: tuple[str, ...] = ()
-    refuses: Callable[[Arguments], str | None] = _no_refusal
+    refuses: Callable[[Arguments], str | None] = _none
     missing: Callable[[], str] = _here
-    plain: Callable[[Arguments], tuple[Tensor, ...] | None] = _no_refusal
+    plain: Callable[[Arguments], tuple[Tensor, ...] | None] = _none
 
     def runs_on(self, device: str) -> bool:
         """Whether this backend is meant for a device type."""
