@@ -17,6 +17,11 @@ with torch.device(
     torch.empty(0)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process where files are named: several would start more slowly than such a run takes."""
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if not torch.cuda.is_available():

@@ -202,7 +202,15 @@ def test_sigterm_ends_a_run_as_schedulers_expect(recipe, monkeypatch):
     assert checkpoint.checkpoints(Path(recipe.out) / "checkpoints")[-1].name == "step-00000003"
 
 
-def test_the_second_signal_acts_as_usual():
+@pytest.fixture
+def listening():
+    """SIGINT raises KeyboardInterrupt, though a shell may have started this process with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_acts_as_usual(listening):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)

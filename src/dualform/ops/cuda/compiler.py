@@ -27,6 +27,8 @@ def missing() -> str:
         from cuda.bindings import driver, nvrtc  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         return f"NVIDIA's compiler is not installed ({error}): pip install cuda-bindings nvidia-cuda-nvrtc"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU"
     capability = torch.cuda.get_device_capability()
     if capability < _OLDEST:
         return f"this GPU has compute capability {capability[0]}.{capability[1]}, older than {_OLDEST[0]}.{_OLDEST[1]}"
