@@ -107,7 +107,7 @@ class Mixer(Part):
 _ORIGIN = "a state comes from init_state, forward or step of the same layer"
 
 
-def check_kind(where: str, state: Any, kind: type[tuple[Any, ...]]) -> None:
+def check_kind(where: str, state: Any, kind: type[Any]) -> None:
     """A state must be of the layer's own kind.
 
     Raises:
