@@ -30,6 +30,7 @@ def check_contained(
     *,
     chunk: int = 1,
     channels: bool = False,
+    values: tuple[float, ...] = (float("nan"), float("inf")),
 ) -> None:
     """Plant in the middle of the longest sequence.
 
@@ -40,6 +41,7 @@ def check_contained(
         backward: of the backend.
         chunk: steps that see each other: what is planted may reach the earlier ones.
         channels: whether channels, on the last axis, do not see each other either.
+        values: what is planted, one after the other.
     """
     spans = sequences(a)
     longest = max(range(len(spans)), key=lambda i: spans[i][2] - spans[i][1])
@@ -71,7 +73,7 @@ def check_contained(
             unharmed(found, name, here.view(-1, *[1] * (want[name].dim() - 1)))
 
     reverse = getattr(a, "reverse", False)
-    for value in (float("nan"), float("inf")):
+    for value in values:
 
         def planted(m: Tensor, *places: tuple[int, ...], value: float = value) -> Tensor:
             m = m.clone()

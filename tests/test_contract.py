@@ -1,7 +1,7 @@
 """The contract: full = chunked = stepped = packed = padded, forward and backward, for everything that is a recurrence.
 
 Every law runs on every case in float64, in memory that holds NaN where nothing was written, at odd lengths: one, two,
-and on either side of a chunk of 64.
+and past a chunk of 64. Operators, which are quicker to try, run on either side of it.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def prove(trial: Trial, tolerance: float, laws: tuple[str, ...] = tuple(LAWS)) -
 
 
 @every_case
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", (1, 2, 65))
 def test_every_law_in_float64(case: Case, length: int, poison: None):
     prove(case.trial(length, seed=length), 1e-9)
 

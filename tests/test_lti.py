@@ -1,6 +1,5 @@
 """The family of linear time-invariant layers: prepared steps, linear systems, empty batches, the weights of now."""
 
-import io
 from typing import Any
 
 import pytest
@@ -213,59 +212,6 @@ def test_what_is_not_finite_stays_in_its_sequence(
         if layer.causal:
             y, _ = layer.step(torch.cat([x, bad, x])[:, 43], layer.init_state(3))
             assert bool(y[[0, 2]].isfinite().all())
-
-
-def random_packing(generator: torch.Generator) -> tuple[int, ...]:
-    count = int(torch.randint(2, 6, (), generator=generator))
-    return tuple(torch.randint(0, 90, (count,), generator=generator).tolist())
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_one_graph_for_all_lengths_and_batches(kind: str) -> None:
-    """From 2 on, and one more when packed; its results are those of the layer."""
-    torch.compiler.reset()
-    graphs: list[Any] = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    layer, generator = build(kind), torch.Generator().manual_seed(1)
-    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=count)
-    for batch, length in ((2, 5), (3, 17), (2, 64), (4, 130), (2, 2)):
-        x = samples(batch, length)
-        close(compiled(x)[0], layer(x)[0], 1e-12)
-    assert len(graphs) == 1
-    for lengths in ((3, 4), *(random_packing(generator) for _ in range(4))):
-        x, borders = samples(1, sum(lengths)), from_lengths(torch.tensor(lengths))
-        got, want = compiled(x, cu_seqlens=borders), layer(x, cu_seqlens=borders)
-        close(got[0], want[0], 1e-12)
-        for a, b in zip(leaves(got[1]), leaves(want[1]), strict=True):
-            close(a, b, 1e-12)
-    assert len(graphs) == 2
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute")
-def test_compiled_gradients_on_the_first_call(kind: str) -> None:
-    """The first call of a compiled graph runs operators under a mode that hides conjugates from them."""
-    torch.compiler.reset()
-    layer, x = build(kind), samples(2, 70)
-    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
-    gradients = [torch.autograd.grad(f(x)[0].pow(2).sum(), [*layer.parameters()]) for f in (compiled, layer)]
-    for got, want in zip(*gradients, strict=True):
-        close(got, want, 1e-10)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning")
-def test_exported_with_any_batch_and_length(kind: str) -> None:
-    layer, file = build(kind), io.BytesIO()
-    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("time")},)
-    torch.export.save(torch.export.export(layer, (samples(2, 8),), dynamic_shapes=shapes), file)
-    file.seek(0)
-    program = torch.export.load(file).module()
-    for batch, length in ((3, 77), (1, 64)):
-        x = samples(batch, length)
-        close(program(x)[0], layer(x)[0], 1e-12)
 
 
 def test_empty_sequences_and_batches(kind: str) -> None:

@@ -1,5 +1,6 @@
 """Layers of other packages: the package of docs/your-own-layer.md, as pip would install it, from the command line."""
 
+import json
 import os
 import re
 import subprocess
@@ -36,13 +37,26 @@ def install(folder: Path, project: dict, modules: dict[str, str]) -> None:
     (info / "entry_points.txt").write_text("\n\n".join(groups) + "\n")
 
 
-def dualform(site: Path, *args: object) -> str:
-    path = os.pathsep.join([str(site), *filter(None, sys.path)])
+ALL = """
+import json, sys
+from dualform.cli.main import app
+for line in json.loads(sys.argv[1]):
+    app(line, standalone_mode=False)
+"""
+
+
+def dualform(site: Path, *lines: list[str]) -> str:
+    """What command lines print, one after another in one new process."""
     run = subprocess.run(
-        [sys.executable, "-m", "dualform", *map(str, args)],
+        [sys.executable, "-c", ALL, json.dumps(lines)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(site), *filter(None, sys.path)]),
+            "COLUMNS": "160",
+            "OMP_NUM_THREADS": "1",
+        },
     )
     assert run.returncode == 0, run.stderr + run.stdout
     return run.stdout
@@ -52,17 +66,21 @@ def test_the_package_of_the_page_works_from_the_command_line(tmp_path):
     project, recipe = map(tomllib.loads, blocks("toml"))
     code, *_ = blocks("python")
     install(tmp_path / "site", project["project"], {"my_layers/__init__.py": "", "my_layers/leaky.py": code})
-    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text, mine, out = tmp_path / "text.txt", tmp_path / "my.toml", str(tmp_path / "run")
     text.write_text("to be or not to be, that is the question.\n" * 40)
-    (tmp_path / "my.toml").write_text(blocks("toml")[1])
+    mine.write_text(blocks("toml")[1])
     assert recipe["model"]["parts"]["L"][0]["kind"] == "leaky"
     changed = [f"data.path={text}", "data.length=16", "data.batch=2", "steps=2", "device=cpu"]
     sets = [word for one in changed for word in ("--set", one)]
-    dualform(tmp_path / "site", "train", tmp_path / "my.toml", *sets, "--out", out)
-    assert "leaky slowest=0.999" in dualform(tmp_path / "site", "info", out)
-    assert dualform(tmp_path / "site", "generate", out, "to be", "-n", "5", "--device", "cpu")
-    checked = dualform(tmp_path / "site", "check", "leaky", "--length", "9")
-    assert re.search(r"^ *leaky d=16 ", checked, re.M) and "checks passed" in checked
+    said = dualform(
+        tmp_path / "site",
+        ["train", str(mine), *sets, "--out", out],
+        ["info", out],
+        ["generate", out, "to be", "-n", "5", "--device", "cpu"],
+        ["check", "leaky", "--length", "9"],
+    )
+    assert "leaky slowest=0.999" in said
+    assert re.search(r"^ *leaky d=16 ", said, re.M) and "checks passed" in said
 
 
 @pytest.fixture
