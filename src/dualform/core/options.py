@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, 
 from dualform.core.errors import ConfigError, DualformError
 
 T = TypeVar("T")
+_LONG = 10**60  # a number that errors do not write out
 
 
 @overload
@@ -95,8 +96,10 @@ def check_types(cls: type[Any], values: Mapping[str, Any], where: str, prefix: s
     """
     hints = _hints(cls)
     for name, value in values.items():
-        if not _fits(value, hints[name]):
-            raise ConfigError(f"{where}: {prefix}{name} is {value!r}, expected {_shown(hints[name])}")
+        if not fits(value, hints[name]):
+            raise ConfigError(f"{where}: {prefix}{name} is {brief(value)}, expected {shown(hints[name])}")
+        if _beyond(value):
+            raise ConfigError(f"{where}: {prefix}{name} is {brief(value)}, expected whole numbers of 64 bits")
 
 
 @cache
@@ -104,22 +107,36 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _shown(hint: Any) -> Any:
+def brief(value: Any) -> str:
+    """A value as an error shows it, cut where it is long."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < _LONG else f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def shown(hint: Any) -> Any:
+    """An annotated type as an error shows it."""
     return hint.__name__ if isinstance(hint, type) and not get_origin(hint) else hint
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _beyond(value: Any) -> bool:
+    """Whether a whole number, or one in a tuple, has more than 64 bits: no tensor holds it, and not every float."""
+    if isinstance(value, tuple):
+        return any(map(_beyond, value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotated type; of containers other than tuples the elements are not looked at."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, a) for a in args)
+        return any(fits(value, a) for a in args)
     if origin is Literal:
         return value in args
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         each = args[:1] * len(value) if args[1:] == (...,) else args
-        return len(each) == len(value) and all(_fits(v, a) for v, a in zip(value, each, strict=True))
+        return len(each) == len(value) and all(fits(v, a) for v, a in zip(value, each, strict=True))
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     plain = origin or hint
