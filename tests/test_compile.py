@@ -13,18 +13,14 @@ from dualform.core.laws import compare_gradients, gradients
 from dualform.core.packing import Packing
 from dualform.core.tree import clone
 from dualform.layers.registry import MIXERS
+from dualform.ops import backend
 
 ONE_OF_EACH = {case.kind: case for case in CASES.values() if case.kind in MIXERS and case.name.endswith("d=3")}
 DYNAMIC = {**ONE_OF_EACH, "attention window": CASES["attention window d=17"], "hyena long": CASES["hyena long d=1"]}
 ONE_OF_EACH["lm"] = CASES["lm mamba2 + shared attention"]
 SHAPES = ((13, 21), (6, 11), (14, 310), (2, 250))  # batches and lengths, unlike any width: a compiler ties equal sizes
 
-# Mixers whose forward still has a guard on the length where it keeps something for the backward: how many spans.
-GUARDED = {kind: "the number of spans is compared with 1" for kind in ("mamba", "mamba2")}
-
-
 every_dynamic = pytest.mark.parametrize("case", DYNAMIC.values(), ids=list(DYNAMIC))
-
 
 pytestmark = [  # while it traces, the compiler trips over warnings of its own library
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
@@ -96,11 +92,11 @@ def check_packed(case: Case, known: bool) -> None:
 def test_one_program_serves_all_lengths_and_batches(case: Case, form: str):
     f, programs = case.trial(1).f, []
 
-    def backend(graph, inputs):
+    def count(graph, inputs):
         programs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(FORMS[form], dynamic=True, fullgraph=True, backend=backend)
+    compiled = torch.compile(FORMS[form], dynamic=True, fullgraph=True, backend=count)
     with torch.no_grad():
         for batch, length in SHAPES:
             x = case.sample(batch, length, torch.Generator())
@@ -113,10 +109,20 @@ def test_one_program_serves_all_lengths_and_batches(case: Case, form: str):
     assert len(programs) == 1
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_portable_operators_are_compiled_and_exported(kind: str):
+    """As where no kernels are."""
+    with backend("torch"):
+        check_packed(ONE_OF_EACH[kind], known=False)
+        check_exported(ONE_OF_EACH[kind])
+
+
 @every_dynamic
-def test_a_mixer_is_exported_with_dynamic_batch_and_time(case: Case, request: pytest.FixtureRequest):
-    if case.kind in GUARDED:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=GUARDED[case.kind]))
+def test_a_mixer_is_exported_with_dynamic_batch_and_time(case: Case):
+    check_exported(case)
+
+
+def check_exported(case: Case) -> None:
     f, file = case.trial(1).f.eval(), io.BytesIO()
     sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("time", min=2)}
     x = case.sample(*SHAPES[0], torch.Generator())

@@ -251,7 +251,7 @@ class Op(Generic[Arguments]):
     def _run(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
         a, wrong = self._checked(args)
         backend = self.choose(forced, a, save)
-        with on_device(args[0].device), ordinary_dispatch():
+        with torch.no_grad(), on_device(args[0].device), ordinary_dispatch():  # autograd is told by the caller
             return _blank(wrong, (backend.forward if save or backend.infer is None else backend.infer)(a))
 
     def _run_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
@@ -270,11 +270,18 @@ class Op(Generic[Arguments]):
     def _fake(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
         a = self._record(args)
         backend = self.choose(forced, a, save)
-        return self.fake(a) + (backend.saved(a) if save or backend.infer is None else [])
+        saved = backend.saved(a) if save or backend.infer is None else []
+        return self.fake(a) + ([_unguarded(m) for m in saved] if torch.compiler.is_exporting() else saved)
 
     def _fake_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
         contiguous = torch.contiguous_format
         return [torch.empty_like(m, memory_format=contiguous) for _, m in self.differentiable(self._record(args))]
+
+
+def _unguarded(saved: Tensor) -> Tensor:
+    """A fake of what a forward keeps, of unknown sizes: an exported program asks nothing of its number of chunks."""
+    free = [torch.library.get_ctx().new_dynamic_size() if isinstance(n, torch.SymInt) else n for n in saved.shape]
+    return saved.new_empty(free) if any(isinstance(n, torch.SymInt) for n in free) else saved
 
 
 @contextmanager

@@ -133,7 +133,7 @@ _forward, _infer = partial(_run, True), partial(_run, False)
 
 
 def _saved(a: SelectiveScan) -> list[Tensor]:
-    _, size = _span_sizes(a.h0, len(a.u))
+    _, size = _span_sizes(a.h0, a.u.shape[0])
     return [a.h0.new_empty(-(-a.u.shape[1] // size), a.u.shape[0], a.h0.shape[2], a.h0.shape[1])]
 
 

@@ -262,10 +262,11 @@ def _spans(a: SSD, chunks: Chunks) -> list[tuple[int, int]]:
 def _run(keep: bool, a: SSD) -> list[Tensor]:
     chunks, heads, h0 = _chunks(a), a.x.shape[2], a.h0
     cut = [chunks.cut(m, h0.dtype) for m in (a.x, a.dt, a.B, a.C)]
-    y, final, saved = torch.empty_like(cut[0]), h0.clone(), []
+    y, final, saved = torch.empty_like(cut[0]), h0.clone(), _states(a) if keep else None
     h = torch.zeros_like(h0[: len(a.x)])
-    for begin, end in _spans(a, chunks):
-        saved.append(h)
+    for i, (begin, end) in enumerate(_spans(a, chunks)):
+        if saved is not None:
+            saved[i] = h
         xs, dts, Bs, Cs = (m[:, begin:end] for m in cut)
         span = _span(xs, dts, a.A, Bs, Cs)
         enter, h = _carry(span, chunks, begin, h, h0, final)
@@ -273,8 +274,7 @@ def _run(keep: bool, a: SSD) -> list[Tensor]:
         before = _by_head(span.C @ enter.view(*span.kept.shape[:3], span.kept.shape[4], h0.shape[3]).mT, heads)
         y[:, begin:end] = inside.addcmul_(before, span.since[..., None]).transpose(2, 3)
     out, gated = a.finish(chunks.join(y))
-    saved = torch.stack(saved) if saved else h.new_empty(0, *h.shape)
-    return [out.contiguous(), final, *([saved, *([] if a.z is None else [gated])] if keep else [])]
+    return [out.contiguous(), final, *([] if saved is None else [saved, *([] if a.z is None else [gated])])]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)
@@ -343,17 +343,16 @@ def _fake(a: SSD) -> list[Tensor]:
     return [a.x.new_empty(a.x.shape), a.h0.new_empty(a.h0.shape)]
 
 
-def _saved(a: SSD) -> list[Tensor]:
+def _states(a: SSD) -> Tensor:
+    """Room for the states between spans; packed, for as many as there may be: every sequence may end within a chunk."""
     batch, length, heads = a.x.shape[:3]
-    if a.packing is None:
-        chunk = larger(1, smaller(a.chunk, length))
-        size = _span_size(batch, heads, chunk)
-        chunks = -(-length // chunk)
-        spans = -(-chunks // size)
-    else:
-        spans = torch.library.get_ctx().new_dynamic_size()  # as many as the lengths ask for
-    gated = [] if a.z is None else [a.x.new_empty(a.x.shape, dtype=a.h0.dtype)]
-    return [a.h0.new_empty(spans, batch, *a.h0.shape[1:]), *gated]
+    size = larger(1, smaller(a.chunk, length))
+    chunks = -(-length // size) if a.packing is None else length // size + a.h0.shape[0]
+    return a.h0.new_empty(-(-chunks // _span_size(batch, heads, size)), batch, *a.h0.shape[1:])
+
+
+def _saved(a: SSD) -> list[Tensor]:
+    return [_states(a), *([] if a.z is None else [a.x.new_empty(a.x.shape, dtype=a.h0.dtype)])]
 
 
 ssd_op = Op(_WHERE, SSD, _reference, fake=_fake, check=_check)

@@ -155,7 +155,7 @@ _forward, _infer = partial(_run, True), partial(_run, False)
 
 
 def _saved(a: SSD) -> list[Tensor]:
-    states = a.h0.new_empty(len(a.x), _slots(a), *a.h0.shape[1:], dtype=_dtype(a))
+    states = a.h0.new_empty(a.x.shape[0], _slots(a), *a.h0.shape[1:], dtype=_dtype(a))
     return [states, *([] if a.z is None else [a.x.new_empty(a.x.shape)])]
 
 
