@@ -109,6 +109,26 @@ def test_one_program_serves_all_lengths_and_batches(case: Case, form: str):
     assert len(programs) == 1
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["attention", "hyena long"])
+def test_a_full_cache_is_told_by_the_rows_it_belongs_to(name: str, form: str):
+    """A compiled program can neither grow a cache nor raise for it: rows that fit are right, the others NaN."""
+    case, batch, length = DYNAMIC[name], 3, 5
+    f, x = case.trial(1).f, case.sample(batch, length, torch.Generator())
+    state, borders = f.init_state(batch, max_len=8), torch.arange(batch + 1) * length
+    _, state = f(x[:, :1], state)
+    state = state._replace(length=torch.tensor([1, 8 - (1 if form == "step" else length), 8]))
+    compiled = torch.compile(FORMS[form], dynamic=True, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        y, after = compiled(f, x, clone(state), borders)
+        want, _ = FORMS[form](f, x, clone(state), borders)
+    y, want = (m.reshape(batch, -1, m.shape[-1]) for m in (y, want))
+    torch.testing.assert_close(y[:2], want[:2])
+    assert y[2].isnan().all()
+    if form == "step":
+        assert compiled(f, x, after, borders)[0][1:].isnan().all()
+
+
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 def test_portable_operators_are_compiled_and_exported(kind: str):
     """As where no kernels are."""

@@ -174,8 +174,7 @@ def test_compiles_without_a_state() -> None:
     for got, expected in zip(*(torch.autograd.grad(z.sum(), parameters) for z in (y, want)), strict=True):
         close(got, expected, 1e-4)
     torch.compiler.reset()
-    with pytest.raises(RuntimeError, match="raise max_len"):
-        compiled(x, layer.init_state(2, max_len=8))
+    assert bool(compiled(x, layer.init_state(2, max_len=8))[0].isnan().all())
 
 
 def test_on_the_meta_device() -> None:

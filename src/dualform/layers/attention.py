@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing, readable
-from dualform.core.ring import held, write
+from dualform.core.ring import blank_where_full, held, write
 from dualform.core.shapes import check_tensors, larger
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer, check_kind
@@ -53,7 +53,7 @@ class AttentionState(NamedTuple):
 
     A growing cache is asked how long its rows are, which waits for the device. A compiled program cannot ask: there
     the state keeps its capacity, or has room for T tokens per row where it had less, or for packed sequences none. A
-    token beyond it is an error on the device, never an overwritten one: give ``max_len``.
+    row that has seen more tokens than fit has outputs of NaN from then on: give ``max_len``.
     """
 
     k: Tensor  # (B, S, H, P), H key and value heads
@@ -136,6 +136,8 @@ class Attention(Mixer):
             y, after = self._decode(q, k, v, state, new)
         else:
             y, after = self._prefill(q, k, v, state, new)
+        if self._bounded(after):
+            y = blank_where_full(y, after.length, after.k.shape[1], new.row)
         return self.out_proj(y.flatten(-2)), after
 
     def _decode(
@@ -184,7 +186,7 @@ class Attention(Mixer):
         capacity = state.k.shape[1]
         if self.window is not None:
             return _Slots(False, capacity, capacity)
-        if not readable(state.length):  # lengths are trusted: a write past the capacity fails on the device
+        if self._bounded(state):
             if new.packing is not None:
                 return _Slots(False, capacity, capacity or new.most)
             end = larger(capacity, new.most)
@@ -192,9 +194,15 @@ class Attention(Mixer):
         low, high, end = torch.stack([*state.length.aminmax(), (state.length + new.added).max()]).tolist()
         return _Slots(low == high, high, end)
 
+    def _bounded(self, state: AttentionState) -> bool:
+        """Whether the cache keeps its capacity, as its lengths cannot be read."""
+        return self.window is None and not readable(state.length)
+
     def _put(self, state: AttentionState, k: Tensor, v: Tensor, new: "_Layout") -> AttentionState:
         """Write the new tokens to their slots."""
         position = state.length[new.row] + new.at
+        if self._bounded(state):
+            position = position.clamp(max=state.k.shape[1] - 1)
         at = new.row.expand_as(position), position if self.window is None else position % self.window
         return AttentionState(write(state.k, at, k), write(state.v, at, v), state.length + new.added)
 

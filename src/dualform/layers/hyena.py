@@ -12,7 +12,7 @@ from dualform.core.errors import ConfigError
 from dualform.core.modal import fit_modes
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing, readable
-from dualform.core.ring import held, write
+from dualform.core.ring import blank_where_full, held, write
 from dualform.core.shapes import check_tensors, larger, smaller, wide
 from dualform.core.tree import state_class
 from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
@@ -57,7 +57,8 @@ class HyenaState(NamedTuple):
     """Grows with the context up to ``l_max - 1`` tokens, which is all that a filter sees.
 
     The capacity S is ``max_len``, doubled whenever it is exceeded, at most ``l_max - 1``; position p lies in slot
-    ``p mod S``. Slots that hold nothing yet are zero.
+    ``p mod S``. Slots that hold nothing yet are zero. A compiled program cannot ask how long rows are: there the state
+    keeps its capacity, and a row whose history is longer has outputs of NaN from then on.
     """
 
     conv: Tensor  # (B, (N + 1) D, W - 1), the last inputs of the short convolution
@@ -146,7 +147,8 @@ class Hyena(HyenaOperator):
             return long_conv(u, k[:, n].T, history[:, :, n], cu_seqlens=packing)
 
         y, length = self._gate(p, convolve, x), state.length + new.added
-        return y, HyenaState(conv, _turn(past, torch.stack(inputs, 2), state.length, length, new.begin), length)
+        state = HyenaState(conv, _turn(past, torch.stack(inputs, 2), state.length, length, new.begin), length)
+        return self._blanked(y, state, packing), state
 
     def step(self, x: Float[Tensor, "B D"], state: HyenaState) -> tuple[Float[Tensor, "B D"], HyenaState]:
         """The recurrent form: a product of the filters with the history, which grows by one token."""
@@ -178,7 +180,8 @@ class Hyena(HyenaOperator):
         if self._reach:
             place = torch.arange(x.shape[0], device=x.device), state.length % past.shape[1]
             past = write(past, place, torch.stack(inputs, 1))
-        return y, HyenaState(conv, past, state.length + 1)
+        state = HyenaState(conv, past, state.length + 1)
+        return self._blanked(y[:, None], state, None)[:, 0], state
 
     def kernel(self, length: int) -> Float[Tensor, "n D K"]:
         """The long filters of every channel, without the skips D; zero from l_max on."""
@@ -230,13 +233,17 @@ class Hyena(HyenaOperator):
         """
         capacity, reach, length = state.past.shape[1], self._reach, state.length + new.added
         if not readable(state.length):
-            if state.length.device.type != "meta":
-                fits = length.clamp(max=reach).max() <= capacity
-                torch.ops.aten._assert_async.msg(fits, "hyena: a compiled layer cannot grow its state: raise max_len")
             return capacity, capacity
         high, end = torch.stack([state.length.max(), length.max()]).tolist()
         need = min(end, reach)
         return min(high, reach), capacity if need <= capacity else min(max(need, 2 * capacity), reach)
+
+    def _blanked(self, y: Tensor, state: HyenaState, packing: Packing | None) -> Tensor:
+        """Outputs ``(B, T, D)``; where lengths cannot be read, NaN for rows whose history was longer than fits."""
+        if readable(state.length):
+            return y
+        row = None if packing is None else packing.places(y.shape[1])[0][None]
+        return blank_where_full(y, state.length.clamp(max=self._reach), state.past.shape[1], row)
 
     def _state(self, x: Tensor, state: HyenaState | None, packing: Packing | None) -> HyenaState:
         if state is None:
