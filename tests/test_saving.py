@@ -23,6 +23,7 @@ from dualform.models.saving.files import current, replacing, replacing_file
 from dualform.models.saving.model import load, save
 from dualform.models.tokenizer import ByteTokenizer
 
+FILES = ["config.json", "manifest.json", "model.safetensors"]  # of a saved model
 PARTS = {
     "M": (Mamba2Config(d_state=4, d_head=4),),
     "m": (MambaConfig(d_state=3), MLPConfig(d_hidden=5)),
@@ -50,7 +51,7 @@ def test_round_trip(tmp_path, pattern, options):
     model = build(pattern, **options)
     model.save(tmp_path / "a" / "b")
     again = load(tmp_path / "a" / "b")
-    assert same(model, again) and sorted(os.listdir(tmp_path / "a" / "b")) == ["config.json", "model.safetensors"]
+    assert same(model, again) and sorted(os.listdir(tmp_path / "a" / "b")) == FILES
     x = torch.randint(7, (2, 5))
     assert torch.equal(model(x)[0], again(x)[0])
     assert all(p.requires_grad and p.is_leaf for p in again.parameters()) and again.training == model.training
@@ -188,12 +189,12 @@ def test_a_failure_at_any_step_leaves_the_old_or_the_new_model(tmp_path, error):
             message = "saved, but not all files" if saboteur.committed else "cannot save.*\n.*still loads"
             assert failure.match(message) and failure.match("No space left on device")
         want, word = (new, "new") if saboteur.committed else (old, "old")
-        assert same(load(folder), want), f"step {at}"
+        assert same(load(folder, verify=True), want), f"step {at}"
         assert current(folder, "tokenizer.json").read_text() == word
         outcomes.append(saboteur.committed)
         save(new, folder, Words("newer"))  # and the next one succeeds, and cleans up
-        assert same(load(folder), new) and (folder / "tokenizer.json").read_text() == "newer"
-        assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.json"]
+        assert same(load(folder, verify=True), new) and (folder / "tokenizer.json").read_text() == "newer"
+        assert sorted(os.listdir(folder)) == [*FILES, "tokenizer.json"]
     assert outcomes == sorted(outcomes) and 0 < sum(outcomes) < steps  # one instant, between old and new
 
 
@@ -208,7 +209,7 @@ def test_a_real_limit_of_the_disk(tmp_path):
             save(build("mL"), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert same(load(tmp_path), old) and sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert same(load(tmp_path), old) and sorted(os.listdir(tmp_path)) == FILES
 
 
 def test_a_folder_that_cannot_be(tmp_path):

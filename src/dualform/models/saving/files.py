@@ -1,8 +1,8 @@
 """Files that are replaced all together or not at all.
 
 The files of a saved model belong together, and no system call replaces two files at once. So the new ones are
-written to a hidden folder beside their places, ``.incoming``, and synced to the disk. Renaming that folder to
-``.committed`` is the one atomic instant: before it the old files count, after it the new ones. Then the files move
+written to a hidden folder beside their places, read back for the manifest, and synced to the disk. Renaming that folder
+to ``.committed`` is the one atomic instant: before it the old files count, after it the new ones. Then the files move
 to their places, and the hidden folder is gone. Where a kill leaves the moving unfinished, :func:`current` looks into
 ``.committed`` first, and the next save finishes the move.
 """
@@ -16,16 +16,25 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dualform.core.errors import CheckpointError
+from dualform.models.saving.incoming import incoming, remove_stale
+from dualform.models.saving.manifest import MANIFEST_FILE, Entry, entries_of, read_manifest, write_manifest
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"  # of a model
-_INCOMING, _COMMITTED = ".incoming", ".committed"
+_COMMITTED = ".committed"
+_FULL = "free some space or choose another folder; what was saved there still loads"
 
 
 @contextmanager
 def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Files written to the folder this gives replace those of the same name in ``folder``, all at once.
 
-    Other files of ``folder`` stay. One process writes to a folder at a time; only files, no folders, are written.
+    Other files of ``folder`` stay; only files, no folders, are written. A manifest lists them, with those of the
+    manifest before that stay. Of several processes that write to a folder the last one counts.
     After a full disk, an exception inside the block or a kill, :func:`current` finds either all the old files or
     all the new ones.
 
@@ -33,57 +42,131 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
         CheckpointError: when the disk refuses.
     """
     folder = Path(folder)
-    incoming, committed = folder / _INCOMING, folder / _COMMITTED
+    committed, target = folder / _COMMITTED, folder / "all"
     saved = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _move_to_places(folder)
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir()
-        yield incoming
-        for path in [*incoming.iterdir(), incoming]:
-            _sync(path)
-        os.replace(incoming, committed)
-        saved = True
-        _sync(folder)
-        _move_to_places(folder)
+        with _alone(folder):
+            _move_to_places(folder)
+        remove_stale(target)
+        shutil.rmtree(folder / ".incoming", ignore_errors=True)  # of a version that had one name for all
+        with incoming(target) as new:
+            new.mkdir()
+            yield new
+            entries = _finish(new)
+            with _alone(folder):
+                _move_to_places(folder)
+                _list(new, {**_staying(folder), **entries})
+                os.replace(new, committed)
+                saved = True
+                _sync(folder)
+                _move_to_places(folder)
     except (OSError, SafetensorError) as error:
+        what, hint = "cannot save", _FULL
         if saved:
             what, hint = "saved, but not all files moved to their places", "it loads as it is; save again to finish"
-        else:
-            what, hint = "cannot save", "free some space or choose another folder; what was saved there still loads"
         raise CheckpointError(f"{folder}: {what}: {_reason(error)}", hint=hint) from error
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
+
+
+@contextmanager
+def creating(place: str | os.PathLike[str]) -> Iterator[Path]:
+    """The folder this gives becomes ``place``, which appears only when it is complete, with a manifest of its files.
+
+    Folders inside are left as they are.
+
+    Raises:
+        CheckpointError: when the disk refuses, or ``place`` is there already.
+    """
+    place = Path(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(place)
+        with incoming(place) as new:
+            new.mkdir()
+            yield new
+            _list(new, _finish(new))
+            os.replace(new, place)
+            _sync(place.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{place}: cannot save: {_reason(error)}", hint=_FULL) from error
 
 
 @contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The file written to the path this gives replaces ``path`` at once, or not at all.
 
+    Of several processes that write to ``path``, the last one counts.
+
     Raises:
         CheckpointError: when the disk refuses.
     """
     path = Path(path)
-    incoming = path.with_name(f".{path.name}{_INCOMING}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield incoming
-        _sync(incoming)
-        os.replace(incoming, path)
-        _sync(path.parent)
+        remove_stale(path)
+        with incoming(path) as new:
+            new.touch(exist_ok=False)
+            mode = new.stat().st_mode
+            yield new
+            _permit(new, mode)
+            _sync(new)
+            os.replace(new, path)
+            _sync(path.parent)
     except (OSError, SafetensorError) as error:
         hint = "free some space or choose another place; a file saved there before is unchanged"
         raise CheckpointError(f"{path}: cannot save: {_reason(error)}", hint=hint) from error
-    finally:
-        with suppress(OSError):
-            incoming.unlink()
 
 
 def current(folder: str | os.PathLike[str], name: str) -> Path:
     """Where the file called ``name`` of a folder written by :func:`replacing` is to be read; it may not exist."""
     committed = Path(folder) / _COMMITTED / name
     return committed if committed.exists() else Path(folder) / name
+
+
+def _finish(folder: Path) -> dict[str, Entry]:
+    """Give new files the mode that the umask asks for and bring them to the disk; their sizes and digests."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        if path.is_file():
+            _permit(path, mode)
+            _sync(path)
+    return entries_of(folder)
+
+
+def _list(folder: Path, entries: dict[str, Entry]) -> None:
+    write_manifest(folder, entries)
+    _sync(folder / MANIFEST_FILE)
+    _sync(folder)
+
+
+def _staying(folder: Path) -> dict[str, Entry]:
+    """What the manifest lists that is there, of files that are still there; nothing where it is damaged."""
+    try:
+        listed = read_manifest(folder / MANIFEST_FILE)
+    except CheckpointError:
+        return {}
+    return {name: entry for name, entry in listed.items() if (folder / name).is_file()}
+
+
+def _permit(path: Path, mode: int) -> None:
+    """Undo what safetensors does, whose files only their owner may read."""
+    with suppress(OSError):  # a file system without modes
+        path.chmod(mode & 0o777)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time moves the files of a folder. The lock is the kernel's, and ends with its process."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _move_to_places(folder: Path) -> None:

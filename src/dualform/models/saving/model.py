@@ -1,4 +1,4 @@
-"""A model in a folder: ``config.json``, ``model.safetensors`` and perhaps ``tokenizer.json``.
+"""A model in a folder: ``config.json``, ``model.safetensors``, perhaps ``tokenizer.json``, and ``manifest.json``.
 
 ``config.json`` holds the format, the library's version, the model's config and, for a classifier or regressor, its
 head; ``model.safetensors`` every tensor once, in the dtype it had, under its name in the model. Weights that several
@@ -23,6 +23,8 @@ from dualform.models.config import ModelConfig
 from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, current, replacing
+from dualform.models.saving.manifest import MANIFEST_FILE
+from dualform.models.saving.verify import check_files, manifest_of
 
 FORMAT = 1
 _OTHER_MODEL = f"{CONFIG_FILE} beside it describes another model"
@@ -43,8 +45,9 @@ class SavedTokenizer(Protocol):
 def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = None) -> None:
     """Write a model to a folder: ``config.json``, ``model.safetensors`` and, if given, ``tokenizer.json``.
 
-    The files replace those of the same name all at once: a full disk or a kill leaves what was saved there before.
-    Without a tokenizer, one that is there stays.
+    ``manifest.json`` lists their sizes and digests, which :func:`load` compares. The files replace those of the same
+    name all at once: a full disk or a kill leaves what was saved there before. Without a tokenizer, one that is there
+    stays.
 
     Raises:
         CheckpointError: when the disk refuses.
@@ -63,11 +66,21 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
 
 @overload
 def load(
-    folder: Folder, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, kind: None = None
+    folder: Folder,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    kind: None = None,
+    verify: bool = False,
 ) -> Any: ...
 @overload
 def load(
-    folder: Folder, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, kind: type[Model]
+    folder: Folder,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    kind: type[Model],
+    verify: bool = False,
 ) -> Model: ...
 def load(
     folder: Folder,
@@ -75,6 +88,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     kind: type[Any] | None = None,
+    verify: bool = False,
 ) -> Any:
     """Read the model that :func:`save` wrote: a language model, classifier or regressor, whichever it is.
 
@@ -85,18 +99,24 @@ def load(
         device: where to put it.
         dtype: of its floating tensors; None keeps what was saved.
         kind: a class it must be of, such as ``LanguageModel``; None takes any.
+        verify: whether to read all files once more and compare their digests with those that were saved. Without it
+            sizes alone are compared, and a byte that changed inside of a tensor is not noticed.
 
     Raises:
-        CheckpointError: for a missing folder or file, a truncated one, a model of another kind, a tensor too many,
-            too few or of another shape; names it.
+        CheckpointError: for a missing folder or file, one of another size than was saved, a model of another kind, a
+            tensor too many, too few or of another shape; with ``verify`` also for a damaged file, or a folder
+            without digests; names it.
         ConfigError: for a config with an unknown or missing key; names it.
     """
     found, config, head = _described(folder)
     if kind is not None and not issubclass(found, kind):
         raise CheckpointError(f"{folder}: a {found.__name__}, expected a {kind.__name__}")
+    if verify and manifest_of(folder) is None:
+        hint = "load it without verify, or save it again: that writes them"
+        raise CheckpointError(f"{folder}: no {MANIFEST_FILE}, so there are no digests to verify", hint=hint)
     with torch.random.fork_rng(devices=[]), _Blank():
         model = _built(folder, found, config, head)
-    model.load_state_dict(read_tensors(folder, model), strict=False, assign=True)
+    model.load_state_dict(read_tensors(folder, model, verify=verify), strict=False, assign=True)
     return model.to(device=device, dtype=dtype)
 
 
@@ -125,11 +145,14 @@ def read_config(folder: Folder) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def read_tensors(folder: Folder, model: nn.Module) -> dict[str, Tensor]:
+def read_tensors(folder: Folder, model: nn.Module, *, verify: bool = False) -> dict[str, Tensor]:
     """The tensors of a saved model by name, exactly those of ``model``.
 
+    The sizes of all files of the folder are compared with its manifest, and with ``verify`` their digests.
+
     Raises:
-        CheckpointError: for a file that is missing or truncated, or a tensor too many, too few or of another shape.
+        CheckpointError: for a file that is missing, truncated or damaged, or a tensor too many, too few or of another
+            shape.
     """
     path = current(folder, WEIGHTS_FILE)
     if not path.exists():
@@ -140,6 +163,7 @@ def read_tensors(folder: Folder, model: nn.Module) -> dict[str, Tensor]:
             _check_names(path, expected, set(file.keys()))
             for name, tensor in expected.items():
                 _check_tensor(path, name, tensor, file.get_slice(name))
+            check_files(folder, digests=verify)
             return {name: file.get_tensor(name).clone() for name in expected}  # owned: the file may change
     except (OSError, SafetensorError) as error:
         hint = "the file is truncated or no safetensors file; copy or save it again"

@@ -15,11 +15,12 @@ from dualform.core.errors import CheckpointError
 from dualform.core.recurrence import State
 from dualform.core.tree import named_leaves, tree_map
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.digest import ALGORITHM, tensors_digest
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.model import unique_tensors
 
-FORMAT = "1"
-_MARK = "dualform_state"  # the key of the metadata that holds the format
+FORMAT, _WITHOUT_DIGEST = "2", "1"
+_MARK, _DIGEST = "dualform_state", "dualform_digest"  # keys of the metadata
 _SAMPLE = 2**16  # elements of a tensor that its digest reads
 
 StatePath = str | os.PathLike[str]
@@ -27,6 +28,8 @@ StatePath = str | os.PathLike[str]
 
 def save_state(state: State, path: StatePath, meta: dict[str, str] | None = None) -> None:
     """Write a state to one safetensors file, all or nothing; leaves are named by their path in the tree.
+
+    A digest of all that it holds goes with it, and :func:`load_state` compares.
 
     Args:
         state: any tree of tensors, batch first.
@@ -37,8 +40,9 @@ def save_state(state: State, path: StatePath, meta: dict[str, str] | None = None
         CheckpointError: when the disk refuses; a file saved there before is unchanged.
     """
     tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in _real_leaves(state).items()}
+    words = {**(meta or {}), _MARK: FORMAT}
     with replacing_file(path) as new:
-        save_file(tensors, new, metadata={**(meta or {}), _MARK: FORMAT})
+        save_file(tensors, new, metadata={**words, _DIGEST: f"{ALGORITHM} {tensors_digest(tensors, words)}"})
 
 
 def load_state(path: StatePath, like: State) -> State:
@@ -48,7 +52,8 @@ def load_state(path: StatePath, like: State) -> State:
     that lie beside a ``length`` in a NamedTuple. Names, other axes and dtypes must be equal.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged or no state, or one of another structure; names the leaf.
+        CheckpointError: for a file that is missing, damaged or no state, one of another structure, or a ``length``
+            below 0; names the leaf.
     """
     found, _ = _read(path)
     expected = _real_leaves(like)
@@ -61,12 +66,14 @@ def load_state(path: StatePath, like: State) -> State:
         raise CheckpointError(f"{path}: its tensors have {' and '.join(map(str, sorted(rows)))} rows", hint="damaged?")
     for name, leaf in expected.items():
         _check_leaf(path, name, found[name], leaf, free=2 if _is_cache(name, expected) else 1)
+        if _is_length(name, found) and bool((found[name] < 0).any()):
+            raise CheckpointError(f"{path}: {name} is {int(found[name].min())}, expected 0 or more", hint="damaged?")
     taken = iter([found[name].to(leaf.device) for name, leaf in expected.items()])
     return tree_map(lambda leaf: torch.view_as_complex(next(taken)) if leaf.is_complex() else next(taken), like)
 
 
 def load_meta(path: StatePath) -> dict[str, str]:
-    """The words that :func:`save_state` kept.
+    """The words that :func:`save_state` kept. The tensors are not read, so nothing is compared with the digest.
 
     Raises:
         CheckpointError: for a file that is missing, damaged or no state.
@@ -98,8 +105,13 @@ def _read(path: StatePath, *, tensors: bool = True) -> tuple[dict[str, Tensor], 
             found = {name: file.get_tensor(name).clone() for name in file.keys()} if tensors else {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}", hint="truncated, or not a saved state") from error
-    if meta.pop(_MARK, None) != FORMAT:
+    given, written = meta.pop(_DIGEST, None), meta.get(_MARK)
+    if written not in ((FORMAT,) if given else (FORMAT, _WITHOUT_DIGEST)):
         raise CheckpointError(f"{path}: not a state saved by this version of the library")
+    if tensors and written == FORMAT and given != (want := f"{ALGORITHM} {tensors_digest(found, meta)}"):
+        hint = "copy it again, or save the state again"
+        raise CheckpointError(f"{path}: damaged: its digest is {want}, and {given} was saved", hint=hint)
+    del meta[_MARK]
     return found, meta
 
 
@@ -112,6 +124,11 @@ def _real_leaves(state: State) -> dict[str, Tensor]:
 def _is_cache(name: str, names: Any) -> bool:
     folder, _, last = name.rpartition(".")
     return last != "length" and (f"{folder}.length" if folder else "length") in names
+
+
+def _is_length(name: str, names: Any) -> bool:
+    folder, _, last = name.rpartition(".")
+    return last == "length" and any(other != name and other.rpartition(".")[0] == folder for other in names)
 
 
 def _check_leaf(path: StatePath, name: str, found: Tensor, like: Tensor, *, free: int) -> None:
