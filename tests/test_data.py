@@ -78,6 +78,21 @@ def test_a_folder_is_all_its_text_in_order(tmp_path):
     assert sorted(corpus.skipped) == ["latin", "picture.png"]
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder in (corpus / "own", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(folder.name)
+    (corpus / "linked").symlink_to(elsewhere)
+    (corpus / "again").symlink_to(corpus / "own")  # has its own place
+    (elsewhere / "up").symlink_to(corpus)  # a cycle
+    (corpus / "gone").symlink_to(tmp_path / "nowhere")
+    (corpus / "itself").symlink_to(corpus / "itself")
+    found = Corpus(Data(path=str(corpus)))
+    assert list(found) == [Document("linked/deep/a.txt", b"deep"), Document("own/a.txt", b"own")]
+    assert found.skipped == ["gone", "itself"]
+
+
 def test_the_standard_library_is_its_source():
     found = {d.name: d.text for d in Corpus(Data())}
     assert {"json/decoder.py", "argparse.py", "asyncio/tasks.py"} <= set(found)
@@ -95,7 +110,9 @@ def test_the_standard_library_is_its_source():
         ("a.jsonl", b'{"text": "a"}\nnonsense', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"body": "a"}', "no text under 'text'; it has 'body'"),
         ("a.jsonl", b'["a"]', "no text under 'text'; it is list"),
-        ("a.jsonl", b'{"text": 3}', "no text under 'text'"),
+        ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: 'text' is a number, expected a text"),
+        ("a.jsonl", b'{"text": null, "id": 7}', "'text' is null, expected a text"),
+        ("a.jsonl", b"[" * 99_999, "a.jsonl, line 1: not JSON"),
     ],
 )
 def test_what_is_no_text_is_named(tmp_path, name, content, said):
@@ -147,6 +164,37 @@ def test_a_single_document_gives_up_its_end(tmp_path, text):
     assert tail.text.decode() and (head.text.decode().endswith("\n") or "\n" not in tail.text.decode())
 
 
+def held_out(folder, sizes, every=20):
+    """What is held out of documents of so many bytes: their names, their share of the text, and what was cut."""
+    for name, size in sizes.items():
+        (folder / name).write_text(f"{'x' * 9}\n" * (size // 10))
+    corpus = Corpus(Data(path=str(folder), held_out=every))
+    parts = list(split(corpus))
+    assert parts == list(split(corpus)) and sum(len(d.text) for d, _ in parts) == sum(sizes.values())
+    held = [d for d, held_back in parts if held_back]
+    return [d.name for d in held], sum(len(d.text) for d in held) / sum(sizes.values()), corpus.cut
+
+
+@pytest.mark.parametrize("small, large", [("a", "b"), ("b", "a"), ("one.txt", "two.txt"), ("2", "1")])
+def test_a_large_document_is_not_held_out_beside_a_small_one(tmp_path, small, large):
+    for every in range(2, 30):  # of 14 kB and 577 kB, some hash is always a multiple
+        names, share, cut = held_out(tmp_path, {small: 14_000, large: 577_000}, every)
+        assert 1 / 4 / every <= share <= 4 / (every + 3)
+        assert (names == [small] and not cut) or (names == [f"{large}, its end"] and cut == large)
+    assert held_out(tmp_path, {small: 14_000, large: 577_000}) == ([small], 14 / 591, "")
+
+
+def test_other_whole_documents_are_held_out_where_the_hashes_choose_too_little_or_too_much(tmp_path):
+    sizes = {"large": 100_000, **{f"{i}": 100 for i in range(200)}}
+    names, share, cut = held_out(tmp_path, sizes, 7)
+    assert 0.9 / 7 < share < 1.1 / 7 and len(names) > 150 and "large" not in names and not cut
+
+
+def test_the_end_of_the_largest_is_held_out_where_no_whole_document_is_small_enough(tmp_path):
+    names, share, cut = held_out(tmp_path, {"a": 30_000, "b": 40_000})
+    assert names == ["b, its end"] and cut == "b" and 0.048 < share < 0.052
+
+
 # --- tokens on disk ---
 
 
@@ -184,6 +232,7 @@ def test_a_split_character_is_counted_once(tmp_path):
     data = Data(path=str(tmp_path / "text"), length=16)
     dataset = make(tmp_path, data, bpe(["abc"]))
     assert dataset.nbytes.sum() == dataset.about["held_out"]["bytes"] < len(dataset.held_out)
+    assert dataset.about["cut"] == "2.txt" and dataset.about["train"]["documents"] == 3
 
 
 def test_prepared_tokens_do_not_need_the_source(tmp_path):

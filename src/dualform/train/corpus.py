@@ -1,15 +1,18 @@
 """Documents from files: text, JSON lines, whole folders, or the Python standard library; and which are held out."""
 
 import hashlib
+import heapq
 import json
+import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from dualform.core.errors import DataError
+from dualform.core.json_file import kind_of
 from dualform.train.recipe import STDLIB, Data
 
 HELD_OUT_BYTES = 2**22  # held out at most: plenty for two decimals, and the rest is worth training on
@@ -33,7 +36,10 @@ class Document(NamedTuple):
 class Corpus:
     """The documents that a recipe names, read afresh at every iteration, in an order that is always the same.
 
-    In a folder, files that are not text are passed over and listed in ``skipped``; a single such file is an error.
+    In a folder, files that are not text are passed over and listed in ``skipped``, as are links that lead nowhere; a
+    single such file is an error. Links to folders are followed, and no folder is read twice.
+
+    ``cut`` is the name of the document whose end :func:`split` holds out, where it could not keep all of them whole.
 
     Raises:
         DataError: for a path that does not exist, a file that is not text, or a JSON line without its field.
@@ -41,6 +47,7 @@ class Corpus:
 
     data: Data
     skipped: list[str] = field(default_factory=list)
+    cut: str = ""
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped.clear()
@@ -56,8 +63,10 @@ class Corpus:
             files = _files(root) if root.is_dir() else [root]
         for path in files:
             name = path.relative_to(root).as_posix() if path != root else path.name
-            text = _bytes_of(path)
-            if (wrong := _not_text(text)) is None:
+            text = _bytes_of(path) if path == root or path.is_file() else None
+            if text is None:
+                self.skipped.append(name)
+            elif (wrong := _not_text(text)) is None:
                 yield from self._documents(path, name, text)
             elif path == root:
                 raise DataError(f"{path}: not text: {wrong}", hint="give data.path UTF-8 text or JSON lines")
@@ -76,10 +85,15 @@ class Corpus:
         wanted = self.data.text_field
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON that can be read: {error}") from error
         text = record.get(wanted) if isinstance(record, dict) else None
         if not isinstance(text, str):
+            if isinstance(record, dict) and wanted in record:
+                raise DataError(
+                    f"{where}: {wanted!r} is {kind_of(text)}, expected a text",
+                    hint="leave such lines out, or set data.text_field to another key",
+                )
             has = f"has {', '.join(map(repr, record))}" if isinstance(record, dict) else f"is {type(record).__name__}"
             raise DataError(f"{where}: no text under {wanted!r}; it {has}", hint="set data.text_field")
         return text.encode("utf-8", "replace")
@@ -89,35 +103,101 @@ def split(corpus: Corpus) -> Iterator[tuple[Document, bool]]:
     """Documents, and whether each is held out.
 
     A document is held out when the SHA-256 of its name is a multiple of ``data.held_out``, until 4 MiB are; where
-    that chooses none or all, the smallest document is. Of a corpus of one document, the last lines are held out.
+    that chooses none or all, the smallest document is. Documents differ in size, so that this may be far from the
+    share of the text that ``data.held_out`` asks for: less than a quarter of it, or more than a quarter of all text.
+    Then other whole documents are chosen, in the order of their hashes and none larger than that share. Where whole
+    documents do not come near it, and so in a corpus of one document, the last lines of the largest are held out;
+    ``corpus.cut`` then has its name.
 
     Raises:
         DataError: when there is no text.
     """
-    every, held, size, count, smallest = corpus.data.held_out, set[str](), 0, 0, (sys.maxsize, "")
+    corpus.cut, sizes = "", _Sizes()
+    chosen = _choose(corpus, sizes)
+    if chosen is not None:
+        for document in corpus:
+            yield document, document.name in chosen
+        return
+    size, corpus.cut = sizes.largest
     for document in corpus:
-        count += 1
-        smallest = min(smallest, (len(document.text), document.name))
+        if document.name == corpus.cut:
+            head, tail = _cut(document, min(sizes.share(corpus.data.held_out), (size + 1) // 2))
+            yield head, False
+            yield tail, True
+        else:
+            yield document, False
+
+
+def _choose(corpus: Corpus, sizes: "_Sizes") -> dict[str, int] | None:
+    """The documents to hold out, names and bytes; None where whole ones are not near the share. Counts the sizes."""
+    every, held, size = corpus.data.held_out, dict[str, int](), 0
+    for document in sizes.counting(corpus):
         if _hash(document.name) % every == 0 and size + len(document.text) <= HELD_OUT_BYTES:
-            held.add(document.name)
+            held[document.name] = len(document.text)
             size += len(document.text)
-    if count == 0:
+    if not sizes.documents:
         passed = f"; passed over {len(corpus.skipped)} files that are not text" if corpus.skipped else ""
         raise DataError(f"data.path {corpus.data.path!r} holds no text{passed}", hint="give it a file with text")
-    if count == 1:
-        (document,) = corpus
-        cut = max(len(document.text) * (every - 1) // every, len(document.text) - HELD_OUT_BYTES)
-        line = document.text.find(b"\n", cut, -1) + 1
-        while not line and document.text[cut : cut + 1] and document.text[cut] & 0xC0 == 0x80:
-            cut -= 1  # never inside a character
-        cut = line or cut
-        yield Document(document.name, document.text[:cut]), False
-        yield Document(f"{document.name}, its end", document.text[cut:]), True
-        return
-    if not held or len(held) == count:
-        held = {smallest[1]}
+    smallest = {sizes.smallest[1]: sizes.smallest[0]}
+    if not 0 < len(held) < sizes.documents:
+        held = smallest
+    if sizes.are_fair(held, every):
+        return held
+    held = _first(corpus, sizes.share(every))
+    return next((some for some in (held, smallest) if sizes.are_fair(some, every)), None)
+
+
+@dataclass
+class _Sizes:
+    """How many documents there are, their bytes, and ``(bytes, name)`` of the smallest and the largest."""
+
+    documents: int = 0
+    bytes: int = 0
+    smallest: tuple[int, str] = (sys.maxsize, "")
+    largest: tuple[int, str] = (0, "")
+
+    def counting(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents as they come, each counted."""
+        for document in documents:
+            mine = len(document.text), document.name
+            self.documents, self.bytes = self.documents + 1, self.bytes + mine[0]
+            self.smallest, self.largest = min(self.smallest, mine), max(self.largest, mine)
+            yield document
+
+    def share(self, every: int) -> int:
+        """The bytes to hold out: one in ``every``, and no more than the limit."""
+        return min(self.bytes - self.bytes * (every - 1) // every, HELD_OUT_BYTES)
+
+    def are_fair(self, chosen: dict[str, int], every: int) -> bool:
+        """Whether these documents are near the share to hold out.
+
+        At least a quarter of it; and at most a quarter of all text, or four to one where one to one is asked for.
+        """
+        size = sum(chosen.values())
+        return 4 * size >= self.share(every) and min(16, every + 3) * size <= 4 * self.bytes
+
+
+def _first(corpus: Corpus, share: int) -> dict[str, int]:
+    """The documents whose hashes come first, none larger than the share, until they reach it; names and bytes."""
+    heap, size = list[tuple[int, str, int]](), 0  # the last hash on top
     for document in corpus:
-        yield document, document.name in held
+        if len(document.text) <= share:
+            heapq.heappush(heap, (-_hash(document.name), document.name, len(document.text)))
+            size += len(document.text)
+            while size - heap[0][2] >= share:
+                size -= heapq.heappop(heap)[2]
+    return {name: length for _, name, length in heap}
+
+
+def _cut(document: Document, size: int) -> tuple[Document, Document]:
+    """A document without its last lines, some ``size`` bytes of them, and those lines."""
+    name, text = document
+    cut = len(text) - size
+    line = text.find(b"\n", cut, -1) + 1
+    while not line and text[cut : cut + 1] and text[cut] & 0xC0 == 0x80:
+        cut -= 1  # never inside a character
+    cut = line or cut
+    return Document(name, text[:cut]), Document(f"{name}, its end", text[cut:])
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -137,8 +217,27 @@ def _not_text(text: bytes) -> str | None:
 
 
 def _files(root: Path) -> list[Path]:
-    inside = (path for path in root.rglob("*") if not any(p.startswith(".") for p in path.relative_to(root).parts))
-    return sorted(path for path in inside if path.is_file())
+    """The files below a folder, and links that lead nowhere, sorted; not those with a dot before a name.
+
+    A folder is read once, under its own path if that is below ``root``, and else through the first link to it.
+    """
+    found, links, seen = list[Path](), [root], set[tuple[int, int]]()
+    while links:
+        top = links.pop(0)
+        for at, folders, names in os.walk(top, onerror=_refuse):
+            about, inside = os.stat(at), sorted(Path(at, name) for name in folders if not name.startswith("."))
+            if (about.st_dev, about.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            links += [path for path in inside if path.is_symlink()]
+            folders[:] = [path.name for path in inside if not path.is_symlink()]
+            found += [Path(at, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def _is_stdlib(path: Path) -> bool:

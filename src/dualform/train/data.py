@@ -102,6 +102,7 @@ def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
         "train": train.counts(),
         "held_out": held_out.counts(),
         "skipped": len(corpus.skipped),
+        "cut": corpus.cut,
         "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz": 8 * len(lzma.compress(text, preset=9)) / len(text) if lzma else None,
     }

@@ -32,7 +32,8 @@ class Data:
         text_field: the key of a JSON line that holds its text.
         tokenizer: a ``tokenizer.json``; empty for bytes.
         separator: the text that goes before every document.
-        held_out: one document in this many is held out, whole, chosen by a hash of its name.
+        held_out: one document in this many is held out, whole, chosen by a hash of its name; see
+            :func:`dualform.train.corpus.split` for documents that are too few or too different in size.
         length: tokens of a training window.
         packed: whether a window holds whole documents, as many as fit, each a sequence with a state of its own; one
             longer than ``length`` is cut into several. If not, windows begin anywhere in the text, and a state passes
