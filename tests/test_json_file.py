@@ -47,7 +47,7 @@ def test_what_is_no_json_is_a_sentence_that_names_the_file(tmp_path, text, said)
     with pytest.raises(DataError, match=said) as caught:
         read_json(path, error=DataError, hint="make it anew")
     message = str(caught.value)
-    assert message.startswith(f"{path}: not JSON that can be read: ") and message.endswith("\n  hint: make it anew")
+    assert message.startswith(f"{path}: cannot be read as JSON: ") and message.endswith("\n  hint: make it anew")
 
 
 def test_what_the_system_refuses_and_what_is_no_object(tmp_path):

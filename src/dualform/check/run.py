@@ -18,6 +18,7 @@ from dualform.check.op_cases import OpCase, op_cases
 from dualform.core.deviation import Worst, deviation
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.laws import LAWS, Law, Trial, functional
+from dualform.ops.device import usable_device
 from dualform.ops.op import OPS, backend
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -130,7 +131,7 @@ def plan(
     length: int = LENGTH,
 ) -> list[Check]:
     """What :func:`run_checks` would run, in order; arguments and errors are the same."""
-    device, dtype = _device(device), _dtype(dtype)
+    device, dtype = usable_device(device, f"check: device {str(device)!r}"), _dtype(dtype)
     if length < 1:
         raise ArgumentError(f"check: length is {length}, expected at least 1")
     operators = op_cases(min(length, LONGEST_REFERENCE))
@@ -266,19 +267,9 @@ def _known(names: Iterable[str], recurrences: list[Case], operators: list[OpCase
     return names
 
 
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"check: device {str(device)!r} cannot be used: {reason}", hint="try cpu") from None
-    return found
-
-
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in TOLERANCE:
+    if not isinstance(found, torch.dtype) or found not in TOLERANCE:
         known = ", ".join(str(d).removeprefix("torch.") for d in TOLERANCE)
         raise ArgumentError(f"check: dtype is {dtype}, expected one of {known}")
     return found

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualform.core.errors import ArgumentError, CheckpointError
+from dualform.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -66,12 +66,8 @@ def pick_device(name: str) -> "torch.device":
     """
     import torch
 
+    from dualform.ops.device import usable_device
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"--device {name}: {reason}", hint="dualform doctor lists the devices") from None
-    return device
+    return usable_device(name, f"--device {name}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualform.cli.text import Until, printable, read_prompt
+from dualform.cli.text import Until, output, printable, read_prompt
 from dualform.generation.options import Sampling
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
     """Continue a text, streaming to standard output. Everything else goes to standard error."""
+    output()
     resume = state is not None and state.exists()
     text = read_prompt(prompt, required=not resume)
 

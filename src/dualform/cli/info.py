@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dualform.core.json_file import entry, read_table
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -65,19 +67,21 @@ def _trained(name: str) -> list[tuple[str, str]]:
 
 def _history(run: "Path") -> list[tuple[str, str]]:
     """What the summary of a training run says of the model inside it; nothing where there is none."""
-    import json
-
     from dualform.cli.folders import RUN_SUMMARY
 
-    try:
-        summary = json.loads((run / RUN_SUMMARY).read_text(encoding="utf-8"))
-        compressors = ", ".join(f"{name} {summary[name]:.2f}" for name in ("gzip", "xz") if summary.get(name))
-        return [
-            ("trained on", f"{summary['tokens']:,} tokens in {summary['steps']:,} steps"),
-            ("held-out", f"{summary['bits_per_byte']:.3f} bits per byte ({compressors})"),
-        ]
-    except (OSError, ValueError, KeyError):
+    path = run / RUN_SUMMARY
+    if not path.exists():
         return []
+    hint = "remove it, or train the run again; the model is whole without it"
+    summary = read_table(path, hint=hint)
+    tokens, steps = (entry(summary, name, int, path) for name in ("tokens", "steps"))
+    bits = entry(summary, "bits_per_byte", float, path)
+    known = {name: entry(summary, name, float | None, path) for name in ("gzip", "xz") if name in summary}
+    compressors = ", ".join(f"{name} {bits:.2f}" for name, bits in known.items() if bits)
+    return [
+        ("trained on", f"{tokens:,} tokens in {steps:,} steps"),
+        ("held-out", f"{bits:.3f} bits per byte" + (f" ({compressors})" if compressors else "")),
+    ]
 
 
 def _shape(model: "Backbone") -> list[tuple[str, str]]:

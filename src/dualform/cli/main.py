@@ -10,9 +10,11 @@ from dualform import __version__
 from dualform.cli.check import check
 from dualform.cli.demo import demo
 from dualform.cli.doctor import doctor
+from dualform.cli.errors import sentence
 from dualform.cli.generate import generate
 from dualform.cli.info import info
 from dualform.cli.inspect import inspect
+from dualform.cli.text import encodable
 from dualform.cli.train import train
 from dualform.core.errors import DualformError
 
@@ -47,23 +49,19 @@ for command in (demo, train, generate, info, inspect, check, doctor):
 
 
 def main() -> None:
-    """Run a command. An error of this library or of the operating system is printed as a sentence, with exit code 2.
+    """Run a command. What is wrong with its arguments or files, or too large for memory, is said with exit code 2.
 
     Waiting threads of GNU's OpenMP are told to sleep soon, unless the environment says otherwise: where processes share
     cores, a thread that spins can keep the one that it waits for from running. OpenMP reads this when torch is loaded.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "5000"  # turns, of 300,000 by default
+    encodable()
     try:
         app()
-    except DualformError as error:
-        _fail(str(error))
-    except OSError as error:
-        what = error.strerror or str(error)
-        _fail(f"{error.filename}: {what}" if error.filename else what)
-
-
-def _fail(message: str) -> None:
-    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(message, err=True)
-    raise SystemExit(2)
+    except (DualformError, OSError, RuntimeError, MemoryError, ValueError) as error:
+        if not (message := sentence(error)):
+            raise
+        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        typer.echo(message, err=True)
+        raise SystemExit(2) from None

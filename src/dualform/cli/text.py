@@ -1,7 +1,9 @@
 """Text at the edges of the process: prompts that come in, completions that go out."""
 
+import io
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from dualform.core.errors import ArgumentError, DataError
 
@@ -50,6 +52,24 @@ def decode(data: bytes, what: str) -> str:
 def printable(text: str) -> str:
     """Text that cannot move a terminal's cursor or change its settings: control characters become U+FFFD."""
     return text.translate(_CONTROLS)
+
+
+def encodable() -> None:
+    """Let standard output and error escape a character that their encoding lacks, where they would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def output() -> TextIO:
+    """Standard output, for a command whose result goes there.
+
+    Raises:
+        ArgumentError: when it is closed.
+    """
+    if sys.stdout is None:
+        raise ArgumentError("standard output is closed", hint="send it to a file, or to /dev/null")
+    return sys.stdout
 
 
 class Until:

@@ -1,4 +1,4 @@
-"""JSON as the files of this library hold it: read within limits, so that no file can end in anything but a sentence.
+"""JSON, and the TOML of recipes, read within limits: what a file may hold is a value or a sentence, and nothing else.
 
 RFC 8259, and stricter where a file that was damaged would otherwise pass: no ``NaN`` or ``Infinity``, no number that
 is too large for a float64, no key twice in one object, at most :data:`DEEPEST` objects or lists inside one another.
@@ -7,12 +7,13 @@ is too large for a float64, no key twice in one object, at most :data:`DEEPEST` 
 import json
 import math
 import os
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, overload
 
 from dualform.core.errors import CheckpointError, DualformError
-from dualform.core.options import brief, fits, shown
+from dualform.core.options import brief, fits, joined, shown
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ def read_json(path: str | os.PathLike[str], *, error: type[DualformError] = Chec
     except OSError as wrong:
         raise error(f"{path}: cannot be read: {wrong.strerror or wrong}", hint=hint) from wrong
     except ValueError as wrong:
-        raise error(f"{path}: not JSON that can be read: {wrong}", hint=hint) from wrong
+        raise error(f"{path}: cannot be read as JSON: {wrong}", hint=hint) from wrong
 
 
 def read_table(
@@ -87,6 +88,18 @@ def parse_json(text: str | bytes) -> Any:
     return shallow(value)
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table of a TOML text, nested as little as :func:`parse_json` asks for.
+
+    Raises:
+        ValueError: in words that follow the name of the file.
+    """
+    try:
+        return shallow(tomllib.loads(text))
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} levels deep") from None
+
+
 def shallow(value: T) -> T:
     """A tree of dicts and lists that is nested at most :data:`DEEPEST` levels deep, as it came.
 
@@ -115,7 +128,7 @@ def entry(
         DualformError: for a key that is missing or a value of another type; ``where`` is the file.
     """
     if name not in table:
-        raise error(f"{where}: the key {name!r} is missing", hint=f"it has {', '.join(map(str, table)) or 'none'}")
+        raise error(f"{where}: the key {name!r} is missing", hint=f"it has {joined(table) or 'none'}")
     if not fits(table[name], kind):
         raise error(f"{where}: {name} is {brief(table[name])}, expected {shown(kind)}")
     return table[name]

@@ -73,7 +73,7 @@ def check_names(given: Iterable[Any], known: Sequence[str], where: str, what: st
     """
     for name in given:
         if name not in known:
-            raise ConfigError(f"{where}: unknown {what} {f'{prefix}{name}'!r}", hint=suggestion(str(name), known))
+            raise ConfigError(f"{where}: unknown {what} {brief(f'{prefix}{name}')}", hint=suggestion(str(name), known))
 
 
 def check_keys(cls: type[Any], given: Mapping[str, Any], where: str, what: str = "key") -> None:
@@ -111,6 +111,12 @@ def brief(value: Any) -> str:
     """A value as an error shows it, cut where it is long."""
     text = repr(value) if not isinstance(value, int) or abs(value) < _LONG else f"a number of {value.bit_length()} bits"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def joined(words: Iterable[Any], most: int = 20) -> str:
+    """``a, b, c``, as an error shows it: the first ones of many."""
+    words = list(map(str, words))
+    return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
 
 
 def shown(hint: Any) -> Any:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dualform.core.allocation import sized
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
@@ -39,7 +40,8 @@ class Backbone(nn.Module):
         inputs: width of the features; None reads tokens.
 
     Raises:
-        ConfigError: for a config without a vocabulary where tokens are read, or a width below 1.
+        ConfigError: for a config without a vocabulary where tokens are read, a width below 1, or sizes that memory
+            cannot hold.
     """
 
     recompute: bool = False
@@ -51,6 +53,11 @@ class Backbone(nn.Module):
             raise ConfigError(f"{self._name}: vocab_size is 0, expected at least 1 for a model that reads tokens")
         if inputs is not None and inputs < 1:
             raise ConfigError(f"{self._name}: inputs is {inputs}, expected at least 1")
+        with sized(self._name):
+            self._build(config, inputs)
+
+    def _build(self, config: ModelConfig, inputs: int | None) -> None:
+        """Make and initialise every module."""
         shared = {letter: self._block(letter) for letter in config.shared}
         if inputs is None:
             self.embed = nn.Embedding(config.vocab_size, config.d_model)

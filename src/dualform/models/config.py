@@ -6,9 +6,12 @@ from dataclasses import field, fields
 from typing import Any
 
 from dualform.core.errors import ConfigError
-from dualform.core.options import check_keys, check_types, options, suggestion
+from dualform.core.options import brief, check_keys, check_types, joined, options, suggestion
 from dualform.layers.mixer import PartConfig
 from dualform.layers.registry import config_of, kind_of, kinds
+
+DEEPEST = 10_000
+"""Sub-layers of a model; a file that asks for more is damaged."""
 
 
 @options
@@ -49,14 +52,16 @@ class ModelConfig:
         for letter, parts in self.parts.items():
             _check_letter(letter, parts)
         object.__setattr__(self, "parts", {letter: tuple(parts) for letter, parts in self.parts.items()})
-        defined = f"parts defines {', '.join(self.parts) or 'no letters'}"
+        defined = f"parts defines {joined(self.parts) or 'no letters'}"
         if not self.pattern:
             raise ConfigError("model: pattern is empty", hint=f"one letter per block; {defined}")
         if unknown := sorted(set(self.pattern) - set(self.parts)):
-            raise ConfigError(f"model: pattern {self.pattern!r} uses {', '.join(unknown)}", hint=defined)
+            raise ConfigError(f"model: pattern {brief(self.pattern)} uses {joined(unknown)}", hint=defined)
+        if (depth := sum(len(self.parts[letter]) for letter in self.pattern)) > DEEPEST:
+            raise ConfigError(f"model: pattern has {depth:,} sub-layers in all, expected at most {DEEPEST:,}")
         if unused := sorted(set(self.shared) - set(self.pattern)):
             raise ConfigError(
-                f"model: shared names {', '.join(unused)}, which the pattern {self.pattern!r} does not use",
+                f"model: shared names {joined(unused)}, which the pattern {brief(self.pattern)} does not use",
                 hint="shared holds letters of the pattern whose blocks are one module",
             )
 
@@ -113,11 +118,11 @@ def _parts_from_dicts(letter: str, listed: Any) -> tuple[PartConfig, ...]:
 
 def _part_from_dict(listed: Any, where: str) -> PartConfig:
     if not isinstance(listed, Mapping) or "kind" not in listed:
-        raise ConfigError(f"{where}: {listed!r} has no kind", hint=f"known: {', '.join(kinds())}")
+        raise ConfigError(f"{where}: {brief(listed)} has no kind", hint=f"known: {', '.join(kinds())}")
     given = dict(listed)
     kind = given.pop("kind")
     if not isinstance(kind, str) or kind not in kinds():
-        raise ConfigError(f"{where}: unknown kind {kind!r}", hint=suggestion(str(kind), kinds()))
+        raise ConfigError(f"{where}: unknown kind {brief(kind)}", hint=suggestion(str(kind), kinds()))
     config, where = config_of(kind), f"{where} ({kind})"
     check_keys(config, given, where)
     values = {name: _decode(value) for name, value in given.items()}

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
+from dualform.core.allocation import sized
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
@@ -56,7 +57,8 @@ class PooledModel(Backbone):
             raise ConfigError(f"{self._name}: {outputs} outputs, expected at least {self.least_outputs}")
         super().__init__(config, inputs)
         self.outputs, self.pooling = outputs, pooling
-        self.head = nn.Linear(config.d_model, outputs)
+        with sized(self._name):
+            self.head = nn.Linear(config.d_model, outputs)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> PooledState:
         """The state before the first element; ``max_len`` is the capacity of caches that grow with the context.

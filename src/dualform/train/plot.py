@@ -21,7 +21,12 @@ def plot_losses(path: Path, rows: Rows, baselines: Mapping[str, float | None], t
     """
     rows = list(rows)
     train, held_out = (
-        [(row["step"], row["bits_per_byte"]) for row in rows if row["kind"] == kind] for kind in ("train", "held_out")
+        [
+            (row["step"], row["bits_per_byte"])
+            for row in rows
+            if row["kind"] == kind and row.get("bits_per_byte") is not None
+        ]
+        for kind in ("train", "held_out")
     )
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -7,14 +7,14 @@ them, its value in TOML syntax.
 
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dualform.core.errors import ConfigError
-from dualform.core.options import check_names, check_types, suggestion
+from dualform.core.json_file import kind_of, parse_json, parse_toml, read_text
+from dualform.core.options import brief, check_names, check_types, suggestion
 from dualform.models.config import ModelConfig
 from dualform.models.presets import preset
 
@@ -174,7 +174,7 @@ class Recipe:
         for name, table in tables.items():
             given = chosen.get(name, {})
             if not isinstance(given, Mapping):
-                raise ConfigError(f"recipe: {name} is {given!r}, expected a table", hint=f"write [{name}]")
+                raise ConfigError(f"recipe: {name} is {brief(given)}, expected a table", hint=f"write [{name}]")
             check_names(given, [f.name for f in fields(table)], "recipe", prefix=f"{name}.")
             chosen[name] = table(**given)
         return cls(**chosen)
@@ -207,14 +207,17 @@ def _read(source: str | Path) -> dict[str, Any]:
     elif not path.exists() and (RECIPES / f"{source}.toml").is_file():
         path = RECIPES / f"{source}.toml"
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_text(path)
+        found = parse_json(text) if path.suffix == ".json" else parse_toml(text)
     except OSError as error:
         named = sorted(p.stem for p in RECIPES.glob("*.toml"))
         hint = f"a TOML file, the folder of a run, or one of: {', '.join(named)}"
         raise ConfigError(f"no recipe {str(source)!r}: {error.strerror}", hint=hint) from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not a recipe: {error}") from error
+        raise ConfigError(f"{path}: not a recipe: {error}", hint="dualform train --help names examples") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: not a recipe: it holds {kind_of(found)}, expected an object")
+    return found
 
 
 def _override(options: dict[str, Any], override: str) -> str:
@@ -224,8 +227,8 @@ def _override(options: dict[str, Any], override: str) -> str:
     if not equals or not last or not all(path):
         raise ConfigError(f"override {override!r} is not of the form a.b=c", hint="such as optim.lr=3e-3")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         value = text.strip()  # a bare word is a text; where a number is wanted the type check refuses it
     table = options
     for depth, name in enumerate(path):
@@ -245,9 +248,9 @@ def _check_types(config: Any, prefix: str) -> None:
 
 def _demand(holds: bool, name: str, value: Any, expected: str) -> None:
     if not holds:
-        raise ConfigError(f"recipe: {name} is {value!r}, expected {expected}")
+        raise ConfigError(f"recipe: {name} is {brief(value)}, expected {expected}")
 
 
 def _one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"recipe: {name} is {value!r}", hint=suggestion(value, choices))
+        raise ConfigError(f"recipe: {name} is {brief(value)}", hint=suggestion(value, choices))

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from dualform.core.json_file import parse_json
+from dualform.core.options import fits
 from dualform.models.saving.files import replacing_file
 from dualform.train.events import EventFile
 from dualform.train.plot import plot_losses
@@ -86,18 +88,28 @@ class Report:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; none where there is no file. A line cut short by a kill is dropped."""
+    """The lines of a run's ``metrics.jsonl``; none where there is no file.
+
+    Lines that are damaged, such as one that a kill has cut short, are left out: they are no reason to lose a run.
+    """
     try:
-        lines = (out / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = (out / METRICS_FILE).read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """What :meth:`Report.record` wrote; None for anything else."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and fits(row.get("kind"), str) and fits(row.get("step"), int)
+    if not whole or not 0 <= row["step"] < 2**63:
+        return None
+    numbers = (value for key, value in row.items() if key != "kind" and value is not None)
+    return row if all(fits(value, float) and abs(value) < 2.0**1023 for value in numbers) else None
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,6 @@ head; ``model.safetensors`` every tensor once, in the dtype it had, under its na
 names share are stored under the first.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
@@ -18,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from dualform import __version__
 from dualform.core.errors import CheckpointError, ConfigError
+from dualform.core.json_file import entry, read_json, to_json
+from dualform.core.options import brief
 from dualform.models.backbone import Backbone
 from dualform.models.config import ModelConfig
 from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
@@ -58,7 +59,7 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
     text = tokenizer.to_json() if tokenizer is not None else None
     tensors = {name: t.detach().cpu().contiguous() for name, t in unique_tensors(model).items()}
     with replacing(folder) as new:
-        (new / CONFIG_FILE).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (new / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
         if text is not None:
             (new / TOKENIZER_FILE).write_text(text, encoding="utf-8")
@@ -114,9 +115,11 @@ def load(
     if verify and manifest_of(folder) is None:
         hint = "load it without verify, or save it again: that writes them"
         raise CheckpointError(f"{folder}: no {MANIFEST_FILE}, so there are no digests to verify", hint=hint)
+    with torch.device("meta"):  # where sizes that no file confirms take no memory
+        tensors = read_tensors(folder, _built(folder, found, config, head), verify=verify)
     with torch.random.fork_rng(devices=[]), _Blank():
         model = _built(folder, found, config, head)
-    model.load_state_dict(read_tensors(folder, model, verify=verify), strict=False, assign=True)
+    model.load_state_dict(tensors, strict=False, assign=True)
     return model.to(device=device, dtype=dtype)
 
 
@@ -184,46 +187,45 @@ def _described(folder: Folder) -> tuple[type[Backbone], ModelConfig, dict[str, A
     if head is None:
         return LanguageModel, config, {}
     if not isinstance(head, dict):
-        raise CheckpointError(f"{path}: head is {head!r}, expected a table of options")
+        raise CheckpointError(f"{path}: head is {brief(head)}, expected a table of options")
     name = head.pop("kind", None)
-    if name not in _POOLED:
-        raise CheckpointError(f"{folder}: unknown kind of model {name!r}", hint=f"known: {', '.join(_POOLED)}")
+    if not isinstance(name, str) or name not in _POOLED:
+        raise CheckpointError(f"{folder}: unknown kind of model {brief(name)}", hint=f"known: {', '.join(_POOLED)}")
     return _POOLED[name], config, head
 
 
 def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
     """The path of ``config.json`` and what it holds."""
     path = current(_existing(folder), CONFIG_FILE)
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no {CONFIG_FILE}", hint="give a folder written by save") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not path.exists():
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE}", hint="give a folder written by save")
+    about = read_json(path, hint="copy the folder again, or save the model again")
     if not isinstance(about, dict) or "format" not in about or "model" not in about:
         foreign = isinstance(about, dict) and about.get("model_type")
         raise CheckpointError(
-            f"{path}: not a config of this library" + (f", but of a {foreign!r} model" if foreign else ""),
+            f"{path}: not a config of this library" + (f", but of a {brief(foreign)} model" if foreign else ""),
             hint="checkpoints of other libraries cannot be read yet; give a folder written by save",
         )
     if about["format"] != FORMAT:
+        library = about.get("library", "an unknown version")
         raise CheckpointError(
-            f"{path}: format {about['format']!r} of {about.get('library', 'an unknown version')}, expected {FORMAT}",
+            f"{path}: format {brief(about['format'])} of {library if isinstance(library, str) else brief(library)}, "
+            f"expected {FORMAT}",
             hint=f"this is dualform {__version__}; upgrade it",
         )
     return path, about
 
 
 def _built(folder: Folder, kind: type[Any], config: ModelConfig, head: dict[str, Any]) -> Backbone:
-    if not issubclass(kind, PooledModel):
-        return kind(config)
+    path = current(folder, CONFIG_FILE)
     try:
-        outputs, inputs, pooling = head["outputs"], head["inputs"], head["pooling"]
+        if not issubclass(kind, PooledModel):
+            return kind(config)
+        types = {"outputs": int, "inputs": int | None, "pooling": str}
+        outputs, inputs, pooling = (entry(head, name, of, f"{path}: head") for name, of in types.items())
         return kind(config, outputs, inputs=inputs, pooling=pooling)
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{folder}: {CONFIG_FILE} describes no {kind.__name__} in its head: {error}", hint="save the model again"
-        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _existing(folder: Folder) -> Path:
