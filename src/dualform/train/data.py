@@ -9,8 +9,6 @@ processes see disjoint parts of what one process would see.
 
 import gzip
 import hashlib
-import json
-import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,8 +22,11 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import DataError
+from dualform.core.json_file import to_json
+from dualform.models.saving.files import creating
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.corpus import Corpus, Document, split
+from dualform.train.prepared import ABOUT_FILE, clear, open_arrays, read_about, remember, verify_once
 from dualform.train.recipe import Data
 
 try:
@@ -63,18 +64,46 @@ class Dataset:
 def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenise the corpus into a new folder, which appears only when it is complete.
 
+    Prepared data that is there already is replaced.
+
     Raises:
-        DataError: for a corpus that cannot be read, is empty, or is shorter than one window.
+        DataError: for a corpus that cannot be read, is empty, or is shorter than one window; for a folder that holds
+            something else.
+        CheckpointError: when the disk refuses.
     """
+    clear(folder)
+    with creating(folder) as new:
+        _write(new, data, tokenizer)
+    remember(folder, tokenizer.vocab_size)
+
+
+def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
+    """Map what :func:`prepare` wrote.
+
+    Sizes are compared every time. Digests are, and token ids with the vocabulary, when the folder is opened first and
+    whenever a file of it was written to since.
+
+    Raises:
+        DataError: when it is missing, damaged, was made from another source, or is shorter than one window.
+    """
+    about = read_about(folder)
+    for name, value in _source(data, tokenizer).items():
+        if about["source"].get(name) != value:
+            raise DataError(f"{folder} was made with {name} {about['source'].get(name)!r}, now it is {value!r}")
+    arrays = open_arrays(folder, about, starts=data.packed)
+    _check_length(data, about["train"]["tokens"])
+    verify_once(folder, about, tokenizer.vocab_size)
+    train, held_out, nbytes, *starts = arrays.values()
+    return Dataset(train, held_out, nbytes, about, *starts)
+
+
+def _write(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
+    """The files of :func:`prepare`."""
     corpus, encode = Corpus(data), _encoder(tokenizer)
     ((separator, _),) = encode([data.separator.encode()])
-    incoming = folder.with_name(f".{folder.name}.incoming")
-    for old in (incoming, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    incoming.mkdir(parents=True)
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     held, added = list[bytes](), list[np.ndarray]()
-    with (incoming / "train.ids").open("wb") as one, (incoming / "held_out.ids").open("wb") as other:
+    with (folder / "train.ids").open("wb") as one, (folder / "held_out.ids").open("wb") as other:
         train, held_out = _Part(one, dtype), _Part(other, dtype)
         for batch in _batches(split(corpus)):
             encoded = encode([document.text for document, _ in batch])
@@ -85,17 +114,13 @@ def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
                     added += [np.zeros(len(separator)), nbytes]
     if not train.bytes:
         raise DataError(f"data.path {data.path!r} is too short: all of it is held out", hint="use more text")
-    if train.tokens <= data.length and not data.packed:
-        raise DataError(
-            f"data.path {data.path!r} gives {train.tokens} training tokens, fewer than one window of {data.length} + 1",
-            hint="use more text, or lower data.length",
-        )
+    _check_length(data, train.tokens)
     text = b"".join(held)
     if not text:
         raise DataError(f"data.path {data.path!r} is too short to hold anything out", hint="use more text")
-    np.concatenate(added).astype(np.uint32).tofile(incoming / "held_out.nbytes")
+    np.concatenate(added).astype(np.uint32).tofile(folder / "held_out.nbytes")
     for name, part in (("train", train), ("held_out", held_out)):
-        np.array(part.starts, np.int64).tofile(incoming / f"{name}.starts")
+        np.array(part.starts, np.int64).tofile(folder / f"{name}.starts")
     about = {
         "source": _source(data, tokenizer),
         "dtype": dtype.name,
@@ -106,28 +131,15 @@ def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
         "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz": 8 * len(lzma.compress(text, preset=9)) / len(text) if lzma else None,
     }
-    (incoming / "about.json").write_text(json.dumps(about, indent=2))
-    incoming.rename(folder)
+    (folder / ABOUT_FILE).write_text(to_json(about), encoding="utf-8")
 
 
-def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
-    """Map what :func:`prepare` wrote.
-
-    Raises:
-        DataError: when it is missing, or was made from another source.
-    """
-    try:
-        about = json.loads((folder / "about.json").read_text())
-        files = [("train.ids", about["dtype"]), ("held_out.ids", about["dtype"]), ("held_out.nbytes", np.uint32)]
-        if data.packed:
-            files += [("train.starts", np.int64), ("held_out.starts", np.int64)]
-        train, held_out, nbytes, *starts = (np.memmap(folder / name, dtype, "r") for name, dtype in files)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: no prepared data: {error}", hint="start a new run in another folder") from error
-    for name, value in _source(data, tokenizer).items():
-        if about["source"].get(name) != value:
-            raise DataError(f"{folder} was made with {name} {about['source'].get(name)!r}, now it is {value!r}")
-    return Dataset(train, held_out, nbytes, about, *starts)
+def _check_length(data: Data, tokens: int) -> None:
+    if tokens <= data.length and not data.packed:
+        raise DataError(
+            f"data.path {data.path!r} gives {tokens} training tokens, fewer than one window of {data.length} + 1",
+            hint="use more text, or lower data.length",
+        )
 
 
 @dataclass
