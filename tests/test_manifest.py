@@ -123,7 +123,7 @@ def test_files_that_stay_stay_listed(saved):
 
 def test_a_damaged_manifest_does_not_stand_in_the_way_of_saving(saved):
     (saved / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"manifest.json: not JSON"):
+    with pytest.raises(CheckpointError, match=r"manifest.json: cannot be read as JSON"):
         load(saved)
     save(build(1), saved)
     assert same(load(saved, verify=True), build(1))
