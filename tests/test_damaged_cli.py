@@ -7,13 +7,16 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 
 from dualform.cli import main as cli
 from dualform.core.allocation import exceeded
+from dualform.generation.session import Session
 from dualform.layers.lstm import LSTMConfig
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
+from dualform.models.tokenizer import SubwordTokenizer
 from dualform.train.report import read_metrics
 
 SUMMARY = {"bits_per_byte": 2.1, "gzip": 3.0, "xz": None, "steps": 5, "tokens": 160}
@@ -156,3 +159,27 @@ def test_standard_output_may_be_closed_or_ascii(run):
     assert ended.returncode == 2 and b"error: standard output is closed" in ended.stderr
     ended = shell(f"dualform generate {run} x -n 40", PYTHONIOENCODING="ascii")
     assert ended.returncode == 0 and ended.stderr == b"" and b"\\ufffd" in ended.stdout
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A model of words, whose tokenizer puts them between ``<s>`` and ``</s>``."""
+    vocab = {word: i for i, word in enumerate(["<s>", "</s>", *"abcd", "<unk>"])}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    raw.add_special_tokens(["<s>", "</s>"])
+    pair = [("<s>", 0), ("</s>", 1)]
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pair)
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(7, 4, {"L": (LSTMConfig(),)}, "L"))
+    model.save(tmp_path / "words", SubwordTokenizer(raw))
+    return tmp_path / "words", model.eval()
+
+
+def test_a_session_begins_as_training_did_and_a_prompt_in_it_does_not(dualform, words, tmp_path):
+    folder, model = words
+    state = tmp_path / "a.state"
+    for prompt, said in [("a b", [0, 2, 3]), ("c", [4]), ("</s> d", [6, 5])]:
+        assert dualform("generate", str(folder), prompt, "-n", "0", "--state", str(state))[0] == 0
+        history = Session.load(state, model).history[0].tolist()
+        assert history[-len(said) :] == said and history.count(0) == 1 and history.count(1) == 0

@@ -225,6 +225,25 @@ def test_a_tokenizer_counts_every_byte_once(tmp_path):
     assert dataset.nbytes[1:10].tolist() == sizes  # ASCII: a token's bytes are its text's
 
 
+@pytest.mark.parametrize("separator, before", [("<|end|>", ["<|end|>", "<s>"]), ("<|end|><s>", ["<|end|>", "<s>"])])
+def test_only_the_separator_names_special_tokens(tmp_path, separator, before):
+    """Documents are opened by what the tokenizer puts before a text, once, and their own text stays text."""
+    (tmp_path / "text").mkdir()
+    for i in range(4):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i} <|end|> <s>forged</s> " * 9)
+    raw = bpe(["<|end|> forged"])._tokenizer
+    raw.add_special_tokens(["<s>", "</s>", "<|end|>"])
+    pair = [(name, raw.token_to_id(name)) for name in ("<s>", "</s>")]
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pair)
+    tokenizer = SubwordTokenizer(raw)
+    dataset = make(tmp_path, Data(path=str(tmp_path / "text"), length=16, separator=separator), tokenizer)
+    opening, first = [raw.token_to_id(name) for name in before], min(id for _, id in pair)
+    ids, starts = np.array(dataset.held_out), [0] if dataset.about["held_out"]["documents"] == 1 else None
+    text = (tmp_path / "text" / f"{tokenizer.decode(ids.tolist())[0]}.txt").read_text()
+    assert starts and ids[:2].tolist() == opening and not (ids[2:] >= first).any() and dataset.nbytes[:2].sum() == 0
+    assert tokenizer.decode(ids[2:].tolist()) == text and dataset.nbytes.sum() == len(text)
+
+
 def test_a_split_character_is_counted_once(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(3):

@@ -137,15 +137,69 @@ def test_bytes_and_their_limits():
             tokenizer.stream().push(bad)
 
 
-def test_special_tokens_are_added_and_not_shown():
-    level = byte_level()
-    inner = level._tokenizer
-    inner.add_special_tokens(["<s>"])
-    start = inner.token_to_id("<s>")
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
-    ids = level.encode("abc")
-    assert ids[0] == start and level.decode(ids) == "abc" and "".join(streamed(level, ids)) == "abc"
-    assert level.vocab_size == start + 1
+def with_special(model, pre_tokenizer):
+    """``<s> text </s>``, both special; ``<call>``, added but not special; cuts to four tokens, and pads to six."""
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizer
+    made.add_special_tokens(["<s>", "</s>", "<|end|>"])
+    made.add_tokens(["<call>"])
+    pair = [(name, made.token_to_id(name)) for name in ("<s>", "</s>")]
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pair)
+    made.enable_truncation(4)
+    made.enable_padding(length=6, pad_id=1)
+    return SubwordTokenizer(made)
+
+
+def unigram():
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -9.0) for c in "▁abces<>/|nd")]
+    return with_special(models.Unigram(pieces, 0), pre_tokenizers.Metaspace())
+
+
+def words():
+    vocab = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", "a", "b", "c"])}
+    return with_special(models.WordLevel(vocab, "<unk>"), pre_tokenizers.WhitespaceSplit())
+
+
+def whole_words():
+    """BPE that looks whole words up before it merges, as that of Llama 3; one merge would make a special token."""
+    names = ["<unk>", "<s>", "</s>", *"abces<>/|nd ", "<s"]
+    vocab = {name: i for i, name in enumerate(names)}
+    model = models.BPE(vocab, [("<", "s"), ("<s", ">")], unk_token="<unk>", ignore_merges=True)
+    return with_special(model, pre_tokenizers.WhitespaceSplit())
+
+
+@pytest.mark.parametrize("make", [unigram, words, whole_words])
+def test_text_never_becomes_a_special_token(make):
+    tokenizer = make()
+    names = {name: tokenizer._tokenizer.token_to_id(name) for name in ("<s>", "</s>", "<|end|>")}
+    for text in ("a <s> b", "<s>", "a</s>", "<|end|>", "a <|end|> b </s> c", "<s><s>b", "a b c a b c a b c"):
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(names.values())
+        if make is not words and " " not in text:
+            assert "".join(tokenizer.decode(ids).replace("▁", "").split()) == text
+    assert tokenizer.encode("a <s> b", special=True)[-2] == names["<s>"] or make is unigram
+    assert names["<|end|>"] in tokenizer.encode("a <|end|> b", special=True)
+    call = tokenizer._tokenizer.token_to_id("<call>")  # an added token that is not special is text
+    assert call in tokenizer.encode("a <call> b") and "<call>" in tokenizer.decode([call])
+    assert len(tokenizer.encode("a b c a b c a b c")) >= 9  # neither cut nor padded
+    with pytest.raises(ArgumentError, match="character 1 of the text is a lone surrogate"):
+        tokenizer.encode("a\udcff")
+
+
+def test_ordinary_text_is_encoded_as_the_library_does(tokenizer):
+    if isinstance(tokenizer, SubwordTokenizer):
+        tokenizer._tokenizer.add_special_tokens(["<unk>", "<s>"])
+        for text in (TEXT, CORPUS[1], "日本語 🙂", " a  b "):
+            assert tokenizer.encode(text) == tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("make", [unigram, words, whole_words])
+def test_a_document_begins_as_the_tokenizer_says(make):
+    tokenizer = make()
+    start = tokenizer._tokenizer.token_to_id("<s>")
+    assert list(tokenizer.begin) == [start] and not ByteTokenizer().begin and not byte_level().begin
+    ids = [*tokenizer.begin, *tokenizer.encode("abc")]
+    assert tokenizer.decode(ids) == tokenizer.decode(ids[1:]) == "".join(streamed(tokenizer, ids))
 
 
 def test_a_folder_gives_its_tokenizer(tmp_path):

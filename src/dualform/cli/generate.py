@@ -71,7 +71,8 @@ def generate(
     if session is not None and not text and int(session.generated):
         for token in session.history[0, -min(WINDOW, int(session.generated)) :].tolist():
             decoder.push(token)  # a character that the last run left unfinished is finished here
-    generation = engine(lm, tokenizer.encode(text), max_tokens, sampling=sampling, seed=seed, state=session)
+    tokens = [*(tokenizer.begin if session is None else ()), *tokenizer.encode(text)]
+    generation = engine(lm, tokens, max_tokens, sampling=sampling, seed=seed, state=session)
     count, rate, interrupted = _stream(generation, decoder, stop or [], finish=state is None)
     if state is not None:
         generation.state.save(state, lm)

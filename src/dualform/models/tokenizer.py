@@ -1,67 +1,93 @@
-"""Text to tokens and back; streaming never emits half a character."""
+"""Text to tokens, and tokens to text, also one token at a time without ever cutting a character.
+
+Training and generation share one rule. ``encode`` gives the tokens of a text and nothing else: the name of a special
+token is text. A document is opened by ``begin``, the tokens that the tokenizer itself puts before a text, such as
+``<s>``: training puts them before every document, after its separator, and ``dualform generate`` before the prompt that
+begins a session. Tokens that the tokenizer would put after a text, such as ``</s>``, are never added, because the text
+goes on.
+"""
 
 import codecs
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import tokenizers
 
-from dualform.core.errors import ArgumentError, CheckpointError
+from dualform.core.errors import ArgumentError, CheckpointError, DualformError
+from dualform.core.json_file import read_text
+from dualform.core.options import brief
 from dualform.models.saving.files import TOKENIZER_FILE, current
+from dualform.models.special_tokens import opening, text_only, unlimited
 
+T = TypeVar("T")
 _REPLACEMENT = "\ufffd"
-_WINDOW = 16  # tokens a stream keeps as context for the next one
+_WINDOW = 16  # tokens that a stream keeps as context for the next one
+_AGAIN = "its tokenizer.json is damaged: copy it again from where it came from"
+_LARGEST = 2**28  # bytes of a tokenizer.json; those of the largest vocabularies have 2**25
 
 
 @runtime_checkable
 class TextStream(Protocol):
-    """Tokens go in one at a time, the text that is certain comes out."""
+    """Takes one token at a time, and gives text as soon as it is certain."""
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes; empty in the middle of a character."""
+        """The text that has become certain with ``token``; empty in the middle of a character."""
         ...
 
     def flush(self) -> str:
-        """What is left at the end: an unfinished character as U+FFFD. The stream is then as new."""
+        """The rest of the text: an unfinished character as U+FFFD. Afterwards the stream is as new."""
         ...
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What generation and training need of a tokenizer."""
+    """What training and generation need of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token."""
+        """The largest token plus one."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
+    @property
+    def begin(self) -> Sequence[int]:
+        """The tokens that open a document; empty where the tokenizer has none."""
+        ...
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The tokens of a text alone, without ``begin``.
+
+        Args:
+            text: what to encode.
+            special: whether the names of special tokens in the text stand for those tokens. Only for a text that
+                nobody else has written.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        """The text of tokens. Bytes that are not UTF-8 become U+FFFD, and special tokens are left out."""
         ...
 
     def stream(self) -> TextStream:
-        """A decoder of one token at a time; its pieces join to what :meth:`decode` gives."""
+        """A decoder of one token at a time; its pieces join to the text that :meth:`decode` gives."""
         ...
 
     def to_json(self) -> str | None:
-        """The content of tokenizer.json, or None for a tokenizer that needs no file."""
+        """The content of ``tokenizer.json``, or None for a tokenizer that needs no file."""
         ...
 
 
 class ByteTokenizer:
-    """A token is a byte of UTF-8."""
+    """Each byte of UTF-8 is a token. There are no special tokens."""
 
     vocab_size = 256
+    begin: Sequence[int] = ()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The bytes of a text.
 
-        Undecodable bytes that Python carries as surrogates (in arguments and file names) pass unchanged.
+        Bytes that are not UTF-8, which Python keeps as surrogates in arguments and file names, come out as they were.
 
         Raises:
             ArgumentError: for any other lone surrogate, which is not text.
@@ -69,10 +95,10 @@ class ByteTokenizer:
         try:
             return list(text.encode("utf-8", "surrogateescape"))
         except UnicodeEncodeError as error:
-            raise ArgumentError(f"encode: character {error.start} of the text is a lone surrogate") from error
+            raise _surrogate(error) from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of bytes; what is no UTF-8 becomes U+FFFD."""
+        """The text of bytes; those that are not UTF-8 become U+FFFD."""
         return _bytes(ids).decode("utf-8", "replace")
 
     def stream(self) -> TextStream:
@@ -80,12 +106,18 @@ class ByteTokenizer:
         return _ByteStream()
 
     def to_json(self) -> str | None:
-        """None: a model with 256 tokens and no tokenizer.json is read with this one."""
+        """None: a saved model with 256 tokens and without ``tokenizer.json`` gets this tokenizer."""
         return None
 
 
 class SubwordTokenizer:
-    """A tokenizer of the ``tokenizers`` library: BPE, WordPiece, Unigram, with its own special tokens."""
+    """A tokenizer of the ``tokenizers`` library: BPE, WordPiece, Unigram or word level.
+
+    Truncation and padding, which a ``tokenizer.json`` may ask for, are left aside: every text is encoded whole.
+
+    Args:
+        tokenizer: not to be changed afterwards.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
@@ -95,35 +127,67 @@ class SubwordTokenizer:
         """Read a ``tokenizer.json``.
 
         Raises:
-            CheckpointError: when it is missing or no tokenizer.
+            CheckpointError: when it is missing, or does not describe a tokenizer that works.
         """
-        if not Path(path).is_file():
-            raise CheckpointError(f"{path}: no such file")
         try:
-            return cls(tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
-        except Exception as error:  # the library raises bare Exception for a file that it cannot read
-            raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+            text = read_text(path, _LARGEST)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: no such file") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a tokenizer: {error}", hint=_AGAIN) from error
+
+        def tried() -> SubwordTokenizer:
+            made = cls(tokenizers.Tokenizer.from_str(text))
+            made._tokenizer.decode(made._text.encode("").ids)  # some faults show only in use
+            return made
+
+        return _carefully(tried, f"{path}: not a tokenizer", CheckpointError)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token, added tokens included."""
+        """The largest token plus one, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with the special tokens that the tokenizer itself adds."""
-        return self._tokenizer.encode(text).ids
+    @property
+    def begin(self) -> Sequence[int]:
+        """The tokens that the tokenizer puts before a text, such as ``<s>``."""
+        return _carefully(lambda: opening(self._text))
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            text: what to encode.
+            special: whether the names of special tokens in the text stand for those tokens.
+
+        Raises:
+            ArgumentError: for a lone surrogate, which is not text, or a tokenizer that does not work.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _surrogate(error) from error
+        return _carefully(lambda: (self._names if special else self._text).encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        """The text of tokens, special ones left out."""
+        return _carefully(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> TextStream:
-        """A decoder of one token at a time; what it keeps does not grow."""
+        """A decoder of one token at a time; the memory that it needs does not grow."""
         return _SubwordStream(self.decode)
 
     def to_json(self) -> str | None:
-        """The content of tokenizer.json."""
+        """The content of ``tokenizer.json``."""
         return self._tokenizer.to_str(pretty=True)
+
+    @cached_property
+    def _text(self) -> tokenizers.Tokenizer:
+        return text_only(self._tokenizer)
+
+    @cached_property
+    def _names(self) -> tokenizers.Tokenizer:
+        return unlimited(tokenizers.Tokenizer.from_str(self._tokenizer.to_str()))
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
@@ -160,10 +224,10 @@ class _ByteStream:
 
 
 class _SubwordStream:
-    """Decodes the last few tokens again at every push, because a token's text depends on its neighbours.
+    """Decodes the last few tokens again for every new one, because the text of a token depends on its neighbours.
 
-    A text that ends in U+FFFD may be waiting for up to three more bytes of a character, and so does the stream.
-    What is still U+FFFD then is no text, and leaves as such.
+    Where the text ends in U+FFFD, up to three more bytes may complete a character, and the stream waits for them. If
+    they do not, the bytes are no text, and the stream gives U+FFFD for them.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
@@ -191,12 +255,31 @@ class _SubwordStream:
         return rest
 
     def _forget(self, held: int) -> None:
-        """Keep half a window of tokens as context, cut where a character begins."""
+        """Keep half a window of tokens as context, from one with which a character begins."""
         for keep in range(_WINDOW // 2, _WINDOW // 2 + 4):
             text = self._decode(self._ids[-keep:])
             if _REPLACEMENT not in text or len(self._ids) > 4 * _WINDOW:
                 self._ids, self._given = self._ids[-keep:], max(0, len(text) - held)
                 return
+
+
+def _carefully(call: Callable[[], T], where: str = "tokenizer", error: type[DualformError] = ArgumentError) -> T:
+    """The result of calls of the ``tokenizers`` library.
+
+    Raises:
+        DualformError: for the library's bare ``Exception``, and for a panic of its Rust code, which is no ``Exception``
+            and would pass through every ``except`` to the user.
+    """
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as wrong:
+        raise error(f"{where}: {brief(str(wrong))}", hint=_AGAIN) from wrong
+
+
+def _surrogate(error: UnicodeEncodeError) -> ArgumentError:
+    return ArgumentError(f"encode: character {error.start} of the text is a lone surrogate, which is not text")
 
 
 def _bytes(ids: Sequence[int]) -> bytes:

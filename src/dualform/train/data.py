@@ -24,6 +24,7 @@ from torch import Tensor
 from dualform.core.errors import DataError
 from dualform.core.json_file import to_json
 from dualform.models.saving.files import creating
+from dualform.models.special_tokens import text_only
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.corpus import Corpus, Document, split
 from dualform.train.prepared import ABOUT_FILE, clear, open_arrays, read_about, remember, verify_once
@@ -100,7 +101,7 @@ def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
 def _write(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
     """The files of :func:`prepare`."""
     corpus, encode = Corpus(data), _encoder(tokenizer)
-    ((separator, _),) = encode([data.separator.encode()])
+    before = np.array(_before(data, tokenizer), np.uint32)
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     held, added = list[bytes](), list[np.ndarray]()
     with (folder / "train.ids").open("wb") as one, (folder / "held_out.ids").open("wb") as other:
@@ -108,10 +109,10 @@ def _write(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
         for batch in _batches(split(corpus)):
             encoded = encode([document.text for document, _ in batch])
             for (document, held_back), (ids, nbytes) in zip(batch, encoded, strict=True):
-                (held_out if held_back else train).add(document, np.concatenate([separator, ids]))
+                (held_out if held_back else train).add(document, np.concatenate([before, ids]))
                 if held_back:
                     held.append(document.text)
-                    added += [np.zeros(len(separator)), nbytes]
+                    added += [np.zeros(len(before)), nbytes]
     if not train.bytes:
         raise DataError(f"data.path {data.path!r} is too short: all of it is held out", hint="use more text")
     _check_length(data, train.tokens)
@@ -176,14 +177,21 @@ def _source(data: Data, tokenizer: Tokenizer) -> dict[str, Any]:
     return {**{f"data.{name}": getattr(data, name) for name in names}, "tokenizer": kind}
 
 
+def _before(data: Data, tokenizer: Tokenizer) -> list[int]:
+    """The tokens before each document: the separator, which may name special tokens, and those that open a document.
+
+    A separator that ends in the latter already is enough.
+    """
+    separator, begin = tokenizer.encode(data.separator, special=True), list(tokenizer.begin)
+    return separator if separator[len(separator) - len(begin) :] == begin else separator + begin
+
+
 def _encoder(tokenizer: Tokenizer) -> Callable[[list[bytes]], list[tuple[np.ndarray, np.ndarray]]]:
     """A function from texts to the tokens of each, with the bytes of text that each token stands for."""
     told = tokenizer.to_json()
     if told is None:
         return lambda texts: [(np.frombuffer(t, np.uint8), np.ones(len(t), np.uint32)) for t in texts]
-    raw = tokenizers.Tokenizer.from_str(told)
-    raw.no_truncation()
-    raw.no_padding()
+    raw = text_only(tokenizers.Tokenizer.from_str(told))
 
     def encode(texts: list[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
         decoded = [text.decode("utf-8") for text in texts]

@@ -31,7 +31,8 @@ class Data:
         path: a file or folder of text or JSON lines, or ``"stdlib"``, the Python standard library's own source.
         text_field: the key of a JSON line that holds its text.
         tokenizer: a ``tokenizer.json``; empty for bytes.
-        separator: the text that goes before every document.
+        separator: the text that goes before every document. Here the name of a special token means that token; in the
+            documents it is text. The tokens with which the tokenizer opens a document follow the separator.
         held_out: one document in this many is held out, whole, chosen by a hash of its name; see
             :func:`dualform.train.corpus.split` for documents that are too few or too different in size.
         length: tokens of a training window.
