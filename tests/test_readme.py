@@ -1,17 +1,24 @@
-"""What the documents promise is run: their Python, their commands, and the README's table of what works."""
+"""What the documents promise is run: their Python, files and commands, and the README's table of what works."""
 
 import functools
 import importlib
 import inspect
+import io
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import pytest
+import typer
 
 import dualform
+from dualform.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,24 +27,60 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 REFERENCE = "".join(path.read_text() for path in sorted((ROOT / "docs" / "api").glob("*.md")))
 
 
-def only_python(text: str) -> str:
-    """The python blocks of a document, every other line blank: line numbers in a traceback are the document's."""
-    inside, lines = False, []
-    for line in text.splitlines():
-        if line.startswith("```"):
-            inside = line.strip() == "```python"
-            line = ""
-        lines.append(line if inside else "")
-    return "\n".join(lines)
+class Block(NamedTuple):
+    """A fenced block of a document: its language, its title, where it begins, and its lines."""
+
+    language: str
+    title: str
+    line: int
+    text: str
+
+
+def blocks_of(text: str) -> list[Block]:
+    fence = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
+    return [Block(m[1], m[2] or "", text.count("\n", 0, m.start(3)), m[3]) for m in fence.finditer(text)]
+
+
+def commands_of(block: Block) -> list[list[str]]:
+    """The words of the commands of this package in a block of the shell, without their comments."""
+    if block.language != "sh":
+        return []
+    lines = [shlex.split(line, comments=True) for line in block.text.splitlines()]
+    found = [line[next((i for i, word in enumerate(line) if word.endswith("dualform")), len(line)) :] for line in lines]
+    return [words[1 : words.index("|") if "|" in words else None] for words in found if words]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_the_python_of_a_document_runs(path, tmp_path, monkeypatch):
-    code = only_python(path.read_text())
+def test_what_a_document_shows_runs(path, tmp_path, monkeypatch, capsys):
+    """Its Python as one program; files with a title are written, and commands under "terminal" run, where they stand.
+
+    A line that fails has the number in the traceback that it has in the document.
+    """
+    blocks, names = blocks_of(path.read_text()), {"__name__": path.stem}
     if path.name == "README.md":
-        assert code.strip()
+        assert any(block.language == "python" for block in blocks)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(path), "exec"), {"__name__": path.stem})
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    for block in blocks:
+        if block.language == "python":
+            exec(compile("\n" * block.line + block.text, str(path), "exec"), names)
+        elif block.title == "terminal":
+            for words in commands_of(block):
+                monkeypatch.setattr(sys, "argv", ["dualform", *words])
+                with pytest.raises(SystemExit) as end:
+                    cli.main()
+                assert not end.value.code, (words, capsys.readouterr().err)
+        elif block.title:
+            Path(block.title).write_text(block.text)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_a_document_have_their_options(path):
+    group = typer.main.get_command(cli.app)
+    for words in (words for block in blocks_of(path.read_text()) for words in commands_of(block)):
+        name, command, rest = group.resolve_command(group.make_context("dualform", [], resilient_parsing=True), words)
+        command.make_context(name, rest)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -72,6 +115,12 @@ def find(path: str) -> object:
             rest.append(name)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_a_page_ends_where_the_next_begins(path):
+    *_, last = path.read_text().strip().split("\n\n")
+    assert re.search(r"\]\([\w./-]+\.md", last), last
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
@@ -79,8 +128,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def shell_commands() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks_of(README) if block.language == "sh" for line in block.text.splitlines()]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="continuous integration runs in bash")

@@ -290,7 +290,8 @@ class _Run:
         if about["skipped"]:
             report.say(f"{recipe.data.path}: passed over {about['skipped']} files that are not text")
         if about.get("cut"):
-            report.say(f"held out is the end of {about['cut']}: whole documents would be too much or too little")
+            why = ": whole documents would be too much or too little" if train["documents"] > 1 else ""
+            report.say(f"held out is the end of {about['cut']}{why}")
         processes = self.accelerator.num_processes
         report.say(
             f"{name}: {self.model.parameter_count():,} parameters, on {self.device.type}"
