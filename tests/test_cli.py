@@ -187,6 +187,40 @@ def test_until(endings, want, size):
     assert out + until.flush() == want and until.found == (want != text)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    "before, text, want",
+    [
+        ("xab", "cxx", ""),  # an ending that began earlier
+        ("xab", "xabc", "x"),
+        ("xab", "ab", "ab"),
+        ("xabc", "cabcx", "c"),  # one that was complete earlier
+        ("", "xabcx", "x"),
+        ("ab", "", ""),
+    ],
+)
+def test_until_goes_on_where_text_before_it_ended(before, text, want, size):
+    until, out = Until(["abc"], before), ""
+    for i in range(0, len(text), size):
+        out += until.push(text[i : i + size])
+    assert out + until.flush() == want and until.found == ("abc" in before[-2:] + text)
+
+
+def test_a_stop_text_is_found_across_runs(dualform, folder, tmp_path):
+    """Wherever the first run ends inside of it; what that run has shown stays, and nothing more comes."""
+    free = dualform("generate", folder, "x", "-n", "60")[1]
+    stop = free[20:24]
+    cut = free.index(stop)
+    for at in range(17, 31, 3):
+        state = str(tmp_path / f"{at}.state")
+        first = dualform("generate", folder, "x", "-n", str(at), "--stop", stop, "--state", state)[1]
+        if first != free[:cut]:
+            rest = dualform("generate", folder, "-n", "60", "--stop", stop, "--state", state)[1]
+            assert first + rest == free[: max(cut, len(first))]
+    unbroken = dualform("generate", folder, "x", "-n", "60", "--stop", stop, "--state", str(tmp_path / "a"))[1]
+    assert unbroken == free[:cut] and dualform("generate", folder, "-n", "9", "--state", str(tmp_path / "a"))[1]
+
+
 def test_printable_leaves_text_and_disarms_escapes():
     assert printable("a\tb\nc é 😀") == "a\tb\nc é 😀"
     assert printable("\x1b[2J\r\x9b\x7f") == "\ufffd[2J\ufffd\ufffd\ufffd"

@@ -68,12 +68,13 @@ def generate(
     lm, tokenizer = load_model(model, device)
     session = Session.load(state, lm) if state is not None and resume else None
     decoder = tokenizer.stream()
+    before = ""
     if session is not None and not text and int(session.generated):
-        for token in session.history[0, -min(WINDOW, int(session.generated)) :].tolist():
-            decoder.push(token)  # a character that the last run left unfinished is finished here
+        last = session.history[0, -min(WINDOW, int(session.generated)) :].tolist()
+        before = "".join(map(decoder.push, last))  # what the last run left unfinished, a character or a stop, ends here
     tokens = [*(tokenizer.begin if session is None else ()), *tokenizer.encode(text)]
     generation = engine(lm, tokens, max_tokens, sampling=sampling, seed=seed, state=session)
-    count, rate, interrupted = _stream(generation, decoder, stop or [], finish=state is None)
+    count, rate, interrupted = _stream(generation, decoder, Until(stop or [], before), finish=state is None)
     if state is not None:
         generation.state.save(state, lm)
     if sys.stderr.isatty():
@@ -83,11 +84,9 @@ def generate(
         raise typer.Exit(130)
 
 
-def _stream(
-    generation: "Generation", decoder: "TextStream", stops: list[str], *, finish: bool
-) -> tuple[int, float, bool]:
+def _stream(generation: "Generation", decoder: "TextStream", until: Until, *, finish: bool) -> tuple[int, float, bool]:
     """Print text as it becomes certain; the number of tokens, tokens a second, and whether Ctrl-C ended it."""
-    until, times = Until(stops), []
+    times: list[float] = []
     with _interrupt(times) as interrupted:
         for token in generation:
             times.append(time.perf_counter())

@@ -73,27 +73,42 @@ def output() -> TextIO:
 
 
 class Until:
-    """Streamed text up to the first of some endings; the ending and what follows it are held back."""
+    """Streamed text up to the first of some endings; the ending and what follows it are held back.
 
-    def __init__(self, endings: Sequence[str]):
-        self.endings, self.held, self.found = [e for e in endings if e], "", False
+    Args:
+        endings: texts; an empty one never ends anything.
+        before: text that was given out earlier, with which an ending may begin. An ending that is complete in it has
+            had its effect, and does not count again.
+    """
+
+    def __init__(self, endings: Sequence[str], before: str = ""):
+        self.endings, self.found = [e for e in endings if e], False
+        done = max((before.rfind(e) + len(e) for e in self.endings if e in before), default=0)
+        self._held = self._beginning(before[done:])
+        self._out = len(self._held)  # characters of what is held that were given out earlier
 
     def push(self, text: str) -> str:
         """The part of the text so far that is certain not to begin an ending."""
         if self.found:
             return ""
-        self.held += text
-        starts = [i for i in (self.held.find(e) for e in self.endings) if i >= 0]
-        if starts:
-            self.found = True
-            out, self.held = self.held[: min(starts)], ""
-            return out
-        keep = max((n for e in self.endings for n in range(1, len(e)) if self.held.endswith(e[:n])), default=0)
-        cut = len(self.held) - keep
-        out, self.held = self.held[:cut], self.held[cut:]
-        return out
+        self._held += text
+        starts = [i for i in (self._held.find(e) for e in self.endings) if i >= 0]
+        if not starts:
+            return self._give(len(self._held) - len(self._beginning(self._held)))
+        self.found, given = True, self._give(min(starts))
+        self._held = ""
+        return given
 
     def flush(self) -> str:
         """What was held back and did not become an ending."""
-        out, self.held = self.held, ""
-        return out
+        return self._give(len(self._held))
+
+    def _beginning(self, text: str) -> str:
+        """The longest end of a text with which an ending begins, without being complete."""
+        size = max((n for e in self.endings for n in range(1, len(e)) if text.endswith(e[:n])), default=0)
+        return text[len(text) - size :]
+
+    def _give(self, size: int) -> str:
+        given, self._held = self._held[self._out : size], self._held[size:]
+        self._out = max(0, self._out - size)
+        return given
