@@ -3,15 +3,18 @@
     checkpoints/step-00000200/model/            loadable with dualform.load
                               optimizer.safetensors
                               run.json
+                              manifest.json     sizes and digests, which resuming compares
 
-A checkpoint is written beside its place and renamed when it is complete, so every folder called ``step-...`` can be
-resumed from, whatever happened. Randomness needs no file: it follows from the seed and the step.
+A checkpoint is written beside its place and renamed when it is complete, so every folder called ``step-`` and eight
+digits (more for more steps) can be resumed from, whatever happened. Randomness needs no file: it follows from the seed
+and the step.
 """
 
 import json
 import os
-import shutil
-from dataclasses import asdict, dataclass
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualform.core.errors import CheckpointError
+from dualform.core.errors import CheckpointError, ConfigError
+from dualform.core.json_file import entry, read_table
 from dualform.models.lm import LanguageModel
-from dualform.models.saving.files import replacing
+from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, creating
+from dualform.models.saving.incoming import incoming, remove_stale
+from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.model import read_config, read_tensors
+from dualform.models.saving.verify import check_files
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.recipe import Recipe
 
 FORMAT = 1
-MOMENTS_FILE, POSITION_FILE = "optimizer.safetensors", "run.json"
+MODEL_FOLDER, MOMENTS_FILE, POSITION_FILE = "model", "optimizer.safetensors", "run.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-_FULL = "free some space; earlier checkpoints still load"
+_STEP = r"step-(\d{8,})"
+_FILES = {MOMENTS_FILE, POSITION_FILE, MANIFEST_FILE, MODEL_FOLDER}
+_MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, MANIFEST_FILE}
 # What a resumed run may change: how long, how often, where and how fast, but not what it sees.
 _FREE = ("out", "steps", "minutes", "eval_every", "save_every", "log_every", "keep", "precision", "device")
 _FREE_TABLES = ("optim.", "data.accumulate")
@@ -63,39 +72,61 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-...``, then drop all but the newest ``recipe.keep``.
 
+    A checkpoint to which somebody added a file, or that is a link, is never dropped.
+
     Raises:
         CheckpointError: when it cannot be written, as on a full disk; earlier checkpoints still load.
     """
-    place = folder / f"step-{position.step:08d}"
+    place = folder / _name(position.step)
     if place.exists():
         return place
-    incoming = folder / f".{place.name}.incoming"
+    remove_stale(place, names=_STEP)
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
     about = {"format": FORMAT, "recipe": recipe.to_dict(), "position": asdict(position)}
-    try:
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
-        model.save(incoming / "model", tokenizer)
-        with replacing(incoming) as new:
-            save_file(tensors, new / MOMENTS_FILE)
-            (new / POSITION_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        os.replace(incoming, place)
-    except OSError as error:
-        raise CheckpointError(f"{place}: cannot save: {error.strerror}", hint=_FULL) from error
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
+    with creating(place) as new:
+        model.save(new / MODEL_FOLDER, tokenizer)
+        save_file(tensors, new / MOMENTS_FILE)
+        (new / POSITION_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for old in checkpoints(folder)[: -recipe.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _drop(old)
     return place
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """The complete checkpoints in a folder by their number, oldest first; what has another name is none."""
+    numbered = ((re.fullmatch(_STEP, path.name), path) for path in folder.glob("step-*"))
+    found = sorted((int(match[1]), path) for match, path in numbered if match and path.is_dir())
+    return [path for step, path in found if path.name == _name(step)]
+
+
+def read_position(place: Path) -> tuple[Position, Recipe]:
+    """Where a run stood at a checkpoint, and its recipe.
+
+    Raises:
+        CheckpointError: names the file, and the key that is missing or wrong.
+    """
+    path, hint = place / POSITION_FILE, _remedy(place)
+    about = read_table(path, hint=hint)
+    if (version := entry(about, "format", int, path)) != FORMAT:
+        raise CheckpointError(f"{path}: format {version}, expected {FORMAT}", hint="resume with its own version")
+    given = entry(about, "position", dict, path)
+    values = {f.name: entry(given, f.name, f.type, f"{path}, position") for f in fields(Position)}
+    for name in ("step", "elapsed", "loss_count"):
+        if not 0 <= values[name] < 2**53:
+            raise CheckpointError(f"{path}: position.{name} is {values[name]}, expected 0 or more", hint=hint)
+    position = Position(**values)
+    if (match := re.fullmatch(_STEP, place.name)) and int(match[1]) != position.step:
+        raise CheckpointError(f"{path}: of step {position.step}, expected {place.name}", hint=hint)
+    try:
+        return position, Recipe.from_dict(
+            entry(about, "recipe", dict, path)
+        )  # keys that an older version lacked: defaults
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def restore_checkpoint(
@@ -109,42 +140,70 @@ def restore_checkpoint(
     Raises:
         CheckpointError: for a damaged checkpoint, or one of another model or other data; names the field.
     """
-    try:
-        about = json.loads((place / POSITION_FILE).read_text(encoding="utf-8"))
-        moments = load_file(place / MOMENTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        hint = f"remove {place}, and the run resumes from an earlier checkpoint"
-        raise CheckpointError(f"{place}: cannot be read: {error}", hint=hint) from error
-    if about["format"] != FORMAT:
-        raise CheckpointError(
-            f"{place}: format {about['format']}, expected {FORMAT}", hint="resume with its own version"
-        )
-    if differing := _differences(read_config(place / "model").to_dict(), model.config.to_dict()):
+    for folder in (place, place / MODEL_FOLDER):
+        check_files(folder, digests=True, hint=_remedy(place))
+    position, trained = read_position(place)
+    moments = _read_moments(place)
+    if differing := _differences(read_config(place / MODEL_FOLDER).to_dict(), model.config.to_dict()):
         raise CheckpointError(f"{place} is of another model: {_told(differing)[0]}", hint="start a new run")
-    trained = Recipe.from_dict(about["recipe"])  # of a version without some keys: those have their defaults
     differing = _differences(trained.to_dict(), recipe.to_dict())
     differing = {name: pair for name, pair in differing.items() if not name.startswith("model")}
     if fixed := {
         name: pair for name, pair in differing.items() if name not in _FREE and not name.startswith(_FREE_TABLES)
     }:
-        hint = f'start a new run; with model = "{place / "model"}" it goes on from these weights'
+        hint = f'start a new run; with model = "{place / MODEL_FOLDER}" it goes on from these weights'
         raise CheckpointError(f"{place}: a resumed run cannot change {_told(fixed)[0]}", hint=hint)
-    model.load_state_dict(read_tensors(place / "model", model), strict=False)
-    _restore_moments(place, moments, model, optimizer)
-    return Position(**about["position"]), _told(differing)
+    state = _moments_by_index(place, moments, model, optimizer)
+    model.load_state_dict(read_tensors(place / MODEL_FOLDER, model), strict=False)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return position, _told(differing)
 
 
-def _restore_moments(
+def _read_moments(place: Path) -> dict[str, Tensor]:
+    path = place / MOMENTS_FILE
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}", hint=_remedy(place)) from error
+
+
+def _moments_by_index(
     place: Path, moments: dict[str, Tensor], model: LanguageModel, optimizer: torch.optim.Optimizer
-) -> None:
+) -> dict[int, dict[str, Tensor]]:
+    """The moments of every parameter that is trained, by its place in the optimiser."""
+    path, hint = place / MOMENTS_FILE, _remedy(place)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         name = names[id(parameter)]
         state[index] = {key: moments[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in moments}
-        if len(state[index]) != len(MOMENTS) or state[index]["exp_avg"].shape != parameter.shape:
-            raise CheckpointError(f"{place}: the optimiser's moments of {name} are missing or of another shape")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        shapes = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+        if {key: tuple(value.shape) for key, value in state[index].items()} != shapes:
+            raise CheckpointError(f"{path}: the moments of {name} are missing or of another shape", hint=hint)
+        if any(value.dtype != torch.float32 for value in state[index].values()):
+            raise CheckpointError(f"{path}: the moments of {name} are not all float32", hint=hint)
+        if not 0 <= (steps := state[index]["step"].item()) < 2**53:
+            raise CheckpointError(f"{path}: {name} has had {steps} steps, expected 0 or more", hint=hint)
+    if strange := moments.keys() - {f"{name}.{key}" for name in names.values() for key in MOMENTS}:
+        raise CheckpointError(f"{path}: holds {min(strange)!r}, of no parameter of the model", hint=hint)
+    return state
+
+
+def _remedy(place: Path) -> str:
+    return f"remove {place}, and the run resumes from an earlier checkpoint"
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _drop(place: Path) -> None:
+    """Remove a checkpoint at once, if all in it was written by the run."""
+    with suppress(OSError), incoming(place) as gone:
+        model = place / MODEL_FOLDER
+        inside = {*os.listdir(place)} - _FILES, {*os.listdir(model)} - _MODEL_FILES
+        if not any(inside) and not place.is_symlink():
+            os.replace(place, gone)
 
 
 def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:

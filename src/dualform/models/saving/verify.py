@@ -37,7 +37,7 @@ def examine(
         yield path, _wrong(path, entry, digests)
 
 
-def check_files(folder: Folder, *, digests: bool, error: type[DualformError] = CheckpointError) -> None:
+def check_files(folder: Folder, *, digests: bool, error: type[DualformError] = CheckpointError, hint: str = "") -> None:
     """Compare the files of a folder with its manifest; without one there is nothing to compare.
 
     Raises:
@@ -45,8 +45,8 @@ def check_files(folder: Folder, *, digests: bool, error: type[DualformError] = C
     """
     for path, wrong in examine(folder, digests=digests, error=error):
         if wrong:
-            hint = f"copy or save it again; if you changed it yourself, delete the {MANIFEST_FILE} beside it"
-            raise error(f"{path}: {wrong}", hint=hint)
+            usual = f"copy or save it again; if you changed it yourself, delete the {MANIFEST_FILE} beside it"
+            raise error(f"{path}: {wrong}", hint=hint or usual)
 
 
 def _wrong(path: Path, entry: Entry, digests: bool) -> str:
