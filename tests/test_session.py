@@ -12,6 +12,7 @@ from dualform.generation.engine import generate
 from dualform.generation.options import Sampling
 from dualform.generation.session import WINDOW, Session
 from dualform.layers.attention import AttentionConfig
+from dualform.layers.hyena import HyenaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
@@ -151,3 +152,55 @@ def test_what_is_taken_from_a_state_has_memory_of_its_own(model):
         leaf.zero_()
     assert all(torch.equal(a, b) for a, b in zip(leaves(session), leaves(before), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(leaves(take(two, [1])), leaves(before), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: s._replace(position=s.position - 30), "position is -17, expected 0 or more"),
+        (lambda s: s._replace(generated=s.position + 1), r"generated is \[14\] of \[13\] tokens seen"),
+        (lambda s: s._replace(generated=-s.generated), r"generated is \[-3\]"),
+        (lambda s: s._replace(seed=s.seed - 1), "seed is -1"),
+        (lambda s: s._replace(history=s.history + 200), "history holds tokens from 199 to .*vocabulary is 0 to 255"),
+        (lambda s: s._replace(history=s.history - 1), "history holds tokens from -2"),
+        (lambda s: s._replace(history=s.history.roll(1)), "history holds 13 tokens, after"),
+        (lambda s: s._replace(position=s.position + 9), r"history holds 13 tokens, after \[22\] were seen"),
+        (lambda s: with_length(s, 10**9), r"1.0.k holds \[1000000000\] tokens, and \[13\] were seen"),
+        (lambda s: with_slots(s, 12), "1.0.k holds 13 tokens, and has 12 slots"),
+    ],
+)
+def test_numbers_that_contradict_one_another_are_refused(model, tmp_path, change, said):
+    generation = generate(model, PROMPT, 3)
+    assert len(list(generation)) == 3
+    change(generation.state).save(tmp_path / "a.state", model)
+    with pytest.raises(CheckpointError, match=said) as error:
+        Session.load(tmp_path / "a.state", model)
+    assert "a.state" in str(error.value)
+
+
+def with_length(session, length):
+    (mamba,), (attention,), (last,) = session.state
+    return session._replace(state=((mamba,), (attention._replace(length=attention.length * 0 + length),), (last,)))
+
+
+def with_slots(session, slots):
+    (mamba,), (attention,), (last,) = session.state
+    attention = attention._replace(k=attention.k[:, :slots], v=attention.v[:, :slots])
+    return session._replace(state=((mamba,), (attention,), (last,)))
+
+
+def test_caches_of_every_kind_are_loaded_at_every_length(tmp_path):
+    """A window that turns, a cache that doubles, a history that reaches its limit."""
+    torch.manual_seed(0)
+    parts = {
+        "W": (AttentionConfig(heads=2, window=5),),
+        "A": (AttentionConfig(heads=2),),
+        "H": (HyenaConfig(l_max=9, d_embed=3, d_filter=4),),
+    }
+    model = LanguageModel(ModelConfig(256, 4, parts, "WAH")).eval()
+    session = Session.start(model)
+    for count in (0, 1, 3, 4, 2, 20):
+        session = generate(model, [7], count, state=session).state
+        session.save(tmp_path / "s", model)
+        again = Session.load(tmp_path / "s", model)
+        assert all(torch.equal(a, b) for a, b in zip(leaves(session), leaves(again), strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dualform.core.errors import CheckpointError
 from dualform.core.recurrence import State
-from dualform.core.tree import clone, nbytes, state_class, tree_map
+from dualform.core.tree import clone, named_leaves, nbytes, state_class, tree_map
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.state import fingerprint, load_meta, load_state, save_state
 
@@ -85,7 +85,8 @@ class Session(NamedTuple):
         """Read a session that :meth:`save` wrote, onto the device of its model; it goes on bit for bit.
 
         Raises:
-            CheckpointError: for a file that is missing, damaged, no session, or made by another model.
+            CheckpointError: for a file that is missing, damaged, no session, or made by another model; for numbers that
+                contradict one another, such as a cache that says it holds more tokens than were seen.
         """
         made_by = load_meta(path).get(_MODEL)
         if made_by is None:
@@ -95,4 +96,45 @@ class Session(NamedTuple):
                 f"{path}: saved with model {made_by[:12]}, and this is model {here[:12]}",
                 hint="a state goes on only with the weights and the dtype that made it",
             )
-        return load_state(path, cls.start(model))
+        session: Session = load_state(path, cls.start(model))
+        if wrong := _contradiction(session, model):
+            raise CheckpointError(f"{path}: {wrong}", hint="the file is damaged; save the session again")
+        return session
+
+
+def _contradiction(session: Session, model: LanguageModel) -> str:
+    """The first number of a session that cannot be, given the others; empty where all can."""
+    vocab, history, seen = model.config.vocab_size, session.history, session.position
+    if bool((seen < 0).any()):
+        return f"position is {int(seen.min())}, expected 0 or more"
+    if bool(((session.generated < 0) | (session.generated > seen)).any()):
+        return f"generated is {session.generated.tolist()} of {seen.tolist()} tokens seen"
+    if bool((session.seed < 0).any()):
+        return f"seed is {int(session.seed.min())}, expected 0 or more"
+    if bool(((history < -1) | (history >= vocab)).any()):
+        low, high = int(history.min()), int(history.max())
+        return f"history holds tokens from {low} to {high}; the vocabulary is 0 to {vocab - 1}"
+    empty = torch.arange(WINDOW, device=seen.device) < WINDOW - seen[:, None]
+    if not torch.equal(empty, history < 0):
+        return f"history holds {int((history >= 0).sum())} tokens, after {seen.tolist()} were seen"
+    return _overfull(session, model)
+
+
+def _overfull(session: Session, model: LanguageModel) -> str:
+    """What a cache says that it holds, against what was seen and what it has room for."""
+    found = dict(named_leaves(session.state))
+    caches = [
+        (name, found[f"{folder}{dot}length"])
+        for name in found
+        for folder, dot, last in [name.rpartition(".")]
+        if last != "length" and f"{folder}{dot}length" in found
+    ]
+    most = max((found[name].shape[1] for name, _ in caches), default=0)
+    grown = dict(named_leaves(model.init_state(1, max_len=most + 1)))  # a cache that can have more room has it here
+    for name, length in caches:
+        if not torch.equal(length, session.position):
+            return f"{name} holds {length.tolist()} tokens, and {session.position.tolist()} were seen"
+        capacity, room = found[name].shape[1], grown[name].shape[1]
+        if capacity > room or (capacity < room and bool((length > capacity).any())):
+            return f"{name} holds {int(length.max())} tokens, and has {capacity} slots"
+    return ""
