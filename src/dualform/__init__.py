@@ -66,6 +66,6 @@ _HOME = {
     "preset": "models.presets",
     "save": "models.saving.model",
 }
-_PACKAGES = ("check", "core", "gaussian", "inspect", "layers", "models", "ops", "train")
+_PACKAGES = ("check", "compat", "core", "gaussian", "inspect", "layers", "models", "ops", "train")
 
 __getattr__, __dir__ = lazy(__name__, _HOME, _PACKAGES)

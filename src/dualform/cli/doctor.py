@@ -28,6 +28,7 @@ def _versions() -> "Table":
     from importlib.metadata import PackageNotFoundError, version
 
     from dualform import __version__
+    from dualform.compat import status
 
     table = _table("Versions", "package", "version")
     table.add_row("dualform", __version__)
@@ -37,6 +38,14 @@ def _versions() -> "Table":
             table.add_row(package, version(package))
         except PackageNotFoundError:
             table.add_row(package, "[dim]not installed[/dim]")
+    for imitated in status():
+        if imitated.active:
+            text = f"{imitated.version}, by dualform.compat in this process"
+        elif imitated.real:
+            text = f"{imitated.version}; dualform.compat is not active"
+        else:
+            text = "[dim]not installed; dualform.compat is not active: python -m dualform.compat script.py[/dim]"
+        table.add_row(imitated.distribution, text)
     return table
 
 

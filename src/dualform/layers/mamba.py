@@ -180,9 +180,9 @@ class Mamba(Mixer):
         return self.dt_proj(low), B, C
 
 
-def initial_step(size: int, smallest: float, largest: float) -> Tensor:
-    """A bias whose softplus is log-uniform between two steps (and at least 1e-4)."""
-    dt = torch.empty(size).uniform_(math.log(smallest), math.log(largest)).exp().clamp(min=1e-4)
+def initial_step(size: int, smallest: float, largest: float, floor: float = 1e-4) -> Tensor:
+    """A bias whose softplus is log-uniform between two steps, and at least ``floor``."""
+    dt = torch.empty(size).uniform_(math.log(smallest), math.log(largest)).exp().clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))
 
 
