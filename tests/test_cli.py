@@ -27,6 +27,7 @@ from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.tokenizer import ByteTokenizer
 from dualform.ops.op import OPS, Backend, backend
+from dualform.train.recipe import Recipe
 
 COMMANDS = ["demo", "train", "generate", "info", "check", "doctor"]
 
@@ -110,6 +111,19 @@ def test_help_never_loads_torch():
 def test_what_examples_run_as_a_module_does_something():
     modules = re.findall(r"-m (dualform[\w.]*)", "".join(sys.modules[c.__module__].EPILOG for c in commands()))
     assert modules and all(find_spec(f"{module}.__main__") for module in modules)
+
+
+@pytest.mark.parametrize("module", ["dualform", "dualform.cli.main"])  # torchrun is given either
+def test_a_module_runs_the_command(module):
+    run = subprocess.run([sys.executable, "-m", module, "train", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and "--resume" in run.stdout, run.stderr
+
+
+def test_the_printed_recipe_is_the_built_in_one(dualform, tmp_path):
+    code, out, err = dualform("train", "--print-recipe")
+    assert (code, err) == (0, "") and "# the peak learning rate" in out
+    (tmp_path / "mine.toml").write_text(out)
+    assert Recipe.load(tmp_path / "mine.toml") == Recipe.load() == Recipe(minutes=2)
 
 
 def commands():

@@ -138,4 +138,4 @@ def test_a_recipe_that_is_none_is_refused(tmp_path):
     assert "not a recipe" in refused(source=tmp_path / "bad.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     assert "not a recipe" in refused(source=tmp_path / "binary.toml")
-    assert "no recipe" in refused(source=tmp_path)  # a folder without a run
+    assert f"{tmp_path}: holds no training run" in refused(source=tmp_path)

@@ -65,3 +65,7 @@ def main() -> None:
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
         typer.echo(message, err=True)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

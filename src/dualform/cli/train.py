@@ -1,6 +1,7 @@
 """``dualform train``: run a recipe."""
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ EPILOG = """[bold]Examples[/bold]
   dualform train my.toml --set optim.lr=3e-3       a recipe, one key changed
   dualform train runs/notes --resume               go on where a run stopped
   torchrun --nproc-per-node 2 -m dualform train my.toml
+  dualform train --print-recipe > my.toml          every key, with what it means
 
 A run folder holds model/, checkpoints/, metrics.jsonl, loss.png, tensorboard/."""
 
@@ -30,8 +32,15 @@ def train(
         Path | None, typer.Option(help="The run's folder; short for --set out=FOLDER.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in that folder.")] = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the built-in recipe with its comments, a start for yours.")
+    ] = False,
 ) -> None:
     """Train a language model from a recipe. Ctrl-C saves, and --resume continues exactly."""
+    if print_recipe:
+        source = resources.files("dualform") / "train" / "recipes" / "stdlib.toml"  # no import: it loads torch
+        typer.echo(source.read_text(encoding="utf-8"), nl=False)
+        return
     from dualform.train.loop import train as run
     from dualform.train.recipe import RECIPE_FILE, STDLIB, Recipe
 

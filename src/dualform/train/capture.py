@@ -34,6 +34,7 @@ def capture(
             block.compile()
         with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             graphed = torch.cuda.make_graphed_callables(objective, (sample,), allow_unused_input=True)
+        _expect_gradients_from_graphs()
         return cast("Callable[[Tensor], Tensor]", graphed), True
     except Exception as error:
         torch.cuda.synchronize()
@@ -47,6 +48,16 @@ def capture(
         for block in model.blocks:
             block._compiled_call_impl = None
         return objective, False
+
+
+def _expect_gradients_from_graphs() -> None:
+    """Do without PyTorch's warning that gradients are accumulated on the stream of the capture.
+
+    The captured outputs keep the nodes that accumulate, made on that stream; a replay waits for it, so the gradients
+    are right.
+    """
+    if warn := getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None):
+        warn(False)
 
 
 def as_written(captured: bool) -> AbstractContextManager[None]:

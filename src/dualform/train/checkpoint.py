@@ -41,7 +41,8 @@ _STEP = r"step-(\d{8,})"
 _FILES = {MOMENTS_FILE, POSITION_FILE, MANIFEST_FILE, MODEL_FOLDER}
 _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, MANIFEST_FILE}
 # What a resumed run may change: how long, how often, where and how fast, but not what it sees.
-_FREE = ("out", "steps", "minutes", "eval_every", "save_every", "log_every", "keep", "precision", "device")
+_FREE = ("out", "steps", "minutes", "eval_every", "save_every", "log_every", "keep")
+_FREE += ("precision", "recompute", "graphs", "device")
 _FREE_TABLES = ("optim.", "data.accumulate")
 
 

@@ -205,6 +205,11 @@ def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if path.is_dir():
         path = path / RECIPE_FILE
+        if not path.exists():
+            raise ConfigError(
+                f"{source}: holds no training run: there is no {RECIPE_FILE}",
+                hint=f"a TOML file starts one there: dualform train my.toml --out {source}",
+            )
     elif not path.exists() and (RECIPES / f"{source}.toml").is_file():
         path = RECIPES / f"{source}.toml"
     try:
