@@ -31,7 +31,13 @@ QUIET = Console(quiet=True)
 
 # Every process runs this. The first run is broken off by a signal that only one process receives.
 SCRIPT = """
-import os, signal, sys
+import atexit, os, signal, sys
+import torch.distributed as dist
+
+@atexit.register
+def said_last():
+    os.write(1, f"left {not dist.is_initialized()}\\n".encode())
+
 from rich.console import Console
 from dualform.train.data import Dataset
 from dualform.train.loop import train
@@ -123,11 +129,13 @@ def test_two_processes_compute_what_one_does(recipe, tmp_path, monkeypatch):
     train(recipe, resume=True, console=QUIET)
 
     two.mkdir()
-    (two / RECIPE_FILE).write_text(json.dumps(recipe.to_dict() | {"out": str(two / "run")}))
+    best = "cpu" if torch.accelerator.is_available() else "auto"  # one accelerator is not for two
+    (two / RECIPE_FILE).write_text(json.dumps(recipe.to_dict() | {"out": str(two / "run"), "device": best}))
     (tmp_path / "script.py").write_text(SCRIPT)
     code, shown = torchrun(tmp_path / "script.py", two, shared)
     assert code == 0, shown
-    assert sorted(re.findall(r"stopped (\d)", shown)) == ["0", "1"]
+    assert "destroy_process_group" not in shown
+    assert sorted(re.findall(r"stopped (\d)", shown)) == ["0", "1"] and shown.count("left True") == 2
     assert "stopped after step 4" in shown and shown.count("held-out: ") == 2 and "2 processes" in shown
     for folder in (two / "run", shared):
         found, want = losses(folder), losses(one)
@@ -146,3 +154,17 @@ def test_a_batch_that_cannot_be_shared_is_refused(recipe, monkeypatch):
     Three.distributed_type = setup.DistributedType.FSDP
     with pytest.raises(ConfigError, match="FSDP"):
         setup.build_accelerator(replace(recipe, steps=1))
+
+
+def test_where_one_process_fails_no_other_goes_on():
+    class Two:
+        device = torch.device("cpu")
+
+        def reduce(self, failures, how):
+            return failures + 1  # the other one has failed
+
+    with pytest.raises(SystemExit) as ended, setup.all_or_none(Two()):
+        pass
+    assert ended.value.code == 2
+    with pytest.raises(ValueError, match="mine"), setup.all_or_none(Two()):
+        raise ValueError("mine")

@@ -194,11 +194,14 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(recipe):
     assert Recipe.load(out) == longer
 
 
-def test_sigterm_ends_a_run_as_schedulers_expect(recipe, monkeypatch):
-    interrupting(monkeypatch, 2, signal.SIGTERM)
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_other_signals_end_a_run_as_schedulers_expect(recipe, monkeypatch, name, code):
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} here")
+    interrupting(monkeypatch, 2, getattr(signal, name))
     with pytest.raises(SystemExit) as ended:
         train(recipe, console=QUIET)
-    assert ended.value.code == 143
+    assert ended.value.code == code
     assert checkpoint.checkpoints(Path(recipe.out) / "checkpoints")[-1].name == "step-00000003"
 
 
@@ -219,6 +222,23 @@ def test_the_second_signal_acts_as_usual(listening):
     with Interrupts() as interrupts:
         assert interrupts.signal == 0
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals to hang up")
+def test_a_closed_terminal_may_say_so_again():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Interrupts() as interrupts:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
+                signal.raise_signal(number)
+            assert interrupts.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupts.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
@@ -359,7 +379,7 @@ def test_a_short_text_leaves_no_run(recipe):
 def test_a_loss_that_is_no_number_ends_the_run(recipe, monkeypatch):
     real = LanguageModel.loss
     monkeypatch.setattr(LanguageModel, "loss", lambda self, *args: real(self, *args) * math.nan)
-    with pytest.raises(DualformError, match="the loss is nan at step 4"):
+    with pytest.raises(DualformError, match="the loss is nan at step 3"):
         train(recipe, console=QUIET)
 
 

@@ -58,7 +58,10 @@ def demo(
 def _claim(out: Path) -> None:
     """Empty the folder of an earlier demo, or make it; refuse one that holds something else."""
     if out.is_dir() and (out / _MARK).exists():
-        shutil.rmtree(out)
+        from dualform.train.claim import holding
+
+        with holding(out):
+            shutil.rmtree(out)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(
             f"{out}: not empty, and not made by a demo", hint="give another folder: dualform demo --out FOLDER"

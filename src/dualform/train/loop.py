@@ -5,6 +5,7 @@ import math
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import cast
@@ -20,26 +21,20 @@ from dualform.models.saving.files import replacing_file
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.capture import as_written, capture
 from dualform.train.checkpoint import Position, checkpoints, restore_checkpoint, save_checkpoint
+from dualform.train.claim import CHECKPOINTS, DATA, MODEL, SUMMARY_FILE, claimed
 from dualform.train.data import Dataset, open_dataset
 from dualform.train.evaluate import bits_per_byte
+from dualform.train.finite import magnitude, not_finite
 from dualform.train.interrupt import Interrupts
 from dualform.train.optim import build_optimizer, schedule, set_learning_rate
 from dualform.train.packed import Packed, Portion
 from dualform.train.recipe import Recipe
 from dualform.train.report import Report, amount, duration
-from dualform.train.setup import (
-    CHECKPOINTS,
-    DATA,
-    MODEL,
-    SUMMARY_FILE,
-    build_accelerator,
-    build_model,
-    claim_folder,
-    uses_bfloat16,
-    write_recipe,
-)
+from dualform.train.setup import all_or_none, build_accelerator, build_model, uses_bfloat16, write_recipe
 
 _GLANCE = 2**15  # held-out tokens of an evaluation on the way
+_PROBE = 2**9  # held-out tokens that weights must read without overflow before they are saved
+_SIGPIPE = 13  # Windows has no name for it
 _TIMES = 10  # evaluations and checkpoints of a run where the recipe does not say
 
 
@@ -49,9 +44,10 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     The run's folder then holds ``model/`` (for :func:`dualform.load`), ``checkpoints/``, ``metrics.jsonl``,
     ``summary.json``, ``loss.png``, ``tensorboard/``, the recipe and the tokens.
 
-    A resumed run computes what an unbroken one would have. SIGINT and SIGTERM end a run between two steps, after a
-    checkpoint. Under ``torchrun`` or ``accelerate launch`` every process calls this function; together they compute
-    what one process would.
+    A resumed run computes what an unbroken one would have. SIGINT, SIGTERM and SIGHUP end a run between two steps,
+    after a checkpoint; so does a console whose reader is gone. Weights and moments are saved only where all of them are
+    finite. One process holds the folder until the run ends. Under ``torchrun`` or ``accelerate launch`` every process
+    calls this function; together they compute what one process would.
 
     Args:
         recipe: what to train, on what, and for how long.
@@ -64,21 +60,24 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     Raises:
         ConfigError: for a recipe that cannot be trained.
         DataError: for data that cannot be trained on.
-        CheckpointError: for a folder that has a run already or, resuming, none; or that cannot be written.
-        DualformError: when the loss is no longer a number.
+        CheckpointError: for a folder that another process holds, that has a run already or, resuming, none; or that
+            cannot be written.
+        DualformError: when the loss, the weights or the optimiser's moments are no longer finite; names the
+            checkpoint from which the run can be resumed.
         KeyboardInterrupt: after SIGINT.
-        SystemExit: after SIGTERM.
+        SystemExit: after SIGTERM or SIGHUP, or where the console's reader is gone.
     """
     accelerator = build_accelerator(recipe)
     model, tokenizer = build_model(recipe)
-    if accelerator.is_main_process:
-        claim_folder(recipe, tokenizer, resume)
-    else:
-        console = Console(quiet=True)
-    accelerator.wait_for_everyone()
-    dataset = open_dataset(recipe.data, tokenizer, Path(recipe.out) / DATA)
-    run = _Run(recipe, accelerator, model, tokenizer, dataset)
-    return run.go(console or Console())
+    with ExitStack() as stack:
+        with all_or_none(accelerator):
+            if accelerator.is_main_process:
+                stack.enter_context(claimed(recipe, tokenizer, resume))
+            else:
+                console = Console(quiet=True)
+        dataset = open_dataset(recipe.data, tokenizer, Path(recipe.out) / DATA)
+        run = _Run(recipe, accelerator, model, tokenizer, dataset)
+        return run.go(console or Console())
 
 
 class Objective(nn.Module):
@@ -113,10 +112,8 @@ class _Run:
         self.packed = None
         if recipe.data.packed:
             self.packed = Packed(dataset.train, dataset.train_starts, recipe.data.length, recipe.seed)
-        self.objective, self.captured = accelerator.prepare(Objective(self.model)), False
-        if recipe.graphs and not self.packed and self.device.type == "cuda" and accelerator.num_processes == 1:
-            sample = next(iter(dataset.windows(recipe.data, recipe.seed, 0))).to(self.device)
-            self.objective, self.captured = capture(self.objective, self.model, sample, self.bfloat16)
+        self.wrapped: nn.Module = accelerator.prepare(Objective(self.model))
+        self.objective, self.captured = cast("Callable[..., Tensor]", self.wrapped), False
         self.step, self.elapsed, self.counted = at.step, at.elapsed, at.loss_count
         self.losses = torch.tensor(at.loss_sum, device=self.device)
         self.loss: float | None = None  # the mean of the last line in metrics.jsonl
@@ -128,30 +125,46 @@ class _Run:
         with ExitStack() as stack:
             if self.accelerator.is_main_process:
                 self.report = stack.enter_context(self._open_report(console))
+                self._introduce(self.report)
+            self._prepare_device()
             with Interrupts() as interrupts:
                 self.started = time.monotonic() - self.elapsed
                 self.mark = self.step, time.monotonic()
                 stopped_by = self._loop(interrupts)
                 place = self._save()
-            if self.report:
-                self.model.save(self.out / MODEL, self.tokenizer)
-                if stopped_by:
-                    self._say_how_to_resume(self.report, place)
-                else:
-                    self._conclude(self.report)
+                if self.report:
+                    self.model.save(self.out / MODEL, self.tokenizer)
+            if self.report and not stopped_by:
+                self._conclude(self.report)
+            elif self.report:
+                self._say_how_to_resume(self.report, place)
         self.accelerator.wait_for_everyone()
-        if stopped_by == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        if stopped_by:
+        if self.report and self.report.outlet.error and not self.report.outlet.hung_up:
+            raise self.report.outlet.error
+        if stopped_by == signal.SIGINT:
             raise KeyboardInterrupt
+        if stopped_by:
+            raise SystemExit(128 + stopped_by)
         return self.out
+
+    def _prepare_device(self) -> None:
+        """What a GPU needs before the first step: minutes on a new machine, in which nothing else would be said."""
+        if self.device.type != "cuda":
+            return
+        graphs = self.recipe.graphs and not self.packed and self.accelerator.num_processes == 1
+        if self.report:
+            what = "compiling blocks and capturing a step in CUDA graphs" if graphs else "compiling kernels"
+            self.report.say(f"{what}; the first step may take a minute")
+        if graphs:
+            sample = next(iter(self.dataset.windows(self.recipe.data, self.recipe.seed, 0))).to(self.device)
+            self.objective, self.captured = capture(self.wrapped, self.model, sample, self.bfloat16)
 
     def _loop(self, interrupts: Interrupts) -> int:
         """Steps until the end of the run, or until a signal, which it returns."""
         stop, progress = 0, self._progress()
         while progress < 1 and not stop:
             self._train(progress)
-            before, stop = progress, self._agree(interrupts.signal)
+            before, stop = progress, self._agree(interrupts.signal or self._hangup())
             progress = self._progress()
             if self.step % self.recipe.log_every == 0:
                 self._log()
@@ -175,7 +188,7 @@ class _Run:
             portions = [Portion(w) for w in self.dataset.windows(recipe.data, recipe.seed, self.step, rank, ranks)]
         for left, (tokens, cu_seqlens, share) in zip(reversed(range(len(portions))), portions, strict=True):
             given = [tokens.to(self.device, non_blocking=True), *([] if cu_seqlens is None else [cu_seqlens])]
-            with self.accelerator.no_sync(self.objective) if left else nullcontext():
+            with self.accelerator.no_sync(self.wrapped) if left else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                     loss = self.objective(*given) * (share / len(portions))
                 self.accelerator.backward(loss)
@@ -201,6 +214,10 @@ class _Run:
         """Seconds to the end of the run, if it goes on as it did."""
         return self.elapsed / progress * (1 - progress) if 0 < progress < 1 else 0.0
 
+    def _hangup(self) -> int:
+        """SIGPIPE, where nobody can read the report any more."""
+        return _SIGPIPE if self.report and self.report.outlet.error else 0
+
     def _agree(self, received: int) -> int:
         """Read the clock; every process then has the same time, and stops at the same step for the same signal."""
         self.elapsed = time.monotonic() - self.started
@@ -222,11 +239,7 @@ class _Run:
     def _log(self) -> None:
         loss = self.loss = self._mean_over_processes(self.losses / self.counted).item()
         self.losses, self.counted = torch.zeros_like(self.losses), 0
-        if not math.isfinite(loss):
-            raise DualformError(
-                f"the loss is {loss} at step {self.step}",
-                hint="lower optim.lr or raise optim.warmup; a run that is resumed may change both",
-            )
+        self._demand_finite(loss=loss)
         step, at = self.mark
         self.mark = self.step, time.monotonic()
         self.rate = self._tokens(step, self.step) / (self.mark[1] - at)
@@ -247,8 +260,12 @@ class _Run:
         if self.report:
             began = time.monotonic()
             bits = self._bits_per_byte(_GLANCE)
+            if not math.isfinite(bits):
+                self.losses.fill_(math.nan)  # then the next line or checkpoint ends the run, on all processes alike
+                return
             self.report.record("held_out", self.step, self.elapsed, bits_per_byte=bits)
-            said = [f"step {self.step}", f"{progress:.0%}", f"held-out {bits:.3f} bits per byte"]
+            sample = " sample" if self.dataset.about["held_out"]["tokens"] > _GLANCE else ""
+            said = [f"step {self.step}", f"{progress:.0%}", f"held-out{sample} {bits:.3f} bits per byte"]
             if self.loss is not None:
                 said += [f"loss {self.loss:.3f}", f"{self.rate:,.0f} tokens/s"]
             self.report.say("  ".join([*said, f"{duration(self._left(progress))} left"]))
@@ -266,22 +283,44 @@ class _Run:
             )
 
     def _save(self) -> Path | None:
-        """Write a checkpoint; its place, on the main process."""
-        self.losses = self._mean_over_processes(self.losses)
+        """Write a checkpoint of finite numbers; its place, on the main process."""
+        began, norm = time.monotonic(), magnitude(self.model, self.optimizer)
+        bits = self._bits_per_byte(_PROBE)
+        own, checked = self.losses, self.losses + 0 * (norm + bits)  # NaN where one of the three is not finite
+        self.losses = self._mean_over_processes(checked)
+        loss_sum = self.losses.item()
+        if not math.isfinite(loss_sum):
+            self._demand_finite(loss=own.item(), norm_of_the_weights=norm.item(), held_out_loss=bits, mean=loss_sum)
         if not self.report:
             return None
-        began = time.monotonic()
-        at = Position(self.step, self.elapsed, self.losses.item(), self.counted)
+        at = Position(self.step, self.elapsed, loss_sum, self.counted)
         folder = self.out / CHECKPOINTS
         place = save_checkpoint(folder, self.recipe, at, self.model, self.optimizer, self.tokenizer)
         self.mark = self.mark[0], self.mark[1] + time.monotonic() - began
         return place
 
+    def _demand_finite(self, **numbers: float) -> None:
+        if wrong := not_finite(**numbers):
+            saved = checkpoints(self.out / CHECKPOINTS)
+            where = f"goes on from {saved[-1].name}, where all was finite" if saved else "begins again"
+            lower = f"--set optim.lr={self.recipe.optim.lr / 10:g}"
+            raise DualformError(
+                f"{wrong} at step {self.step}",
+                hint=f"dualform train {shlex.quote(str(self.out))} --resume {lower} {where}; or raise optim.warmup",
+            )
+
     def _open_report(self, console: Console) -> Report:
         write_recipe(self.recipe)
-        about, recipe = self.dataset.about, self.recipe
-        name = recipe.model if isinstance(recipe.model, str) else f"model {self.model.config.pattern}"
-        report = Report(self.out, self.step, console, {key: about[key] for key in ("gzip", "xz")}, name)
+        compressors = {key: self.dataset.about[key] for key in ("gzip", "xz")}
+        return Report(self.out, self.step, console, compressors, self._name())
+
+    def _name(self) -> str:
+        given = self.recipe.model
+        return given if isinstance(given, str) else f"model {self.model.config.pattern}"
+
+    def _introduce(self, report: Report) -> None:
+        """What is trained, on what, from where on."""
+        about, recipe, processes = self.dataset.about, self.recipe, self.accelerator.num_processes
         train, held_out = about["train"], about["held_out"]
         report.say(
             f"{recipe.data.path}: {amount(train['bytes'], 'B')} to train on, {amount(held_out['bytes'], 'B')} held out "
@@ -292,9 +331,8 @@ class _Run:
         if about.get("cut"):
             why = ": whole documents would be too much or too little" if train["documents"] > 1 else ""
             report.say(f"held out is the end of {about['cut']}{why}")
-        processes = self.accelerator.num_processes
         report.say(
-            f"{name}: {self.model.parameter_count():,} parameters, on {self.device.type}"
+            f"{self._name()}: {self.model.parameter_count():,} parameters, on {self.device.type}"
             + (f", {processes} processes" if processes > 1 else "")
             + (", bfloat16" if self.bfloat16 else ", float32")
         )
@@ -302,7 +340,6 @@ class _Run:
             report.say(f"resumed after step {self.step}")
         for change in self.changed:
             report.say(f"changed: {change}")
-        return report
 
     def _say_how_to_resume(self, report: Report, place: Path | None) -> None:
         report.say(f"stopped after step {self.step}, {self._progress():.0%} of the run; saved {place}")
@@ -312,6 +349,7 @@ class _Run:
         """The last evaluation, on all held-out text, and the summary."""
         about = self.dataset.about
         bits, tokens = self._bits_per_byte(None), self._tokens(0, self.step)
+        self._demand_finite(held_out_loss=bits)
         report.record("held_out", self.step, self.elapsed, bits_per_byte=bits)
         summary = {
             "bits_per_byte": bits,

@@ -1,12 +1,13 @@
 """The output of a run: a progress bar and lines for people, ``metrics.jsonl`` for programs, TensorBoard, a picture."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -15,6 +16,7 @@ from dualform.core.json_file import parse_json
 from dualform.core.options import fits
 from dualform.models.saving.files import replacing_file
 from dualform.train.events import EventFile
+from dualform.train.outlet import Outlet
 from dualform.train.plot import plot_losses
 
 METRICS_FILE, PICTURE_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "loss.png", "tensorboard"
@@ -24,7 +26,8 @@ _REDRAW = 60.0  # seconds between pictures while the run goes on
 class Report:
     """The record of one run, from ``step`` on; lines in ``metrics.jsonl`` after ``step`` are dropped.
 
-    A context manager: it ends the progress bar, closes the files and draws the last picture.
+    A context manager: it ends the progress bar, closes the files and draws the last picture. While inside, the console
+    writes through ``outlet``, which notes where its reader is gone.
 
     Args:
         out: the run's folder.
@@ -36,9 +39,10 @@ class Report:
 
     def __init__(self, out: Path, step: int, console: Console, baselines: Mapping[str, float | None], title: str = ""):
         self._out, self._console, self._baselines, self._title = out, console, baselines, title
-        self._rows = [row for row in read_metrics(out) if row["step"] <= step]
+        self.outlet, self._file = Outlet(console.file), console.file
+        self._rows = [_finite(row) for row in read_metrics(out) if row["step"] <= step]
         with replacing_file(out / METRICS_FILE) as kept:
-            kept.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
+            kept.write_text("".join(map(_line, self._rows)), encoding="utf-8")
         self._metrics = (out / METRICS_FILE).open("a", encoding="utf-8")
         self._events = EventFile(out / TENSORBOARD_FOLDER, step + 1 if step else 0)
         self._drawn = time.monotonic()
@@ -53,11 +57,13 @@ class Report:
         self._task = self._bar.add_task("training", total=1.0, loss="-", rate="-", left="-")
 
     def __enter__(self) -> "Report":
+        self._console.file = cast("IO[str]", self.outlet)
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
+        self._console.file = self._file
         self._metrics.close()
         self._events.close()
         self._draw()
@@ -72,10 +78,13 @@ class Report:
         self._bar.update(self._task, completed=progress, loss=shown, rate=f"{rate:,.0f}", left=duration(left))
 
     def record(self, kind: str, step: int, elapsed: float, **values: float) -> None:
-        """One line of ``metrics.jsonl``, and a point in each TensorBoard curve ``kind/name``."""
-        row = {"kind": kind, "step": step, "elapsed": round(elapsed, 3), **values}
+        """One line of ``metrics.jsonl``, and a point in each TensorBoard curve ``kind/name``.
+
+        A number that is not finite is ``null`` in the line, as JSON has none.
+        """
+        row = _finite({"kind": kind, "step": step, "elapsed": round(elapsed, 3), **values})
         self._rows.append(row)
-        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.write(_line(row))
         self._metrics.flush()
         self._events.add(step, {f"{kind}/{name}": value for name, value in values.items()})
         if time.monotonic() - self._drawn > _REDRAW:
@@ -110,6 +119,14 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     numbers = (value for key, value in row.items() if key != "kind" and value is not None)
     return row if all(fits(value, float) and abs(value) < 2.0**1023 for value in numbers) else None
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def duration(seconds: float) -> str:

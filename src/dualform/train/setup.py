@@ -1,34 +1,41 @@
-"""What comes before the first step: the device, the model with its tokenizer, the run's folder and its tokens."""
+"""What comes before the first step: the device, the other processes, the model with its tokenizer."""
 
+import atexit
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from dualform.core.errors import CheckpointError, ConfigError
+from dualform.core.errors import ConfigError
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import PRESETS, preset
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.model import load
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
-from dualform.train.checkpoint import checkpoints
-from dualform.train.data import prepare
 from dualform.train.recipe import RECIPE_FILE, Recipe
 
-CHECKPOINTS, DATA, MODEL, SUMMARY_FILE = "checkpoints", "data", "model", "summary.json"
 _LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """The device, and the other processes if ``torchrun`` or ``accelerate launch`` started this one.
 
+    A process group that this starts lasts as long as the process, for more runs, and is destroyed when it exits.
+
     Raises:
         ConfigError: when the batch cannot be shared out, or for a launch that shards the model.
     """
-    accelerator = Accelerator(cpu=recipe.device == "cpu", mixed_precision="no")  # the loop has its own autocast
+    cpu, joined = recipe.device == "cpu" or not torch.accelerator.is_available(), _joined()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # the loop has its own autocast
+    if _joined() and not joined:
+        atexit.register(_leave)
     if accelerator.distributed_type not in _LAUNCHES:
         kind = accelerator.distributed_type.value
         raise ConfigError(f"train cannot run under {kind}", hint="launch plain data parallelism, such as with torchrun")
@@ -40,6 +47,32 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             hint=f"a multiple of {processes * data.accumulate}",
         )
     return accelerator
+
+
+@contextmanager
+def all_or_none(accelerator: Accelerator) -> Iterator[None]:
+    """What one process alone does for all: where it raises, every process ends, and the others say nothing.
+
+    Raises:
+        SystemExit: on the others.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = torch.tensor(float(failure is not None), device=accelerator.device)
+    if cast("torch.Tensor", accelerator.reduce(failed, "sum")).item():
+        raise failure or SystemExit(2)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _leave() -> None:
+    if _joined():
+        dist.destroy_process_group()
 
 
 def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
@@ -75,31 +108,6 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
             hint=f"set data.tokenizer to the model's own, or model.vocab_size={wanted}",
         )
     return model, tokenizer
-
-
-def claim_folder(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> None:
-    """Make the run's folder with its tokens, or make sure that it holds a run to resume.
-
-    Raises:
-        CheckpointError: for a folder with a run that is not to be resumed, without one that is, or that cannot be
-            written.
-        DataError: for data that cannot be trained on.
-    """
-    out = Path(recipe.out)
-    exists = (out / RECIPE_FILE).is_file() or bool(checkpoints(out / CHECKPOINTS))
-    if resume and not exists:
-        raise CheckpointError(f"{out}: no run to resume", hint="check the folder, or start a run without resuming")
-    if exists and not resume:
-        raise CheckpointError(
-            f"{out}: a run is there already", hint=f"resume it, or choose another folder: out={out}-2"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not exists:
-            prepare(recipe.data, tokenizer, out / DATA)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"{out}: cannot be written: {reason}", hint="choose another folder with out=") from error
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -1,0 +1,136 @@
+"""A run's folder, held by one process from before its tokens are made until the run ends.
+
+The lock is one of the operating system, which releases it when the process dies, however it dies. A file beside it
+says which process holds the folder; it is for people, and means nothing once the lock is free.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dualform.core.errors import CheckpointError, DualformError
+from dualform.core.json_file import read_table
+from dualform.models.tokenizer import Tokenizer
+from dualform.train.checkpoint import checkpoints
+from dualform.train.data import prepare
+from dualform.train.recipe import RECIPE_FILE, Recipe
+
+CHECKPOINTS, DATA, MODEL, SUMMARY_FILE = "checkpoints", "data", "model", "summary.json"  # in a run's folder
+_LOCK_FILE, _HOLDER_FILE = ".running.lock", ".running.json"
+_PREPARED = "about.json"  # in the folder of the tokens
+_TRIES, _PAUSE = 20, 0.05  # how often, and after how many seconds, a holder's file is read again
+
+
+@contextmanager
+def claimed(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> Iterator[None]:
+    """Hold the run's folder: a new one with its tokens, or, resuming, one with a run.
+
+    A run that ends before its recipe is in the folder leaves nothing of its own there.
+
+    Raises:
+        CheckpointError: for a folder that another process holds, with a run that is not to be resumed, without one
+            that is, or that cannot be written.
+        DataError: for data that cannot be trained on.
+    """
+    out = Path(recipe.out)
+    if resume and not _holds_a_run(out):
+        raise CheckpointError(f"{out}: no run to resume", hint="check the folder, or start a run without resuming")
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(holding(out))
+            exists = _holds_a_run(out)
+            _check(out, exists, resume)
+            if not exists:
+                stack.callback(_remove_unused, out)
+                prepare(recipe.data, tokenizer, out / DATA)
+        except OSError as error:
+            reason, hint = error.strerror or str(error), "choose another folder with out="
+            raise CheckpointError(f"{out}: cannot be written: {reason}", hint=hint) from error
+        yield
+
+
+@contextmanager
+def holding(out: Path) -> Iterator[None]:
+    """Hold a folder that exists, alone among processes and threads.
+
+    Raises:
+        CheckpointError: when another process holds it; names the process.
+    """
+    lock, holder = FileLock(out / _LOCK_FILE), out / _HOLDER_FILE
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise CheckpointError(
+            f"{out}: {_described(holder)} is training here",
+            hint=f"wait until it ends, or end it; a run of its own needs another folder: out={out}-2",
+        ) from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        holder.write_text(json.dumps(about) + "\n", encoding="utf-8")
+        yield
+    finally:
+        for path in (holder, out / _LOCK_FILE):
+            with suppress(OSError):  # Windows keeps an open file, and another run may use it
+                path.unlink()
+        lock.release()
+
+
+def _described(holder: Path) -> str:
+    """``process 4711 on host, since ...,``, once it has written its file; that of one that died says nothing."""
+    for _ in range(_TRIES):
+        with suppress(DualformError, KeyError):
+            about = read_table(holder)
+            pid, host = about["pid"], about["host"]
+            if host != socket.gethostname() or _lives(pid):
+                return f"process {pid} on {host}, since {about['since']},"
+        time.sleep(_PAUSE)
+    return "another process"
+
+
+def _lives(pid: object) -> bool:
+    if os.name == "nt" or not isinstance(pid, int):
+        return True  # on Windows there is no harmless signal to ask with
+    try:
+        os.kill(pid, 0)
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # one that is not empty stays, and so do those around it
+        for folder in folders:
+            folder.rmdir()
+
+
+def _remove_unused(out: Path) -> None:
+    """The tokens of a run that never was."""
+    if not _holds_a_run(out):
+        for folder in (out / f".{DATA}.incoming", out / DATA):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_a_run(out: Path) -> bool:
+    return (out / RECIPE_FILE).is_file() or bool(checkpoints(out / CHECKPOINTS))
+
+
+def _check(out: Path, exists: bool, resume: bool) -> None:
+    if exists and not resume:
+        raise CheckpointError(
+            f"{out}: a run is there already", hint=f"resume it, or choose another folder: out={out}-2"
+        )
+    if not exists and (out / DATA).exists() and not (out / DATA / _PREPARED).is_file():
+        raise CheckpointError(
+            f"{out / DATA} is there already, and no training run made it", hint="choose another folder with out="
+        )

@@ -1,0 +1,239 @@
+"""A run that loses nothing: finite numbers, one process to a folder, readers that go away, starts that fail."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import dualform
+from dualform.core.errors import CheckpointError, DataError, DualformError
+from dualform.layers.lstm import LSTMConfig
+from dualform.models.config import ModelConfig
+from dualform.models.lm import LanguageModel
+from dualform.train import loop
+from dualform.train.checkpoint import checkpoints
+from dualform.train.claim import holding
+from dualform.train.finite import magnitude
+from dualform.train.loop import train
+from dualform.train.optim import build_optimizer
+from dualform.train.recipe import Data, Optim, Recipe
+from dualform.train.report import Report
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(12):
+        (text / f"{i}.txt").write_text(f"to be or not to be, that is question {i}.\n" * 8)
+    return Recipe(
+        model=ModelConfig(256, 4, {"L": (LSTMConfig(),)}, "L").to_dict(),
+        out=str(tmp_path / "runs" / "one"),
+        steps=12,
+        eval_every=100,
+        save_every=2,
+        log_every=100,
+        device="cpu",
+        data=Data(path=str(text), held_out=4, length=8, batch=2),
+        optim=Optim(lr=0.01, warmup=2),
+    )
+
+
+def strict(path):
+    """The rows of a file of JSON lines, of which NaN is no part."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def numbers(folder):
+    return [t for path in folder.rglob("*.safetensors") for t in load_file(path).values()]
+
+
+def bursting(monkeypatch, at):
+    """A learning rate at one step that no weight survives."""
+    real = loop.schedule
+    monkeypatch.setattr(loop, "schedule", lambda o, step, p: 1e38 if step == at else real(o, step, p))
+
+
+# --- what is saved and reported is finite ---
+
+
+@pytest.mark.parametrize("at", [4, 5])
+def test_a_run_that_bursts_resumes_from_its_last_finite_checkpoint(recipe, monkeypatch, at):
+    """Also where the weights are finite when they are to be saved and their loss is not."""
+    recipe, out = replace(recipe, keep=1), Path(recipe.out)
+    bursting(monkeypatch, at)
+    with pytest.raises(DualformError, match=r"goes on from step-00000004") as error:
+        train(recipe, console=QUIET)
+    assert f"dualform train {out} --resume --set optim.lr=0.001" in str(error.value)
+    assert [place.name for place in checkpoints(out / "checkpoints")] == ["step-00000004"]
+    assert not (out / "model").exists() and not (out / "summary.json").exists()
+    monkeypatch.undo()
+    train(replace(recipe, optim=Optim(lr=0.001, warmup=2)), resume=True, console=QUIET)
+    assert all(t.isfinite().all() for t in numbers(out)) and numbers(out)
+
+
+@pytest.mark.parametrize("options", [{"log_every": 10}, {"steps": 1}, {"steps": 3, "eval_every": 1, "save_every": 9}])
+def test_weights_that_overflow_are_neither_saved_nor_a_success(recipe, options):
+    """With 1e30 every weight is finite; the squares in the next step are not."""
+    recipe = replace(recipe, optim=Optim(lr=1e30, warmup=6, clip=0), **options)
+    with pytest.raises(DualformError, match=r"at step [123]\n.*begins again"):
+        train(recipe, console=QUIET)
+    assert not numbers(Path(recipe.out))
+    strict(Path(recipe.out) / "metrics.jsonl")
+
+
+def test_a_metric_that_is_no_number_is_null(tmp_path):
+    for step in (0, 1):  # the second time the line is read and written again
+        with Report(tmp_path, step, QUIET, {}) as report:
+            report.record("train", step + 1, 0.1, loss=math.nan, bits_per_byte=math.inf, learning_rate=0.5)
+    assert [(row["loss"], row["bits_per_byte"]) for row in strict(tmp_path / "metrics.jsonl")] == [(None, None)] * 2
+    assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("spoiled", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_the_magnitude_tells_of_every_number(spoiled, value):
+    model = LanguageModel(ModelConfig(7, 4, {"L": (LSTMConfig(),)}, "L"))
+    optimizer = build_optimizer(model, Optim())
+    model.loss(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
+    optimizer.step()
+    assert 0 < magnitude(model, optimizer) < 100
+    last = list(model.parameters())[-1]
+    with torch.no_grad():
+        (last if spoiled == "weight" else optimizer.state[last][spoiled]).view(-1)[-1] = value
+    assert not magnitude(model, optimizer).isfinite()
+
+
+# --- one process to a folder ---
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from dualform.train.claim import holding
+with holding(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a kill leaves no trace to test")
+def test_one_process_holds_a_folder_until_it_dies(recipe):
+    out = train(replace(recipe, steps=2), console=QUIET)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        for resume in (True, False):
+            with pytest.raises(CheckpointError, match=rf"one: process {other.pid} on .*, since 20.* is training here"):
+                train(replace(recipe, steps=4), resume=resume, console=QUIET)
+        assert {path: path.read_bytes() for path in before} == before
+        other.kill()
+    assert (out / ".running.lock").exists() and (out / ".running.json").exists()  # what a kill leaves
+    train(replace(recipe, steps=4), resume=True, console=QUIET)
+    assert not list(out.glob(".running*"))
+
+
+def test_a_second_start_in_one_process_is_told_as_well(recipe):
+    out = Path(recipe.out)
+    out.mkdir(parents=True)
+    with holding(out), pytest.raises(CheckpointError, match=f"process {os.getpid()} "):
+        train(recipe, console=QUIET)
+    assert list(out.iterdir()) == []
+    train(recipe, console=QUIET)
+
+
+# --- starts that fail ---
+
+
+def test_a_start_that_fails_leaves_nothing(recipe, tmp_path, monkeypatch):
+    long = replace(recipe, data=replace(recipe.data, length=10**6))
+    with pytest.raises(DataError):
+        train(long, console=QUIET)
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(loop, "build_optimizer", lambda *_: 1 / 0)  # after the tokens are made
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, console=QUIET)
+    assert not (tmp_path / "runs").exists()
+    kept = Path(recipe.out) / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, console=QUIET)
+    assert list(Path(recipe.out).iterdir()) == [kept]
+
+
+def test_a_folder_called_data_that_is_not_of_a_run_is_left_alone(recipe):
+    mine = Path(recipe.out) / "data" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(CheckpointError, match="data is there already, and no training run made it"):
+        train(recipe, console=QUIET)
+    assert mine.read_text() == "mine"
+
+
+# --- readers that go away ---
+
+
+class Pipe(StringIO):
+    """A pipe whose reader leaves after some lines."""
+
+    def __init__(self, lines):
+        super().__init__()
+        self.lines = lines
+
+    def write(self, text):
+        if self.getvalue().count("\n") >= self.lines:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_whose_reader_is_gone_saves_and_ends(recipe, terminal):
+    pipe = Pipe(1)
+    with pytest.raises(SystemExit) as ended:
+        train(recipe, console=Console(file=pipe, width=200, force_terminal=terminal))
+    assert ended.value.code == 141
+    assert checkpoints(Path(recipe.out) / "checkpoints")[-1].name == "step-00000001"
+    resumed = train(recipe, resume=True, console=QUIET)
+    whole = train(replace(recipe, out=recipe.out + "-whole"), console=QUIET)
+    one, two = (dualform.load(folder / "model").state_dict() for folder in (resumed, whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_report_that_cannot_be_written_is_said_after_saving(recipe):
+    class Full(StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe, console=Console(file=Full()))
+    assert checkpoints(Path(recipe.out) / "checkpoints")[-1].name == "step-00000001"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes there break otherwise")
+def test_the_command_ends_quietly_where_its_reader_is_gone(recipe, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict() | {"steps": 10**6, "eval_every": 1}))
+    command = [sys.executable, "-m", "dualform", "train", str(tmp_path / "recipe.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert b"to train on" in run.stdout.readline()
+        run.stdout.close()
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(60)
+        run.kill()
+        assert (run.returncode, run.stderr.read()) == (141, b"")
+    assert checkpoints(Path(recipe.out) / "checkpoints")
