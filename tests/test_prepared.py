@@ -73,8 +73,8 @@ def test_a_flipped_byte_is_named(data, folder, name):
 
 def test_digests_are_compared_once_for_each_time_of_writing(data, folder, monkeypatch):
     calls = []
-    real = prepared.verify
-    monkeypatch.setattr(prepared, "verify", lambda *args: (calls.append(args), real(*args)))
+    real = prepared.check_numbers
+    monkeypatch.setattr(prepared, "check_numbers", lambda *args: (calls.append(args), real(*args)))
     opened(data, folder), opened(data, folder)
     assert not calls  # the digests were made of what was read back
     (folder / "train.ids").touch()
@@ -100,7 +100,7 @@ def test_data_of_older_versions_opens_and_its_numbers_are_looked_at(data, folder
 def test_tokens_outside_of_the_vocabulary_are_refused(folder):
     about = prepared.read_about(folder)
     with pytest.raises(DataError, match=r"train.ids: token 119; the vocabulary is 0 to 99"):
-        prepared.verify(folder, about, 100)
+        prepared.check_numbers(folder, about, 100)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dualform.cli.info import info
 from dualform.cli.inspect import inspect
 from dualform.cli.text import encodable
 from dualform.cli.train import train
+from dualform.cli.verify import verify
 from dualform.core.errors import DualformError
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def _options(
     pass
 
 
-for command in (demo, train, generate, info, inspect, check, doctor):
+for command in (demo, train, generate, info, inspect, verify, check, doctor):
     app.command(epilog=sys.modules[command.__module__].EPILOG)(command)
 
 

@@ -127,7 +127,7 @@ def _overfull(session: Session, model: LanguageModel) -> str:
         (name, found[f"{folder}{dot}length"])
         for name in found
         for folder, dot, last in [name.rpartition(".")]
-        if last != "length" and f"{folder}{dot}length" in found
+        if last != "length" and f"{folder}{dot}length" in found and found[name].dim() > 1
     ]
     most = max((found[name].shape[1] for name, _ in caches), default=0)
     grown = dict(named_leaves(model.init_state(1, max_len=most + 1)))  # a cache that can have more room has it here

@@ -144,7 +144,7 @@ def restore_checkpoint(
     for folder in (place, place / MODEL_FOLDER):
         check_files(folder, digests=True, hint=_remedy(place))
     position, trained = read_position(place)
-    moments = _read_moments(place)
+    moments = read_moments(place)
     if differing := _differences(read_config(place / MODEL_FOLDER).to_dict(), model.config.to_dict()):
         raise CheckpointError(f"{place} is of another model: {_told(differing)[0]}", hint="start a new run")
     differing = _differences(trained.to_dict(), recipe.to_dict())
@@ -160,7 +160,12 @@ def restore_checkpoint(
     return position, _told(differing)
 
 
-def _read_moments(place: Path) -> dict[str, Tensor]:
+def read_moments(place: Path) -> dict[str, Tensor]:
+    """The optimiser's moments at a checkpoint, by parameter and kind.
+
+    Raises:
+        CheckpointError: for a file that is missing or no safetensors file.
+    """
     path = place / MOMENTS_FILE
     try:
         return load_file(path)

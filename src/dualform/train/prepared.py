@@ -89,8 +89,8 @@ def open_arrays(folder: Path, about: dict[str, Any], *, starts: bool = True) -> 
     return found
 
 
-def verify(folder: Path, about: dict[str, Any], vocab: int | None = None) -> None:
-    """Read the whole folder: digests against its manifest, if it has one, and numbers against what they index.
+def check_numbers(folder: Path, about: dict[str, Any], vocab: int | None = None) -> None:
+    """Read the arrays, and compare sizes, places, token ids and bytes of text with what they index or sum to.
 
     Args:
         folder: written by :func:`dualform.train.data.prepare`.
@@ -100,7 +100,6 @@ def verify(folder: Path, about: dict[str, Any], vocab: int | None = None) -> Non
     Raises:
         DataError: names the first file that is damaged.
     """
-    check_files(folder, digests=True, error=DataError)
     arrays = open_arrays(folder, about, starts=all((folder / f"{part}.starts").exists() for part in PARTS))
     for part in PARTS:
         ids = arrays[f"{part}.ids"]
@@ -113,7 +112,9 @@ def verify(folder: Path, about: dict[str, Any], vocab: int | None = None) -> Non
 
 
 def verify_once(folder: Path, about: dict[str, Any], vocab: int) -> None:
-    """:func:`verify`, unless that was done and no file has been touched since.
+    """Compare digests with the manifest, if there is one, then :func:`check_numbers`.
+
+    That is done once, and again after any file was written to.
 
     Raises:
         DataError: names the first file that is damaged.
@@ -122,7 +123,8 @@ def verify_once(folder: Path, about: dict[str, Any], vocab: int) -> None:
     with suppress(OSError, ValueError):
         if (folder / _VERIFIED_FILE).read_text(encoding="utf-8") == seen:
             return
-    verify(folder, about, vocab)
+    check_files(folder, digests=True, error=DataError)
+    check_numbers(folder, about, vocab)
     remember(folder, vocab, seen)
 
 

@@ -6,6 +6,8 @@ names share are stored under the first.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
@@ -157,6 +159,25 @@ def read_tensors(folder: Folder, model: nn.Module, *, verify: bool = False) -> d
         CheckpointError: for a file that is missing, truncated or damaged, or a tensor too many, too few or of another
             shape.
     """
+    with _weights(folder, model) as (file, names):
+        check_files(folder, digests=verify)
+        return {name: file.get_tensor(name).clone() for name in names}  # owned: the file may change
+
+
+def check_tensors(folder: Folder) -> None:
+    """Compare the names, shapes and dtypes of the weights of a folder with its config; their values are not read.
+
+    Raises:
+        CheckpointError: as :func:`read_tensors`.
+        ConfigError: for a config with an unknown or missing key; names it.
+    """
+    with _weights(folder, shape(folder)):
+        pass
+
+
+@contextmanager
+def _weights(folder: Folder, model: nn.Module) -> Iterator[tuple[Any, list[str]]]:
+    """The open file of weights, once it is known to hold the tensors of ``model``, and their names."""
     path = current(folder, WEIGHTS_FILE)
     if not path.exists():
         raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}", hint=f"{CONFIG_FILE} is there; copy the weights too")
@@ -166,8 +187,7 @@ def read_tensors(folder: Folder, model: nn.Module, *, verify: bool = False) -> d
             _check_names(path, expected, set(file.keys()))
             for name, tensor in expected.items():
                 _check_tensor(path, name, tensor, file.get_slice(name))
-            check_files(folder, digests=verify)
-            return {name: file.get_tensor(name).clone() for name in expected}  # owned: the file may change
+            yield file, list(expected)
     except (OSError, SafetensorError) as error:
         hint = "the file is truncated or no safetensors file; copy or save it again"
         raise CheckpointError(f"{path}: cannot be read: {error}", hint=hint) from error

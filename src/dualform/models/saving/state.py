@@ -55,7 +55,7 @@ def load_state(path: StatePath, like: State) -> State:
         CheckpointError: for a file that is missing, damaged or no state, one of another structure, or a ``length``
             below 0; names the leaf.
     """
-    found, _ = _read(path)
+    found, _, _ = _read(path)
     expected = _real_leaves(like)
     missing, extra = [n for n in expected if n not in found], sorted(found.keys() - expected.keys())
     sides = [(missing, "lacks"), (extra, "has an unexpected")]
@@ -81,6 +81,15 @@ def load_meta(path: StatePath) -> dict[str, str]:
     return _read(path, tensors=False)[1]
 
 
+def verify_state(path: StatePath) -> bool:
+    """Compare a saved state with its digest; whether it has one, as those of the first version had none.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or no state.
+    """
+    return _read(path)[2]
+
+
 def fingerprint(model: LanguageModel) -> str:
     """64 hexadecimal digits that tell models apart: SHA-256 over the config and the weights, wherever they live.
 
@@ -96,7 +105,8 @@ def fingerprint(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
-def _read(path: StatePath, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: StatePath, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str], bool]:
+    """The leaves, the words beside them, and whether there is a digest, which was compared if the leaves were read."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file", hint="give a file written by save_state")
     try:
@@ -112,7 +122,7 @@ def _read(path: StatePath, *, tensors: bool = True) -> tuple[dict[str, Tensor], 
         hint = "copy it again, or save the state again"
         raise CheckpointError(f"{path}: damaged: its digest is {want}, and {given} was saved", hint=hint)
     del meta[_MARK]
-    return found, meta
+    return found, meta, given is not None
 
 
 def _real_leaves(state: State) -> dict[str, Tensor]:
