@@ -10,9 +10,10 @@ from dualform.core.errors import DataError
 from dualform.models.tokenizer import ByteTokenizer
 from dualform.train import prepared
 from dualform.train.data import open_dataset, prepare
+from dualform.train.loop import train
 from dualform.train.mapped import Mapped
 from dualform.train.packed import Packed
-from dualform.train.recipe import Data
+from dualform.train.recipe import Data, Recipe
 
 NAMES = ["about.json", "held_out.ids", "held_out.nbytes", "held_out.starts", "train.ids", "train.starts"]
 
@@ -167,4 +168,12 @@ def test_prepared_data_is_replaced_and_nothing_else_is_removed(data, folder):
     (folder / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match=r"holds 'thesis.txt', not of a run\n.*another folder"):
         prepare(data, ByteTokenizer(), folder)
+    assert (folder / "thesis.txt").read_text() == "mine" and (folder / "train.ids").exists()
+
+
+def test_a_run_that_cannot_begin_leaves_the_files_of_others(data, folder):
+    (folder / "thesis.txt").write_text("mine")
+    recipe = Recipe(out=str(folder.parent), steps=1, data=data)
+    with pytest.raises(DataError, match=r"holds 'thesis.txt'"):
+        train(recipe)
     assert (folder / "thesis.txt").read_text() == "mine" and (folder / "train.ids").exists()

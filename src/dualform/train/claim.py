@@ -6,7 +6,6 @@ says which process holds the folder; it is for people, and means nothing once th
 
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -15,16 +14,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dualform.core.errors import CheckpointError, DualformError
+from dualform.core.errors import CheckpointError, DataError, DualformError
 from dualform.core.json_file import read_table
+from dualform.models.saving.incoming import lives
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.checkpoint import checkpoints
 from dualform.train.data import prepare
+from dualform.train.prepared import ABOUT_FILE, clear
 from dualform.train.recipe import RECIPE_FILE, Recipe
 
 CHECKPOINTS, DATA, MODEL, SUMMARY_FILE = "checkpoints", "data", "model", "summary.json"  # in a run's folder
 _LOCK_FILE, _HOLDER_FILE = ".running.lock", ".running.json"
-_PREPARED = "about.json"  # in the folder of the tokens
 _TRIES, _PAUSE = 20, 0.05  # how often, and after how many seconds, a holder's file is read again
 
 
@@ -92,20 +92,10 @@ def _described(holder: Path) -> str:
         with suppress(DualformError, KeyError):
             about = read_table(holder)
             pid, host = about["pid"], about["host"]
-            if host != socket.gethostname() or _lives(pid):
+            if host != socket.gethostname() or lives(pid):
                 return f"process {pid} on {host}, since {about['since']},"
         time.sleep(_PAUSE)
     return "another process"
-
-
-def _lives(pid: object) -> bool:
-    if os.name == "nt" or not isinstance(pid, int):
-        return True  # on Windows there is no harmless signal to ask with
-    try:
-        os.kill(pid, 0)
-    except (OSError, OverflowError) as error:
-        return isinstance(error, PermissionError)
-    return True
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -115,10 +105,10 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _remove_unused(out: Path) -> None:
-    """The tokens of a run that never was."""
+    """The tokens of a run that never was, and nothing else."""
     if not _holds_a_run(out):
-        for folder in (out / f".{DATA}.incoming", out / DATA):
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(DataError, OSError):
+            clear(out / DATA)
 
 
 def _holds_a_run(out: Path) -> bool:
@@ -130,7 +120,7 @@ def _check(out: Path, exists: bool, resume: bool) -> None:
         raise CheckpointError(
             f"{out}: a run is there already", hint=f"resume it, or choose another folder: out={out}-2"
         )
-    if not exists and (out / DATA).exists() and not (out / DATA / _PREPARED).is_file():
+    if not exists and (out / DATA).exists() and not (out / DATA / ABOUT_FILE).is_file():
         raise CheckpointError(
             f"{out / DATA} is there already, and no training run made it", hint="choose another folder with out="
         )

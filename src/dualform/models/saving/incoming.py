@@ -51,6 +51,17 @@ def remove_stale(place: Path, names: str = "") -> None:
                     _remove(Path(found.path))  # without an owner: of a version that had one name for all
 
 
+def lives(process: object) -> bool:
+    """Whether there is a process of this number on this machine; True where that cannot be asked."""
+    if os.name == "nt" or not isinstance(process, int):
+        return True  # on Windows there is no harmless signal to ask with
+    try:
+        os.kill(process, 0)
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # of another user
+    return True
+
+
 def _in_use(found: "os.DirEntry[str]", machine: str, process: int) -> bool:
     if found.name in _writing:
         return True
@@ -60,19 +71,7 @@ def _in_use(found: "os.DirEntry[str]", machine: str, process: int) -> bool:
         return False  # gone
     if not recent or machine != _machine():
         return recent
-    return process != os.getpid() and _lives(process)
-
-
-def _lives(process: int) -> bool:
-    if os.name == "nt":
-        return True  # there os.kill ends the process that it asks for
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # of another user
-    return True
+    return process != os.getpid() and lives(process)
 
 
 def _machine() -> str:
