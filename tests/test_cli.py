@@ -2,6 +2,8 @@
 
 import inspect
 import io
+import json
+import math
 import os
 import re
 import signal
@@ -353,6 +355,41 @@ def test_check_does_not_pass_where_nothing_ran(dualform, monkeypatch):
     monkeypatch.setattr(OPS["fft_conv"], "backends", [absent, *OPS["fft_conv"].backends])
     code, out, _ = dualform("check", "fft_conv", "--length", "9")
     assert code == 0 and "all 12 checks passed, 6 not run" in out
+
+
+def strict(text):
+    """A JSON document, in which NaN and Infinity are faults."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_what_is_found_is_there_as_json(dualform, folder, model, tmp_path, monkeypatch):
+    code, out, err = dualform("info", folder, "--json")
+    found = strict(out)
+    assert code == 0 and err == "" and found["parameters"] == model.parameter_count() and found["run"] is None
+    assert ModelConfig.from_dict(found["config"]) == model.config and found["kind"] == "LanguageModel"
+    assert found["weights"]["bytes"] == Path(found["weights"]["path"]).stat().st_size
+    assert strict(dualform("info", "byte-transformer", "--json")[1])["state"]["bytes_per_token"] > 0
+    versions = strict(dualform("doctor", "--json")[1])
+    assert versions["versions"]["torch"] == torch.__version__ and versions["backend"] is None
+    assert {row["op"] for row in versions["ops"]} == set(OPS) and "cpu" in versions["devices"]
+    asked = ("check", "fft_conv", "--length", "9", "--json")
+    found = strict(dualform(*asked)[1])
+    assert found["ok"] and found["length"] == 9 and all(check["error"] <= 1e-4 for check in found["checks"])
+    broken = Backend("broken", lambda *a: [torch.full_like(a[0].u, math.nan)], lambda *a: 1 / 0)
+    monkeypatch.setattr(OPS["fft_conv"], "backends", [broken, *OPS["fft_conv"].backends])
+    code, out, _ = dualform(*asked)
+    assert code == 1 and not strict(out)["ok"] and any(check["error"] is None for check in strict(out)["checks"])
+
+
+def test_names_mean_nothing_to_a_terminal(dualform, tmp_path):
+    """Neither to the markup of Rich: letters of a pattern and names of folders may be any."""
+    parts = {letter: (Mamba2Config(d_state=8, d_head=4),) for letter in "[/b]"}
+    name = tmp_path / "[red]\x1b[/x]"
+    LanguageModel(ModelConfig(256, 4, parts, "[/b]")).save(name)
+    code, out, _ = dualform("info", str(name))
+    assert code == 0 and "[/b] (4 blocks)" in out and "\x1b" not in out and "[red]\ufffd[/x]" in out
+    code, _, err = dualform("info", str(name) + "\x1b")
+    assert code == 2 and "\x1b" not in err
 
 
 def test_info_of_a_preset(dualform):

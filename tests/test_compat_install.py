@@ -186,12 +186,12 @@ def test_installing_loads_nothing_heavy():
 
 
 def test_doctor_tells_whether_it_is_active(monkeypatch, capsys):
-    from dualform.cli.doctor import _versions
+    from dualform.cli.doctor import doctor
+
+    monkeypatch.setenv("COLUMNS", "200")
 
     def rows() -> str:
-        from rich.console import Console
-
-        Console(width=200).print(_versions())
+        doctor()
         return capsys.readouterr().out
 
     assert "not installed; dualform.compat is not active: python -m dualform.compat script.py" in rows()

@@ -3,21 +3,32 @@
 import io
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import traceback
+from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import tokenizers
 import torch
+from rich.console import Console
 
+from damage import damaged
 from dualform.cli import main as cli
 from dualform.core.allocation import exceeded
 from dualform.generation.session import Session
 from dualform.layers.lstm import LSTMConfig
+from dualform.layers.mlp import MLPConfig
+from dualform.layers.registry import MIXERS
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.tokenizer import SubwordTokenizer
-from dualform.train.report import read_metrics
+from dualform.train.recipe import Recipe
+from dualform.train.report import Report, read_metrics
+from dualform.train.setup import build_accelerator, build_model
 
 SUMMARY = {"bits_per_byte": 2.1, "gzip": 3.0, "xz": None, "steps": 5, "tokens": 160}
 
@@ -183,3 +194,162 @@ def test_a_session_begins_as_training_did_and_a_prompt_in_it_does_not(dualform, 
         assert dualform("generate", str(folder), prompt, "-n", "0", "--state", str(state))[0] == 0
         history = Session.load(state, model).history[0].tolist()
         assert history[-len(said) :] == said and history.count(0) == 1 and history.count(1) == 0
+
+
+# --- at random ---
+
+
+WORDS = ["", "x", "-1", "0", "1", "3", "1e400", "nan", "-inf", str(10**12), str(2**62), str(10**30), "\udcff", "a\0b"]
+WORDS += ["--help", "--", "-", "é" * 300, "lstm", "s4d", "hippo:legs", "hippo:", "byte-lstm", "fft_conv", "cpu", "meta"]
+WORDS += ["float32", "int8", "stdlib", "a.b=c", "optim.lr=x", "data.path=", "steps=[", "model.d_model=0", "x" * 5000]
+OPTIONS = {
+    "generate": "--state -n --max-tokens -t --top-k --top-p --min-p --repetition-penalty --seed --stop --device",
+    "info": "--json",
+    "inspect": "--out --d-model --seed",
+    "check": "--device --dtype --length --json",
+    "doctor": "--json",
+    "train": "--set --out --resume",
+    "demo": "--minutes --out --seed",
+    "verify": "--json",
+}
+
+
+@contextmanager
+def time_limit(seconds):
+    """Ends what does not end."""
+
+    def late(*_):
+        raise TimeoutError(f"still at work after {seconds} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def judged(dualform, args):
+    """``"right"`` or ``"refused"``; fails for anything else, and shows the command."""
+    try:
+        with time_limit(60):
+            code, out, err = dualform(*args)
+    except BaseException as error:
+        error.add_note(f"dualform {args!r}")
+        raise
+    assert "Traceback" not in out + err, (args, err)
+    if code == 2:
+        usage = "Usage: " in out + err or "─ Error ─" in err
+        assert usage or (err.startswith("error: ") and err.count("error: ") == 1 and len(err) < 9000), (args, err)
+        return "refused"
+    assert code in (0, 1) and (code == 0 or args[0] == "check"), (args, code, err)
+    return "right"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """``train`` ends where the first step would begin."""
+
+    def begin(recipe, **_):
+        build_accelerator(recipe)
+        build_model(recipe)
+
+    monkeypatch.setattr("dualform.train.loop.train", begin)
+    monkeypatch.setattr("dualform.cli.demo._claim", lambda out: None)
+    monkeypatch.setattr("dualform.cli.demo._show", lambda *_: None)
+
+
+@pytest.fixture
+def layers(tmp_path):
+    """A model of every mixer, and a feed-forward."""
+    small = {"mamba2": {"d_head": 4}, "attention": {"heads": 2, "window": 3}, "hyena": {"order": 3}}
+    parts = {chr(65 + i): (kind(**small.get(name, {})),) for i, (name, kind) in enumerate(MIXERS.items())}
+    parts["A"] += (MLPConfig(),)
+    LanguageModel(ModelConfig(256, 8, parts, "".join(parts))).save(tmp_path / "layers")
+    return tmp_path / "layers"
+
+
+@pytest.fixture
+def tries(dualform, run, words, layers, tmp_path, monkeypatch, no_training):
+    """Functions of a source of randomness, one for each kind of file and for command lines; each makes one try."""
+    monkeypatch.chdir(tmp_path)
+    config, summary = run / "model" / "config.json", run / "summary.json"
+    tokenizer, recipe = words[0] / "tokenizer.json", tmp_path / "recipe.json"
+    recipe.write_text(
+        json.dumps(Recipe(steps=1, model=ModelConfig(256, 4, {"L": (LSTMConfig(),)}, "L"), device="cpu").to_dict())
+    )
+    every = layers / "config.json"
+    whole = {path: path.read_text() for path in (every, config, summary, tokenizer, recipe)}
+
+    def of_file(path, *commands):
+        def one(rng):
+            path.write_bytes(damaged(whole[path], rng))
+            answer = judged(dualform, list(rng.choice(commands)))
+            path.write_text(whole[path])
+            return answer
+
+        return one
+
+    def of_metrics(rng):
+        rows = [{"kind": k, "step": i, "elapsed": 0.1, "bits_per_byte": 2.0} for i in range(3) for k in ("train", "x")]
+        lines = [damaged(json.dumps(row), rng) if rng.random() < 0.5 else json.dumps(row).encode() for row in rows]
+        (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
+        rows = read_metrics(run)
+        if rng.random() < 0.2:  # a picture takes long
+            with Report(run, 2, Console(quiet=True), {"gzip": 2.0}) as report:
+                report.record("train", 3, 0.1, bits_per_byte=1.0)
+            assert read_metrics(run) == [*(row for row in rows if row["step"] <= 2), read_metrics(run)[-1]]
+        return "right"
+
+    def of_words(rng):
+        command = rng.choice(list(OPTIONS))
+        args = [command]
+        if command in ("generate", "info") and rng.random() < 0.7:
+            args += [str(run), "x", "-n", "2"][: 4 if command == "generate" else 1]
+        if command == "check":
+            args += ["fft_conv", "--length", "5"]
+        for _ in range(rng.randrange(4)):
+            args += [rng.choice(OPTIONS[command].split())] if rng.random() < 0.7 else []
+            args += [rng.choice(WORDS)] if rng.random() < 0.8 else []
+        if command == "generate":
+            args += ["-n", "2"]  # whatever stands before
+        return judged(dualform, args)
+
+    return {
+        "config.json": of_file(config, ["info", str(run)], ["generate", str(run), "x", "-n", "2"]),
+        "config.json of all layers": of_file(every, ["info", str(layers)], ["generate", str(layers), "x", "-n", "1"]),
+        "summary.json": of_file(summary, ["info", str(run)]),
+        "tokenizer.json": of_file(tokenizer, ["generate", str(words[0]), "a b c", "-n", "2"]),
+        "recipe": of_file(recipe, ["train", str(recipe)]),
+        "metrics.jsonl": of_metrics,
+        "command lines": of_words,
+    }
+
+
+KINDS = [
+    "config.json",
+    "config.json of all layers",
+    "summary.json",
+    "tokenizer.json",
+    "recipe",
+    "metrics.jsonl",
+    "command lines",
+]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a limit of time by a signal")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_at_random_is_refused_or_right(tries, kind, capsys):
+    """``DUALFORM_TRIES`` makes as many of each kind, from the seed ``DUALFORM_SEED`` on."""
+    count, first = int(os.environ.get("DUALFORM_TRIES", "25")), int(os.environ.get("DUALFORM_SEED", "0"))
+    counts, faults = Counter(), []
+    for seed in range(first, first + count):
+        try:
+            counts[tries[kind](random.Random(seed))] += 1
+        except (Exception, BaseExceptionGroup) as error:
+            faults.append(f"seed {seed}: {''.join(traceback.format_exception(error, limit=-4))}")
+    with capsys.disabled():
+        if count > 25:
+            print(f"\n{kind}: {dict(counts)}, {len(faults)} others")
+    assert not faults, "\n".join(faults[:20])

@@ -1,11 +1,13 @@
 """``dualform check``: the contract, proved on this machine, device, dtype and length."""
 
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dualform.check.defaults import DEVICE, DTYPE, LENGTH
+from dualform.cli.text import print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,7 +21,8 @@ EPILOG = """[bold]Examples[/bold]
   dualform check                               everything, on the CPU
   dualform check mamba2 --device cuda          one kind of mixer, on the GPU
   dualform check ssd --dtype bfloat16          one operator: backends, reference
-  dualform check mamba --length 5000           a length of your own"""
+  dualform check mamba --length 5000           a length of your own
+  dualform check ssd --json | jq .ok           for programs"""
 
 _TITLES = {
     "laws": "Laws: the greatest relative difference between two forms of one recurrence",
@@ -36,6 +39,9 @@ def check(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = DEVICE,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = DTYPE,
     length: Annotated[int, typer.Option(help="Length of the sequences.")] = LENGTH,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document: what was asked for, ok, and every check.")
+    ] = False,
 ) -> None:
     """Check that all forms of every layer are one function, here: on this device, dtype and length.
 
@@ -47,6 +53,11 @@ def check(
     from dualform.check.run import holds, plan
 
     checks = plan(names or None, device=device, dtype=dtype, length=length)
+    if as_json:
+        found = _run(checks)
+        asked = {"device": device, "dtype": dtype, "length": length}
+        print_json({**asked, "ok": holds(found), "checks": [asdict(result) for result in found]})
+        raise typer.Exit(0 if holds(found) else 1)
     console = Console(highlight=False, soft_wrap=True)
     results: list[Result] = []
     for kind, title in _TITLES.items():  # each table as soon as it is there

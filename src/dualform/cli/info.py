@@ -4,17 +4,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dualform.cli.text import print_json, printable
 from dualform.core.json_file import entry, read_table
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
 
     from dualform.models.backbone import Backbone
 
 EPILOG = """[bold]Examples[/bold]
   dualform info mamba2-130m     a preset: no weights needed
-  dualform info runs/demo       a trained model"""
+  dualform info runs/demo       a trained model
+  dualform info runs/demo --json | jq .parameters"""
 
+_SUMMARY = {"tokens": int, "steps": int, "bits_per_byte": float}  # what is shown of a run, and its types
+_COMPRESSORS = ("gzip", "xz")
 _NEAR, _FAR = 2**14, 2**15  # context lengths between which the growth of a state is measured
 
 
@@ -22,19 +26,23 @@ def info(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A preset, or the folder of a saved model or a training run.")
     ],
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON document: kind, config, parameters, state, weights, run."),
+    ] = False,
 ) -> None:
     """Show a model's parameters, layers, and how large its state is per sequence."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from dualform.models.presets import PRESETS
 
-    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=model, title_justify="left", title_style="bold")
-    rows = _trained(model) if model not in PRESETS or _exists(model) else _preset(model)
-    for name, value in rows:
-        table.add_row(name, value)
-    Console().print(table)
+    trained = model not in PRESETS or _exists(model)
+    built = _trained(model) if trained else _preset(model)
+    weights, run = _weights(model) if trained else None, _history(model) if trained else None
+    if as_json:
+        about = {"model": model, "kind": type(built).__name__, "config": built.config.to_dict()}
+        about |= {"inputs": built.inputs, "parameters": built.parameter_count()}
+        print_json({**about, "state": _state(built), "weights": weights, "run": run})
+        return
+    _print_table(model, [*_shape(built), ("weights", _told(weights)), *(_run_rows(run) if run else [])])
 
 
 def _exists(model: str) -> bool:
@@ -43,45 +51,55 @@ def _exists(model: str) -> bool:
     return Path(model).is_dir()
 
 
-def _preset(name: str) -> list[tuple[str, str]]:
+def _preset(name: str) -> "Backbone":
     import torch
 
     from dualform.models.lm import LanguageModel
     from dualform.models.presets import preset
 
     with torch.device("meta"):
-        model = LanguageModel(preset(name))
-    return [*_shape(model), ("weights", "none: a preset is a shape")]
+        return LanguageModel(preset(name))
 
 
-def _trained(name: str) -> list[tuple[str, str]]:
+def _trained(name: str) -> "Backbone":
     from dualform.cli.folders import model_folder
-    from dualform.models.saving.files import WEIGHTS_FILE, current
     from dualform.models.saving.model import shape
 
-    folder = model_folder(name)
-    model, weights = shape(folder), current(folder, WEIGHTS_FILE)
-    size = f"{weights.stat().st_size:,} bytes in {weights}" if weights.exists() else "[red]missing[/red]"
-    return [*_shape(model), ("weights", size), *_history(folder.parent)]
+    return shape(model_folder(name))
 
 
-def _history(run: "Path") -> list[tuple[str, str]]:
-    """What the summary of a training run says of the model inside it; nothing where there is none."""
-    from dualform.cli.folders import RUN_SUMMARY
+def _weights(name: str) -> dict[str, Any]:
+    """Where the weights of a saved model are, and their bytes; None where they are missing."""
+    from dualform.cli.folders import model_folder
+    from dualform.models.saving.files import WEIGHTS_FILE, current
 
-    path = run / RUN_SUMMARY
+    path = current(model_folder(name), WEIGHTS_FILE)
+    return {"path": str(path), "bytes": path.stat().st_size if path.exists() else None}
+
+
+def _history(name: str) -> dict[str, Any] | None:
+    """What the summary of a training run says of the model inside it; None where there is none."""
+    from dualform.cli.folders import RUN_SUMMARY, model_folder
+
+    path = model_folder(name).parent / RUN_SUMMARY
     if not path.exists():
-        return []
-    hint = "remove it, or train the run again; the model is whole without it"
-    summary = read_table(path, hint=hint)
-    tokens, steps = (entry(summary, name, int, path) for name in ("tokens", "steps"))
-    bits = entry(summary, "bits_per_byte", float, path)
-    known = {name: entry(summary, name, float | None, path) for name in ("gzip", "xz") if name in summary}
-    compressors = ", ".join(f"{name} {bits:.2f}" for name, bits in known.items() if bits)
-    return [
-        ("trained on", f"{tokens:,} tokens in {steps:,} steps"),
-        ("held-out", f"{bits:.3f} bits per byte" + (f" ({compressors})" if compressors else "")),
-    ]
+        return None
+    summary = read_table(path, hint="remove it, or train the run again; the model is whole without it")
+    found = {name: entry(summary, name, of, path) for name, of in _SUMMARY.items()}
+    return found | {name: entry(summary, name, float | None, path) for name in _COMPRESSORS if name in summary}
+
+
+def _run_rows(run: "Mapping[str, Any]") -> list[tuple[str, str]]:
+    compressors = ", ".join(f"{name} {run[name]:.2f}" for name in _COMPRESSORS if run.get(name))
+    held_out = f"{run['bits_per_byte']:.3f} bits per byte" + (f" ({compressors})" if compressors else "")
+    return [("trained on", f"{run['tokens']:,} tokens in {run['steps']:,} steps"), ("held-out", held_out)]
+
+
+def _told(weights: "Mapping[str, Any] | None") -> str:
+    if weights is None:
+        return "none: a preset is a shape"
+    size = weights["bytes"]
+    return "[red]missing[/red]" if size is None else f"{size:,} bytes in {_plain(weights['path'])}"
 
 
 def _shape(model: "Backbone") -> list[tuple[str, str]]:
@@ -90,24 +108,38 @@ def _shape(model: "Backbone") -> list[tuple[str, str]]:
     rows = [("parameters", f"{count:,} ({_mib(4 * count)} in float32, {_mib(2 * count)} in bfloat16)")]
     rows.append(("reads", f"{model.inputs:,} features") if model.inputs else ("vocabulary", f"{config.vocab_size:,}"))
     rows.append(("d_model", f"{config.d_model:,}"))
-    rows.append(("pattern", f"{_folded(config.pattern)} ({len(config.pattern)} blocks)"))
+    rows.append(("pattern", f"{_plain(_folded(config.pattern))} ({len(config.pattern)} blocks)"))
     for letter, parts in config.parts.items():
         shared = ", one module, shared" if letter in config.shared else ""
         described = "\n".join(_described(part) for part in parts)
-        rows.append((f"  {letter} x {config.pattern.count(letter)}{shared}", described))
-    return [*rows, ("state", _state(model))]
+        rows.append((f"  {_plain(letter)} x {config.pattern.count(letter)}{shared}", described))
+    if (state := _state(model)) is None:
+        return [*rows, ("state", "none: a bidirectional model reads whole sequences")]
+    constant = f"{state['bytes']:,} bytes per sequence, whatever its length"
+    growing = f", and {state['bytes_per_token']:,} bytes per token of context" if state["bytes_per_token"] else ""
+    return [*rows, ("state", constant + growing)]
 
 
-def _state(model: "Backbone") -> str:
+def _state(model: "Backbone") -> dict[str, int] | None:
     """Bytes of one sequence's state: what it always holds, and what it adds per token of context."""
     from dualform.core.tree import nbytes
 
     if not model.causal:
-        return "none: a bidirectional model reads whole sequences"
+        return None
     near, far = (nbytes(model.init_state(1, max_len=length)) for length in (_NEAR, _FAR))
     slope = (far - near) // (_FAR - _NEAR)
-    constant = f"{near - slope * _NEAR:,} bytes per sequence, whatever its length"
-    return f"{constant}, and {slope:,} bytes per token of context" if slope else constant
+    return {"bytes": near - slope * _NEAR, "bytes_per_token": slope}
+
+
+def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=_plain(title), title_justify="left", title_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _described(part: Any) -> str:
@@ -116,7 +148,14 @@ def _described(part: Any) -> str:
     from dualform.layers.registry import kind_of
 
     options = ", ".join(f"{f.name}={value}" for f in fields(part) if (value := getattr(part, f.name)) is not None)
-    return f"[bold]{kind_of(type(part)) or type(part).__name__}[/bold] [dim]{options}[/dim]"
+    return f"[bold]{kind_of(type(part)) or type(part).__name__}[/bold] [dim]{_plain(options)}[/dim]"
+
+
+def _plain(text: str) -> str:
+    """A text from a file or a command line, without meaning for a terminal or for Rich."""
+    from rich.markup import escape
+
+    return escape(printable(text))
 
 
 def _folded(pattern: str) -> str:

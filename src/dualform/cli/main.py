@@ -14,7 +14,7 @@ from dualform.cli.errors import sentence
 from dualform.cli.generate import generate
 from dualform.cli.info import info
 from dualform.cli.inspect import inspect
-from dualform.cli.text import encodable
+from dualform.cli.text import encodable, printable
 from dualform.cli.train import train
 from dualform.cli.verify import verify
 from dualform.core.errors import DualformError
@@ -64,7 +64,7 @@ def main() -> None:
         if not (message := sentence(error)):
             raise
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(message, err=True)
+        typer.echo(printable(message), err=True)
         raise SystemExit(2) from None
 
 

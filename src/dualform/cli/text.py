@@ -1,11 +1,13 @@
 """Text at the edges of the process: prompts that come in, completions that go out."""
 
 import io
+import math
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from dualform.core.errors import ArgumentError, DataError
+from dualform.core.json_file import to_json
 
 _CONTROLS = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 
@@ -70,6 +72,19 @@ def output() -> TextIO:
     if sys.stdout is None:
         raise ArgumentError("standard output is closed", hint="send it to a file, or to /dev/null")
     return sys.stdout
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Write one JSON document to standard output, in ASCII; a number that JSON does not have becomes null."""
+    output().write(to_json(_numbered(document)))
+
+
+def _numbered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _numbered(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbered(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Until:
