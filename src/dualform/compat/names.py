@@ -35,21 +35,45 @@ _CONV = {
     "causal_conv1d_update": "conv_update",
     "causal_conv1d_update_ref": "conv_update",
 }
+_NORMS = {"RMSNorm": "norms", "layer_norm_fn": "norms", "rms_norm_fn": "norms"}
 _VARLEN = {"causal_conv1d_varlen_states": "conv", "causal_conv1d_varlen_states_ref": "conv"}
 
 MODULES: dict[str, dict[str, str]] = {
     "mamba_ssm": {
         "Mamba": "mamba",
         "Mamba2": "mamba2",
+        "MambaLMHeadModel": "mixer_seq",
         "mamba_inner_fn": "inner",
         "selective_scan_fn": "scan",
     },
     "mamba_ssm.modules": {},
-    "mamba_ssm.modules.mamba_simple": {"Mamba": "mamba"},
+    "mamba_ssm.modules.block": {"Block": "block"},
+    "mamba_ssm.modules.mamba_simple": {"Block": "simple_block", "Mamba": "mamba"},
     "mamba_ssm.modules.mamba2": {"Mamba2": "mamba2"},
+    "mamba_ssm.modules.mamba2_simple": {"Mamba2Simple": "mamba2_simple"},
+    "mamba_ssm.modules.mha": {"MHA": "mha"},
+    "mamba_ssm.modules.mlp": {"GatedMLP": "mlp"},
+    "mamba_ssm.modules.ssd_minimal": {"ssd_minimal_discrete": "ssd_minimal"},
+    "mamba_ssm.models": {},
+    "mamba_ssm.models.config_mamba": {"MambaConfig": "model_config"},
+    "mamba_ssm.models.mixer_seq_simple": {
+        "MambaConfig": "model_config",
+        "MambaLMHeadModel": "mixer_seq",
+        "MixerModel": "mixer_seq",
+        "_init_weights": "mixer_seq",
+        "create_block": "mixer_seq",
+    },
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": _SCAN,
     "mamba_ssm.ops.triton": {},
+    "mamba_ssm.ops.triton.layer_norm": _NORMS,
+    "mamba_ssm.ops.triton.layernorm": _NORMS,
+    "mamba_ssm.ops.triton.layernorm_gated": {
+        "LayerNorm": "gated_norms",
+        "RMSNorm": "gated_norms",
+        "layernorm_fn": "gated_norms",
+        "rmsnorm_fn": "gated_norms",
+    },
     "mamba_ssm.ops.triton.selective_state_update": {
         "selective_state_update": "step",
         "selective_state_update_ref": "step",
@@ -58,6 +82,13 @@ MODULES: dict[str, dict[str, str]] = {
         "mamba_chunk_scan_combined": "ssd",
         "mamba_split_conv1d_scan_combined": "ssd",
     },
+    "mamba_ssm.utils": {},
+    "mamba_ssm.utils.generation": {
+        "GenerationMixin": "generation",
+        "InferenceParams": "cache",
+        "decode": "generation",
+    },
+    "mamba_ssm.utils.hf": {"load_config_hf": "hf", "load_state_dict_hf": "hf"},
     "causal_conv1d": {"causal_conv1d_fn": "conv", "causal_conv1d_update": "conv_update", **_VARLEN},
     "causal_conv1d.causal_conv1d_interface": _CONV,
     "causal_conv1d.causal_conv1d_varlen": _VARLEN,
