@@ -1,12 +1,14 @@
 """AdamW's groups follow the layers' hints; the schedule is a warm-up and a cosine."""
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from dualform.core.errors import ConfigError
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
@@ -14,8 +16,8 @@ from dualform.layers.mixer import Hint
 from dualform.layers.mlp import MLPConfig
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
-from dualform.train.optim import build_optimizer, parameter_hints, schedule, set_learning_rate
-from dualform.train.recipe import Optim
+from dualform.train.optim import build_optimizer, freeze, parameter_hints, schedule, set_learning_rate
+from dualform.train.recipe import Optim, Recipe
 
 PARTS = {"M": (Mamba2Config(d_state=4, d_head=4),), "m": (MambaConfig(d_state=3), MLPConfig(d_hidden=5))}
 PARTS["A"] = (AttentionConfig(heads=2, bias=True),)
@@ -94,3 +96,48 @@ def test_the_schedule_rises_and_falls():
     assert schedule(optim, 200, 2.0) == steps[100]  # a run that went past its time stays at the floor
     assert schedule(Optim(warmup=0, floor=1), 0, 0.0) == 1
     assert schedule(Optim(warmup=0, floor=0), 7, 1 / 3) == pytest.approx((1 + math.cos(math.pi / 3)) / 2)
+
+
+@pytest.mark.parametrize("steps, warmup", [(5, 0), (20, 2), (499, 49), (500, 50), (10_000, 50)])
+def test_a_short_run_has_a_short_warmup(steps, warmup):
+    settled = Recipe(steps=steps).settled()
+    assert settled.optim.warmup == warmup and settled.settled() == settled
+    assert max(schedule(settled.optim, step, step / steps) for step in range(steps)) > 0.97
+    kept = Recipe(steps=steps, optim=Optim(warmup=7))
+    assert kept.settled() == kept
+
+
+@pytest.mark.parametrize("steps", [20, 10_000])
+def test_by_the_clock_a_tenth_of_the_run_ends_the_warmup(steps):
+    """How many steps the minutes will hold is not known; the share of them that has passed is."""
+    recipe = Recipe(minutes=2)
+    assert recipe.settled() == recipe and replace(recipe, steps=9).settled().optim.warmup == "auto"
+    rates = [schedule(recipe.optim, step, step / steps) for step in range(steps)]
+    assert max(rates) > 0.97 and rates.index(max(rates)) == min(50, steps // 10)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_moments():
+    lm = model(tie_embeddings=False)
+    freeze(lm, ["embed", "blocks.0", "blocks.2.parts.0.out_proj.weight"])
+    names = {name for name, _, _ in parameter_hints(lm)}
+    assert not any(name.startswith(("embed", "blocks.0.")) for name in names)
+    assert "head.weight" in names and "norm.weight" in names
+    lm.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    optimizer = build_optimizer(lm, Optim())
+    optimizer.step()
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in lm.named_parameters():
+        assert (id(parameter) in trained) == (parameter.grad is not None) == (parameter in optimizer.state), name
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["embd"], r"names 'embd', no part of the model\n.*did you mean 'embed'"),
+        (["x"], "known: embed, blocks, norm"),
+        (["embed", "blocks", "norm"], "nothing to train"),
+    ],
+)
+def test_what_cannot_be_frozen_is_said(names, said):
+    with pytest.raises(ConfigError, match=said):
+        freeze(model(), names)

@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import dualform
+from dualform.cli.folders import load_model
 from dualform.core.errors import CheckpointError, DataError, DualformError
 from dualform.layers.lstm import LSTMConfig
 from dualform.models.config import ModelConfig
@@ -237,3 +238,54 @@ def test_the_command_ends_quietly_where_its_reader_is_gone(recipe, tmp_path):
         run.kill()
         assert (run.returncode, run.stderr.read()) == (141, b"")
     assert checkpoints(Path(recipe.out) / "checkpoints")
+
+
+# --- recipes that start and go on ---
+
+
+def test_a_default_warmup_is_written_down_and_kept(recipe):
+    short = replace(recipe, steps=20, log_every=1, optim=Optim(lr=1e-4))
+    out = train(short, console=QUIET)
+    assert max(row["learning_rate"] for row in strict(out / "metrics.jsonl") if row["kind"] == "train") > 0.97e-4
+    assert Recipe.load(out).optim.warmup == 2
+    shown = StringIO()
+    train(replace(short, steps=22), resume=True, console=Console(file=shown, width=200))
+    assert "optim" not in shown.getvalue() and Recipe.load(out).optim.warmup == 2
+
+
+def test_a_warmup_that_outlasts_the_run_is_kept_and_said(recipe):
+    shown = StringIO()
+    out = train(replace(recipe, optim=Optim(warmup=50)), console=Console(file=shown, width=200))
+    assert "warning: optim.warmup is 50, more than half of 12 steps" in shown.getvalue()
+    assert Recipe.load(out).optim.warmup == 50
+
+
+def test_a_run_with_frozen_parts_resumes(recipe):
+    recipe = replace(recipe, model=recipe.model | {"pattern": "LL"}, optim=Optim(lr=0.01, freeze=("embed", "blocks.0")))
+    whole = train(recipe, console=QUIET)
+    broken = replace(recipe, out=recipe.out + "-broken")
+    with pytest.raises(SystemExit):
+        train(broken, console=Console(file=Pipe(1)))
+    train(Recipe.load(broken.out), resume=True, console=QUIET)
+    one, two = dualform.load(whole).state_dict(), dualform.load(broken.out).state_dict()
+    torch.manual_seed(recipe.seed)
+    fresh = LanguageModel(ModelConfig.from_dict(recipe.model)).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    unmoved = {name for name in one if torch.equal(one[name], fresh[name])}
+    assert unmoved == {name for name in one if name.startswith(("embed", "blocks.0.", "head"))}
+    with pytest.raises(CheckpointError, match=r"a resumed run cannot change optim\.freeze"):
+        train(replace(recipe, optim=replace(recipe.optim, freeze=())), resume=True, console=QUIET)
+
+
+def test_the_folder_of_a_run_is_a_model(recipe):
+    out = train(recipe, console=QUIET)
+    final = dualform.load(out).state_dict()
+    one = replace(recipe, out=recipe.out + "-next", model=str(out), steps=1, optim=Optim(lr=1e-30, weight_decay=0))
+    assert all(torch.equal(t, final[name]) for name, t in dualform.load(train(one, console=QUIET)).state_dict().items())
+    (out / "model").rename(out / "elsewhere")
+    assert all(torch.equal(t, final[name]) for name, t in dualform.load(out).state_dict().items())
+    assert load_model(str(out))[0].state_dict().keys() == final.keys()
+    train(replace(one, out=recipe.out + "-more"), console=QUIET)
+    (out / "checkpoints").rename(out / "other")
+    with pytest.raises(CheckpointError, match="a training run that has not saved a model"):
+        dualform.load(out)

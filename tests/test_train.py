@@ -191,7 +191,7 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(recipe):
     assert "resumed after step 12" in shown.getvalue() and "changed: steps: 12, now 20" in shown.getvalue()
     assert "changed: optim.lr: 0.004, now 0.01" in shown.getvalue()
     assert [row["step"] for row in read_metrics(out) if row["kind"] == "train"] == [4, 8, 12, 16, 20]
-    assert Recipe.load(out) == longer
+    assert Recipe.load(out) == replace(longer, optim=replace(longer.optim, warmup=1))  # that of the 12 steps
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dualform.models.lm import LanguageModel
     from dualform.models.tokenizer import Tokenizer
 
-RUN_MODEL, RUN_SUMMARY = "model", "summary.json"  # in the folder of a training run
+RUN_SUMMARY = "summary.json"  # in the folder of a training run
 
 
 def model_folder(model: str) -> Path:
@@ -21,25 +21,15 @@ def model_folder(model: str) -> Path:
         CheckpointError: for a preset, which has no weights, and for a run that has not saved any yet.
     """
     from dualform.models.presets import PRESETS
-    from dualform.models.saving.files import CONFIG_FILE, current
-    from dualform.train.recipe import RECIPE_FILE
+    from dualform.models.saving.folder import model_folder as inside
 
-    path = Path(model)
-    if current(path, CONFIG_FILE).exists():
-        return path
-    if current(path / RUN_MODEL, CONFIG_FILE).exists():
-        return path / RUN_MODEL
-    if (path / RECIPE_FILE).exists():
-        raise CheckpointError(
-            f"{model}: a training run that has not saved a model", hint=f"finish it: dualform train {model} --resume"
-        )
-    if not path.exists() and model in PRESETS:
+    if not Path(model).exists() and model in PRESETS:
         out = f"runs/{model}"
         raise CheckpointError(
             f"{model!r} is a preset: the shape of a model, without weights",
             hint=f"train it: dualform train --set model={model} --out {out}, then give {out}",
         )
-    return path
+    return inside(model)
 
 
 def load_model(model: str, device: str = "auto") -> "tuple[LanguageModel, Tokenizer]":

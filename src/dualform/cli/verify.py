@@ -81,8 +81,9 @@ def _parts(folder: Path) -> Iterator[tuple[Path, tuple[str, ...], Callable[[Path
     With each come the files that it cannot be without, and what else can be said of it.
     """
     from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, current
-    from dualform.train.checkpoint import MODEL_FOLDER, MOMENTS_FILE, POSITION_FILE, checkpoints
-    from dualform.train.claim import CHECKPOINTS, DATA
+    from dualform.models.saving.folder import CHECKPOINTS, MODEL, checkpoints
+    from dualform.train.checkpoint import MOMENTS_FILE, POSITION_FILE
+    from dualform.train.claim import DATA
     from dualform.train.prepared import ABOUT_FILE
 
     if any(current(folder, name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
@@ -94,7 +95,7 @@ def _parts(folder: Path) -> Iterator[tuple[Path, tuple[str, ...], Callable[[Path
     elif (folder / ABOUT_FILE).exists():
         arrays = sorted(path.name for path in folder.iterdir() if path.suffix in (".ids", ".nbytes", ".starts"))
         yield folder, (ABOUT_FILE, *arrays), _check_data
-    for inside in (folder / DATA, *checkpoints(folder / CHECKPOINTS), folder / MODEL_FOLDER):
+    for inside in (folder / DATA, *checkpoints(folder / CHECKPOINTS), folder / MODEL):
         if inside.is_dir():
             yield from _parts(inside)
 

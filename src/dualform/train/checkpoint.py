@@ -27,6 +27,7 @@ from dualform.core.errors import CheckpointError, ConfigError
 from dualform.core.json_file import entry, read_table
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, creating
+from dualform.models.saving.folder import MODEL, STEP, checkpoint_name, checkpoints
 from dualform.models.saving.incoming import incoming, remove_stale
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.model import read_config, read_tensors
@@ -35,15 +36,14 @@ from dualform.models.tokenizer import Tokenizer
 from dualform.train.recipe import Recipe
 
 FORMAT = 1
-MODEL_FOLDER, MOMENTS_FILE, POSITION_FILE = "model", "optimizer.safetensors", "run.json"
+MOMENTS_FILE, POSITION_FILE = "optimizer.safetensors", "run.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-_STEP = r"step-(\d{8,})"
-_FILES = {MOMENTS_FILE, POSITION_FILE, MANIFEST_FILE, MODEL_FOLDER}
+_FILES = {MOMENTS_FILE, POSITION_FILE, MANIFEST_FILE, MODEL}
 _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, MANIFEST_FILE}
 # What a resumed run may change: how long, how often, where and how fast, but not what it sees.
 _FREE = ("out", "steps", "minutes", "eval_every", "save_every", "log_every", "keep")
 _FREE += ("precision", "recompute", "graphs", "device")
-_FREE_TABLES = ("optim.", "data.accumulate")
+_FREE_TABLES, _HELD = ("optim.", "data.accumulate"), "optim.freeze"
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def save_checkpoint(
     Raises:
         CheckpointError: when it cannot be written, as on a full disk; earlier checkpoints still load.
     """
-    place = folder / _name(position.step)
+    place = folder / checkpoint_name(position.step)
     if place.exists():
         return place
-    remove_stale(place, names=_STEP)
+    remove_stale(place, names=STEP)
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -89,19 +89,12 @@ def save_checkpoint(
     }
     about = {"format": FORMAT, "recipe": recipe.to_dict(), "position": asdict(position)}
     with creating(place) as new:
-        model.save(new / MODEL_FOLDER, tokenizer)
+        model.save(new / MODEL, tokenizer)
         save_file(tensors, new / MOMENTS_FILE)
         (new / POSITION_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for old in checkpoints(folder)[: -recipe.keep]:
         _drop(old)
     return place
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder by their number, oldest first; what has another name is none."""
-    numbered = ((re.fullmatch(_STEP, path.name), path) for path in folder.glob("step-*"))
-    found = sorted((int(match[1]), path) for match, path in numbered if match and path.is_dir())
-    return [path for step, path in found if path.name == _name(step)]
 
 
 def read_position(place: Path) -> tuple[Position, Recipe]:
@@ -120,7 +113,7 @@ def read_position(place: Path) -> tuple[Position, Recipe]:
         if not 0 <= values[name] < 2**53:
             raise CheckpointError(f"{path}: position.{name} is {values[name]}, expected 0 or more", hint=hint)
     position = Position(**values)
-    if (match := re.fullmatch(_STEP, place.name)) and int(match[1]) != position.step:
+    if (match := re.fullmatch(STEP, place.name)) and int(match[1]) != position.step:
         raise CheckpointError(f"{path}: of step {position.step}, expected {place.name}", hint=hint)
     try:
         return position, Recipe.from_dict(
@@ -141,21 +134,19 @@ def restore_checkpoint(
     Raises:
         CheckpointError: for a damaged checkpoint, or one of another model or other data; names the field.
     """
-    for folder in (place, place / MODEL_FOLDER):
+    for folder in (place, place / MODEL):
         check_files(folder, digests=True, hint=_remedy(place))
     position, trained = read_position(place)
     moments = read_moments(place)
-    if differing := _differences(read_config(place / MODEL_FOLDER).to_dict(), model.config.to_dict()):
+    if differing := _differences(read_config(place / MODEL).to_dict(), model.config.to_dict()):
         raise CheckpointError(f"{place} is of another model: {_told(differing)[0]}", hint="start a new run")
     differing = _differences(trained.to_dict(), recipe.to_dict())
     differing = {name: pair for name, pair in differing.items() if not name.startswith("model")}
-    if fixed := {
-        name: pair for name, pair in differing.items() if name not in _FREE and not name.startswith(_FREE_TABLES)
-    }:
-        hint = f'start a new run; with model = "{place / MODEL_FOLDER}" it goes on from these weights'
+    if fixed := {name: pair for name, pair in differing.items() if not _may_change(name)}:
+        hint = f'start a new run; with model = "{place / MODEL}" it goes on from these weights'
         raise CheckpointError(f"{place}: a resumed run cannot change {_told(fixed)[0]}", hint=hint)
     state = _moments_by_index(place, moments, model, optimizer)
-    model.load_state_dict(read_tensors(place / MODEL_FOLDER, model), strict=False)
+    model.load_state_dict(read_tensors(place / MODEL, model), strict=False)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return position, _told(differing)
 
@@ -195,18 +186,18 @@ def _moments_by_index(
     return state
 
 
+def _may_change(name: str) -> bool:
+    return (name in _FREE or name.startswith(_FREE_TABLES)) and not name.startswith(_HELD)
+
+
 def _remedy(place: Path) -> str:
     return f"remove {place}, and the run resumes from an earlier checkpoint"
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _drop(place: Path) -> None:
     """Remove a checkpoint at once, if all in it was written by the run."""
     with suppress(OSError), incoming(place) as gone:
-        model = place / MODEL_FOLDER
+        model = place / MODEL
         inside = {*os.listdir(place)} - _FILES, {*os.listdir(model)} - _MODEL_FILES
         if not any(inside) and not place.is_symlink():
             os.replace(place, gone)

@@ -16,14 +16,14 @@ from filelock import FileLock, Timeout
 
 from dualform.core.errors import CheckpointError, DataError, DualformError
 from dualform.core.json_file import read_table
+from dualform.models.saving.folder import CHECKPOINTS, RECIPE_FILE, checkpoints
 from dualform.models.saving.incoming import lives
 from dualform.models.tokenizer import Tokenizer
-from dualform.train.checkpoint import checkpoints
 from dualform.train.data import prepare
 from dualform.train.prepared import ABOUT_FILE, clear
-from dualform.train.recipe import RECIPE_FILE, Recipe
+from dualform.train.recipe import Recipe
 
-CHECKPOINTS, DATA, MODEL, SUMMARY_FILE = "checkpoints", "data", "model", "summary.json"  # in a run's folder
+DATA, SUMMARY_FILE = "data", "summary.json"  # in a run's folder
 _LOCK_FILE, _HOLDER_FILE = ".running.lock", ".running.json"
 _TRIES, _PAUSE = 20, 0.05  # how often, and after how many seconds, a holder's file is read again
 

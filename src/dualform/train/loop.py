@@ -18,19 +18,20 @@ from torch import Tensor, nn
 from dualform.core.errors import DualformError
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import replacing_file
+from dualform.models.saving.folder import CHECKPOINTS, MODEL, checkpoints
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.capture import as_written, capture
-from dualform.train.checkpoint import Position, checkpoints, restore_checkpoint, save_checkpoint
-from dualform.train.claim import CHECKPOINTS, DATA, MODEL, SUMMARY_FILE, claimed
+from dualform.train.checkpoint import Position, restore_checkpoint, save_checkpoint
+from dualform.train.claim import DATA, SUMMARY_FILE, claimed
 from dualform.train.data import Dataset, open_dataset
 from dualform.train.evaluate import bits_per_byte
 from dualform.train.finite import magnitude, not_finite
 from dualform.train.interrupt import Interrupts
 from dualform.train.optim import build_optimizer, schedule, set_learning_rate
 from dualform.train.packed import Packed, Portion
-from dualform.train.recipe import Recipe
+from dualform.train.recipe import AUTO, Recipe
 from dualform.train.report import Report, amount, duration
-from dualform.train.setup import all_or_none, build_accelerator, build_model, uses_bfloat16, write_recipe
+from dualform.train.setup import all_or_none, build_accelerator, build_model, settled, uses_bfloat16, write_recipe
 
 _GLANCE = 2**15  # held-out tokens of an evaluation on the way
 _PROBE = 2**9  # held-out tokens that weights must read without overflow before they are saved
@@ -67,7 +68,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         KeyboardInterrupt: after SIGINT.
         SystemExit: after SIGTERM or SIGHUP, or where the console's reader is gone.
     """
-    accelerator = build_accelerator(recipe)
+    recipe, accelerator = settled(recipe, resume), build_accelerator(recipe)
     model, tokenizer = build_model(recipe)
     with ExitStack() as stack:
         with all_or_none(accelerator):
@@ -340,6 +341,14 @@ class _Run:
             report.say(f"resumed after step {self.step}")
         for change in self.changed:
             report.say(f"changed: {change}")
+        if recipe.steps is not None:
+            self._say_if_warmup_is_long(report, recipe.steps)
+
+    def _say_if_warmup_is_long(self, report: Report, steps: int) -> None:
+        warmup = self.recipe.optim.warmup
+        if warmup != AUTO and warmup > steps / 2:
+            rate = f"so that the learning rate stays below optim.lr, {self.recipe.optim.lr:g}"
+            report.say(f"warning: optim.warmup is {warmup}, more than half of {steps} steps, {rate}")
 
     def _say_how_to_resume(self, report: Report, place: Path | None) -> None:
         report.say(f"stopped after step {self.step}, {self._progress():.0%} of the run; saved {place}")
@@ -366,4 +375,6 @@ class _Run:
         compressors = ", ".join(f"{name} {about[name]:.2f}" for name in ("gzip", "xz") if about[name])
         trained = f"{self.step} steps, {amount(tokens, ' tokens')} in {duration(self.elapsed)}"
         report.say(f"{trained}; saved {self.out / MODEL}")
+        if self.recipe.steps is None:
+            self._say_if_warmup_is_long(report, self.step)
         report.say(f"held-out: {bits:.2f} bits per byte ({compressors})")

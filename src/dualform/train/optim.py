@@ -1,14 +1,17 @@
 """AdamW with the treatment that parameters of state space models need, and its schedule."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
+from dualform.core.errors import ConfigError
+from dualform.core.options import brief
 from dualform.layers.mixer import Hint
-from dualform.train.recipe import Optim
+from dualform.train.recipe import AUTO, WARMUP, WARMUP_SHARE, Optim
 
 
 def parameter_hints(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Hint]]:
@@ -47,15 +50,39 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(options, betas=optim.betas, eps=optim.eps, fused=devices <= {"cpu", "cuda"})
 
 
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Exclude modules and parameters from training, by their dotted names in the model.
+
+    Raises:
+        ConfigError: for a name that the model does not have, with the nearest; or where nothing is left to train.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    known = [*modules, *parameters]
+    for name in names:
+        if name not in known:
+            near = ", ".join(map(repr, get_close_matches(name, known)))
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(n for n in known if '.' not in n)}"
+            raise ConfigError(f"recipe: optim.freeze names {brief(name)}, no part of the model", hint=hint)
+        for parameter in [parameters[name]] if name in parameters else modules[name].parameters():
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ConfigError("recipe: optim.freeze leaves nothing to train", hint="name fewer modules")
+
+
 def schedule(optim: Optim, step: int, progress: float) -> float:
     """The learning rate of a step (0 is the first) as a share of its peak.
 
     ``min(1, (step + 1) / (warmup + 1)) (floor + (1 - floor) (1 + cos(pi progress)) / 2)``: the cosine follows the run's
-    ``progress`` from 0 to 1, be it counted in steps or in minutes.
+    ``progress`` from 0 to 1, be it counted in steps or in minutes. With ``warmup = "auto"`` the first factor is
+    ``min(1, max((step + 1) / 51, 10 progress))``: a tenth of the run has brought it to 1 on a slow machine, too.
     """
-    rise = min(1.0, (step + 1) / (optim.warmup + 1))
+    if optim.warmup == AUTO:
+        rise = max((step + 1) / (WARMUP + 1), progress / WARMUP_SHARE)
+    else:
+        rise = (step + 1) / (optim.warmup + 1)
     fall = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return rise * (optim.floor + (1 - optim.floor) * fall)
+    return min(1.0, rise) * (optim.floor + (1 - optim.floor) * fall)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:

@@ -8,19 +8,21 @@ them, its value in TOML syntax.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dualform.core.errors import ConfigError
 from dualform.core.json_file import kind_of, parse_json, parse_toml, read_text
 from dualform.core.options import brief, check_names, check_types, suggestion
 from dualform.models.config import ModelConfig
 from dualform.models.presets import preset
+from dualform.models.saving.folder import RECIPE_FILE  # of a run; JSON, because TOML has no null
 
+AUTO: Literal["auto"] = "auto"
 RECIPES = Path(__file__).parent / "recipes"  # those that have a name
-RECIPE_FILE = "recipe.json"  # of a run's folder; JSON, because TOML has no null
 STDLIB = "stdlib"
+WARMUP, WARMUP_SHARE = 50, 0.1  # steps and share of the run, whichever is less
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,11 @@ class Optim:
         eps: added to the root of the second moment.
         weight_decay: decoupled decay of matrices; embeddings, vectors and parameters with a hint have none.
         clip: largest norm of the whole gradient; 0 for no limit.
-        warmup: steps over which the learning rate rises.
+        warmup: steps over which the learning rate rises. ``"auto"`` is 50, or a tenth of the run where that is less: of
+            its steps, and then the recipe of a run that starts says how many, or of its ``minutes``.
         floor: the learning rate at the end of the run, as a share of ``lr``.
+        freeze: modules and parameters that are not trained, by their names in the model, such as ``"embed"`` or
+            ``"blocks.0"``: they get no gradient and have no moments.
     """
 
     lr: float = 4e-3
@@ -82,19 +87,21 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
-    warmup: int = 50
+    warmup: int | Literal["auto"] = AUTO
     floor: float = 0.05
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.betas, list):
-            object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("betas", "freeze"):
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))
         _check_types(self, "optim.")
         _demand(0 < self.lr < math.inf, "optim.lr", self.lr, "a positive number")
         _demand(all(0 <= b < 1 for b in self.betas), "optim.betas", list(self.betas), "two numbers from 0 to below 1")
         _demand(0 < self.eps < math.inf, "optim.eps", self.eps, "a positive number")
         for name in ("weight_decay", "clip", "warmup"):
             value = getattr(self, name)
-            _demand(0 <= value < math.inf, f"optim.{name}", value, "0 or more")
+            _demand(value == AUTO or 0 <= value < math.inf, f"optim.{name}", value, "0 or more")
         _demand(0 <= self.floor <= 1, "optim.floor", self.floor, "a share, from 0 to 1")
 
 
@@ -157,6 +164,12 @@ class Recipe:
         _demand(self.out != "", "out", self.out, "a folder")
         _one_of(self.precision, "precision", ("auto", "float32", "bfloat16"))
         _one_of(self.device, "device", ("auto", "cpu"))
+
+    def settled(self) -> "Recipe":
+        """With a number for the warm-up, where the run is counted in steps alone: a longer one then keeps it."""
+        if self.optim.warmup != AUTO or self.steps is None or self.minutes is not None:
+            return self
+        return replace(self, optim=replace(self.optim, warmup=min(WARMUP, int(WARMUP_SHARE * self.steps))))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -4,6 +4,7 @@ import atexit
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,9 +18,12 @@ from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import PRESETS, preset
 from dualform.models.saving.files import replacing_file
+from dualform.models.saving.folder import CHECKPOINTS, checkpoints, model_folder
 from dualform.models.saving.model import load
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
-from dualform.train.recipe import RECIPE_FILE, Recipe
+from dualform.train.checkpoint import read_position
+from dualform.train.optim import freeze
+from dualform.train.recipe import AUTO, RECIPE_FILE, Recipe
 
 _LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -75,6 +79,25 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def settled(recipe: Recipe, resume: bool) -> Recipe:
+    """The recipe with a number of warm-up steps, where the run is counted in steps; a resumed run keeps its own.
+
+    Raises:
+        CheckpointError: for a damaged checkpoint.
+        ConfigError: for a damaged recipe in the run's folder.
+    """
+    out = Path(recipe.out)
+    if resume and recipe.optim.warmup == AUTO:
+        if saved := checkpoints(out / CHECKPOINTS):
+            warmup = read_position(saved[-1])[1].optim.warmup
+        elif (out / RECIPE_FILE).exists():
+            warmup = Recipe.load(out).optim.warmup
+        else:
+            warmup = AUTO
+        recipe = replace(recipe, optim=replace(recipe.optim, warmup=warmup))
+    return recipe.settled()
+
+
 def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
     """Whether matrix products are taken in bfloat16; weights, states and sums stay float32."""
     if recipe.precision == "auto":
@@ -86,15 +109,15 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
     """The model before the first step, and what makes tokens for it.
 
     Raises:
-        ConfigError: for a preset that does not exist, a table with a wrong key, or a tokenizer with other tokens
-            than the model's.
+        ConfigError: for a preset that does not exist, a table with a wrong key, a tokenizer with other tokens than
+            the model's, or a name in ``optim.freeze`` that the model does not have.
         CheckpointError: for a model or tokenizer that cannot be read.
     """
     torch.manual_seed(recipe.seed)
     given, tokenizer = recipe.model, None
     if isinstance(given, str) and given not in PRESETS and Path(given).is_dir():
         model = load(given, dtype=torch.float32, kind=LanguageModel)
-        tokenizer = load_tokenizer(given, model.config.vocab_size)
+        tokenizer = load_tokenizer(model_folder(given), model.config.vocab_size)
     else:
         model = LanguageModel(ModelConfig.from_dict(given) if isinstance(given, dict) else preset(given))
     if recipe.data.tokenizer:
@@ -107,6 +130,7 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
             f"the model has {size} tokens, but {named} {wanted}",
             hint=f"set data.tokenizer to the model's own, or model.vocab_size={wanted}",
         )
+    freeze(model, recipe.optim.freeze)
     return model, tokenizer
 
 

@@ -26,6 +26,7 @@ from dualform.models.config import ModelConfig
 from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, current, replacing
+from dualform.models.saving.folder import model_folder
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.verify import check_files, manifest_of
 
@@ -98,7 +99,7 @@ def load(
     The global random generators are left as they are.
 
     Args:
-        folder: where it was saved.
+        folder: where it was saved; of a training run, the run's model or else its newest checkpoint.
         device: where to put it.
         dtype: of its floating tensors; None keeps what was saved.
         kind: a class it must be of, such as ``LanguageModel``; None takes any.
@@ -111,6 +112,7 @@ def load(
             without digests; names it.
         ConfigError: for a config with an unknown or missing key; names it.
     """
+    folder = model_folder(folder)
     found, config, head = _described(folder)
     if kind is not None and not issubclass(found, kind):
         raise CheckpointError(f"{folder}: a {found.__name__}, expected a {kind.__name__}")
@@ -132,6 +134,7 @@ def shape(folder: Folder) -> Backbone:
         CheckpointError: for a folder without a model of this library.
         ConfigError: for a config with an unknown or missing key; names it.
     """
+    folder = model_folder(folder)
     with torch.device("meta"):
         return _built(folder, *_described(folder))
 

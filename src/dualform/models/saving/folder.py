@@ -1,0 +1,48 @@
+"""Where the weights are in a folder: of a saved model, or of a training run.
+
+runs/one/recipe.json
+model/                           of a run that ended, or was stopped
+checkpoints/step-00000200/model/
+"""
+
+import os
+import re
+from pathlib import Path
+
+from dualform.core.errors import CheckpointError
+from dualform.models.saving.files import CONFIG_FILE, current
+
+RECIPE_FILE, MODEL, CHECKPOINTS = "recipe.json", "model", "checkpoints"
+STEP = r"step-(\d{8,})"
+
+
+def model_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder with the weights: itself, or, in a training run, its ``model/``, else its newest checkpoint's.
+
+    A folder that is neither is given back as it is.
+
+    Raises:
+        CheckpointError: for a run that has saved nothing yet.
+    """
+    path = Path(folder)
+    saved = [place / MODEL for place in reversed(checkpoints(path / CHECKPOINTS))]
+    for place in (path, path / MODEL, *saved):
+        if current(place, CONFIG_FILE).exists():
+            return place
+    if (path / RECIPE_FILE).exists():
+        raise CheckpointError(
+            f"{path}: a training run that has not saved a model", hint=f"finish it: dualform train {path} --resume"
+        )
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder by their number, oldest first; what has another name is none."""
+    numbered = ((re.fullmatch(STEP, path.name), path) for path in folder.glob("step-*"))
+    found = sorted((int(match[1]), path) for match, path in numbered if match and path.is_dir())
+    return [path for step, path in found if path.name == checkpoint_name(step)]
+
+
+def checkpoint_name(step: int) -> str:
+    """``step-00000200``, and more digits for more steps."""
+    return f"step-{step:08d}"
