@@ -27,7 +27,7 @@ from dualform.models.saving.files import creating
 from dualform.models.special_tokens import text_only
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.corpus import Corpus, Document, split
-from dualform.train.prepared import ABOUT_FILE, clear, open_arrays, read_about, remember, verify_once
+from dualform.train.prepared import ABOUT_FILE, clear, open_arrays, read_about, verify_once
 from dualform.train.recipe import Data
 
 try:
@@ -75,7 +75,6 @@ def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
     clear(folder)
     with creating(folder) as new:
         _write(new, data, tokenizer)
-    remember(folder, tokenizer.vocab_size)
 
 
 def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:

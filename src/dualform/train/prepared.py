@@ -31,6 +31,7 @@ _DTYPES = ("uint8", "uint16", "uint32")
 _COUNTS = ("documents", "bytes", "tokens")
 _NAMES = (ABOUT_FILE, "train.ids", "held_out.ids", "train.starts", "held_out.starts", "held_out.nbytes", MANIFEST_FILE)
 _HINT = "copy the folder again, or start a new run in another folder"
+_TICK = 2 * 10**9  # nanoseconds in which two writes may get the same time, on the coarsest of file systems
 _SPAN = 2**22  # tokens that are looked at together
 
 
@@ -119,19 +120,15 @@ def verify_once(folder: Path, about: dict[str, Any], vocab: int) -> None:
     Raises:
         DataError: names the first file that is damaged.
     """
-    seen = _stamp(folder, vocab)
+    seen, newest = _stamp(folder, vocab)
+    path = folder / _VERIFIED_FILE
     with suppress(OSError, ValueError):
-        if (folder / _VERIFIED_FILE).read_text(encoding="utf-8") == seen:
+        if path.read_text(encoding="utf-8") == seen and path.stat().st_mtime_ns - newest > _TICK:
             return
     check_files(folder, digests=True, error=DataError)
     check_numbers(folder, about, vocab)
-    remember(folder, vocab, seen)
-
-
-def remember(folder: Path, vocab: int, seen: str = "") -> None:
-    """Note that the files are what was written; where that cannot be noted, they are read again the next time."""
-    with suppress(CheckpointError), replacing_file(folder / _VERIFIED_FILE) as path:
-        path.write_text(seen or _stamp(folder, vocab), encoding="utf-8")
+    with suppress(CheckpointError), replacing_file(path) as new:  # where that cannot be noted, it is done each time
+        new.write_text(seen, encoding="utf-8")
 
 
 def clear(folder: Path) -> None:
@@ -159,11 +156,13 @@ def _layout(about: dict[str, Any], starts: bool) -> dict[str, tuple[Any, int]]:
     return layout
 
 
-def _stamp(folder: Path, vocab: int) -> str:
-    """Sizes and times of the files: any write to one changes it, and a copy of the folder has another."""
+def _stamp(folder: Path, vocab: int) -> tuple[str, int]:
+    """Sizes and times of the files, and the latest time: a write changes them, and a copy of the folder has others."""
     files: dict[str, list[int]] = {}
     for name in _NAMES:
         with suppress(OSError):
             about = (folder / name).stat()
             files[name] = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-    return json.dumps({"vocabulary": vocab, "files": files})
+    return json.dumps({"vocabulary": vocab, "files": files}), max(
+        (max(times[1:]) for times in files.values()), default=0
+    )
