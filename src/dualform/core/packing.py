@@ -6,6 +6,7 @@ model's door (:func:`pack`), so there is one mechanism and not three.
 """
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar, Union
 
@@ -262,12 +263,32 @@ def _is_ours(host: Tensor) -> bool:
 
 def _checked(where: str, borders: Tensor, length: int) -> Tensor:
     """The borders on the host, int64, in memory that is not the caller's."""
-    host = borders if _is_ours(borders) else borders.to("cpu", torch.int64, copy=True)
-    values = host.numpy()
+    with _unwatched():
+        borders = _unwrapped(where, borders)
+        host = borders if _is_ours(borders) else borders.to("cpu", torch.int64, copy=True)
+        values = host.numpy()
     if values[0] != 0 or values[-1] != length or (values[1:] < values[:-1]).any():
         shown = values.tolist() if len(values) <= 16 else [*values[:8].tolist(), "...", *values[-8:].tolist()]
         raise ArgumentError(f"{where}: cu_seqlens {shown} must rise from 0 to the length {length}")
     return host
+
+
+def _unwatched() -> AbstractContextManager[Any]:
+    """Inside, new tensors are plain even under a transform of ``torch.func``, whose own cannot be read or kept."""
+    return torch._C._DisableFuncTorch()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _unwrapped(where: str, borders: Tensor) -> Tensor:
+    """Borders that were computed under a transform of ``torch.func``, as a plain tensor."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(borders):
+        if functorch.is_batchedtensor(borders):
+            raise ArgumentError(
+                f"{where}: cu_seqlens differ along an axis of torch.func.vmap, expected the same for all",
+                hint="lay the sequences of all on one line, with one cu_seqlens",
+            )
+        borders = functorch.get_unwrapped(borders)
+    return borders
 
 
 def _moved(m: Tensor, device: torch.device) -> Tensor:
@@ -278,7 +299,8 @@ def once(host: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     """What is made of a packing's borders on the host, kept with their tensor, which is the same one in every op."""
     known: dict[Hashable, T] = host._dualform  # pyright: ignore[reportAttributeAccessIssue]
     if key not in known:
-        with torch.inference_mode(False):  # a tensor of inference mode could not be used in training afterwards
+        # A tensor of inference mode, or of a transform, could not be used in training afterwards.
+        with torch.inference_mode(False), _unwatched():
             known[key] = make()
     return known[key]
 

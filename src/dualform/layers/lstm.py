@@ -13,7 +13,9 @@ from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer, check_kind
+from dualform.ops.derivatives import mapped, transformed
 from dualform.ops.lstm import lstm, side_by_side
+from dualform.ops.op import forced
 
 
 @options
@@ -89,14 +91,20 @@ class LSTM(Mixer):
         check_tensors("lstm", **of, **{"state.h": (state.h, spec), "state.c": (state.c, spec)})
         if x.numel() == 0:
             return x.clone(), state
-        low = x.device.type == "cpu" and (self.like.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"))
-        if low or torch.compiler.is_compiling():
+        if self._needs_ops(x, packing):
             y, state = self._run_as_ops(x, state, packing)
         elif packing is None:
             y, state = self._run(x, state)
         else:
             y, state = self._run_packed(x[0], state, packing)
         return self.out_proj(y), state
+
+    def _needs_ops(self, x: Tensor, packing: Packing | None) -> bool:
+        """Where ``nn.LSTM`` computes too coarsely, unrolls, or has no derivatives of the kind that is asked for."""
+        if torch.compiler.is_compiling() or forced() == "reference":
+            return True
+        low = x.device.type == "cpu" and (self.like.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"))
+        return low or (transformed() and (packing is not None or mapped()))
 
     def _run_as_ops(self, x: Tensor, state: LSTMState, packing: Packing | None) -> tuple[Tensor, LSTMState]:
         """Layer by layer: ``nn.LSTM`` would unroll its loop over time in a compiled program, one for every length.

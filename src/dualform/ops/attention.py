@@ -1,17 +1,20 @@
 """Causal softmax attention of new tokens over a cache and over each other, by rows or packed."""
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import Borders, Packing
 from dualform.core.ring import held
 from dualform.core.shapes import check_real, check_tensors, once_per_shape, wide
-from dualform.ops.op import Op
+from dualform.ops.derivatives import through, transformed
+from dualform.ops.op import Op, forced
 from dualform.ops.rerun import rerun
 
 _WHERE = "attention"
@@ -197,10 +200,19 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, past: i
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of ``q`` ``(B, T, H, P)`` over ``k`` and ``v`` ``(B, S, G, P)`` in the dtype of q."""
+    """Softmax attention of ``q`` ``(B, T, H, P)`` over ``k`` and ``v`` ``(B, S, G, P)`` in the dtype of q.
+
+    PyTorch's kernels have first derivatives, in reverse; where others may be asked for, its matrix products are used.
+    """
     shared = q.shape[2] != k.shape[2]
     q, k, v = (m.to(q.dtype).transpose(1, 2) for m in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=shared)
+    eager = not torch.compiler.is_compiling()
+    products = forced() == "reference" or (eager and transformed())
+    if eager and not products and torch.is_grad_enabled():
+        chosen = torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, is_causal, enable_gqa=shared)  # pyright: ignore[reportPrivateImportUsage]
+        q, k, v = (q, k, v) if chosen == SDPBackend.MATH.value else through(_WHERE, q, k, v)
+    with sdpa_kernel(SDPBackend.MATH) if products else nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=shared)
     return y.transpose(1, 2)
 
 

@@ -20,6 +20,20 @@ def as_grad(g: Tensor, of: Tensor) -> Tensor:
     return g.to(of.dtype).resolve_conj().contiguous()
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward mode runs: it derives what it sees, and not by our rules."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
+
+
+def mapped() -> bool:
+    """Whether ``torch.func.vmap`` runs."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack())
+
+
 def refuse_transforms(name: str, tensors: list[Tensor]) -> None:
     """Refuse what PyTorch derives from the operations it sees: it does not see into a kernel, and would find zeros.
 
@@ -72,3 +86,23 @@ def once(name: str, gradients: tuple[Tensor | None, ...], *sources: Tensor | Non
     if not any(m is not None and m.requires_grad for m in sources):
         return gradients
     return _Once.apply(name, len(gradients), *gradients, *sources)
+
+
+class _Through(torch.autograd.Function):
+    """Passes tensors on, and their gradients once."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *tensors: Tensor) -> Any:
+        ctx.name = name
+        return tuple(m.view_as(m) for m in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *once(ctx.name, grads, *grads)
+
+
+def through(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The arguments of a kernel of PyTorch's that has no second derivative: it is refused in our words, see above."""
+    if torch.is_grad_enabled() and any(m.requires_grad for m in tensors):
+        return _Through.apply(name, *tensors)
+    return tensors
