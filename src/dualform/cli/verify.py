@@ -6,6 +6,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from dualform.cli.text import print_json
+
 EPILOG = """[bold]Examples[/bold]
   dualform verify runs/notes           a run: data, checkpoints, final model
   dualform verify runs/notes/model     a model
@@ -30,7 +32,7 @@ def verify(
         list[Path],
         typer.Argument(metavar="PATH...", help="Folder of a model or a training run, or the file of a state."),
     ],
-    json: Annotated[
+    as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document: status, path and detail of each.")
     ] = False,
 ) -> None:
@@ -41,18 +43,16 @@ def verify(
     """
     from rich.console import Console
 
-    from dualform.core.json_file import to_json
-
     console, rows = Console(highlight=False, soft_wrap=True), list[Row]()
     for row in (row for path in paths for row in _examined(path)):
         rows.append(row)
-        if not json:
+        if not as_json:
             console.print(f"{row.status:<9}", style=_STYLES[row.status], end="  ")
             console.print(f"{row.path}  {row.detail}", markup=False)
     counts = {status: sum(row.status == status for row in rows) for status in (OK, DAMAGED, UNKNOWN)}
-    if json:
+    if as_json:
         files = [{"path": str(row.path), "status": row.status, "detail": row.detail} for row in rows]
-        typer.echo(to_json({"ok": not counts[DAMAGED], "counts": counts, "files": files}), nl=False)
+        print_json({"ok": not counts[DAMAGED], "counts": counts, "files": files})
     else:
         console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     if counts[DAMAGED]:
