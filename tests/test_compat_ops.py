@@ -279,7 +279,7 @@ def test_inner(given, is_complex):
 
 def test_inner_with_norms():
     xz, conv, proj, dt_proj, out = real(B, 2 * D, T), real(D, 1, 2), real(2 + 2 * N, D), real(D, 2), real(4, D)
-    A, weights = -torch.rand(D, N).double(), [real(N), real(N), real(2)]
+    A, weights = -torch.rand(D, N).double(), [real(N), real(N), real(D)]
     x, z = xz.chunk(2, 1)
     x = convolved(x, conv[:, 0], None, True)
     low, b, c = torch.einsum("rd,bdt->brt", proj, x).split([2, N, N], 1)
@@ -287,8 +287,8 @@ def test_inner_with_norms():
     def rms(m: Tensor, weight: Tensor) -> Tensor:
         return m / (m.square().mean(1, keepdim=True) + 1e-3).sqrt() * weight[:, None]
 
-    b, c, low = (rms(m, w) for m, w in zip((b, c, low), weights, strict=True))
     steps = torch.einsum("dr,brt->bdt", dt_proj, low)
+    b, c, steps = (rms(m, w) for m, w in zip((b, c, steps), weights, strict=True))
     y, _ = scanned(x, steps, A, b[:, None].expand(B, D, N, T), c[:, None].expand(B, D, N, T), None, z, False)
     got = mamba_inner_fn(
         xz,

@@ -55,7 +55,7 @@ def mamba_inner_fn(
         checkpoint_lvl: what upstream's backward computes anew; here the operators decide, and the result is the same.
         b_rms_weight: ``(N,)``; B where it is made of x is divided by its RMS and multiplied by this.
         c_rms_weight: ``(N,)``, likewise.
-        dt_rms_weight: ``(R,)``, likewise for the step before its projection.
+        dt_rms_weight: ``(D,)``, likewise for the step, after its projection and before its bias.
         b_c_dt_rms_eps: added to the mean squares.
 
     Returns:
@@ -209,7 +209,7 @@ def _maps(
             f"{rank} for the step and {sum(widths) - rank} for B and C"
         )
     low, *made = F.linear(x.transpose(1, 2), x_proj_weight).split(widths, -1)
-    delta = F.linear(_rms(low, dt_weight, eps), delta_proj_weight).transpose(1, 2)
+    delta = _rms(F.linear(low, delta_proj_weight), dt_weight, eps).transpose(1, 2)
     found = []
     for given, bias, weight in (B, C):
         if given is not None:
