@@ -115,6 +115,9 @@ def test_unknown_keys_are_named_with_the_nearest(override, named, near):
         ("optim.betas=0.9", "optim.betas is 0.9"),
         ("optim.betas=[0.9]", "optim.betas"),
         ("optim.floor=2", "optim.floor is 2"),
+        ("optim.warmup=never", "optim.warmup is 'never'"),
+        ("optim.freeze=[embed]", "optim.freeze is '[embed]', expected a list of names"),
+        ("optim.freeze=[3]", "optim.freeze is (3,)"),
         ("optim.warmup=-1", "optim.warmup is -1"),
     ],
 )

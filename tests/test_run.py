@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -178,11 +179,19 @@ def test_a_start_that_fails_leaves_nothing(recipe, tmp_path, monkeypatch):
     assert list(Path(recipe.out).iterdir()) == [kept]
 
 
+def test_tokens_that_a_kill_left_half_removed_are_made_again(recipe):
+    out = train(recipe, console=QUIET)
+    for path in [*out.glob("*.*"), out / "data" / "about.json", out / "data" / "manifest.json"]:
+        path.unlink()
+    shutil.rmtree(out / "checkpoints")
+    train(recipe, console=QUIET)
+
+
 def test_a_folder_called_data_that_is_not_of_a_run_is_left_alone(recipe):
     mine = Path(recipe.out) / "data" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    with pytest.raises(CheckpointError, match="data is there already, and no training run made it"):
+    with pytest.raises(DataError, match=r"data: has to hold the run's tokens, but holds 'mine\.txt'"):
         train(recipe, console=QUIET)
     assert mine.read_text() == "mine"
 

@@ -20,7 +20,7 @@ from dualform.models.saving.folder import CHECKPOINTS, RECIPE_FILE, checkpoints
 from dualform.models.saving.incoming import lives
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.data import prepare
-from dualform.train.prepared import ABOUT_FILE, clear
+from dualform.train.prepared import clear
 from dualform.train.recipe import Recipe
 
 DATA, SUMMARY_FILE = "data", "summary.json"  # in a run's folder
@@ -49,7 +49,9 @@ def claimed(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> Iterator[None
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(holding(out))
             exists = _holds_a_run(out)
-            _check(out, exists, resume)
+            if exists and not resume:
+                hint = f"resume it, or choose another folder: out={out}-2"
+                raise CheckpointError(f"{out}: a run is there already", hint=hint)
             if not exists:
                 stack.callback(_remove_unused, out)
                 prepare(recipe.data, tokenizer, out / DATA)
@@ -113,14 +115,3 @@ def _remove_unused(out: Path) -> None:
 
 def _holds_a_run(out: Path) -> bool:
     return (out / RECIPE_FILE).is_file() or bool(checkpoints(out / CHECKPOINTS))
-
-
-def _check(out: Path, exists: bool, resume: bool) -> None:
-    if exists and not resume:
-        raise CheckpointError(
-            f"{out}: a run is there already", hint=f"resume it, or choose another folder: out={out}-2"
-        )
-    if not exists and (out / DATA).exists() and not (out / DATA / ABOUT_FILE).is_file():
-        raise CheckpointError(
-            f"{out / DATA} is there already, and no training run made it", hint="choose another folder with out="
-        )

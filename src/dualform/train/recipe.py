@@ -95,6 +95,9 @@ class Optim:
         for name in ("betas", "freeze"):
             if isinstance(given := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(given))
+        if isinstance(self.freeze, str):  # as where a shell has taken the quotes
+            hint = """in a shell: --set 'optim.freeze=["embed"]'"""
+            raise ConfigError(f"recipe: optim.freeze is {brief(self.freeze)}, expected a list of names", hint=hint)
         _check_types(self, "optim.")
         _demand(0 < self.lr < math.inf, "optim.lr", self.lr, "a positive number")
         _demand(all(0 <= b < 1 for b in self.betas), "optim.betas", list(self.betas), "two numbers from 0 to below 1")
