@@ -78,8 +78,11 @@ def test_versions_and_metadata(installed):
         assert package.shown_version.endswith("+dualform")
         for spelled in (package.distribution, package.distribution.replace("-", "_")):
             assert importlib.metadata.version(spelled) == package.shown_version
-        assert importlib.metadata.packages_distributions()[module.__name__] == [package.distribution]
-    assert importlib.metadata.version("torch")
+        found = importlib.metadata.distribution(package.distribution)
+        assert found.metadata["Name"] == package.distribution
+        assert module.__name__ in found.read_text("top_level.txt").split()
+    listed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    assert {"torch", *(package.distribution for package in PACKAGES)} <= listed
 
 
 def test_signatures_name_every_argument():

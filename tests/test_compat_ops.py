@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualform.compat import scan_kernel
 from dualform.compat.conv import causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_varlen_states
 from dualform.compat.conv_update import causal_conv1d_update, causal_conv1d_update_ref
 from dualform.compat.inner import bimamba_inner_fn, mamba_inner_fn, mamba_inner_fn_no_out_proj, mamba_inner_ref
@@ -232,6 +233,40 @@ def test_scan_equals_recorded_numbers(case):
     )
     close(y, g["out"], 1e-10, "y")
     close(torch.view_as_real(last) if is_complex else last, g["last_state"], 1e-10, "state")
+
+
+class Copied(torch.autograd.Function):
+    """The scan as copies of mamba-ssm's Python call the compiled module."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, bias):
+        out, x, *rest = scan_kernel.fwd(u, delta, A, B, C, D, z, bias, True)
+        ctx.save_for_backward(u, delta, A, B, C, D, z, bias, x, out)
+        ctx.last = x[:, :, -1, 1::2]
+        return rest[0] if z is not None else out, ctx.last.clone()
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        *inputs, x, out = ctx.saved_tensors
+        u, delta, A, B, C, D, z, bias = inputs
+        dz = None if z is None else torch.empty_like(z)
+        found = scan_kernel.bwd(u, delta, A, B, C, D, z, bias, dout, x, out, dz, True, True)
+        du, ddelta, dA, dB, dC, dD, dbias = found[:7]
+        assert z is None or found[7] is dz
+        assert len(found) == (7 if z is None else 9)
+        return du, ddelta, dA, dB, dC, dD, dz, dbias
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_copies_that_call_the_compiled_module(full, constant):
+    u, delta, A = real(B, D, T), real(B, D, T), (-torch.rand(D, N)).double().requires_grad_()
+    b, c = real(D, N) if constant else real(B, G, N, T), real(B, G, N, T)
+    skip, z, bias = (real(D), real(B, D, T), real(D)) if full else (None, None, None)
+    got, last = Copied.apply(u, delta, A, b, c, skip, z, bias)
+    want, final = selective_scan_fn(u, delta, A, b, c, skip, z, bias, True, return_last_state=True)
+    same(got, want, u, delta, A, b, c, skip, z, bias)
+    torch.testing.assert_close(last, final)
 
 
 @pytest.mark.parametrize("given", ["", "B", "C", "BC"])

@@ -89,6 +89,7 @@ MODULES: dict[str, dict[str, str]] = {
         "decode": "generation",
     },
     "mamba_ssm.utils.hf": {"load_config_hf": "hf", "load_state_dict_hf": "hf"},
+    "selective_scan_cuda": {"fwd": "scan_kernel", "bwd": "scan_kernel"},
     "causal_conv1d": {"causal_conv1d_fn": "conv", "causal_conv1d_update": "conv_update", **_VARLEN},
     "causal_conv1d.causal_conv1d_interface": _CONV,
     "causal_conv1d.causal_conv1d_varlen": _VARLEN,
@@ -97,7 +98,6 @@ MODULES: dict[str, dict[str, str]] = {
 
 _PRIVATE = "it is a private kernel; the public functions of {} run dualform's"
 _KERNELS = {
-    "selective_scan_cuda": "use mamba_ssm.ops.selective_scan_interface.selective_scan_fn",
     "causal_conv1d_cuda": "use causal_conv1d.causal_conv1d_fn and causal_conv1d_update",
     "causal_conv1d.cpp_functions": "use causal_conv1d.causal_conv1d_fn and causal_conv1d_update",
     "mamba_ssm.distributed": "use PyTorch's FSDP or tensor parallelism (torch.distributed.tensor) around the modules",
