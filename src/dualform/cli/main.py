@@ -17,7 +17,6 @@ from dualform.cli.inspect import inspect
 from dualform.cli.text import encodable, printable
 from dualform.cli.train import train
 from dualform.cli.verify import verify
-from dualform.core.errors import DualformError
 
 app = typer.Typer(
     name="dualform",
@@ -60,7 +59,7 @@ def main() -> None:
     encodable()
     try:
         app()
-    except (DualformError, OSError, RuntimeError, MemoryError, ValueError) as error:
+    except Exception as error:
         if not (message := sentence(error)):
             raise
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)

@@ -15,6 +15,8 @@ def exceeded(error: BaseException) -> str:
     said = str(error)
     if asked := re.search(r"tried to allocate (\d+) bytes", said):
         return f"{int(asked[1]):,} bytes were asked for at once"
+    if "Overflow when unpacking long" in said or isinstance(error, OverflowError):
+        return "a size has more than 64 bits"
     line = said.strip().partition("\n")[0]
     if isinstance(error, MemoryError):
         return line or "no memory is left"
@@ -31,7 +33,7 @@ def sized(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, TypeError, OverflowError) as error:
         if not (reason := exceeded(error)):
             raise
         hint = "check vocab_size, d_model, the pattern and the sizes of its parts"

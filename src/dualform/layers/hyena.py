@@ -19,6 +19,7 @@ from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
 from dualform.layers.hyena_operator import HyenaOperator
 from dualform.layers.implicit_filter import ImplicitFilter
 from dualform.layers.mixer import Prepared, check_kind
+from dualform.layers.part import DEEPEST
 from dualform.ops.long_conv import long_conv
 
 
@@ -104,6 +105,8 @@ class Hyena(HyenaOperator):
             raise ConfigError(f"hyena: d_embed is {c.d_embed}, expected an odd number from 3 on: time and pairs")
         if not 0 < c.window[1] <= c.window[0]:
             raise ConfigError(f"hyena: window is {c.window}, expected (slow, fast, floor) with 0 < fast <= slow")
+        if c.filter_layers > DEEPEST:
+            raise ConfigError(f"hyena: filter_layers is {c.filter_layers:,}, expected at most {DEEPEST:,}")
         super().__init__("hyena", c.order, c.d_conv, d_model)
         self.config = config
         self.filter = ImplicitFilter(

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
@@ -19,7 +18,7 @@ from dualform.core.tree import clone, state_class
 from dualform.layers.diagonal import DiagonalSystem
 from dualform.layers.hyena_operator import HyenaOperator
 from dualform.layers.mixer import Hint, Prepared, check_state
-from dualform.layers.poles import check_pairs
+from dualform.layers.poles import check_pairs, check_steps
 
 
 @options
@@ -77,8 +76,7 @@ class HyenaModal(HyenaOperator):
         c = config
         super().__init__("hyena_modal", c.order, c.d_conv, d_model)
         check_pairs("hyena_modal", c.d_state)
-        if not 0 < c.dt_min <= c.dt_max:
-            raise ConfigError(f"hyena_modal: dt_min {c.dt_min} and dt_max {c.dt_max}, expected 0 < dt_min <= dt_max")
+        check_steps("hyena_modal", c)
         self.config, dtype = config, torch.get_default_dtype()
         A = DIAGONALS["lin"](c.d_state)
         log_dt = math.log(c.dt_min) + torch.rand(c.order - 1, d_model, 1) * math.log(c.dt_max / c.dt_min)

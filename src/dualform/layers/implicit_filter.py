@@ -60,7 +60,7 @@ class ImplicitFilter(nn.Module):
         widths = [d_embed, *[d_filter] * (hidden + 1)]
         self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.out = nn.Linear(d_filter, count * d_model, bias=False)
-        self.frequency = nn.Parameter(torch.full((d_filter,), frequency))
+        self.frequency = nn.Parameter(torch.full((d_filter,), float(frequency)))
         rates = torch.linspace(math.log(100) / slow, math.log(100) / fast, count * d_model)
         # a copy: the transpose of one column counts as contiguous, and has strides that DistributedDataParallel refuses
         rate = rates.view(d_model, count).T.clone(memory_format=torch.contiguous_format)

@@ -13,6 +13,7 @@ from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer, check_kind
+from dualform.layers.part import DEEPEST
 from dualform.ops.derivatives import mapped, transformed
 from dualform.ops.lstm import lstm, side_by_side
 from dualform.ops.op import forced
@@ -50,7 +51,7 @@ class LSTM(Mixer):
     ``torch.nn.LSTM``. To compile a model that holds one, set ``torch._dynamo.config.allow_rnn = True`` first.
 
     Raises:
-        ConfigError: for a size below 1.
+        ConfigError: for a size below 1, or more layers than anyone stacks.
 
     References:
         Hochreiter & Schmidhuber (1997), Neural Computation 9(8); Gers et al. (2000) for the forget gate.
@@ -61,6 +62,8 @@ class LSTM(Mixer):
         hidden = d_model if config.hidden is None else config.hidden
         if hidden < 1 or config.layers < 1:
             raise ConfigError(f"lstm: hidden is {hidden} and layers {config.layers}, expected at least 1 of each")
+        if config.layers > DEEPEST:
+            raise ConfigError(f"lstm: layers is {config.layers:,}, expected at most {DEEPEST:,}")
         self.d_model, self.hidden, self.layers = d_model, hidden, config.layers
         self.lstm = nn.LSTM(d_model, hidden, config.layers, batch_first=True)
         self.out_proj = nn.Identity() if hidden == d_model else nn.Linear(hidden, d_model, bias=False)

@@ -14,6 +14,7 @@ from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
+from dualform.layers.poles import check_steps
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.selective_scan import selective_scan, selective_state_update
@@ -84,6 +85,8 @@ class Mamba(Mixer):
         c, self.config, self.d_model = config, config, d_model
         check_sizes("mamba", d_model=d_model, d_state=c.d_state, d_conv=c.d_conv, expand=c.expand)
         self.d_inner, self.dt_rank = c.expand * d_model, c.dt_rank or math.ceil(d_model / 16)
+        check_sizes("mamba", dt_rank=self.dt_rank)
+        check_steps("mamba", c)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=c.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, c.d_conv).uniform_(-1, 1) / math.sqrt(c.d_conv))
         self.conv_bias = (

@@ -16,6 +16,7 @@ from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes, initial_step
 from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import GatedRMSNorm
+from dualform.layers.poles import check_steps
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.selective_scan import selective_state_update
 from dualform.ops.ssd import limit_step, ssd
@@ -106,6 +107,7 @@ class Mamba2(Mixer):
                 f"mamba2: expand * d_model = {self.d_inner} is not a multiple of d_head = {c.d_head}",
                 hint=f"set d_head to a divisor of {self.d_inner}",
             )
+        check_steps("mamba2", c)
         self.heads = self.d_inner // c.d_head
         if self.heads % c.groups:
             raise ConfigError(

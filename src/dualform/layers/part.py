@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError, ConfigError
 
+DEEPEST = 1_000
+"""Layers inside of one sub-layer; a config that asks for more is damaged."""
+
 
 class PartClass(ABCMeta):
     """Lets a layer be written without its config: ``Layer(64, d_state=16)`` is ``LayerConfig(d_state=16).build(64)``.

@@ -21,6 +21,17 @@ class Steps(Protocol):
     def dt_max(self) -> float: ...
 
 
+def check_steps(kind: str, config: Steps) -> None:
+    """The range of the steps at the start is one of positive numbers.
+
+    Raises:
+        ConfigError: for one that is not.
+    """
+    low, high = config.dt_min, config.dt_max
+    if not 0 < low <= high < math.inf:
+        raise ConfigError(f"{kind}: dt_min {low} and dt_max {high}, expected 0 < dt_min <= dt_max, both finite")
+
+
 class Poles:
     """Poles ``A = -exp(log_A_re) + i A_im`` and steps ``dt = exp(log_dt)``, as parameters of the layer.
 
@@ -48,10 +59,8 @@ class Poles:
         Raises:
             ConfigError: for steps that are not positive, or an empty range.
         """
+        check_steps(type(self).__name__.lower(), config)
         low, high = config.dt_min, config.dt_max
-        if not 0 < low <= high:
-            name = type(self).__name__.lower()
-            raise ConfigError(f"{name}: dt_min {low} and dt_max {high}, expected 0 < dt_min <= dt_max")
         dtype = torch.get_default_dtype()
         self.log_dt = nn.Parameter(math.log(low) + torch.rand(steps) * math.log(high / low))
         self.log_A_re = nn.Parameter((-A.real).clamp_min(1e-4).log().to(dtype))
