@@ -15,6 +15,7 @@ from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.ops import OPS, backend, causal_conv1d_update, linear_scan, selective_state_update
 from dualform.ops import selective_scan as scan
+from dualform.ops.derivatives import floats
 from dualform.ops.op import PREFERENCE
 from op_calls import NAMES, case_of, dispatched
 
@@ -206,3 +207,30 @@ def test_every_tensor_is_asked_for(name):
 def test_a_complex_state_of_a_real_step_is_refused():
     with pytest.raises(ArgumentError, match=r"state is torch\.complex64, expected a real dtype"):
         causal_conv1d_update(r(2, 8), r(2, 8, 3) + 0j, r(8, 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing_inside(name):
+    """Not in a backend, in no gradient that is its own, and not in the reference."""
+    case = case_of(name, 9)
+    op = OPS[case.op]
+    given = case.cast("cpu", torch.float32)
+    chosen = ["reference", *(b.name for b in op.backends if b.runs_on("cpu") and not b.missing())]
+
+    def run(autocast, name):
+        leaves = {k: m.clone().requires_grad_() if floats(m) else m for k, m in given.items()}
+        with backend(name), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = case.call(leaves)
+        out = list(out) if isinstance(out, tuple) else [out]
+        roots = [y for y in out if y.requires_grad]
+        wanted = [m for m in leaves.values() if m.requires_grad]
+        found = torch.autograd.grad(roots, wanted, [torch.ones_like(y) for y in roots], allow_unused=True)
+        return [*out, *(m for m in found if m is not None)]
+
+    for each in chosen:
+        try:
+            want = run(False, each)
+        except BackendError:
+            continue  # another one runs this call
+        for got, exact in zip(run(True, each), want, strict=True):
+            torch.testing.assert_close(got, exact)

@@ -1,5 +1,6 @@
 """The discrete system of S4: a state matrix that is diagonal plus low rank, under the bilinear rule."""
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ class DiscreteDPLR(NamedTuple):
             B: ``(D, N)``, complex.
             dt: ``(D,)``, positive.
         """
+        dtype = reduce(torch.promote_types, (P.dtype, B.dtype, dt.dtype), Lambda.dtype)
+        Lambda, P, B, dt = Lambda.to(dtype), P.to(dtype), B.to(dtype), dt.to(dtype.to_real())
         step = dt[:, None]
         R = 1 / (1 - step / 2 * Lambda)
         inner = 2 * torch.einsum("rdn,qdn->drq", P.conj(), R * P).real

@@ -18,9 +18,10 @@ from dualform.core.shapes import check_tensors, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone, state_class
 from dualform.layers.diagonal import DiagonalSystem
-from dualform.layers.mixer import Hint, Mixer, Prepared, check_state, exactly
+from dualform.layers.mixer import Hint, Mixer, Prepared, check_state
 from dualform.layers.poles import Poles, check_choice, check_pairs
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from dualform.ops.dispatch import exactly
 
 INITS = DIAGONALS  # the poles at the start
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dualform.core.shapes import smaller, wide
-from dualform.layers.mixer import Hint, exactly
+from dualform.layers.mixer import Hint
+from dualform.ops.dispatch import exactly
 
 
 class ImplicitFilter(nn.Module):

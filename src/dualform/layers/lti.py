@@ -15,8 +15,9 @@ from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone
-from dualform.layers.mixer import Mixer, Prepared, check_intervals, check_state, exactly
+from dualform.layers.mixer import Mixer, Prepared, check_intervals, check_state
 from dualform.layers.poles import check_rate
+from dualform.ops.dispatch import exactly
 
 
 @runtime_checkable

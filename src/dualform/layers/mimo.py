@@ -9,7 +9,7 @@ from dualform.core.discretize import hold
 from dualform.core.dplr import as_real, as_rotations
 from dualform.core.packing import Packing
 from dualform.core.system import StateSpace
-from dualform.layers.mixer import exactly
+from dualform.ops.dispatch import exactly
 from dualform.ops.mimo_ssm import mimo_ssm
 
 

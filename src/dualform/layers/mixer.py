@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -166,11 +165,6 @@ def check_intervals(where: str, x: Tensor, intervals: Tensor | None, dtype: torc
                 hint="they are the times between samples, in units of the layer's own step",
             )
     return intervals.to(dtype)
-
-
-def exactly(device: str) -> AbstractContextManager[object]:
-    """Matrix products in the dtype of their factors, autocast or not."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @runtime_checkable

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dualform.core.shapes import wide
 from dualform.layers.lti import LTI
-from dualform.layers.mixer import exactly
 from dualform.layers.poles import Poles, Steps, check_rate
+from dualform.ops.dispatch import exactly
 
 
 class Sizes(Steps, Protocol):

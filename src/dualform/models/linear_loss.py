@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.shapes import wide
-from dualform.layers.mixer import exactly
 from dualform.ops.derivatives import once, refuse_transforms
+from dualform.ops.dispatch import exactly
 from dualform.ops.op import SlowBackendWarning, forced
 
 _NAME = "LanguageModel.loss"

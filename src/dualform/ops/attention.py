@@ -158,10 +158,9 @@ def _forward(a: Attention) -> list[Tensor]:
     def run(rows: slice | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _rows(a, rows, q, k, v)
 
-    with torch.autocast(a.q.device.type, enabled=False):
-        if a.packing is None:
-            return [run(slice(None), a.q, a.k, a.v).contiguous()]
-        return [a.packing.in_rows(run, a.q, a.k, a.v)]
+    if a.packing is None:
+        return [run(slice(None), a.q, a.k, a.v).contiguous()]
+    return [a.packing.in_rows(run, a.q, a.k, a.v)]
 
 
 def _rows(a: Attention, rows: slice | Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dualform.core.dplr import DiscreteDPLR, as_complex, as_real
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_floating, check_real, check_tensors, wide
+from dualform.ops.dispatch import exactly
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import check_dtype
 
@@ -62,6 +63,12 @@ def cauchy_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length
     A, P, B, C, dt = A.to(dtype), P.to(dtype), B.to(dtype), C.to(dtype), dt.to(dtype.to_real())
     if length == 0:
         return dt.new_zeros(len(dt), 0)
+    with exactly(A.device.type):
+        return _kernel(A, P, B, C, dt, length)
+
+
+def _kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    """See :func:`cauchy_kernel`; all in one precision."""
     C = _truncated(A, P, B, C, dt, length)
     left, right = torch.cat([C[None], P.conj()]), torch.cat([B[None], P])
     pairs = (left[:, None] * right).flatten(0, 1).transpose(0, 1)

@@ -160,13 +160,12 @@ def _forward(a: DiagonalSSM) -> list[Tensor]:
     u, Abar, CB, h0, packing = a
     if u.numel() == 0 or h0.numel() == 0:
         return [torch.zeros_like(u, memory_format=torch.contiguous_format), h0.clone()]
-    with _exactly(u.device.type):
-        chunks, x = Chunks.of(u, packing, chunk_size(u, packing)), u.to(h0.real.dtype)
-        tables = _Tables.of(Abar, CB, chunks.size)
-        left, right = chunks.both(x)
-        before, final, _ = _states(chunks, right, tables, h0)
-        y = torch.baddbmm(_causal(left, tables.within), _real(before).transpose(0, 1), tables.after)
-        return [chunks.tokens(y).to(u.dtype).contiguous(), final]
+    chunks, x = Chunks.of(u, packing, chunk_size(u, packing)), u.to(h0.real.dtype)
+    tables = _Tables.of(Abar, CB, chunks.size)
+    left, right = chunks.both(x)
+    before, final, _ = _states(chunks, right, tables, h0)
+    y = torch.baddbmm(_causal(left, tables.within), _real(before).transpose(0, 1), tables.after)
+    return [chunks.tokens(y).to(u.dtype).contiguous(), final]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: DiagonalSSM) -> dict[str, Tensor]:
@@ -175,33 +174,27 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: DiagonalSSM) -> dict[s
     if u.numel() == 0 or h0.numel() == 0:
         zeros = {name: torch.zeros_like(m) for name, m in (("u", u), ("Abar", Abar), ("CB", CB))}
         return {**zeros, "h0": grads[1].clone()}
-    with _exactly(u.device.type):
-        chunks, dtype = Chunks.of(u, packing, chunk_size(u, packing)), h0.real.dtype
-        x, dy = u.to(dtype), grads[0].to(dtype)
-        tables = _Tables.of(Abar, CB, chunks.size)
-        powers, size = tables.powers, chunks.size
-        (left, right), out = chunks.both(x), chunks.left(dy)
-        before, _, decay = _states(chunks, right, tables, h0)
-        dbefore = _complex(torch.bmm(out, tables.after.mT)).transpose(0, 1)[None]
-        g, dh0 = linear_scan(decay.conj(), dbefore, grads[1], cu_seqlens=chunks.line, reverse=True)
-        g = chunks.after(g[0], grads[1])
-        carried = _real(g).transpose(0, 1)
-        du = chunks.tokens(_causal(out, tables.within.mT, reverse=True), torch.bmm(carried, tables.into.mT))
+    chunks, dtype = Chunks.of(u, packing, chunk_size(u, packing)), h0.real.dtype
+    x, dy = u.to(dtype), grads[0].to(dtype)
+    tables = _Tables.of(Abar, CB, chunks.size)
+    powers, size = tables.powers, chunks.size
+    (left, right), out = chunks.both(x), chunks.left(dy)
+    before, _, decay = _states(chunks, right, tables, h0)
+    dbefore = _complex(torch.bmm(out, tables.after.mT)).transpose(0, 1)[None]
+    g, dh0 = linear_scan(decay.conj(), dbefore, grads[1], cu_seqlens=chunks.line, reverse=True)
+    g = chunks.after(g[0], grads[1])
+    carried = _real(g).transpose(0, 1)
+    du = chunks.tokens(_causal(out, tables.within.mT, reverse=True), torch.bmm(carried, tables.into.mT))
 
-        re, im = torch.bmm(_real(before).permute(1, 2, 0), out).chunk(2, 1)
-        dz = 2 * F.pad(torch.complex(re, -im), (1, 0))
-        dz[..., :size] += 2 * _diagonals(torch.bmm(left.mT, out))[:, None]
-        dpowers = dz * CB.conj()[..., None]
-        dpowers[..., :size] += _complex(torch.bmm(right.mT, carried)).mT.flip(-1)
-        dpowers.index_add_(2, chunks.count, (g * before.conj()).permute(1, 2, 0))
-        steps = torch.arange(1, size + 1, device=u.device)
-        dAbar = (dpowers[..., 1:] * (steps * powers[..., :-1]).conj()).sum(-1)
-        return {"u": du, "Abar": dAbar, "CB": (dz * powers.conj()).sum(-1), "h0": dh0}
-
-
-def _exactly(device: str) -> torch.autocast:
-    """Matrix products in the dtype of their factors, autocast or not."""
-    return torch.autocast(device, enabled=False)
+    re, im = torch.bmm(_real(before).permute(1, 2, 0), out).chunk(2, 1)
+    dz = 2 * F.pad(torch.complex(re, -im), (1, 0))
+    dz[..., :size] += 2 * _diagonals(torch.bmm(left.mT, out))[:, None]
+    dpowers = dz * CB.conj()[..., None]
+    dpowers[..., :size] += _complex(torch.bmm(right.mT, carried)).mT.flip(-1)
+    dpowers.index_add_(2, chunks.count, (g * before.conj()).permute(1, 2, 0))
+    steps = torch.arange(1, size + 1, device=u.device)
+    dAbar = (dpowers[..., 1:] * (steps * powers[..., :-1]).conj()).sum(-1)
+    return {"u": du, "Abar": dAbar, "CB": (dz * powers.conj()).sum(-1), "h0": dh0}
 
 
 def _fake(a: DiagonalSSM) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """What PyTorch switches off around a call, and kernels written in PyTorch need."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -26,3 +26,9 @@ def ordinary_dispatch() -> Iterator[None]:
     finally:
         for key in hidden:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+
+
+def exactly(device: str) -> AbstractContextManager[object]:
+    """Matrix products in the dtype of their factors, autocast or not."""
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()

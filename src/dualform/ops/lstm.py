@@ -124,17 +124,14 @@ def _forward(a: LSTM) -> list[Tensor]:
     x, h, c, *weights = (m.to(dtype) for m in a[:7])
     if x.numel() == 0 or h.numel() == 0:
         return [a.x.new_zeros(*x.shape[:2], h.shape[1]), a.h.clone(), a.c.clone()]
-    with torch.autocast(x.device.type, enabled=False):
-        if a.packing is None:
-            y, h, c = torch.lstm(x, (h[None], c[None]), weights, True, 1, 0.0, True, False, True)
-            return [m.to(a.x.dtype).contiguous() for m in (y, h[0], c[0])]
-        line = side_by_side(a.packing)
-        state = tuple(s.index_select(0, line.rows)[None] for s in (h, c))
-        y, *after = torch.lstm(
-            x[0].index_select(0, line.steps), line.running, state, weights, True, 1, 0.0, True, False
-        )
-        last = [s.index_copy(0, line.rows, new[0]) for s, new in zip((h, c), after, strict=True)]
-        return [m.to(a.x.dtype) for m in (y.index_select(0, line.places)[None], *last)]
+    if a.packing is None:
+        y, h, c = torch.lstm(x, (h[None], c[None]), weights, True, 1, 0.0, True, False, True)
+        return [m.to(a.x.dtype).contiguous() for m in (y, h[0], c[0])]
+    line = side_by_side(a.packing)
+    state = tuple(s.index_select(0, line.rows)[None] for s in (h, c))
+    y, *after = torch.lstm(x[0].index_select(0, line.steps), line.running, state, weights, True, 1, 0.0, True, False)
+    last = [s.index_copy(0, line.rows, new[0]) for s, new in zip((h, c), after, strict=True)]
+    return [m.to(a.x.dtype) for m in (y.index_select(0, line.places)[None], *last)]
 
 
 class SideBySide(NamedTuple):

@@ -10,7 +10,7 @@ and goes straight to the backend.
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
 from dualform.ops.derivatives import as_grad, floats, once, refuse_transforms
-from dualform.ops.dispatch import ordinary_dispatch
+from dualform.ops.dispatch import exactly, ordinary_dispatch
 
 Arguments = TypeVar("Arguments", bound=tuple)
 
@@ -146,12 +146,11 @@ class Op(Generic[Arguments]):
 
     def __call__(self, a: Arguments) -> tuple[Tensor, ...]:
         """The outputs; ``a`` was checked."""
-        if _forced == "reference":
-            return self.reference(a)
         tensors = [m for m in a if isinstance(m, Tensor)]
         wanted = torch.is_grad_enabled() and any(m.requires_grad for m in tensors)
-        if wanted and self.stepwise:
-            return self.reference(a)
+        if _forced == "reference" or (wanted and self.stepwise):
+            with exactly(tensors[0].device.type):
+                return self.reference(a)
         direct = _direct(self.name, tensors) and self._borders_are_known(a)
         if not direct:
             if wanted:
@@ -321,8 +320,15 @@ def check_name(name: str, where: str) -> None:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched where the arguments are, whichever device is the current one."""
-    return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else nullcontext()
+    """Kernels are launched where the arguments are, whichever device is the current one; autocast changes no dtype."""
+    exact = exactly(device.type)
+    return _launched(device, exact) if device.type in ("cuda", "xpu") else exact
+
+
+@contextmanager
+def _launched(device: torch.device, exact: AbstractContextManager[Any]) -> Iterator[None]:
+    with exact, getattr(torch, device.type).device(device):
+        yield
 
 
 def _blank(wrong: Tensor | None, outputs: list[Tensor]) -> list[Tensor]:

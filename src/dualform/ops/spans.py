@@ -55,8 +55,7 @@ class Spanned(Generic[Arguments]):
         length = getattr(a, self.inputs[0]).shape[1]
         if length > self.size(a):
             return None
-        with torch.autocast(a.h0.device.type, enabled=False):
-            return self.run(a, self.tables(a, length))
+        return self.run(a, self.tables(a, length))
 
     def backend(self) -> Backend[Arguments]:
         """What to register."""
@@ -81,13 +80,12 @@ class Spanned(Generic[Arguments]):
         """The outputs and the states between spans."""
         h, y, size = a.h0.clone(), self.op.fake(a)[0], self.size(a)
         (between,) = self.saved(a)
-        with torch.autocast(h.device.type, enabled=False):
-            tables = self.tables(a, min(size, y.shape[1]))
-            for number, span in enumerate(self._spans(a, size)):
-                part = a._replace(h0=h[span.rows], packing=span.packing, **self._inputs(a, span))
-                y[:, span.begin : span.end], h[span.rows] = self.run(part, tables)
-                if number < len(between):
-                    between[number] = h if a.packing is None else h[span.rows][-1:]
+        tables = self.tables(a, min(size, y.shape[1]))
+        for number, span in enumerate(self._spans(a, size)):
+            part = a._replace(h0=h[span.rows], packing=span.packing, **self._inputs(a, span))
+            y[:, span.begin : span.end], h[span.rows] = self.run(part, tables)
+            if number < len(between):
+                between[number] = h if a.packing is None else h[span.rows][-1:]
         return [y, h, between]
 
     def backward(self, grads: list[Tensor], kept: list[Tensor], a: Any) -> dict[str, Tensor]:
@@ -96,30 +94,29 @@ class Spanned(Generic[Arguments]):
         names = [name for name, _ in self.op.differentiable(a) if name not in (*self.inputs, "h0")]
         weights = {name: getattr(a, name).detach().requires_grad_() for name in names}
         found = {name: torch.zeros_like(getattr(a, name)) for name in self.inputs if getattr(a, name) is not None}
-        with torch.autocast(dh.device.type, enabled=False):
+        with torch.enable_grad():
+            tables = self.tables(a._replace(**weights), min(size, dy.shape[1]))
+        dtables = [torch.zeros_like(m) for m in tables]
+        for number, span in reversed(list(enumerate(self._spans(a, size)))):
+            h = a.h0[span.rows].clone()
+            if span.enters:
+                h[: len(h) if a.packing is None else 1] = between[number - 1]
+            leaves = {name: m.detach().requires_grad_() for name, m in self._inputs(a, span).items()}
+            fixed = tuple(m.detach().requires_grad_() for m in tables)
             with torch.enable_grad():
-                tables = self.tables(a._replace(**weights), min(size, dy.shape[1]))
-            dtables = [torch.zeros_like(m) for m in tables]
-            for number, span in reversed(list(enumerate(self._spans(a, size)))):
-                h = a.h0[span.rows].clone()
-                if span.enters:
-                    h[: len(h) if a.packing is None else 1] = between[number - 1]
-                leaves = {name: m.detach().requires_grad_() for name, m in self._inputs(a, span).items()}
-                fixed = tuple(m.detach().requires_grad_() for m in tables)
-                with torch.enable_grad():
-                    part = a._replace(h0=h.requires_grad_(), packing=span.packing, **leaves)
-                    outputs = self.run(part, fixed)
-                sources = [h, *leaves.values(), *fixed]
-                ends = dy[:, span.begin : span.end], dh[span.rows]
-                into, *rest = torch.autograd.grad(outputs, sources, ends, materialize_grads=True)
-                dh[span.rows] = into
-                for name, g in zip(leaves, rest, strict=False):
-                    found[name][:, span.begin : span.end] = g
-                for total, g in zip(dtables, rest[len(leaves) :], strict=True):
-                    total += g
-            pairs = [(m, g) for m, g in zip(tables, dtables, strict=True) if m.requires_grad]
-            roots, into_roots = zip(*pairs, strict=True)
-            led = torch.autograd.grad(roots, list(weights.values()), into_roots, materialize_grads=True)
+                part = a._replace(h0=h.requires_grad_(), packing=span.packing, **leaves)
+                outputs = self.run(part, fixed)
+            sources = [h, *leaves.values(), *fixed]
+            ends = dy[:, span.begin : span.end], dh[span.rows]
+            into, *rest = torch.autograd.grad(outputs, sources, ends, materialize_grads=True)
+            dh[span.rows] = into
+            for name, g in zip(leaves, rest, strict=False):
+                found[name][:, span.begin : span.end] = g
+            for total, g in zip(dtables, rest[len(leaves) :], strict=True):
+                total += g
+        pairs = [(m, g) for m, g in zip(tables, dtables, strict=True) if m.requires_grad]
+        roots, into_roots = zip(*pairs, strict=True)
+        led = torch.autograd.grad(roots, list(weights.values()), into_roots, materialize_grads=True)
         return {**found, **dict(zip(weights, led, strict=True)), "h0": dh}
 
     def _inputs(self, a: Any, span: _Span) -> dict[str, Tensor]:
