@@ -44,7 +44,8 @@ class DiscreteDPLR(NamedTuple):
             dt: ``(D,)``, positive.
         """
         dtype = reduce(torch.promote_types, (P.dtype, B.dtype, dt.dtype), Lambda.dtype)
-        Lambda, P, B, dt = Lambda.to(dtype), P.to(dtype), B.to(dtype), dt.to(dtype.to_real())
+        Lambda, P, B = Lambda.to(dtype), P.to(dtype), B.to(dtype)
+        dt = dt.to(P.real.dtype)
         step = dt[:, None]
         R = 1 / (1 - step / 2 * Lambda)
         inner = 2 * torch.einsum("rdn,qdn->drq", P.conj(), R * P).real

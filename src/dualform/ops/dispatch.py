@@ -1,7 +1,8 @@
-"""What PyTorch switches off around a call, and kernels written in PyTorch need."""
+"""The surroundings of a call: its device, its dtypes, and what PyTorch switches off that kernels in PyTorch need."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -32,3 +33,15 @@ def exactly(device: str) -> AbstractContextManager[object]:
     """Matrix products in the dtype of their factors, autocast or not."""
     on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched where the arguments are, whichever device is the current one; autocast changes no dtype."""
+    exact = exactly(device.type)
+    return _launched(device, exact) if device.type in ("cuda", "xpu") else exact
+
+
+@contextmanager
+def _launched(device: torch.device, exact: AbstractContextManager[Any]) -> Iterator[None]:
+    with exact, getattr(torch, device.type).device(device):
+        yield

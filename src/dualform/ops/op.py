@@ -10,7 +10,7 @@ and goes straight to the backend.
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
 from dualform.ops.derivatives import as_grad, floats, once, refuse_transforms
-from dualform.ops.dispatch import exactly, ordinary_dispatch
+from dualform.ops.dispatch import exactly, on_device, ordinary_dispatch
 
 Arguments = TypeVar("Arguments", bound=tuple)
 
@@ -317,18 +317,6 @@ def check_name(name: str, where: str) -> None:
     known = {"reference", *PREFERENCE, *(b.name for op in OPS.values() for b in op.backends)}
     if name and name not in known:
         raise BackendError(f"{where}: no op has a backend {name!r}", hint=f"known: {', '.join(sorted(known))}")
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched where the arguments are, whichever device is the current one; autocast changes no dtype."""
-    exact = exactly(device.type)
-    return _launched(device, exact) if device.type in ("cuda", "xpu") else exact
-
-
-@contextmanager
-def _launched(device: torch.device, exact: AbstractContextManager[Any]) -> Iterator[None]:
-    with exact, getattr(torch, device.type).device(device):
-        yield
 
 
 def _blank(wrong: Tensor | None, outputs: list[Tensor]) -> list[Tensor]:
