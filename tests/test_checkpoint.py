@@ -14,7 +14,9 @@ from dualform.core.errors import CheckpointError
 from dualform.layers.lstm import LSTMConfig
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
+from dualform.models.saving import model as saving
 from dualform.models.tokenizer import ByteTokenizer
+from dualform.train import checkpoint
 from dualform.train.checkpoint import Position, checkpoints, read_position, restore_checkpoint, save_checkpoint
 from dualform.train.optim import build_optimizer
 from dualform.train.recipe import Recipe
@@ -96,6 +98,15 @@ def test_what_killed_saves_left_behind_is_removed(tmp_path, run):
         path.mkdir(parents=True)
     write(tmp_path, run, 10)
     assert sorted(os.listdir(tmp_path)) == [".step-best.incoming", "step-00000010"]
+
+
+def test_a_full_disk_is_named_by_the_place_of_the_checkpoint(tmp_path, run, monkeypatch):
+    for module, part in ((saving, "/model"), (checkpoint, "")):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as error:
+            patch.setattr(module, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+            write(tmp_path, run, 1)
+        assert str(error.value).startswith(f"{tmp_path / 'step-00000001'}{part}: cannot save: No space left")
+        assert str(error.value).count("hint: ") == 1 and not os.listdir(tmp_path)
 
 
 def damage(place, file, change):

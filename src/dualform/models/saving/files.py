@@ -83,7 +83,10 @@ def creating(place: str | os.PathLike[str]) -> Iterator[Path]:
         remove_stale(place)
         with incoming(place) as new:
             new.mkdir()
-            yield new
+            try:
+                yield new
+            except CheckpointError as error:  # of a save inside, which names a folder that will be gone
+                raise CheckpointError(str(error).replace(str(new), str(place))) from error
             _list(new, _finish(new))
             os.replace(new, place)
             _sync(place.parent)
