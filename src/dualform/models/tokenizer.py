@@ -15,16 +15,15 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import tokenizers
 
-from dualform.core.errors import ArgumentError, CheckpointError, DualformError
+from dualform.core.errors import ArgumentError, CheckpointError
 from dualform.core.json_file import read_text
-from dualform.core.options import brief
+from dualform.models.careful import AGAIN, carefully
 from dualform.models.saving.files import TOKENIZER_FILE, current
 from dualform.models.special_tokens import opening, text_only, unlimited
 
 T = TypeVar("T")
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16  # tokens that a stream keeps as context for the next one
-_AGAIN = "its tokenizer.json is damaged: copy it again from where it came from"
 _LARGEST = 2**28  # bytes of a tokenizer.json; those of the largest vocabularies have 2**25
 
 
@@ -134,14 +133,14 @@ class SubwordTokenizer:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such file") from error
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a tokenizer: {error}", hint=_AGAIN) from error
+            raise CheckpointError(f"{path}: not a tokenizer: {error}", hint=AGAIN) from error
 
         def tried() -> SubwordTokenizer:
             made = cls(tokenizers.Tokenizer.from_str(text))
             made._tokenizer.decode(made._text.encode("").ids)  # some faults show only in use
             return made
 
-        return _carefully(tried, f"{path}: not a tokenizer", CheckpointError)
+        return carefully(tried, f"{path}: not a tokenizer", CheckpointError)
 
     @property
     def vocab_size(self) -> int:
@@ -151,7 +150,7 @@ class SubwordTokenizer:
     @property
     def begin(self) -> Sequence[int]:
         """The tokens that the tokenizer puts before a text, such as ``<s>``."""
-        return _carefully(lambda: opening(self._text))
+        return carefully(lambda: opening(self._text))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The tokens of a text.
@@ -167,11 +166,11 @@ class SubwordTokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise _surrogate(error) from error
-        return _carefully(lambda: (self._names if special else self._text).encode(text, add_special_tokens=False).ids)
+        return carefully(lambda: (self._names if special else self._text).encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
-        return _carefully(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return carefully(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> TextStream:
         """A decoder of one token at a time; the memory that it needs does not grow."""
@@ -261,21 +260,6 @@ class _SubwordStream:
             if _REPLACEMENT not in text or len(self._ids) > 4 * _WINDOW:
                 self._ids, self._given = self._ids[-keep:], max(0, len(text) - held)
                 return
-
-
-def _carefully(call: Callable[[], T], where: str = "tokenizer", error: type[DualformError] = ArgumentError) -> T:
-    """The result of calls of the ``tokenizers`` library.
-
-    Raises:
-        DualformError: for the library's bare ``Exception``, and for a panic of its Rust code, which is no ``Exception``
-            and would pass through every ``except`` to the user.
-    """
-    try:
-        return call()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as wrong:
-        raise error(f"{where}: {brief(str(wrong))}", hint=_AGAIN) from wrong
 
 
 def _surrogate(error: UnicodeEncodeError) -> ArgumentError:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dualform.core.errors import DataError
 from dualform.core.json_file import to_json
+from dualform.models.careful import carefully
 from dualform.models.saving.files import creating
 from dualform.models.special_tokens import text_only
 from dualform.models.tokenizer import Tokenizer
@@ -190,11 +191,11 @@ def _encoder(tokenizer: Tokenizer) -> Callable[[list[bytes]], list[tuple[np.ndar
     told = tokenizer.to_json()
     if told is None:
         return lambda texts: [(np.frombuffer(t, np.uint8), np.ones(len(t), np.uint32)) for t in texts]
-    raw = text_only(tokenizers.Tokenizer.from_str(told))
+    raw = carefully(lambda: text_only(tokenizers.Tokenizer.from_str(told)), "data.tokenizer", DataError)
 
     def encode(texts: list[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
         decoded = [text.decode("utf-8") for text in texts]
-        found = raw.encode_batch(decoded, add_special_tokens=False)
+        found = carefully(lambda: raw.encode_batch(decoded, add_special_tokens=False), "data.tokenizer", DataError)
         return [(np.array(e.ids, np.uint32), _added(t, e.offsets)) for t, e in zip(decoded, found, strict=True)]
 
     return encode

@@ -163,7 +163,10 @@ def _cache_folder() -> Path:
     chosen = os.environ.get("DUALFORM_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualform"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualform"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "dualform"
 
 
 def _keep(path: Path, code: bytes) -> None:

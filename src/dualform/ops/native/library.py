@@ -36,10 +36,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.dualform_fresh.restype = None
     library.dualform_choose.restype = ctypes.c_char_p
     wanted = os.environ.get("DUALFORM_NATIVE_ISA", "")
-    if library.dualform_choose(wanted.encode()) is None:
+    if library.dualform_choose(os.fsencode(wanted)) is None:
         return (
             None,
-            f"this processor cannot run DUALFORM_NATIVE_ISA={wanted}; use avx512, avx2 or baseline, or unset it",
+            f"this processor cannot run DUALFORM_NATIVE_ISA={wanted!r}; use avx512, avx2 or baseline, or unset it",
         )
     return library, ""
 
