@@ -187,6 +187,18 @@ def test_tokens_that_a_kill_left_half_removed_are_made_again(recipe):
     train(recipe, console=QUIET)
 
 
+def test_what_a_kill_in_the_last_moments_leaves_is_finished(recipe):
+    """After the last evaluation was written down, and before an old checkpoint was dropped whole."""
+    out = train(recipe, console=QUIET)
+    before, last = (out / "metrics.jsonl").read_bytes(), out / "checkpoints" / "step-00000012"
+    shutil.copytree(last.with_name("step-00000010"), last.with_name("step-00000008"))
+    (last.parent / ".step-00000006.incoming").mkdir()
+    (out / "summary.json").unlink()
+    train(recipe, resume=True, console=QUIET)
+    assert sorted(path.name for path in last.parent.iterdir()) == ["step-00000010", "step-00000012"]
+    assert (out / "metrics.jsonl").read_bytes() == before and (out / "summary.json").exists()
+
+
 def test_a_folder_called_data_that_is_not_of_a_run_is_left_alone(recipe):
     mine = Path(recipe.out) / "data" / "mine.txt"
     mine.parent.mkdir(parents=True)

@@ -79,9 +79,22 @@ def save_checkpoint(
         CheckpointError: when it cannot be written, as on a full disk; earlier checkpoints still load.
     """
     place = folder / checkpoint_name(position.step)
-    if place.exists():
-        return place
     remove_stale(place, names=STEP)
+    if not place.exists():
+        _write(place, recipe, position, model, optimizer, tokenizer)
+    for old in checkpoints(folder)[: -recipe.keep]:  # also where a kill came before this
+        _drop(old)
+    return place
+
+
+def _write(
+    place: Path,
+    recipe: Recipe,
+    position: Position,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+) -> None:
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -92,9 +105,6 @@ def save_checkpoint(
         model.save(new / MODEL, tokenizer)
         save_file(tensors, new / MOMENTS_FILE)
         (new / POSITION_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    for old in checkpoints(folder)[: -recipe.keep]:
-        _drop(old)
-    return place
 
 
 def read_position(place: Path) -> tuple[Position, Recipe]:

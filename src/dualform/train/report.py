@@ -80,9 +80,12 @@ class Report:
     def record(self, kind: str, step: int, elapsed: float, **values: float) -> None:
         """One line of ``metrics.jsonl``, and a point in each TensorBoard curve ``kind/name``.
 
-        A number that is not finite is ``null`` in the line, as JSON has none.
+        A number that is not finite is ``null`` in the line, as JSON has none. What the last line says is not said
+        again, as after a kill between the last evaluation and the end of the run.
         """
         row = _finite({"kind": kind, "step": step, "elapsed": round(elapsed, 3), **values})
+        if self._rows and row == {**self._rows[-1], "elapsed": row["elapsed"]}:
+            return
         self._rows.append(row)
         self._metrics.write(_line(row))
         self._metrics.flush()
