@@ -145,6 +145,7 @@ import sys
 import torch
 import mamba_ssm
 from mamba_ssm import Mamba
+import beside
 print(__name__, sys.argv[1:], mamba_ssm.__version__)
 torch.manual_seed(0)
 model = torch.nn.Sequential(Mamba(8, d_state=3), torch.nn.Linear(8, 1))
@@ -163,6 +164,7 @@ assert losses[0] > losses[1] > losses[2], losses
 
 def test_a_script_runs_as_it_is(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "beside.py").touch()
     done = subprocess.run(
         [sys.executable, "-m", "dualform.compat", str(tmp_path / "train.py"), "--rate", "3"],
         capture_output=True,

@@ -571,6 +571,10 @@ def test_a_tensor_in_the_other_layout_is_told_how_to_turn():
         (lambda x, w: causal_conv1d_fn(x, w, activation="gelu"), "activation is 'gelu'"),
         (lambda x, w: causal_conv1d_fn(x, w, seq_idx=torch.zeros(B, T), return_final_states=True), "seq_idx together"),
         (lambda x, w: causal_conv1d_fn(x, w, seq_idx=torch.zeros(B, T)), "seq_idx is torch.float32"),
+        (
+            lambda x, w: causal_conv1d_fn(x, w, seq_idx=torch.zeros(B, T, dtype=torch.int32, device="meta")),
+            "seq_idx is on meta",
+        ),
         (lambda x, w: causal_conv1d_update(x, torch.zeros(B, D, 2), w), "holds 2 inputs, expected at least 3"),
         (lambda x, w: mamba_inner_fn(x, w[:, None], None, w, w, w, None, -w), "xz has shape"),
         (lambda x, w: selective_state_update(x[0], x, x, w, w, w), "expected \\(B, D, N\\)"),

@@ -26,14 +26,14 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"error: {error}") from None
     if rest[0] == "-m":
         sys.argv = rest[1:]
-        sys.path.insert(0, "")
         runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
         return
     script = Path(rest[0])
     if not script.exists():
         raise SystemExit(f"error: there is no {script}\n  hint: python -m dualform.compat --help")
     sys.argv = rest
-    sys.path.insert(0, str(script.resolve().parent if script.is_file() else script))
+    if not sys.flags.safe_path:  # what Python puts first for a script, in place of what it puts first for a module
+        sys.path[0] = str(script.resolve().parent if script.is_file() else script)
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -49,7 +49,7 @@ def causal_conv1d_fn(
                 f"{_WHERE}: seq_idx together with initial_states or return_final_states",
                 hint="dualform.ops.causal_conv1d takes and returns one state per sequence, with cu_seqlens",
             )
-        runs = Runs.of(_WHERE, seq_idx, x.shape[0], x.shape[2])
+        runs = Runs.of(_WHERE, seq_idx, time_second(x))
         line = runs.line(time_second(x))
         y, _ = causal_conv1d(line, weight, bias, activation=activation, cu_seqlens=_packing(line, runs))
         y = y.view(x.shape[0], x.shape[2], -1).masked_fill((seq_idx < 0)[..., None], 0)

@@ -63,13 +63,15 @@ class Runs(NamedTuple):
     last: Tensor  # (B,), the last one
 
     @classmethod
-    def of(cls, where: str, seq_idx: Tensor, batch: int, length: int) -> "Runs":
-        """The runs of ``seq_idx``, which takes one synchronisation of a GPU.
+    def of(cls, where: str, seq_idx: Tensor, x: Tensor) -> "Runs":
+        """The runs of ``seq_idx`` in ``x`` ``(B, T, ...)``, which takes one synchronisation of a GPU.
 
         Raises:
-            ArgumentError: for a shape other than ``(B, T)``, or a dtype that is not an integer's.
+            ArgumentError: for a shape other than ``(B, T)``, another device than that of x, or a dtype that is not an
+                integer's.
         """
-        check_tensors(where, seq_idx=(seq_idx, f"{batch} {length}"))
+        check_tensors(where, x=(x, "B T ..."), seq_idx=(seq_idx, "B T"))
+        batch, length = seq_idx.shape
         if seq_idx.is_floating_point() or seq_idx.is_complex():
             raise ArgumentError(f"{where}: seq_idx is {seq_idx.dtype}, expected int32, the sequence of each step")
         starts = torch.ones(batch, length, dtype=torch.bool, device=seq_idx.device)

@@ -208,7 +208,7 @@ def split_scan(
         )
     gate, value, z, xBC, dt = zxbcdt.split([beside // 2, beside // 2, inner, convolved, heads], -1)
     if cu_seqlens is not None:
-        seq_idx = sequence_ids(cu_seqlens, zxbcdt.shape[1])[None]
+        seq_idx = sequence_ids(cu_seqlens.to(zxbcdt.device), zxbcdt.shape[1])[None]
     xBC = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
     assert isinstance(xBC, Tensor)
     x, B, C = xBC.transpose(1, 2).split([inner, maps, maps], -1)
@@ -239,7 +239,7 @@ def split_scan(
 def _runs(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Runs:
     if cu_seqlens is None:
         assert seq_idx is not None
-        return Runs.of(_WHERE, seq_idx, x.shape[0], x.shape[1])
+        return Runs.of(_WHERE, seq_idx, x)
     check_tensors(_WHERE, cu_seqlens=(cu_seqlens, "*"))
     if x.shape[0] != 1:
         raise ArgumentError(
