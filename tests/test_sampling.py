@@ -175,3 +175,10 @@ def test_logits_that_are_not_finite_are_refused(bad, temperature):
     logits[1, 4] = bad
     with pytest.raises(ArgumentError, match="not finite"):
         sample(logits, Sampling(temperature=temperature), torch.zeros(2))
+
+
+@pytest.mark.parametrize("penalty", [1e308, 1e-308])
+def test_no_penalty_is_so_large_that_a_token_beyond_the_vocabulary_is_drawn(penalty):
+    last, history = torch.tensor([1 - 2**-53], dtype=torch.float64), torch.tensor([[0, 1, 2]])
+    for logits in ([-100.0, -200.0, -300.0], [100.0, -200.0, 300.0], [0.0, 0.0, -torch.inf]):
+        assert 0 <= int(sample(torch.tensor([logits]), Sampling(repetition_penalty=penalty), last, history)) <= 2

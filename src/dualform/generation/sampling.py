@@ -68,10 +68,15 @@ def sample(
 
 
 def penalize(logits: Float[Tensor, "B V"], history: Int[Tensor, "B L"], penalty: float) -> Float[Tensor, "B V"]:
-    """Make the tokens of ``history`` less likely: a positive logit is divided by ``penalty``, a negative multiplied."""
+    """Make the tokens of ``history`` less likely: a positive logit is divided by ``penalty``, a negative multiplied.
+
+    A finite logit stays finite under any penalty.
+    """
     seen = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
     seen = seen.scatter(1, torch.where(history < 0, logits.shape[1], history), True)[:, :-1]
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    most = torch.finfo(logits.dtype).max
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-most, most)
+    return torch.where(seen & logits.isfinite(), penalized, logits)
 
 
 def keep_top_k(logits: Float[Tensor, "B V"], k: int) -> Float[Tensor, "B V"]:

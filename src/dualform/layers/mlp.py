@@ -1,4 +1,4 @@
-"""SwiGLU, the feed-forward layer of most language models: it sees one token at a time, so it has no state."""
+"""SwiGLU, the feed-forward layer of most language models. It maps every step by itself, and so has no state."""
 
 from typing import ClassVar
 
@@ -13,24 +13,26 @@ from dualform.layers.part import Part
 
 @options
 class MLPConfig:
-    """Sizes of an :class:`MLP`.
+    """The options of an :class:`MLP`.
 
     Args:
-        d_hidden: inner width; None is ``8/3 d_model`` rounded up to a multiple of 8, which makes the three
-            matrices as large as the two of a plain MLP with inner width ``4 d_model``.
-        bias: whether the projections have one.
+        d_hidden: the inner width. None is ``8/3 d_model`` rounded up to a multiple of 8; the three matrices then have
+            together as many entries as the two of an MLP without a gate and with inner width ``4 d_model``.
+        bias: whether a bias is added after each matrix.
     """
 
     d_hidden: int | None = None
     bias: bool = False
 
     def build(self, d_model: int) -> "MLP":
-        """The layer, freshly initialised."""
+        """The layer for inputs of ``d_model`` features, with random weights."""
         return MLP(self, d_model)
 
 
 class MLP(Part):
     """``y = W_down (silu(W_gate x) * W_up x)``, ``(..., D) -> (..., D)``.
+
+    ``W_gate`` and ``W_up`` are the two halves of one matrix, ``gate_up_proj``.
 
     Raises:
         ConfigError: for an inner width below 1.
@@ -50,6 +52,6 @@ class MLP(Part):
         self.down_proj = nn.Linear(d_hidden, d_model, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """Every position on its own."""
+        """The outputs for ``x``; every step is mapped by itself."""
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)

@@ -1,4 +1,4 @@
-"""RMS normalisation joined with a gate, as Mamba-2 uses it before its output projection."""
+"""RMS normalisation and a gate in one module, which Mamba-2 has before its output projection."""
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,16 @@ from dualform.core.shapes import wide
 
 
 class GatedRMSNorm(nn.Module):
-    """``rms(y * silu(z)) * weight``, the RMS taken over each of ``groups`` consecutive slices of the last axis.
+    """``rms(y * silu(z)) * weight``, where ``rms(v) = v / sqrt(mean(v^2) + eps)``.
 
-    ``rms(v) = v / sqrt(mean(v^2) + eps)``. Computed in float32 or wider, returned in the dtype of ``y``.
+    The last axis is cut into ``groups`` slices of equal width, and the mean is taken over each slice by itself. The
+    result is computed in float32 or wider, and has the dtype of ``y``.
 
     Args:
-        width: size of the last axis.
-        groups: slices that are normalised apart; each group lives on one device under tensor parallelism.
+        width: the size of the last axis.
+        groups: the number of slices. Under tensor parallelism a slice stays on one device.
         eps: added to the mean square.
-        norm_before_gate: ``rms(y) * weight * silu(z)`` instead, the order of gated linear attention.
+        norm_before_gate: compute ``rms(y) * weight * silu(z)``, the order in gated linear attention.
 
     Raises:
         ConfigError: when ``groups`` does not divide ``width``.
@@ -38,7 +39,7 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, y: Float[Tensor, "... D"], z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """Normalise ``y`` with the gate ``z``."""
+        """Apply the gate ``z`` to ``y``, and normalise."""
         dtype = wide(y, z)
         out, gate = y.to(dtype), F.silu(z.to(dtype))
         out = self._rms(out) * gate if self.norm_before_gate else self._rms(out * gate)

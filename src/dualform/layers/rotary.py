@@ -1,4 +1,4 @@
-"""Rotary position embedding: a query and a key meet at an angle that depends on their distance only."""
+"""Rotary position embedding: the product of a query and a key depends on the distance between their positions only."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,16 +10,17 @@ from dualform.core.shapes import wide, widest
 def rotate(
     x: Float[Tensor, "B T H P"], positions: Int[Tensor, "*B T"], base: float = 10000.0
 ) -> Float[Tensor, "B T H P"]:
-    """Turn features ``(i, i + P // 2)`` of every head by the angle ``position * base^(-i / (P // 2))``.
+    """Rotate the features ``i`` and ``i + P // 2`` of every head by the angle ``position * base^(-i / (P // 2))``.
 
-    With an odd head width the last feature is not turned; a head of width 1 therefore carries no position.
-    Angles are exact to float64 (float32 on devices without it), so that long contexts keep their positions; the
-    rotation is done in float32 or wider and returned in the dtype of ``x``.
+    If the head width is odd, its last feature is left as it is; a head of width 1 therefore knows no positions.
+    Angles are computed in float64 (in float32 on devices without it), because in a long context they are large. The
+    rotation is computed in float32 or wider, and its result has the dtype of ``x``.
 
     Args:
         x: queries or keys.
-        positions: ``(B, T)``, or ``(1, T)`` for all rows alike.
-        base: the slowest pair turns about once in ``2 pi base`` tokens.
+        positions: ``(B, T)``, or ``(1, T)`` where all rows have the same.
+        base: sets the range of the angles: the pair of features that rotates most slowly takes nearly ``2 pi base``
+            steps for a full turn.
 
     References:
         Su et al. (2021), arXiv:2104.09864, section 3.2.2, with the pairing of GPT-NeoX and Llama.
