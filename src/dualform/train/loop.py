@@ -304,11 +304,9 @@ class _Run:
         if wrong := not_finite(**numbers):
             saved = checkpoints(self.out / CHECKPOINTS)
             where = f"goes on from {saved[-1].name}, where all was finite" if saved else "begins again"
-            lower = f"--set optim.lr={self.recipe.optim.lr / 10:g}"
-            raise DualformError(
-                f"{wrong} at step {self.step}",
-                hint=f"dualform train {shlex.quote(str(self.out))} --resume {lower} {where}; or raise optim.warmup",
-            )
+            again = f"dualform train {shlex.quote(str(self.out))} --resume --set optim.lr={self.recipe.optim.lr / 10:g}"
+            hint = f"learn more slowly, or raise optim.warmup: {again} {where}"
+            raise DualformError(f"{wrong} at step {self.step}", hint=hint)
 
     def _open_report(self, console: Console) -> Report:
         write_recipe(self.recipe)
