@@ -1,5 +1,6 @@
 """Text round trips, and a stream never emits half a character."""
 
+import json
 import random
 
 import pytest
@@ -211,6 +212,15 @@ def test_a_folder_gives_its_tokenizer(tmp_path):
         assert again.encode(TEXT) == level.encode(TEXT) and again.vocab_size == level.vocab_size
     with pytest.raises(CheckpointError, match=f"has {level.vocab_size} tokens, but the model only 256"):
         load_tokenizer(tmp_path, 256)
+
+
+def test_a_token_with_an_absurd_number_is_refused(tmp_path):
+    """The library would count up to it when it writes the vocabulary."""
+    table = json.loads(words().to_json())
+    table["model"]["vocab"]["c"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match="not a tokenizer: .*a token has the number 2,147,483,648"):
+        SubwordTokenizer.from_file(tmp_path / "tokenizer.json")
 
 
 def test_a_folder_without_a_fitting_tokenizer(tmp_path):

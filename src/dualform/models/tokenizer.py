@@ -24,6 +24,7 @@ from dualform.models.special_tokens import opening, text_only, unlimited
 T = TypeVar("T")
 _REPLACEMENT = "\ufffd"
 _WINDOW = 16  # tokens that a stream keeps as context for the next one
+_MOST = 2**24  # tokens of a vocabulary; the largest have 2**20
 _LARGEST = 2**28  # bytes of a tokenizer.json; those of the largest vocabularies have 2**25
 
 
@@ -137,6 +138,8 @@ class SubwordTokenizer:
 
         def tried() -> SubwordTokenizer:
             made = cls(tokenizers.Tokenizer.from_str(text))
+            if made.vocab_size > _MOST:  # the library would count up to it
+                raise ValueError(f"a token has the number {made.vocab_size - 1:,}, expected below {_MOST:,}")
             made._tokenizer.decode(made._text.encode("").ids)  # some faults show only in use
             return made
 
