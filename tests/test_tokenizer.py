@@ -219,7 +219,7 @@ def test_a_token_with_an_absurd_number_is_refused(tmp_path):
     table = json.loads(words().to_json())
     table["model"]["vocab"]["c"] = 2**31
     (tmp_path / "tokenizer.json").write_text(json.dumps(table))
-    with pytest.raises(CheckpointError, match="not a tokenizer: .*a token has the number 2,147,483,648"):
+    with pytest.raises(CheckpointError, match=r"not a tokenizer: .*a token has the number 2,147,483,648"):
         SubwordTokenizer.from_file(tmp_path / "tokenizer.json")
 
 
