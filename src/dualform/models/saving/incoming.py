@@ -42,12 +42,13 @@ def remove_stale(place: Path, names: str = "") -> None:
         place: the target of the saves.
         names: a pattern that names further targets beside it.
     """
-    pattern = re.compile(rf"\.({re.escape(place.name[:_LONGEST])}|{names or '(?!)'})(\.(.+))?{re.escape(_SUFFIX)}")
+    targets = rf"{re.escape(place.name[:_LONGEST])}|{names or '(?!)'}"  # which may have groups of their own
+    pattern = re.compile(rf"\.(?:{targets})(?:\.(?P<owner>.+))?{re.escape(_SUFFIX)}")
     with suppress(OSError), os.scandir(place.parent) as inside:
         for found in inside:
             if found.name.endswith(_SUFFIX) and (match := pattern.fullmatch(found.name)):
-                owner = re.fullmatch(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}", match[3] or "")
-                if match[3] is None or (owner and not _in_use(found, owner[1], int(owner[2]))):
+                owner = re.fullmatch(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}", match["owner"] or "")
+                if match["owner"] is None or (owner and not _in_use(found, owner[1], int(owner[2]))):
                     _remove(Path(found.path))  # without an owner: of a version that had one name for all
 
 
