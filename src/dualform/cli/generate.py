@@ -55,7 +55,10 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before. Repeatable.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
-    """Continue a text, streaming to standard output. Everything else goes to standard error."""
+    """Continue a text, streaming to standard output. Everything else goes to standard error.
+
+    The prompt is text throughout: the name of a special token in it, such as <|endoftext|>, is not that token.
+    """
     output()
     resume = state is not None and state.exists()
     text = read_prompt(prompt, required=not resume)
