@@ -134,6 +134,7 @@ def test_plan_covers_everything():
     ("arguments", "said"),
     [
         ({"names": ["mambo"]}, "did you mean 'mamba'?"),
+        ({"names": ["s4 d=3"]}, "did you mean 's4 legt d=3'?"),
         ({"device": "abacus"}, "'abacus' cannot be used"),
         ({"dtype": "int8"}, "expected one of float64, float32"),
         ({"dtype": torch.int32}, "expected one of float64, float32"),

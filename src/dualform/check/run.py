@@ -89,7 +89,7 @@ def run_checks(
     length: int = LENGTH,
     on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
-    """Prove the contract: every law for every mixer, filter and model; every backend against its float64 reference.
+    """Verify the contract: every law for every mixer, filter and model; every backend against its float64 reference.
 
     On a GPU also: sequences of more than 2^31 elements against their pieces, in bfloat16 where the GPU is too small for
     the dtype.
@@ -261,7 +261,8 @@ def _known(names: Iterable[str], recurrences: list[Case], operators: list[OpCase
     known = [*kinds, *(c.name for c in recurrences), *(c.name for c in operators)]
     names = set(names)
     for name in sorted(names - set(known)):
-        near = difflib.get_close_matches(name, known, n=1)
+        own = [other for other in known if other.split()[0] == name.split(maxsplit=1)[0]] if name.strip() else []
+        near = difflib.get_close_matches(name, own or known, n=1, cutoff=0.0 if own else 0.6)
         hint = (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(kinds)}"
         raise ArgumentError(f"check: nothing is called {name!r}", hint=hint)
     return names

@@ -1,4 +1,4 @@
-"""``dualform check``: the contract, proved on this machine, device, dtype and length."""
+"""``dualform check``: the contract, verified on this machine, device, dtype and length."""
 
 import math
 from dataclasses import asdict

@@ -90,7 +90,7 @@ def _show(console: "Console", out: Path, seed: int) -> None:
         ("dualform train --set minutes=10 --out runs/ten", "longer is better; --set changes any key"),
         ("dualform train --set data.path=FOLDER --out runs/mine", "your own text"),
         ("dualform info mamba2-130m", "the sizes of the papers"),
-        ("dualform check", "prove the contract on this machine"),
+        ("dualform check", "verify the contract on this machine"),
     ]
     width = max(len(command) for command, _ in commands)
     for command, what in commands:

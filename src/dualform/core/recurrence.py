@@ -15,7 +15,7 @@ Out = TypeVar("Out", covariant=True)
 class Recurrence(Protocol[Out]):
     """A causal map ``x_1..x_T -> y_1..y_T`` that carries a state.
 
-    Laws, proved for every implementation by :mod:`dualform.core.laws`, forward and backward:
+    Laws, verified for every implementation by :mod:`dualform.core.laws`, forward and backward:
 
     - *split*: running ``x`` equals running ``x[:, :k]``, then ``x[:, k:]`` from the state that left.
     - *step*: ``step(x[:, 0], s)`` equals ``forward(x[:, :1], s)`` without its time axis.
