@@ -39,7 +39,7 @@ def test_what_was_written_is_read(tmp_path, value):
         (b'{"a":' * 100_000, f"more than {DEEPEST} levels deep"),
         (b" " * (2**24 + 1), "more than 16,777,216 bytes"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:30],
 )
 def test_what_is_no_json_is_a_sentence_that_names_the_file(tmp_path, text, said):
     path = tmp_path / "a.json"
