@@ -19,7 +19,7 @@ def usable_device(device: str | torch.device, where: str) -> torch.device:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
     except Exception as error:  # every kind of device has exceptions of its own for not being there
-        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0].partition(". ")[0][:300] or type(error).__name__
         hint = "dualform doctor lists the devices; cpu is always there"
         raise ArgumentError(f"{where} cannot be used: {reason}", hint=hint) from None
     return torch.device("cpu") if found.type == "cpu" else found

@@ -1,8 +1,8 @@
 """Where the weights are in a folder: of a saved model, or of a training run.
 
-    runs/one/recipe.json
-             model/                           of a run that ended, or was stopped
-             checkpoints/step-00000200/model/
+runs/one/recipe.json
+         model/                           of a run that ended, or was stopped
+         checkpoints/step-00000200/model/
 """
 
 import os
