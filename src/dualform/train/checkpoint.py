@@ -10,7 +10,6 @@ digits (more for more steps) can be resumed from, whatever happened. Randomness 
 and the step.
 """
 
-import json
 import os
 import re
 from contextlib import suppress
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualform.core.errors import CheckpointError, ConfigError
-from dualform.core.json_file import entry, read_table
+from dualform.core.json_file import entry, read_table, to_json
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, creating
 from dualform.models.saving.folder import MODEL, STEP, checkpoint_name, checkpoints
@@ -104,7 +103,7 @@ def _write(
     with creating(place) as new:
         model.save(new / MODEL, tokenizer)
         save_file(tensors, new / MOMENTS_FILE)
-        (new / POSITION_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (new / POSITION_FILE).write_text(to_json(about), encoding="utf-8")
 
 
 def read_position(place: Path) -> tuple[Position, Recipe]:

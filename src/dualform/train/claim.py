@@ -4,7 +4,6 @@ The lock is one of the operating system, which releases it when the process dies
 says which process holds the folder; it is for people, and means nothing once the lock is free.
 """
 
-import json
 import os
 import socket
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dualform.core.errors import CheckpointError, DataError, DualformError
-from dualform.core.json_file import read_table
+from dualform.core.json_file import read_table, to_json
 from dualform.models.saving.folder import CHECKPOINTS, RECIPE_FILE, checkpoints
 from dualform.models.saving.incoming import lives
 from dualform.models.tokenizer import Tokenizer
@@ -79,7 +78,7 @@ def holding(out: Path) -> Iterator[None]:
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        holder.write_text(json.dumps(about) + "\n", encoding="utf-8")
+        holder.write_text(to_json(about), encoding="utf-8")
         yield
     finally:
         for path in (holder, out / _LOCK_FILE):

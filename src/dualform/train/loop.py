@@ -1,6 +1,5 @@
 """The training loop: one function, on one process or on many."""
 
-import json
 import math
 import shlex
 import signal
@@ -16,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dualform.core.errors import DualformError
+from dualform.core.json_file import to_json
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.folder import CHECKPOINTS, MODEL, checkpoints
@@ -369,7 +369,7 @@ class _Run:
             "seconds": round(self.elapsed, 1),
         }
         with replacing_file(self.out / SUMMARY_FILE) as path:
-            path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            path.write_text(to_json(summary), encoding="utf-8")
         compressors = ", ".join(f"{name} {about[name]:.2f}" for name in ("gzip", "xz") if about[name])
         trained = f"{self.step} steps, {amount(tokens, ' tokens')} in {duration(self.elapsed)}"
         report.say(f"{trained}; saved {self.out / MODEL}")

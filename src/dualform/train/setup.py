@@ -1,7 +1,6 @@
 """What comes before the first step: the device, the other processes, the model with its tokenizer."""
 
 import atexit
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from dualform.core.errors import ConfigError
+from dualform.core.json_file import to_json
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import PRESETS, preset
@@ -137,4 +137,4 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
 def write_recipe(recipe: Recipe) -> None:
     """Write the recipe into the run's folder, which is then enough to resume it."""
     with replacing_file(Path(recipe.out) / RECIPE_FILE) as path:
-        path.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+        path.write_text(to_json(recipe.to_dict()), encoding="utf-8")
