@@ -73,16 +73,17 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 def schedule(optim: Optim, step: int, progress: float) -> float:
     """The learning rate of a step (0 is the first) as a share of its peak.
 
-    ``min(1, (step + 1) / (warmup + 1)) (floor + (1 - floor) (1 + cos(pi progress)) / 2)``: the cosine follows the run's
-    ``progress`` from 0 to 1, be it counted in steps or in minutes. With ``warmup = "auto"`` the first factor is
-    ``min(1, max((step + 1) / 51, 10 progress))``: a tenth of the run has brought it to 1 on a slow machine, too.
+    ``min(1, (step + 1) / (warmup + 1))`` up to the peak, then ``floor + (1 - floor) (1 + cos(pi q)) / 2``, where q goes
+    from 0 to 1 with the rest of the run's ``progress``, be that counted in steps or in minutes. With ``warmup = "auto"``
+    the rise is ``min(1, max((step + 1) / 51, 10 progress))``: it ends with a tenth of the run on a slow machine, too.
     """
+    a_step = progress / step if step else 0.0  # of the run, on average
     if optim.warmup == AUTO:
-        rise = max((step + 1) / (WARMUP + 1), progress / WARMUP_SHARE)
+        rise, ended = max((step + 1) / (WARMUP + 1), progress / WARMUP_SHARE), min(WARMUP_SHARE, WARMUP * a_step)
     else:
-        rise = (step + 1) / (optim.warmup + 1)
-    fall = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return min(1.0, rise) * (optim.floor + (1 - optim.floor) * fall)
+        rise, ended = (step + 1) / (optim.warmup + 1), optim.warmup * a_step
+    q = min(1.0, max(0.0, (progress - ended) / (1 - ended))) if ended < 1 else 0.0
+    return min(1.0, rise) * (optim.floor + (1 - optim.floor) * (1 + math.cos(math.pi * q)) / 2)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
