@@ -74,8 +74,9 @@ def schedule(optim: Optim, step: int, progress: float) -> float:
     """The learning rate of a step (0 is the first) as a share of its peak.
 
     ``min(1, (step + 1) / (warmup + 1))`` up to the peak, then ``floor + (1 - floor) (1 + cos(pi q)) / 2``, where q goes
-    from 0 to 1 with the rest of the run's ``progress``, be that counted in steps or in minutes. With ``warmup = "auto"``
-    the rise is ``min(1, max((step + 1) / 51, 10 progress))``: it ends with a tenth of the run on a slow machine, too.
+    from 0 to 1 over the rest of the run's ``progress``, be that counted in steps or in minutes. Where ``warmup`` is
+    ``"auto"``, the rise is ``min(1, max((step + 1) / 51, 10 progress))``: it ends with a tenth of the run on a slow
+    machine, too.
     """
     a_step = progress / step if step else 0.0  # of the run, on average
     if optim.warmup == AUTO:
