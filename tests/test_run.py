@@ -315,3 +315,18 @@ def test_the_folder_of_a_run_is_a_model(recipe):
     (out / "checkpoints").rename(out / "other")
     with pytest.raises(CheckpointError, match="a training run that has not saved a model"):
         dualform.load(out)
+
+
+def test_a_run_is_not_written_into_its_own_text(recipe):
+    with pytest.raises(CheckpointError, match=r"lies in data.path .*next run would train on what this one writes"):
+        train(replace(recipe, out=f"{recipe.data.path}/run"), console=QUIET)
+    assert sorted(path.suffix for path in Path(recipe.data.path).iterdir()) == [".txt"] * 12
+
+
+@pytest.mark.parametrize("change, told", [(0.1, True), (-0.1, False)])
+def test_a_held_out_loss_that_rises_is_told(recipe, monkeypatch, change, told):
+    read = iter(1 + change * n for n in range(100))
+    monkeypatch.setattr(loop, "bits_per_byte", lambda *args, **kwargs: max(0.0, next(read)))
+    out = StringIO()
+    train(replace(recipe, eval_every=4, save_every=100), console=Console(file=out, width=500))
+    assert ("held-out was lowest after step 4" in out.getvalue()) is told

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dualform.gaussian.model import LinearGaussian
     from dualform.generation.engine import generate
     from dualform.generation.options import Sampling
+    from dualform.generation.session import Session
     from dualform.models.config import ModelConfig
     from dualform.models.heads import SequenceClassifier, SequenceRegressor
     from dualform.models.lm import LanguageModel
@@ -37,6 +38,7 @@ __all__ = [
     "Sampling",
     "SequenceClassifier",
     "SequenceRegressor",
+    "Session",
     "StateSpace",
     "__version__",
     "backend",
@@ -58,6 +60,7 @@ _HOME = {
     "Sampling": "generation.options",
     "SequenceClassifier": "models.heads",
     "SequenceRegressor": "models.heads",
+    "Session": "generation.session",
     "StateSpace": "core.system",
     "backend": "ops.op",
     "generate": "generation.engine",

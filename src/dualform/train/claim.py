@@ -34,11 +34,17 @@ def claimed(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> Iterator[None
     A run that ends before its recipe is in the folder leaves nothing of its own there.
 
     Raises:
-        CheckpointError: for a folder that another process holds, with a run that is not to be resumed, without one
-            that is, or that cannot be written.
+        CheckpointError: for a folder that lies in that of the text, that another process holds, with a run that is not
+            to be resumed, without one that is, or that cannot be written.
         DataError: for data that cannot be trained on.
     """
-    out = Path(recipe.out)
+    out, text = Path(recipe.out), Path(recipe.data.path)
+    if not resume and text.is_dir() and out.resolve().is_relative_to(text.resolve()):
+        raise CheckpointError(
+            f"out {recipe.out!r} lies in data.path {recipe.data.path!r}: the next run would train on what this one "
+            "writes",
+            hint="choose a folder elsewhere with out=",
+        )
     if resume and not _holds_a_run(out):
         raise CheckpointError(f"{out}: no run to resume", hint="check the folder, or start a run without resuming")
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]

@@ -120,6 +120,7 @@ class _Run:
         self.loss: float | None = None  # the mean of the last line in metrics.jsonl
         self.norm, self.share, self.rate = torch.zeros(()), 0.0, 0.0
         self.started, self.mark = 0.0, (0, 0.0)  # on the clock: the run, and the last line in metrics.jsonl
+        self.lowest = math.inf, 0  # bits per byte of held-out text on the way, and after which step
         self.report: Report | None = None  # of the main process
 
     def go(self, console: Console) -> Path:
@@ -265,6 +266,7 @@ class _Run:
                 self.losses.fill_(math.nan)  # then the next line or checkpoint ends the run, on all processes alike
                 return
             self.report.record("held_out", self.step, self.elapsed, bits_per_byte=bits)
+            self.lowest = min(self.lowest, (bits, self.step))
             sample = " sample" if self.dataset.about["held_out"]["tokens"] > _GLANCE else ""
             said = [f"step {self.step}", f"{progress:.0%}", f"held-out{sample} {bits:.3f} bits per byte"]
             if self.loss is not None:
@@ -376,3 +378,9 @@ class _Run:
         if self.recipe.steps is None:
             self._say_if_warmup_is_long(report, self.step)
         report.say(f"held-out: {bits:.2f} bits per byte ({compressors})")
+        lowest, step = self.lowest
+        if about["held_out"]["tokens"] <= _GLANCE and lowest < 0.99 * bits:
+            report.say(
+                f"held-out was lowest after step {step}, {lowest:.2f}, and has risen since: the model has begun to "
+                "learn its text by heart; train for fewer steps, or on more text"
+            )

@@ -224,7 +224,7 @@ def _read(source: str | Path) -> dict[str, Any]:
         if not path.exists():
             raise ConfigError(
                 f"{source}: holds no training run: there is no {RECIPE_FILE}",
-                hint=f"a TOML file starts one there: dualform train my.toml --out {source}",
+                hint=f"to train on the text there: dualform train --set data.path={source} --out runs/new",
             )
     elif not path.exists() and (RECIPES / f"{source}.toml").is_file():
         path = RECIPES / f"{source}.toml"

@@ -221,7 +221,9 @@ def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
     """The path of ``config.json`` and what it holds."""
     path = current(_existing(folder), CONFIG_FILE)
     if not path.exists():
-        raise CheckpointError(f"{folder}: no {CONFIG_FILE}", hint="give a folder written by save")
+        raise CheckpointError(
+            f"{folder}: no {CONFIG_FILE}", hint="give a folder written by save, or that of a training run"
+        )
     about = read_json(path, hint="copy the folder again, or save the model again")
     if not isinstance(about, dict) or "format" not in about or "model" not in about:
         foreign = isinstance(about, dict) and about.get("model_type")
@@ -257,7 +259,7 @@ def _existing(folder: Folder) -> Path:
         return path
     if path.exists():
         raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=f"try {path.parent}")
-    hint = "give a folder written by save"
+    hint = "give a folder written by save, or that of a training run"
     if len(path.parts) == 2 and not path.is_absolute():
         hint += "; models on the Hugging Face Hub cannot be read yet"
     raise CheckpointError(f"{folder}: no such folder", hint=hint)
