@@ -301,7 +301,10 @@ def test_minutes_follow_the_clock_and_a_resume_counts_what_was_before(recipe, mo
     assert times == sorted(times) and times[-1] == pytest.approx(60, abs=4)
     assert rates[2:] == sorted(rates[2:], reverse=True)
     for before, row in zip(times[2:], rows[3:], strict=False):
-        want = timed.optim.floor + (1 - timed.optim.floor) * (1 + math.cos(math.pi * before / 60)) / 2
+        progress = before / 60
+        ended = timed.optim.warmup * progress / (row["step"] - 1)  # of the warm-up, at the pace until now
+        fall = (1 + math.cos(math.pi * (progress - ended) / (1 - ended))) / 2
+        want = timed.optim.floor + (1 - timed.optim.floor) * fall
         assert row["learning_rate"] == pytest.approx(timed.optim.lr * want)
 
 
