@@ -17,6 +17,7 @@ with torch.device(
     torch.empty(0)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """One process where files are named: several would start more slowly than such a run takes."""
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else None
