@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dualform.compat.conv import causal_conv1d_fn
 from dualform.compat.layout import check_layout
-from dualform.compat.scan import selective_scan_fn
+from dualform.compat.scan import outputs
 from dualform.core.errors import ArgumentError
 from dualform.ops.op import backend
 
@@ -64,10 +64,7 @@ def mamba_inner_fn(
     Raises:
         ArgumentError: for shapes or dtypes that do not fit together.
     """
-    if checkpoint_lvl not in (0, 1):
-        raise ArgumentError(f"{_WHERE}: checkpoint_lvl is {checkpoint_lvl!r}, expected 0 or 1")
-    x, z = _halves(xz, conv1d_weight)
-    x = _convolved(x, conv1d_weight, conv1d_bias)
+    x, z = _convolved(xz, conv1d_weight, conv1d_bias, checkpoint_lvl)
     delta, B, C = _maps(
         x,
         x_proj_weight,
@@ -77,7 +74,7 @@ def mamba_inner_fn(
         (C, C_proj_bias, c_rms_weight),
         (dt_rms_weight, b_c_dt_rms_eps),
     )
-    y = _scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y = outputs(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return _projected(y, out_proj_weight, out_proj_bias)
 
 
@@ -136,12 +133,9 @@ def mamba_inner_fn_no_out_proj(
     checkpoint_lvl: int = 1,
 ) -> Tensor:
     """:func:`mamba_inner_fn` without its last projection, ``(B, D, T)``, as Vision Mamba has it."""
-    if checkpoint_lvl not in (0, 1):
-        raise ArgumentError(f"{_WHERE}: checkpoint_lvl is {checkpoint_lvl!r}, expected 0 or 1")
-    x, z = _halves(xz, conv1d_weight)
-    x = _convolved(x, conv1d_weight, conv1d_bias)
+    x, z = _convolved(xz, conv1d_weight, conv1d_bias, checkpoint_lvl)
     delta, B, C = _maps(x, x_proj_weight, delta_proj_weight, A, (B, B_proj_bias, None), (C, C_proj_bias, None))
-    return _scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return outputs(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
 def bimamba_inner_fn(
@@ -167,28 +161,24 @@ def bimamba_inner_fn(
 
     Both scans read the same convolved x, steps, B and C; the second one has the rates ``A_b``, and they are added.
     """
-    if checkpoint_lvl not in (0, 1):
-        raise ArgumentError(f"{_WHERE}: checkpoint_lvl is {checkpoint_lvl!r}, expected 0 or 1")
-    x, z = _halves(xz, conv1d_weight)
-    x = _convolved(x, conv1d_weight, conv1d_bias)
+    x, z = _convolved(xz, conv1d_weight, conv1d_bias, checkpoint_lvl)
     delta, B, C = _maps(x, x_proj_weight, delta_proj_weight, A, (B, B_proj_bias, None), (C, C_proj_bias, None))
-    y = _scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y = outputs(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     B, C = (m if m.dim() == 2 else _reversed(m, A) for m in (B, C))
-    back = _scan(x.flip(-1), delta.flip(-1), A_b, B, C, D, z.flip(-1), delta_bias, delta_softplus)
+    back = outputs(x.flip(-1), delta.flip(-1), A_b, B, C, D, z.flip(-1), delta_bias, delta_softplus)
     return _projected(y + back.flip(-1), out_proj_weight, out_proj_bias)
 
 
-def _halves(xz: Tensor, conv1d_weight: Tensor) -> tuple[Tensor, Tensor]:
-    check_layout(_WHERE, conv1d_weight=(conv1d_weight, "D 1 W"))
-    check_layout(_WHERE, xz=(xz, f"B {2 * conv1d_weight.shape[0]} T"))
+def _convolved(xz: Tensor, weight: Tensor, bias: Tensor | None, checkpoint_lvl: int) -> tuple[Tensor, Tensor]:
+    """``silu(conv(x))`` and z."""
+    if checkpoint_lvl not in (0, 1):
+        raise ArgumentError(f"{_WHERE}: checkpoint_lvl is {checkpoint_lvl!r}, expected 0 or 1")
+    check_layout(_WHERE, conv1d_weight=(weight, "D 1 W"))
+    check_layout(_WHERE, xz=(xz, f"B {2 * weight.shape[0]} T"))
     x, z = xz.chunk(2, 1)
-    return x, z
-
-
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = causal_conv1d_fn(x, weight.squeeze(1), bias, activation="silu")
     assert isinstance(y, Tensor)
-    return y
+    return y, z
 
 
 def _maps(
@@ -233,22 +223,6 @@ def _rms(m: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def _reversed(m: Tensor, A: Tensor) -> Tensor:
     """A map ``(..., T)`` or, complex, ``(..., 2 T)`` from its last step to its first."""
     return m.unflatten(-1, (-1, 2)).flip(-2).flatten(-2) if A.is_complex() else m.flip(-1)
-
-
-def _scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    y = selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    assert isinstance(y, Tensor)
-    return y
 
 
 def _projected(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -107,3 +107,20 @@ def _map(name: str, m: Tensor, u: Tensor, A: Tensor) -> Tensor:
     if A.is_complex():
         m = torch.view_as_complex(m.unflatten(-1, (-1, 2)).contiguous())
     return m.permute(0, 3, 1, 2)
+
+
+def outputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """Those of :func:`selective_scan_fn`, without the last state."""
+    y = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    assert isinstance(y, Tensor)
+    return y

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualform.compat.scan import selective_scan_fn
+from dualform.compat.scan import outputs, selective_scan_fn
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def fwd(
     states = torch.stack([torch.zeros_like(last), last], -1).flatten(-2)[:, :, None]
     if z is None:
         return [y, states]
-    return [y, states, _scanned(u, delta, A, B, C, D, z, delta_bias, delta_softplus)]
+    return [y, states, outputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)]
 
 
 def bwd(
@@ -73,7 +73,7 @@ def bwd(
         leaves = [None if m is None else m.detach().requires_grad_() for m in given]
         u_, delta_, A_, B_, C_, D_, bias_, z_ = leaves
         assert u_ is not None and delta_ is not None and A_ is not None and B_ is not None and C_ is not None
-        y = _scanned(u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus)
+        y = outputs(u_, delta_, A_, B_, C_, D_, z_, bias_, delta_softplus)
     there = [m for m in leaves if m is not None]
     made = iter(torch.autograd.grad(y, there, dout))
     *found, last = [None if m is None else next(made) for m in leaves]
@@ -82,19 +82,3 @@ def bwd(
         if recompute_out_z:
             found.append(y.detach())
     return found
-
-
-def _scanned(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    y = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    assert isinstance(y, Tensor)
-    return y
