@@ -344,6 +344,7 @@ def test_loss_with_frozen_parts(frozen):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # PyTorch's compiler
 def test_loss_in_float16_is_scaled_with_the_loss(autocast, device):
     """Of many tokens of one class the sum of the gradients passes the greatest float16, and their mean does not."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -209,28 +210,51 @@ def test_a_complex_state_of_a_real_step_is_refused():
         causal_conv1d_update(r(2, 8), r(2, 8, 3) + 0j, r(8, 4))
 
 
+def outputs_and_gradients(case, given, around=nullcontext):
+    """Through whichever backend is chosen: what it returns within ``around()``, and the gradients of the sum."""
+    leaves = {k: m.clone().requires_grad_() if floats(m) else m for k, m in given.items()}
+    with around():
+        out = case.call(leaves)
+    out = list(out) if isinstance(out, tuple) else [out]
+    roots = [y for y in out if y.requires_grad]
+    wanted = [m for m in leaves.values() if m.requires_grad]
+    found = torch.autograd.grad(roots, wanted, [torch.ones_like(y) for y in roots], allow_unused=True)
+    return [*out, *(m for m in found if m is not None)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_changes_nothing_inside(name):
     """Not in a backend, in no gradient that is its own, and not in the reference."""
     case = case_of(name, 9)
     op = OPS[case.op]
     given = case.cast("cpu", torch.float32)
-    chosen = ["reference", *(b.name for b in op.backends if b.runs_on("cpu") and not b.missing())]
 
     def run(autocast, name):
-        leaves = {k: m.clone().requires_grad_() if floats(m) else m for k, m in given.items()}
-        with backend(name), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = case.call(leaves)
-        out = list(out) if isinstance(out, tuple) else [out]
-        roots = [y for y in out if y.requires_grad]
-        wanted = [m for m in leaves.values() if m.requires_grad]
-        found = torch.autograd.grad(roots, wanted, [torch.ones_like(y) for y in roots], allow_unused=True)
-        return [*out, *(m for m in found if m is not None)]
+        with backend(name):
+            return outputs_and_gradients(case, given, lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast))
 
-    for each in chosen:
+    for each in ["reference", *(b.name for b in op.backends if b.runs_on("cpu") and not b.missing())]:
         try:
             want = run(False, each)
         except BackendError:
             continue  # another one runs this call
         for got, exact in zip(run(True, each), want, strict=True):
             torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_product_of_matrices_may_lie_in_any_order(name, monkeypatch):
+    """As cuBLAS sometimes writes it: with its rows contiguous, or its columns."""
+    case = case_of(name, 70)
+    given = case.cast("cpu", torch.float64)
+    with backend("torch"):
+        want = outputs_and_gradients(case, given)
+        product = torch.Tensor.__matmul__
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: by_columns(product(a, b)))
+        got = outputs_and_gradients(case, given)
+    for ours, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def by_columns(m):
+    return m.mT.contiguous().mT if m.dim() > 1 else m

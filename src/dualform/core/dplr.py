@@ -114,7 +114,7 @@ def as_real(h: Tensor) -> Tensor:
 
 def as_complex(v: Tensor) -> Tensor:
     """The inverse of :func:`as_real`."""
-    return torch.view_as_complex(v.unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(v.unflatten(-1, (-1, 2)).contiguous())
 
 
 def as_rotations(z: Tensor) -> Tensor:

@@ -215,13 +215,13 @@ def _span(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> _Span:
 def _by_group(m: Tensor, groups: int) -> Tensor:
     """``(B, S, H, K, P)`` -> ``(B, S, G, K, J)``."""
     b, s, h, k, p = m.shape
-    return m.view(b, s, groups, h // groups, k, p).transpose(3, 4).reshape(b, s, groups, k, h // groups * p)
+    return m.reshape(b, s, groups, h // groups, k, p).transpose(3, 4).reshape(b, s, groups, k, h // groups * p)
 
 
 def _by_head(m: Tensor, heads: int) -> Tensor:
     """``(B, S, G, K, J)`` -> ``(B, S, H, K, P)``, a view where it can be."""
     b, s, g, k, j = m.shape
-    return m.view(b, s, g, k, heads // g, g * j // heads).transpose(3, 4).reshape(b, s, heads, k, g * j // heads)
+    return m.reshape(b, s, g, k, heads // g, g * j // heads).transpose(3, 4).reshape(b, s, heads, k, g * j // heads)
 
 
 def _weights(span: _Span) -> Tensor:
@@ -234,7 +234,7 @@ def _carry(
     span: _Span, chunks: Chunks, begin: int, h: Tensor, h0: Tensor, final: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The states that enter each chunk ``(B, S, H, P, N)``, and the one that leaves the last."""
-    added = (span.kept.mT @ span.B).view(*span.kept.shape[:2], *h0.shape[1:])
+    added = (span.kept.mT @ span.B).reshape(*span.kept.shape[:2], *h0.shape[1:])
     decay = span.since[..., -1, None, None]
     enter = torch.empty_like(added)
     for s in range(added.shape[1]):
@@ -271,7 +271,7 @@ def _run(keep: bool, a: SSD) -> list[Tensor]:
         span = _span(xs, dts, a.A, Bs, Cs)
         enter, h = _carry(span, chunks, begin, h, h0, final)
         inside = _weights(span) @ span.xdt
-        before = _by_head(span.C @ enter.view(*span.kept.shape[:3], span.kept.shape[4], h0.shape[3]).mT, heads)
+        before = _by_head(span.C @ enter.reshape(*span.kept.shape[:3], span.kept.shape[4], h0.shape[3]).mT, heads)
         y[:, begin:end] = inside.addcmul_(before, span.since[..., None]).transpose(2, 3)
     out, gated = a.finish(chunks.join(y))
     return [out.contiguous(), final, *([] if saved is None else [saved, *([] if a.z is None else [gated])])]
@@ -292,7 +292,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SSD) -> dict[str, Tens
         xs, dts, Bs, Cs = (m[:, begin:end] for m in cut)
         s = _span(xs, dts, a.A, Bs, Cs)
         enter, _ = _carry(s, chunks, begin, kept[0][i], h0, None)
-        enter_g = enter.view(*s.kept.shape[:3], s.kept.shape[4], h0.shape[3])
+        enter_g = enter.reshape(*s.kept.shape[:3], s.kept.shape[4], h0.shape[3])
         dyh = dy[:, begin:end].transpose(2, 3).contiguous()
 
         weights, dweights = _weights(s), dyh @ s.xdt.mT
@@ -306,7 +306,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SSD) -> dict[str, Tens
         dtotal += (dbefore * _by_head(s.C @ enter_g.mT, heads)).sum(-1)
         dbefore = _by_group(dbefore, groups)
         dCs += dbefore @ enter_g
-        denter = (dbefore.mT @ s.C).view(enter.shape)
+        denter = (dbefore.mT @ s.C).reshape(enter.shape)
 
         dadded, decay = torch.empty_like(enter), s.since[..., -1, None, None]
         for c in reversed(range(begin, end)):
@@ -320,7 +320,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SSD) -> dict[str, Tens
                 g = torch.zeros_like(g)
         dtotal[..., -1] += (dadded * enter).sum((-1, -2)) * s.since[..., -1]
 
-        dadded = dadded.view(enter_g.shape)
+        dadded = dadded.reshape(enter_g.shape)
         dBs += s.kept @ dadded
         dkept = _by_head(s.B @ dadded.mT, heads) * s.until[..., None]
         dxdt += dkept
