@@ -10,6 +10,7 @@ from dualform.core.errors import ArgumentError
 from dualform.core.packing import Borders, Packing, each_alone
 from dualform.core.shapes import check_real, check_tensors, once_per_shape, wide
 from dualform.ops.banded import Banded
+from dualform.ops.layout import empty_like, lay, time_last
 from dualform.ops.op import Backend, Op
 from dualform.ops.state import check_dtype, check_out_state, check_state, give_state, initial, unless_complex
 
@@ -151,7 +152,7 @@ def _reference(a: CausalConv1d) -> tuple[Tensor, Tensor]:
 
     y, final = each_alone(run, a.packing, a.h0, a.x)
     y = y if a.bias is None else y + a.bias
-    return (F.silu(y) if a.silu else y).to(a.x.dtype), final.contiguous()
+    return lay((F.silu(y) if a.silu else y).to(a.x.dtype), time_last(a.x)), final.contiguous()
 
 
 def _update(a: ConvUpdate) -> tuple[Tensor, Tensor]:
@@ -215,7 +216,8 @@ def _forward(a: CausalConv1d) -> list[Tensor]:
     line = _Line(a)
     full = line.lay(a.x, a.h0)
     y = _before_silu(a, line, full, _banded(a))
-    return [(F.silu(y, inplace=True) if a.silu else y).to(a.x.dtype), line.tail(full)]
+    y = F.silu(y, inplace=True) if a.silu else y
+    return [lay(y.to(a.x.dtype), time_last(a.x)), line.tail(full)]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[str, Tensor]:
@@ -242,14 +244,14 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
     else:
         dfull[:, line.length :] += dtail
         dx, dh0 = dfull[:, line.back :], dfull[:, : line.back]
-    dh0 = dh0.transpose(1, 2)
+    dh0 = dh0.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     if more:
         dx, dh0 = dx.add_(more[0]), dh0.add_(more[1])
     return {"x": dx, "weight": dweight, "h0": dh0, **dbias}
 
 
 def _fake(a: CausalConv1d) -> list[Tensor]:
-    return [a.x.new_empty(a.x.shape), a.h0.new_empty(a.h0.shape)]
+    return [empty_like(a.x), a.h0.new_empty(a.h0.shape)]
 
 
 def _fake_update(a: ConvUpdate) -> list[Tensor]:

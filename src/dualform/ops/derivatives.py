@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dualform.core.errors import BackendError
+from dualform.ops.layout import lay, time_last
 
 
 def floats(m: Tensor) -> bool:
@@ -15,9 +16,9 @@ def floats(m: Tensor) -> bool:
 
 
 def as_grad(g: Tensor, of: Tensor) -> Tensor:
-    """A gradient in the dtype of its tensor; the real part where the tensor is real."""
+    """A gradient in the dtype of its tensor, and lying as that does; the real part where the tensor is real."""
     g = g.real if g.is_complex() and not of.is_complex() else g
-    return g.to(of.dtype).resolve_conj().contiguous()
+    return lay(g.to(of.dtype).resolve_conj(), time_last(of))
 
 
 def transformed() -> bool:

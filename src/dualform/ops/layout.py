@@ -1,6 +1,42 @@
-"""How kernels find their numbers in tensors that were not made for them."""
+"""How tensors lie in memory.
+
+The rule of all ops and backends: an output lies as the input that it is made of, ``y`` as ``u``, and a gradient lies as
+its tensor. A tensor ``(B, T, ...)`` is contiguous, or time is its innermost axis, as in a transposed ``(B, D, T)``; any
+other is taken for a contiguous one. The gradient of an output comes to a backend as that output lies.
+"""
 
 from torch import Tensor
+
+
+def time_last(x: Tensor) -> bool:
+    """Whether ``x`` ``(B, T, ...)`` has its axis of time innermost: the next step is the next number in memory."""
+    return x.dim() > 2 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def empty_like(x: Tensor, last: bool | None = None) -> Tensor:
+    """New memory for numbers like those of ``x`` ``(B, T, ...)``, which lies as ``x`` does.
+
+    Args:
+        x: whose shape, dtype and device it has.
+        last: whether time is innermost, where that is not to be as it is in ``x``.
+    """
+    if not (time_last(x) if last is None else last):
+        return x.new_empty(x.shape)
+    _, length, *rest = x.shape
+    strides = [length] * len(rest)
+    for axis in reversed(range(len(rest) - 1)):
+        strides[axis] = strides[axis + 1] * rest[axis + 1]
+    return x.new_empty_strided(x.shape, (strides[0] * rest[0], 1, *strides))
+
+
+def lay(y: Tensor, last: bool) -> Tensor:
+    """The numbers of ``y`` ``(B, T, ...)``, contiguous or with time innermost; ``y`` itself where it lies like that.
+
+    It is differentiable.
+    """
+    if not last:
+        return y.contiguous()
+    return y if y.movedim(1, -1).is_contiguous() else empty_like(y, last).copy_(y)
 
 
 def inner_contiguous(tensor: Tensor, inner: int = 1) -> Tensor:

@@ -21,6 +21,7 @@ from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
 from dualform.ops.derivatives import as_grad, floats, once, refuse_transforms
 from dualform.ops.dispatch import exactly, on_device, ordinary_dispatch
+from dualform.ops.layout import empty_like, lay, time_last
 
 Arguments = TypeVar("Arguments", bound=tuple)
 
@@ -64,7 +65,8 @@ class Backend(Generic[Arguments]):
 
     Args:
         name: ``torch``, ``native``, ``triton``, ``cuda``.
-        forward: ``(a) -> [*outputs, *saved]``: fresh tensors; ``saved`` is what the backward wants to keep.
+        forward: ``(a) -> [*outputs, *saved]``: fresh tensors, outputs as :mod:`dualform.ops.layout` has them;
+            ``saved`` is what the backward wants to keep.
         backward: ``(grads, kept, a) -> {name: gradient}`` for every floating tensor of the record; ``kept`` are the
             outputs named by the op's ``keeps``, then ``saved``. A gradient may be wider than its tensor, or complex
             where that is real: the op casts it. None: calls that want a gradient run on another backend.
@@ -273,8 +275,7 @@ class Op(Generic[Arguments]):
         return self.fake(a) + ([_unguarded(m) for m in saved] if torch.compiler.is_exporting() else saved)
 
     def _fake_backward(self, forced: str, grads: list[Tensor], kept: list[Tensor], *args: Any) -> list[Tensor]:
-        contiguous = torch.contiguous_format
-        return [torch.empty_like(m, memory_format=contiguous) for _, m in self.differentiable(self._record(args))]
+        return [empty_like(m) for _, m in self.differentiable(self._record(args))]
 
 
 def _unguarded(saved: Tensor) -> Tensor:
@@ -368,7 +369,7 @@ def _function(op: Op[Any]) -> type[torch.autograd.Function]:
             else:
                 results = op._forward(by, True, *args)
             kept = [results[i] for i in op.keeps] + results[op.outputs :]
-            ctx.by, ctx.kept = by, len(kept)
+            ctx.by, ctx.kept, ctx.last = by, len(kept), [time_last(y) for y in results[: op.outputs]]
             ctx.others = tuple(None if isinstance(m, Tensor) else (m,) for m in args)
             ctx.save_for_backward(*kept, *(m for m in args if isinstance(m, Tensor)))
             return tuple(results[: op.outputs])
@@ -380,7 +381,7 @@ def _function(op: Op[Any]) -> type[torch.autograd.Function]:
             rest = iter(tensors)
             args = [next(rest) if m is None else m[0] for m in ctx.others]
             with torch.no_grad():
-                full = [g.contiguous() for g in grads]
+                full = [lay(g, last) for g, last in zip(grads, ctx.last, strict=True)]
                 if isinstance(ctx.by, Backend):
                     with on_device(args[0].device):
                         found = op._gradients(ctx.by, full, kept, op.arguments(*args))

@@ -9,6 +9,7 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import Borders, Packing, each_alone
 from dualform.core.shapes import check_floating, check_real, check_tensors, once_per_shape, wide
+from dualform.ops.layout import empty_like, lay, time_last
 from dualform.ops.op import Op
 from dualform.ops.state import check_dtype, check_out_state, check_state, give_state, initial, unless_complex
 
@@ -139,11 +140,11 @@ def _reference(a: SelectiveScan) -> tuple[Tensor, Tensor]:
     y, final = each_alone(run, a.packing, a.h0, x, dt, a.B, a.C)
     y = y if a.D is None else y + a.D * x
     y = y if a.z is None else y * F.silu(a.z.to(real))
-    return y.to(a.u.dtype), final
+    return lay(y.to(a.u.dtype), time_last(a.u)), final
 
 
 def _fake(a: SelectiveScan) -> list[Tensor]:
-    return [a.u.new_empty(a.u.shape), a.h0.new_empty(a.h0.shape)]
+    return [empty_like(a.u), a.h0.new_empty(a.h0.shape)]
 
 
 selective_scan_op = Op("selective_scan", SelectiveScan, _reference, fake=_fake, check=_check)

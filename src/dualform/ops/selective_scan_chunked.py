@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.shapes import larger
+from dualform.ops.layout import empty_like
 from dualform.ops.linear_scan import scan
 from dualform.ops.op import Backend
 from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
@@ -110,7 +111,7 @@ def _inputs(a: SelectiveScan) -> _Inputs:
 def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
     of, packing = _inputs(a), a.packing
     size, save_every = _span_sizes(a.h0, len(a.u))
-    y, final = a.u.new_empty(a.u.shape), of.h0.clone()
+    y, final = empty_like(a.u), of.h0.clone()
     h = of.h0 if packing is None else torch.zeros_like(of.h0[:1])
     entering = []
     for begin, end in _spans(size, a.u.shape[1]):
@@ -145,13 +146,13 @@ def _backward(grads: list[Tensor], kept: list[Tensor], args: SelectiveScan) -> d
     of, packing, (entering,) = _inputs(args), args.packing, kept
     (batch, length, width), real = of.u.shape, of.h0.dtype.to_real()
     dfinal = grads[1].transpose(1, 2).contiguous()
-    du, ddelta = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in (of.u, of.delta))
+    du, ddelta = empty_like(of.u), empty_like(of.delta)
     dB, dC = (torch.empty_like(m, dtype=of.A.dtype, memory_format=torch.contiguous_format) for m in (of.B, of.C))
     found = {"u": du, "delta": ddelta, "B": dB, "C": dC}
     if of.z is not None:
-        found["z"] = torch.empty_like(of.z, memory_format=torch.contiguous_format)
+        found["z"] = empty_like(of.z)
     dA, dh0 = torch.zeros_like(of.A), dfinal.clone()
-    dD, dbias = torch.zeros(2, width, dtype=real, device=of.u.device)
+    dD, dbias = (torch.zeros(width, dtype=real, device=of.u.device) for _ in range(2))
     carry = dfinal if packing is None else torch.zeros_like(of.h0[:1])
     for i, (begin, end) in reversed(list(enumerate(_spans(_span_sizes(args.h0, batch)[1], length)))):
         times, starts = slice(begin, end), None if packing is None else packing.starting(begin, end)

@@ -9,6 +9,7 @@ from dualform.ops.causal_conv1d import CausalConv1d, causal_conv1d_op
 from dualform.ops.cuda import compiler
 from dualform.ops.cuda.structs import CONV
 from dualform.ops.cuda.tensors import TYPES, aligned, borders, readable
+from dualform.ops.layout import lay, time_last
 from dualform.ops.op import Backend
 
 _MOST_TAPS = 8
@@ -53,7 +54,7 @@ def _span(rows: int, length: int, width: int, channels: int) -> int:
 def _forward(a: CausalConv1d) -> list[Tensor]:
     y, final = a.x.new_empty(a.x.shape), torch.empty_like(a.h0, memory_format=torch.contiguous_format)
     if a.x.numel() == 0:
-        return [y, final.copy_(a.h0)]
+        return [lay(y, time_last(a.x)), final.copy_(a.h0)]
     plan = plan_forward(len(a.h0), a.x.shape[1], *a.weight.shape)
     given, macros, blocks, lines = _inputs(a, plan)
     compiler.launch(
@@ -65,7 +66,7 @@ def _forward(a: CausalConv1d) -> list[Tensor]:
         0,
         CONV.pack(**given, y=y, final=final),
     )
-    return [y, final]
+    return [lay(y, time_last(a.x)), final]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[str, Tensor]:

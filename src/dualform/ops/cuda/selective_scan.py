@@ -10,6 +10,7 @@ from torch import Tensor
 from dualform.ops.cuda import compiler
 from dualform.ops.cuda.structs import SCAN
 from dualform.ops.cuda.tensors import TYPES, aligned, borders, readable
+from dualform.ops.layout import lay, time_last
 from dualform.ops.op import Backend
 from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
 
@@ -168,7 +169,7 @@ def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
     y, final = x.u.new_empty(x.u.shape), x.h0.clone(memory_format=torch.contiguous_format)
     saved = _saved(a) if keep else []
     if x.empty:
-        return [y.zero_(), final, *saved]
+        return [lay(y.zero_(), time_last(a.u)), final, *saved]
     rows, width = len(x.h0), x.u.shape[2]
     plan = plan_forward(x)
     given, macros = _inputs(x)
@@ -181,7 +182,7 @@ def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
         forward_shared(plan, x),
         SCAN.pack(**given, y=y, final=final, saved=saved[0] if keep else None, lead=TILE, span=TILE),
     )
-    return [y, final, *saved]
+    return [lay(y, time_last(a.u)), final, *saved]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)
@@ -199,7 +200,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
         return {**{f: torch.zeros_like(m) for f, m in a._asdict().items() if isinstance(m, Tensor)}, "h0": dh0}
     (batch, length, width), (rows, _, states), new = x.u.shape, x.h0.shape, x.h0.new_empty
     plan, lead, span = plan_backward(x)
-    dy, dfinal = grads[0].to(x.u.dtype), grads[1].contiguous()
+    dy, dfinal = readable(grads[0].to(x.u.dtype)), grads[1].contiguous()
     given, macros = _inputs(x, dy)
     padded, spans, blocks = 4 * macros["STATES"], x.spans(lead, span), -(-width // (plan.line * plan.warps))
     found = {"u": x.u.new_empty(x.u.shape), "delta": x.delta.new_empty(x.delta.shape), "h0": dh0}

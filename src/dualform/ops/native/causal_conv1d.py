@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dualform.ops.causal_conv1d import CausalConv1d, causal_conv1d_op
+from dualform.ops.layout import lay, time_last
 from dualform.ops.native import library
 from dualform.ops.native.library import fresh, readable
 from dualform.ops.native.structs import CAUSAL_CONV1D
@@ -16,7 +17,7 @@ def _forward(a: CausalConv1d) -> list[Tensor]:
     y, final = fresh(a.x.new_empty(a.x.shape)), a.h0.clone(memory_format=torch.contiguous_format)
     if y.numel() > 0:
         library.call("causal_conv1d", CAUSAL_CONV1D, **_inputs(a), y=y, final=final)
-    return [y, final]
+    return [lay(y, time_last(a.x)), final]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[str, Tensor]:

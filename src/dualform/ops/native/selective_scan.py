@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.ops.layout import lay, time_last
 from dualform.ops.native import library
 from dualform.ops.native.library import fresh, readable
 from dualform.ops.native.structs import SELECTIVE_SCAN, SELECTIVE_SCAN_TILE
@@ -17,9 +18,9 @@ def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
     y, final = fresh(a.u.new_empty(a.u.shape)), a.h0.clone(memory_format=torch.contiguous_format)
     saved = [fresh(m) for m in _saved(a)] if keep else []
     if a.u.numel() == 0:
-        return [y.zero_(), final, *saved]
+        return [lay(y.zero_(), time_last(a.u)), final, *saved]
     library.call("selective_scan", SELECTIVE_SCAN, **_inputs(a), y=y, final=final, saved=saved[0] if keep else None)
-    return [y, final, *saved]
+    return [lay(y, time_last(a.u)), final, *saved]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)

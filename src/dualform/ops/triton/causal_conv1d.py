@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dualform.ops.causal_conv1d import CausalConv1d, causal_conv1d_op
-from dualform.ops.layout import inner_contiguous
+from dualform.ops.layout import inner_contiguous, lay, time_last
 from dualform.ops.triton.support import add_backend, blocks, kernels, owners, power_of_two
 
 _AHEAD = 4  # rows requested before they are used
@@ -20,7 +20,7 @@ def _tile(x: Tensor, steps: int, loads: int) -> tuple[int, int]:
 def _forward(a: CausalConv1d) -> list[Tensor]:
     y = a.x.new_empty(a.x.shape)
     if y.numel() == 0:
-        return [y, a.h0.clone(memory_format=torch.contiguous_format)]
+        return [lay(y, time_last(a.x)), a.h0.clone(memory_format=torch.contiguous_format)]
     final, (rows, length, width) = a.h0.new_empty(a.h0.shape), a.x.shape
     x, weight, state = inner_contiguous(a.x), a.weight.contiguous(), a.h0.contiguous()
     steps, channels = _tile(x, *_FORWARD)
@@ -46,7 +46,7 @@ def _forward(a: CausalConv1d) -> list[Tensor]:
         BD=channels,
         num_warps=1,
     )
-    return [y, final]
+    return [lay(y, time_last(a.x)), final]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
         state,
         owners(a.packing, length),
         _borders(a),
-        grads[0],
+        lay(grads[0], False),
         grads[1],
         dx,
         partial,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.ops.layout import inner_contiguous
+from dualform.ops.layout import inner_contiguous, lay, time_last
 from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
 from dualform.ops.triton.support import add_backend, blocks, enter, kernels, owners, power_of_two, processors
 
@@ -57,14 +57,14 @@ def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
     y, saved = a.u.new_empty(a.u.shape), _saved(a) if keep else []
     final = a.h0.clone(memory_format=torch.contiguous_format)  # of an empty sequence, its initial state
     if y.numel() == 0:
-        return [y, final, *saved]
+        return [lay(y, time_last(a.u)), final, *saved]
     plan, entering = _Plan(a), None
     if plan.spans > 1:
         decay, state = (a.h0.new_empty(plan.carried) for _ in range(2))
         plan.forward(None, None, None, None, decay, state)
         entering = enter(decay, state, plan.rows, plan.spans, packed=plan.owner is not None)
     plan.forward(entering, y, final, saved[0] if keep else None, None, None)
-    return [y, final, *saved]
+    return [lay(y, time_last(a.u)), final, *saved]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)
@@ -79,6 +79,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
     if a.u.numel() == 0:
         return {**{f: torch.zeros_like(m) for f, m in a._asdict().items() if isinstance(m, Tensor)}, "h0": dstart}
     plan, entering, dfinal, new = _Plan(a), None, grads[1].contiguous(), a.h0.new_empty
+    dy = lay(grads[0], False)
     du, ddelta = a.u.new_empty(a.u.shape), a.delta.new_empty(a.delta.shape)
     dz = None if a.z is None else a.z.new_empty(a.z.shape)
     states = a.A.shape[1]
@@ -89,13 +90,13 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
         decay, state = (new(plan.carried) for _ in range(2))
         length, width, per_both, _, per_c, spans, steps = plan.sizes
         kernels("selective_scan").adjoint[plan.grid](
-            plan.delta, plan.z, plan.C, plan.A, plan.bias, plan.owner, grads[0], dfinal, decay, state,
+            plan.delta, plan.z, plan.C, plan.A, plan.bias, plan.owner, dy, dfinal, decay, state,
             length, width, per_both, per_c, spans, steps, **plan.flags,
         )  # fmt: skip
         entering = enter(decay, state, plan.rows, plan.spans, packed=plan.owner is not None)
     kernels("selective_scan").backward[plan.grid](
         plan.u, plan.delta, plan.z, plan.B, plan.C, plan.A, plan.D, plan.bias, plan.start, plan.owner,
-        entering, kept[0], scratch, grads[0], dfinal, du, ddelta, dz, dB, dC, partial, dstart, *plan.sizes,
+        entering, kept[0], scratch, dy, dfinal, du, ddelta, dz, dB, dC, partial, dstart, *plan.sizes,
         K=_SAVE_EVERY, S=_TOGETHER, **plan.flags,
     )  # fmt: skip
     total = partial.sum(0)
