@@ -320,6 +320,37 @@ def test_train_resume_and_use_a_run(dualform, tmp_path):
     assert code == 2 and "a run is there already" in err
 
 
+@pytest.mark.parametrize(
+    "args, meant",
+    [
+        (["--lr", "3"], "--set optim.lr=3"),
+        (["my.toml", "--batch=4", "--resume"], "my.toml --set data.batch=4 --resume"),
+        (["my.toml", "data.path=a b", "--out", "x=y"], "my.toml --set 'data.path=a b' --out x=y"),
+        (["length=64", "--set", "seed=1"], "--set data.length=64 --set seed=1"),
+        (["--recompute", "--d-model", "8"], "--set recompute=true --set model.d_model=8"),
+        (["--set", "optim.lr", "3"], "--set optim.lr=3"),
+        (["my.toml", "FOLDER"], "my.toml --set data.path=FOLDER"),
+        (["--model", "byte-lstm", "--minutes", "-1"], "--set model=byte-lstm --set minutes=-1"),
+    ],
+)
+def test_a_key_without_set_gets_the_command_that_was_meant(dualform, folder, args, meant):
+    args, meant = [a.replace("FOLDER", folder) for a in args], meant.replace("FOLDER", folder)
+    code, out, err = dualform("train", *args)
+    assert code == 2 and out == "" and f"hint: write: dualform train {meant}\n" in err
+
+
+def test_a_wrong_option_of_train_is_still_refused(dualform):
+    for wrong in ("--colour", "--resum"):
+        code, _, err = dualform("train", wrong, "red")
+        assert code == 2 and "No such option" in err
+
+
+def test_a_limit_that_set_replaces_is_told(dualform, tmp_path, monkeypatch):
+    monkeypatch.setattr("dualform.train.loop.train", lambda recipe, resume: None)
+    code, out, err = dualform("train", "--set", "steps=5")
+    assert (code, err) == (0, "") and out.startswith("steps = 5 replaces minutes = 2 of stdlib")
+
+
 def test_demo_shows_what_it_promises(dualform, folder, model, tmp_path, monkeypatch):
     """All but the training, which the tests of train/ cover."""
     out = tmp_path / "demo"

@@ -69,10 +69,10 @@ def refused(answer, said):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"steps": "5"}, "steps is '5', expected int"),
-        ({"tokens": None}, "tokens is None, expected int"),
-        ({"bits_per_byte": [2.1]}, "bits_per_byte is [2.1], expected float"),
-        ({"gzip": {}}, "gzip is {}, expected float | None"),
+        ({"steps": "5"}, "steps is '5', expected a whole number"),
+        ({"tokens": None}, "tokens is None, expected a whole number"),
+        ({"bits_per_byte": [2.1]}, "bits_per_byte is [2.1], expected a number"),
+        ({"gzip": {}}, "gzip is {}, expected a number, or none"),
         ("[" * 10**5, "nested more than"),
         ("[]", "holds a list, expected an object"),
     ],

@@ -68,7 +68,7 @@ def test_entries_are_there_and_of_their_type():
     assert entry(table, "b", int | None, "f") is None
     with pytest.raises(CheckpointError, match="f: the key 'd' is missing\n  hint: it has a, b, c"):
         entry(table, "d", int, "f")
-    with pytest.raises(DataError, match="f: c is 'x', expected int"):
+    with pytest.raises(DataError, match="f: c is 'x', expected a whole number"):
         entry(table, "c", int, "f", error=DataError)
 
 

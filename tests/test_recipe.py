@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shlex
 import tomllib
 from dataclasses import fields
 
@@ -9,7 +10,7 @@ import pytest
 
 from dualform.core.errors import ConfigError
 from dualform.models.presets import preset
-from dualform.train.recipe import RECIPE_FILE, RECIPES, Data, Optim, Recipe
+from dualform.train.recipe import RECIPE_FILE, RECIPES, Data, Optim, Recipe, setting
 
 
 def refused(*overrides, source="stdlib"):
@@ -63,6 +64,13 @@ def test_minutes_and_steps_replace_one_another():
     assert (both.steps, both.minutes) == (10, 0.5)
 
 
+def test_a_limit_that_is_replaced_is_told():
+    told = []
+    for overrides in (["steps=10"], ["steps=10", "minutes=1"], ["minutes=3"], ["seed=1"]):
+        Recipe.load("stdlib", overrides, tell=told.append)
+    assert told == ["steps = 10 replaces minutes = 2 of stdlib; set both to keep both limits"]
+
+
 def test_a_preset_can_be_changed():
     recipe = Recipe.load("stdlib", ["model.d_model=64", "model.pattern=AM"])
     want = preset("byte-hybrid").to_dict() | {"d_model": 64, "pattern": "AM"}
@@ -83,6 +91,8 @@ def test_a_recipe_survives_json_and_a_run_folder(tmp_path):
         ("data.lenght=3", "'data.lenght'", "'length'"),
         ("stpes=3", "'stpes'", "'steps'"),
         ("optim.learning_rate=3", "'optim.learning_rate'", "known: lr"),
+        ("lr=3", "'lr'", "did you mean 'optim.lr'? in a file it stands below [optim]"),
+        ("d_model=3", "'d_model'", "'model.d_model'"),
         ("data=3", "data is 3", "[data]"),
         ("data.path.x=3", "data.path", "no table"),
     ],
@@ -96,14 +106,15 @@ def test_unknown_keys_are_named_with_the_nearest(override, named, near):
     "override, said",
     [
         ("steps=0", "steps is 0, expected at least 1"),
-        ("steps=1.5", "steps is 1.5, expected int"),
+        ("steps=1.5", "steps is 1.5, expected a whole number, or none"),
+        ('steps="5"', "steps is '5', expected a whole number, or none"),
         ("steps=true", "steps is True"),
         ("minutes=-1", "minutes is -1"),
         ("minutes=inf", "minutes is inf"),
-        ("minutes=ten", "minutes is 'ten', expected float"),
+        ("minutes=ten", "minutes is 'ten', expected a number"),
         ("seed=-1", "seed is -1"),
         ("keep=0", "keep is 0"),
-        ("out=3", "out is 3, expected str"),
+        ("out=3", "out is 3, expected a text"),
         ("precision=float23", "did you mean 'float32'"),
         ("device=cuda:1", "device is 'cuda:1'"),
         ("data.length=0", "data.length is 0"),
@@ -113,11 +124,11 @@ def test_unknown_keys_are_named_with_the_nearest(override, named, near):
         ("optim.lr=nan", "optim.lr is nan"),
         ("optim.betas=[0.9, 1.0]", "optim.betas is [0.9, 1.0]"),
         ("optim.betas=0.9", "optim.betas is 0.9"),
-        ("optim.betas=[0.9]", "optim.betas"),
+        ("optim.betas=[0.9]", "optim.betas is (0.9,), expected 2 numbers"),
         ("optim.floor=2", "optim.floor is 2"),
-        ("optim.warmup=never", "optim.warmup is 'never'"),
+        ("optim.warmup=never", "optim.warmup is 'never', expected a whole number or 'auto'"),
         ("optim.freeze=[embed]", "optim.freeze is '[embed]', expected a list of names"),
-        ("optim.freeze=[3]", "optim.freeze is (3,)"),
+        ("optim.freeze=[3]", "optim.freeze is (3,), expected a list of texts"),
         ("optim.warmup=-1", "optim.warmup is -1"),
     ],
 )
@@ -142,3 +153,15 @@ def test_a_recipe_that_is_none_is_refused(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     assert "not a recipe" in refused(source=tmp_path / "binary.toml")
     assert f"{tmp_path}: holds no training run" in refused(source=tmp_path)
+    for name, meant in {"a.txt": "a.txt", "my notes": "'data.path={}'", "a.toml": "--print-recipe > my.toml"}.items():
+        (tmp_path / name).write_text("to be, or not to be")
+        path = tmp_path / name
+        command = f"dualform train --set data.path={path} --out runs/new" if name == "a.txt" else meant.format(path)
+        assert "not a recipe" in refused(source=path) and command in refused(source=path)
+
+
+def test_a_text_that_reads_as_something_else_is_quoted():
+    for text in ("notes", "2024", "true", " a", '"quoted"', "it's"):
+        shown = setting("data.path", text)
+        _, override = shlex.split(shown)
+        assert Recipe.load("stdlib", [override]).data.path == text

@@ -14,6 +14,7 @@ from dualform.cli.errors import sentence
 from dualform.cli.generate import generate
 from dualform.cli.info import info
 from dualform.cli.inspect import inspect
+from dualform.cli.keys import TrainCommand
 from dualform.cli.text import encodable, printable
 from dualform.cli.train import train
 from dualform.cli.verify import verify
@@ -45,7 +46,7 @@ def _options(
 
 
 for command in (demo, train, generate, info, inspect, verify, check, doctor):
-    app.command(epilog=sys.modules[command.__module__].EPILOG)(command)
+    app.command(epilog=sys.modules[command.__module__].EPILOG, cls=TrainCommand if command is train else None)(command)
 
 
 def main() -> None:

@@ -51,4 +51,4 @@ def train(
     overrides = list(set_ or [])
     if out is not None:
         overrides.append(f"out={json.dumps(str(out))}")  # JSON's texts are TOML's
-    run(Recipe.load(recipe, overrides), resume=resume)
+    run(Recipe.load(recipe, overrides, tell=typer.echo), resume=resume)

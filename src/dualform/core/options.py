@@ -11,6 +11,11 @@ from dualform.core.errors import ConfigError, DualformError
 
 T = TypeVar("T")
 _LONG = 10**60  # a number that errors do not write out
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list", list: "a list",
+    dict: "an object", Mapping: "an object",
+}  # fmt: skip
+_PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts", bool: "values, true or false"}
 
 
 @overload
@@ -119,9 +124,19 @@ def joined(words: Iterable[Any], most: int = 20) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
 
 
-def shown(hint: Any) -> Any:
-    """An annotated type as an error shows it."""
-    return hint.__name__ if isinstance(hint, type) and not get_origin(hint) else hint
+def shown(hint: Any) -> str:
+    """An annotated type in words, as an error shows it: ``int | None`` is ``a whole number, or none``."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        words = [shown(a) for a in args if a is not type(None)]
+        return " or ".join(words) + (", or none" if type(None) in args else "")
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is tuple and args:
+        many = _PLURALS.get(args[0], "values")
+        return f"a list of {many}" if args[1:] == (...,) else f"{len(args)} {many}"
+    plain = origin or hint
+    return _WORDS.get(plain, plain.__name__ if isinstance(plain, type) else str(hint))
 
 
 def _beyond(value: Any) -> bool:

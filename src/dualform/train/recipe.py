@@ -7,7 +7,8 @@ them, its value in TOML syntax.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -186,7 +187,12 @@ class Recipe:
             ConfigError: names an unknown key or a value that does not fit.
         """
         tables: dict[str, Any] = {"data": Data, "optim": Optim}
-        check_names(options, [f.name for f in fields(cls)], "recipe")
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known and (key := key_of(str(name))):
+                hint = f"did you mean {key!r}? in a file it stands below [{key.partition('.')[0]}]"
+                raise ConfigError(f"recipe: unknown key {brief(name)}", hint=hint)
+        check_names(options, known, "recipe")
         chosen = dict(options)
         for name, table in tables.items():
             given = chosen.get(name, {})
@@ -197,7 +203,9 @@ class Recipe:
         return cls(**chosen)
 
     @classmethod
-    def load(cls, source: str | Path = STDLIB, overrides: Iterable[str] = ()) -> "Recipe":
+    def load(
+        cls, source: str | Path = STDLIB, overrides: Iterable[str] = (), tell: Callable[[str], object] | None = None
+    ) -> "Recipe":
         """Read a recipe and override some of its keys.
 
         Args:
@@ -205,6 +213,7 @@ class Recipe:
             overrides: such as ``"minutes=10"`` or ``"optim.lr=3e-3"``. A value is written as in TOML; a text
                 needs no quotes. ``model.d_model=96`` changes a preset, too. One of ``steps`` and ``minutes`` replaces
                 the other; both together hold both.
+            tell: is given a sentence about each value of the source that an override of another key has replaced.
 
         Raises:
             ConfigError: for a recipe that does not exist, is no TOML, or has an unknown key or a wrong value.
@@ -212,8 +221,8 @@ class Recipe:
         options = _read(source)
         changed = {_override(options, override) for override in overrides}
         for name, other in (("steps", "minutes"), ("minutes", "steps")):
-            if name in changed and other not in changed:
-                options.pop(other, None)
+            if name in changed and other not in changed and (dropped := options.pop(other, None)) is not None and tell:
+                tell(f"{name} = {options[name]} replaces {other} = {dropped} of {source}; set both to keep both limits")
         return cls.from_dict(options)
 
 
@@ -223,8 +232,7 @@ def _read(source: str | Path) -> dict[str, Any]:
         path = path / RECIPE_FILE
         if not path.exists():
             raise ConfigError(
-                f"{source}: holds no training run: there is no {RECIPE_FILE}",
-                hint=f"to train on the text there: dualform train --set data.path={source} --out runs/new",
+                f"{source}: holds no training run: there is no {RECIPE_FILE}", hint=_on_the_text_of(source)
             )
     elif not path.exists() and (RECIPES / f"{source}.toml").is_file():
         path = RECIPES / f"{source}.toml"
@@ -236,10 +244,33 @@ def _read(source: str | Path) -> dict[str, Any]:
         hint = f"a TOML file, the folder of a run, or one of: {', '.join(named)}"
         raise ConfigError(f"no recipe {str(source)!r}: {error.strerror}", hint=hint) from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not a recipe: {error}", hint="dualform train --help names examples") from error
+        text = path.suffix not in (".toml", ".json")
+        hint = _on_the_text_of(source) if text else "a recipe to start from: dualform train --print-recipe > my.toml"
+        raise ConfigError(f"{path}: not a recipe: {error}", hint=hint) from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: not a recipe: it holds {kind_of(found)}, expected an object")
     return found
+
+
+def _on_the_text_of(path: str | Path) -> str:
+    return f"to train on the text there: dualform train {setting('data.path', str(path))} --out runs/new"
+
+
+def setting(key: str, text: str) -> str:
+    """``--set KEY=TEXT`` for a shell; the text is quoted where it would be read as something else."""
+    try:
+        plain = not parse_toml(f"value = {text}")
+    except ValueError:
+        plain = text == text.strip()
+    return f"--set {shlex.quote(f'{key}={text if plain else json.dumps(text)}')}"
+
+
+def key_of(name: str) -> str:
+    """The key that a name stands for, with its table: ``optim.lr`` for ``lr``; empty where there is none."""
+    name = name.replace("-", "_")
+    tables: dict[str, Any] = {"": Recipe, "data.": Data, "optim.": Optim, "model.": ModelConfig}
+    keys = [f"{prefix}{f.name}" for prefix, table in tables.items() for f in fields(table)]
+    return next((key for key in keys if name in (key, key.rpartition(".")[2])), "")
 
 
 def _override(options: dict[str, Any], override: str) -> str:
