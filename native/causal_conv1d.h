@@ -37,6 +37,39 @@ INLINE void write_history(const CausalConv1d& s, const T* rows, void* to, int64_
     for (int64_t j = 0; j < back; j++) state[i * back + j] = rows[j * w.width + i];
 }
 
+// With ids a row consists of runs of equal ids, which do not see each other: the part of a chunk that lies in its first
+// run, or in its last.
+INLINE Chunk first_run(const CausalConv1d& s, int64_t row, const Chunk& c) {
+  if (!s.ids) return c;
+  const int32_t* ids = s.ids + row * s.sequences.length;
+  int64_t end = c.begin + 1;
+  while (end < c.end && ids[end] == ids[c.begin]) end++;
+  return {c.begin, end, c.sequence, c.starts, c.ends && end == c.end};
+}
+INLINE Chunk last_run(const CausalConv1d& s, int64_t row, const Chunk& c) {
+  if (!s.ids) return c;
+  const int32_t* ids = s.ids + row * s.sequences.length;
+  int64_t begin = c.end - 1;
+  while (begin > c.begin && ids[begin - 1] == ids[begin]) begin--;
+  return {begin, c.end, c.sequence, c.starts && begin == c.begin, c.ends};
+}
+// Whether a run begins at step t, behind another one of its row.
+INLINE bool begins_run(const CausalConv1d& s, int64_t row, int64_t t) {
+  if (!s.ids || t == 0 || t == s.sequences.length) return false;
+  const int32_t* ids = s.ids + row * s.sequences.length;
+  return ids[t] != ids[t - 1];
+}
+INLINE bool is_padding(const CausalConv1d& s, int64_t row, int64_t t) {
+  return s.ids && s.ids[row * s.sequences.length + t] < 0;
+}
+// The first step that step t sees: of its sequence, or of its run, where that is within reach.
+INLINE int64_t first_seen(const CausalConv1d& s, int64_t row, int64_t t) {
+  if (!s.ids) return whole(s.sequences, row, t).begin;
+  int64_t first = t;
+  while (first > 0 && first > t - (s.taps - 1) && !begins_run(s, row, first)) first--;
+  return first;
+}
+
 // What one slice is convolved with. On a line, a step is STRIP vectors behind the one before.
 template <class T>
 struct Filter {
@@ -125,19 +158,24 @@ int64_t forward(const CausalConv1d& s, const Task& task) {
   gather_weights(s, share, weights);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t begin = 0, next; begin < T_; begin = next) {
-      Chunk chunk = first_chunk(s.sequences, row, begin, least((begin / TILE + 1) * TILE, T_));
+      Chunk chunk = first_run(s, row, first_chunk(s.sequences, row, begin, least((begin / TILE + 1) * TILE, T_)));
       next = chunk.end;
+      const bool padding = is_padding(s, row, begin), alone = padding || begins_run(s, row, begin);
       for (int64_t i = 0; i < share.count; i += STRIP) {
         Window w = {row, chunk.begin, chunk.end, share.slices[i].first, strip_width<T>(share, i), W};
         T* history = histories + i * back * L;
-        if (chunk.starts)
+        if (alone)
+          memset(line, 0, sizeof(T) * back * W);
+        else if (chunk.starts)
           read_history(s, s.h0, chunk.sequence, w, line);
         else
           memcpy(line, history, sizeof(T) * back * W);
         copy(s.x, w, line + back * W);
         Rows<T> y = target(s.y, w, y_copy);
         const int64_t steps = chunk.end - chunk.begin;
-        for (int64_t p = 0; p * L < w.count; p++) {
+        if (padding) memset(line + back * W, 0, sizeof(T) * steps * W);
+        for (int64_t t = 0; padding && t < steps; t++) memset(y[t], 0, sizeof(T) * w.width);
+        for (int64_t p = 0; p * L < w.count && !padding; p++) {
           const Filter<T> f(s, weights + (i + p) * s.taps * L, w.first + p * L);
           if (s.taps == USUAL)
             run<T, USUAL>(f, s.silu, line + p * L, y, p * L, steps);
@@ -176,13 +214,17 @@ int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
   memset(dbias, 0, sizeof(T) * share.count * L);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t end = T_, next; end > 0; end = next) {
-      Chunk chunk = last_chunk(s.sequences, row, (end - 1) / TILE * TILE, end);
+      Chunk chunk = last_run(s, row, last_chunk(s.sequences, row, (end - 1) / TILE * TILE, end));
       next = chunk.begin;
-      const int64_t start = whole(s.sequences, row, chunk.begin).begin;
+      const int64_t start = first_seen(s, row, chunk.begin);
+      const bool padding = is_padding(s, row, next), alone = padding || begins_run(s, row, end);
       const int64_t steps = chunk.end - chunk.begin;
       for (int64_t i = 0; i < share.count; i += STRIP) {
         Window w = {row, chunk.begin, chunk.end, share.slices[i].first, strip_width<T>(share, i), W};
-        if (chunk.begin - start < back) read_history(s, s.h0, chunk.sequence, w, dline);  // dline is free until below
+        if (s.ids && start > 0)
+          memset(dline, 0, sizeof(T) * back * W);  // dline is free until below
+        else if (chunk.begin - start < back)
+          read_history(s, s.h0, chunk.sequence, w, dline);
         for (int64_t j = 0; j < back; j++) {
           const int64_t at = chunk.begin - back + j;
           Window one = w;
@@ -194,8 +236,11 @@ int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
         }
         copy(s.x, w, line + back * W);
         copy(s.dy, w, dy);
+        if (padding) memset(line, 0, sizeof(T) * (back + steps) * W), memset(dy, 0, sizeof(T) * steps * W);
         memset(dline, 0, sizeof(T) * steps * W);
-        if (chunk.ends)
+        if (alone)
+          memset(dline + steps * W, 0, sizeof(T) * back * W);
+        else if (chunk.ends)
           read_history(s, s.dfinal, chunk.sequence, w, dline + steps * W);
         else
           memcpy(dline + steps * W, pending + i * back * L, sizeof(T) * back * W);

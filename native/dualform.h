@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 6  // of this interface
+#define DUALFORM_VERSION 7  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -150,6 +150,7 @@ typedef struct {
   const void* weight;  // (D, W)
   const void* bias;    // (D), or null
   const void* h0;      // (sequences, D, W - 1)
+  const int32_t* ids;  // (rows, T), the sequence of each step where rows hold several, negative for padding; or null
   View y;              // (rows, T, D)
   void* final;         // (sequences, D, W - 1); rows of empty sequences are not written
   // Backward only.

@@ -234,6 +234,7 @@ bool check(const CausalConv1d& s) {
   if (!check_sequences(s.sequences) || !check_sizes({s.width})) return false;
   check_views({&s.x}), check_pointers({s.weight});
   if (s.taps > 1) check_pointers({s.h0});
+  require(!s.ids || !s.sequences.borders);
   return true;
 }
 

@@ -100,3 +100,29 @@ def check_contained(
         steps = (row, begin), (row, t), (row, end - 1)
         harmed = a._replace(**harmed, h0=planted(a.h0, (longest,)))
         others_unharmed(run(harmed, planted(dy, *steps), planted(dfinal, (longest,))))
+
+
+def check_contained_in_runs(
+    a: Any, forward: Callable[[Any], list[Tensor]], backward: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Plant in all steps of one id, padding included, where ids divide rows into sequences."""
+    torch.manual_seed(0)
+    dy, dfinal = torch.randn_like(a.x), torch.randn_like(a.h0)
+    y, final = forward(a)
+    want = backward([dy, dfinal], [], a)
+    for planted in (-1, 0, 1):
+        harmed = a.ids == planted
+        assert harmed.any()
+        x, there = a.x.masked_fill(harmed[..., None], torch.nan), dy.masked_fill(harmed[..., None], torch.nan)
+        got_y, got_final = forward(a._replace(x=x))
+        found = backward([there, dfinal], [], a._replace(x=x))
+        for got, exact in ((got_y, y), (found["x"], want["x"])):
+            torch.testing.assert_close(got[~harmed], exact[~harmed])
+            if planted < 0:
+                assert not got[harmed].any()
+        ends = a.ids[:, -1] != planted
+        torch.testing.assert_close(got_final[ends], final[ends])
+        begins = a.ids[:, 0] != planted
+        torch.testing.assert_close(found["h0"][begins], want["h0"][begins])
+        if planted < 0:
+            torch.testing.assert_close(found["weight"], want["weight"])

@@ -56,6 +56,10 @@ class Draw:
         rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
         return self.maybe(lambda: self.normal(rows, *shape, dtype=dtype or self.real))
 
+    def ids(self, batch: int, length: int) -> Any:
+        kind = self.one(torch.int32, torch.int64)
+        return self.maybe(lambda: torch.randint(-1, 2, (batch, length), generator=self.generator, dtype=kind))
+
     def dividing(self, size: int) -> int:
         return self.random.choice([n for n in (1, 2, 3, size) if n and size % n == 0] or [1])
 
@@ -158,6 +162,7 @@ def causal_conv1d(draw: Draw) -> Arguments:
         "activation": draw.one(None, "silu"),
         "initial_state": draw.state(batch, cu_seqlens, width, taps - 1),
         "cu_seqlens": cu_seqlens,
+        "seq_idx": draw.ids(batch, length) if cu_seqlens is None else None,
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from containment import check_contained
+from containment import check_contained, check_contained_in_runs
 from dualform.check.op_cases import OpCase, op_cases
 from dualform.ops.attention import Past, attention
 from dualform.ops.long_conv import long_conv
@@ -54,6 +54,16 @@ def test_recurrences(case: OpCase, name: str, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("another backend runs this call")
     chunks = {**CHUNK, **(PORTABLE_CHUNK if name == "torch" else {})}
     check_contained(op, a, backend.forward, backend.backward, chunk=chunks.get(case.name, 1))
+
+
+@pytest.mark.parametrize("name", ["torch", "native"])
+def test_runs_of_a_convolution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = record(RECURRENT["causal_conv1d seq_idx"], monkeypatch)
+    backend = next(b for b in OPS["causal_conv1d"].backends if b.name == name)
+    if backend.missing():
+        pytest.skip("the library was not built")
+    assert backend.backward is not None
+    check_contained_in_runs(a, backend.forward, backend.backward)
 
 
 def normal(*shape: int) -> torch.Tensor:

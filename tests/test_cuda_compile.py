@@ -19,9 +19,10 @@ def scan(dtype):
 
 
 def convolution(dtype):
-    a = test_cuda_conv.arguments(1, 130, 64, 4, dtype=dtype, like=dtype)
-    y, final = causal_conv1d._forward(a)
-    causal_conv1d._backward([y, final], [], a)
+    for more in ({}, {"ids": 9}, {"last": True}, {"last": True, "ids": 9}):
+        a = test_cuda_conv.arguments(1, 130, 64, 4, dtype=dtype, like=dtype, **more)
+        y, final = causal_conv1d._forward(a)
+        causal_conv1d._backward([y, final], [], a)
 
 
 def diagonal(dtype):
@@ -33,6 +34,7 @@ def diagonal(dtype):
 USERS = {
     "causal_conv1d_backward.cu": convolution,
     "causal_conv1d_forward.cu": convolution,
+    "causal_conv1d_time_last.cu": convolution,
     "diagonal_ssm_backward.cu": diagonal,
     "diagonal_ssm_forward.cu": diagonal,
     "selective_scan_backward.cu": scan,

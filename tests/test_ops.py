@@ -32,7 +32,7 @@ def short_spans(monkeypatch):
     """Spans of a few steps, so that short sequences cross several."""
     monkeypatch.setattr(sys.modules["dualform.ops.selective_scan_chunked"], "_CPU_SPAN", 200)
     monkeypatch.setattr(sys.modules["dualform.ops.selective_scan_chunked"], "_SAVE_EVERY", 2)
-    monkeypatch.setattr(sys.modules["dualform.ops.ssd_chunked"], "_SPAN_ELEMENTS", 2000)
+    monkeypatch.setattr(sys.modules["dualform.ops.ssd"], "_SPAN_ELEMENTS", 2000)
 
 
 def results(case: OpCase, name: str, dtype: torch.dtype = torch.float64):
@@ -228,6 +228,16 @@ BAD = {
     ),
     "integers": (lambda: causal_conv1d(zeros(1, 4, 3, dtype=torch.int64), zeros(3, 4)), "x is torch.int64"),
     "activation": (lambda: causal_conv1d(zeros(1, 4, 3), zeros(3, 4), activation="gelu"), "expected None or 'silu'"),
+    "ids and borders": (
+        lambda: causal_conv1d(
+            zeros(1, 4, 3), zeros(3, 4), cu_seqlens=torch.tensor([0, 4]), seq_idx=zeros(1, 4, dtype=torch.int32)
+        ),
+        "seq_idx together with cu_seqlens",
+    ),
+    "ids of another length": (
+        lambda: causal_conv1d(zeros(1, 4, 3), zeros(3, 4), seq_idx=zeros(1, 5, dtype=torch.int32)),
+        r"seq_idx has shape \(1, 5\), expected \(B, T\)",
+    ),
     "state": (
         lambda: causal_conv1d(zeros(2, 4, 3), zeros(3, 4), initial_state=zeros(2, 3, 4)),
         r"initial_state is \(2, 3, 4\), expected \(2, 3, 3\): one state per row",

@@ -99,6 +99,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     lengths = torch.tensor([length // 3, 0, min(1, length - length // 3), max(0, length - length // 3 - 1)])
     packed = from_lengths(lengths).to(torch.int32)
     rows = len(lengths)
+    ids = torch.arange(length, dtype=torch.int32).div(torch.tensor([[length + 1], [2], [5]]), rounding_mode="floor") % 3
+    ids[1, ids[1] == 1], ids[2, : length // 4] = -1, -1  # padding between sequences, and before them
 
     def scan_(batch: int, states: int, complex: bool = False) -> dict[str, Tensor]:
         a = torch.rand(batch, length, 5, generator=generator, dtype=torch.float64)
@@ -265,6 +267,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("causal_conv1d wide", "causal_conv1d", causal_conv1d, conv(3, 3, 19), silu),
         OpCase("causal_conv1d wide packed", "causal_conv1d", causal_conv1d, conv(1, rows, 70), {**silu, **runs}),
         OpCase("causal_conv1d packed", "causal_conv1d", causal_conv1d, conv(1, rows), {**silu, **runs}),
+        OpCase("causal_conv1d seq_idx", "causal_conv1d", causal_conv1d, conv(3, 3), {**silu, "seq_idx": ids}),
         OpCase("causal_conv1d_update", "causal_conv1d_update", causal_conv1d_update, window, silu),
         OpCase("selective_state_update", "selective_state_update", selective_state_update, by_state, step),
         OpCase("selective_state_update heads", "selective_state_update", selective_state_update, by_head, step),

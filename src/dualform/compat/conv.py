@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualform.compat.layout import Runs, check_layout, time_last, time_second
+from dualform.compat.layout import check_layout, time_last, time_second
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import Packing
 from dualform.core.shapes import check_tensors
@@ -49,10 +49,7 @@ def causal_conv1d_fn(
                 f"{_WHERE}: seq_idx together with initial_states or return_final_states",
                 hint="dualform.ops.causal_conv1d takes and returns one state per sequence, with cu_seqlens",
             )
-        runs = Runs.of(_WHERE, seq_idx, time_second(x))
-        line = runs.line(time_second(x))
-        y, _ = causal_conv1d(line, weight, bias, activation=activation, cu_seqlens=_packing(line, runs))
-        y = y.view(x.shape[0], x.shape[2], -1).masked_fill((seq_idx < 0)[..., None], 0)
+        y, _ = causal_conv1d(time_second(x), weight, bias, activation=activation, seq_idx=seq_idx)
         return time_last(y, x)
     y, final = causal_conv1d(time_second(x), weight, bias, activation=activation, initial_state=initial_states)
     y = time_last(y, x)
@@ -105,7 +102,3 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
 
 causal_conv1d_varlen_states_ref = causal_conv1d_varlen_states
-
-
-def _packing(line: Tensor, runs: Runs) -> Packing | None:
-    return Packing.of(_WHERE, runs.cu_seqlens, line)

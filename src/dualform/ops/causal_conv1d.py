@@ -12,6 +12,7 @@ from dualform.core.shapes import check_real, check_tensors, once_per_shape, wide
 from dualform.ops.banded import Banded
 from dualform.ops.layout import empty_like, lay, time_last
 from dualform.ops.op import Backend, Op
+from dualform.ops.runs import as_ids, check_ids, reach
 from dualform.ops.state import check_dtype, check_out_state, check_state, give_state, initial, unless_complex
 
 _WHERE, _STEP = "causal_conv1d", "causal_conv1d_update"
@@ -27,6 +28,7 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Borders = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``y_t = act(bias + sum_j weight_j x_{t - (W-1) + j})``, per channel; inputs before the first come from the state.
 
@@ -42,12 +44,17 @@ def causal_conv1d(
             ``cu_seqlens`` one row per sequence.
         cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis, or a ``Packing`` that was
             made of them; B is then 1.
+        seq_idx: ``(B, T)``, int32, the sequence of each step, where rows hold several and no synchronisation of a GPU
+            is wanted; not with ``cu_seqlens``. A sequence is a run of equal ids and sees no other one. Steps with a
+            negative id are padding: their output is 0. The initial state belongs to the first run of each row, the
+            final one to the last: of inputs that its last step does not see, it holds zeros.
 
     Returns:
         y ``(B, T, D)`` in the dtype of x, and the last W-1 inputs ``(B, D, W-1)``, float32 or wider.
 
     Raises:
-        ArgumentError: for shapes, dtypes, devices or an activation that does not fit.
+        ArgumentError: for shapes, dtypes, devices or an activation that does not fit, and for ``seq_idx`` together with
+            ``cu_seqlens``.
 
     References:
         Gu & Dao (2023), arXiv:2312.00752, section 3.4 (the block's convolution).
@@ -55,7 +62,10 @@ def causal_conv1d(
     _check_inputs(_WHERE, "B T D", x, weight, bias, activation)
     packing, dtype = Packing.of(_WHERE, cu_seqlens, x), wide(x, weight, bias, unless_complex(initial_state))
     h0 = initial(_WHERE, initial_state, packing, x, (weight.shape[0], weight.shape[1] - 1), dtype)
-    y, final = causal_conv1d_op(CausalConv1d(x, weight, bias, _ACTIVATIONS[activation], h0, packing))
+    if seq_idx is not None:
+        check_ids(_WHERE, seq_idx, x, packing)
+    a = CausalConv1d(x, weight, bias, _ACTIVATIONS[activation], h0, packing, as_ids(seq_idx))
+    y, final = causal_conv1d_op(a)
     return y, final
 
 
@@ -68,6 +78,7 @@ class CausalConv1d(NamedTuple):
     silu: bool
     h0: Tensor  # (rows, D, W-1)
     packing: Packing | None
+    ids: Tensor | None = None  # (B, T) int32, not with a packing
 
 
 def causal_conv1d_update(
@@ -133,6 +144,10 @@ def _check(a: CausalConv1d) -> None:
     check_state(_WHERE, "the initial state", a.h0, a.packing, a.x, (a.weight.shape[0], a.weight.shape[1] - 1))
     check_real(_WHERE, h0=a.h0)
     check_dtype(_WHERE, a.h0.dtype)
+    if a.ids is not None:
+        check_ids(_WHERE, a.ids, a.x, a.packing)
+        if a.ids.dtype != torch.int32:
+            raise ArgumentError(f"{_WHERE}: ids are {a.ids.dtype}, expected torch.int32")
 
 
 def _check_update(a: ConvUpdate) -> None:
@@ -150,9 +165,26 @@ def _reference(a: CausalConv1d) -> tuple[Tensor, Tensor]:
         y = [(seen[:, t : t + taps] * a.weight.T).sum(1) for t in range(x.shape[1])] or [x[:, 0:0].sum(1)]
         return torch.stack(y, 1)[:, : x.shape[1]], seen[:, x.shape[1] :].transpose(1, 2)
 
+    if a.ids is not None:
+        return _reference_of_runs(a, a.ids)
     y, final = each_alone(run, a.packing, a.h0, a.x)
     y = y if a.bias is None else y + a.bias
     return lay((F.silu(y) if a.silu else y).to(a.x.dtype), time_last(a.x)), final.contiguous()
+
+
+def _reference_of_runs(a: CausalConv1d, ids: Tensor) -> tuple[Tensor, Tensor]:
+    window, ys = a.h0, []
+    for t in range(a.x.shape[1]):
+        padding = (ids[:, t] < 0)[:, None]
+        begins = (ids[:, t] != ids[:, max(0, t - 1)])[:, None] | padding
+        x = a.x[:, t].to(a.h0.dtype).masked_fill(padding, 0)
+        seen = torch.cat([window.masked_fill(begins[..., None], 0), x[..., None]], -1)
+        y = (seen * a.weight).sum(-1)
+        y = y if a.bias is None else y + a.bias
+        ys.append((F.silu(y) if a.silu else y).masked_fill(padding, 0))
+        window = seen[..., 1:]
+    y = torch.stack(ys, 1) if ys else a.x.to(a.h0.dtype)
+    return lay(y.to(a.x.dtype), time_last(a.x)), window.clone(memory_format=torch.contiguous_format)
 
 
 def _update(a: ConvUpdate) -> tuple[Tensor, Tensor]:
@@ -163,11 +195,15 @@ def _update(a: ConvUpdate) -> tuple[Tensor, Tensor]:
 
 
 class _Line:
-    """Every sequence behind its own W-1 earlier inputs, on one line: packing becomes a plain convolution."""
+    """Every sequence behind its own W-1 earlier inputs, on one line: packing becomes a plain convolution.
+
+    With ids, ``seen`` takes from a tap what a step does not see.
+    """
 
     def __init__(self, a: CausalConv1d):
         self.back = a.h0.shape[2]
         self.length, self.packed = a.x.shape[1], a.packing is not None
+        self.reach = None if a.ids is None or self.length == 0 else reach(a.ids, self.back)
         if a.packing is not None:
             cu_seqlens = a.packing.cu_seqlens
             rows = torch.arange(a.packing.rows, device=a.x.device)
@@ -185,15 +221,25 @@ class _Line:
         line[0, self.tokens], line[0, self.heads] = x[0].to(state.dtype), state.transpose(1, 2)
         return line
 
+    def seen(self, m: Tensor, back: int) -> Tensor:
+        """``m`` ``(B, T, D)``, zero at the steps that do not see the input so many steps before."""
+        return m if self.reach is None else m.masked_fill((self.reach < back)[..., None], 0)
+
+    def seen_last(self, m: Tensor) -> Tensor:
+        """``m`` ``(B, W-1, D)`` of the last inputs, zero for those that the last step does not see."""
+        if self.reach is None:
+            return m
+        return m.masked_fill((self.reach[:, -1:] < torch.arange(self.back, device=m.device).flip(0))[..., None], 0)
+
     def tail(self, line: Tensor) -> Tensor:
         """The last W-1 inputs of every sequence, ``(rows, D, W-1)``."""
-        found = line[0, self.tails] if self.packed else line[:, self.length :]
+        found = line[0, self.tails] if self.packed else self.seen_last(line[:, self.length :])
         return found.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _banded(a: CausalConv1d) -> Banded | None:
     """The form with matrix products, where there are so many taps that it is faster."""
-    if a.weight.shape[1] <= _FEW or a.x.numel() == 0:
+    if a.weight.shape[1] <= _FEW or a.x.numel() == 0 or a.ids is not None:
         return None
     return Banded(a.x.to(a.h0.dtype), a.weight.to(a.h0.dtype), a.h0, a.packing)
 
@@ -204,11 +250,11 @@ def _before_silu(a: CausalConv1d, line: _Line, full: Tensor, banded: Banded | No
         y = banded.forward()
         return y if a.bias is None else y + a.bias
     weight, out = a.weight.to(a.h0.dtype), full.shape[1] - line.back
-    y = full[:, :out] * weight[:, 0]  # all along the line
+    y = line.seen(full[:, :out], line.back) * weight[:, 0]  # all along the line
     if a.bias is not None:
         y += a.bias
     for j in range(1, weight.shape[1]):
-        y.addcmul_(full[:, j : j + out], weight[:, j])
+        y.addcmul_(line.seen(full[:, j : j + out], line.back - j), weight[:, j])
     return y[:, line.tokens - line.back] if line.packed else y
 
 
@@ -216,7 +262,7 @@ def _forward(a: CausalConv1d) -> list[Tensor]:
     line = _Line(a)
     full = line.lay(a.x, a.h0)
     y = _before_silu(a, line, full, _banded(a))
-    y = F.silu(y, inplace=True) if a.silu else y
+    y = line.seen(F.silu(y, inplace=True) if a.silu else y, 0)
     return [lay(y.to(a.x.dtype), time_last(a.x)), line.tail(full)]
 
 
@@ -227,6 +273,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
     banded = _banded(a)
     if a.silu:
         dy = torch.ops.aten.silu_backward(dy, _before_silu(a, line, full, banded))
+    dy = line.seen(dy, 0)
     dbias = {} if a.bias is None else {"bias": dy.sum((0, 1))}
     dfull, dweight, more = torch.zeros_like(full), torch.empty_like(w), []
     if banded is not None:
@@ -235,14 +282,14 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
         if line.packed:
             dy = full.new_zeros(1, out, a.x.shape[2]).index_copy_(1, line.tokens - line.back, dy)
         for j in range(w.shape[1]):
-            dfull[:, j : j + out].addcmul_(dy, w[:, j])
-            dweight[:, j] = (full[:, j : j + out] * dy).sum((0, 1))
+            dfull[:, j : j + out].addcmul_(line.seen(dy, line.back - j), w[:, j])
+            dweight[:, j] = (line.seen(full[:, j : j + out], line.back - j) * dy).sum((0, 1))
     dtail = grads[1].transpose(1, 2)
     if line.packed:
         dfull[0].index_put_((line.tails,), dtail, accumulate=True)
         dx, dh0 = dfull[:, line.tokens], dfull[0, line.heads]
     else:
-        dfull[:, line.length :] += dtail
+        dfull[:, line.length :] += line.seen_last(dtail)
         dx, dh0 = dfull[:, line.back :], dfull[:, : line.back]
     dh0 = dh0.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     if more:

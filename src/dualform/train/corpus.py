@@ -4,7 +4,6 @@ import hashlib
 import heapq
 import json
 import os
-import shlex
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -96,10 +95,7 @@ class Corpus:
                     hint="leave such lines out, or set data.text_field to another key",
                 )
             has = f"has {', '.join(map(repr, record))}" if isinstance(record, dict) else f"is {type(record).__name__}"
-            texts = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
-            named = shlex.quote(texts[0]) if texts else "KEY"
-            hint = f"say which key holds the text: --set data.text_field={named}"
-            raise DataError(f"{where}: no text under {wanted!r}; it {has}", hint=hint)
+            raise DataError(f"{where}: no text under {wanted!r}; it {has}", hint="set data.text_field")
         return text.encode("utf-8", "replace")
 
 

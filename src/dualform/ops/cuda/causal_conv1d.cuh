@@ -5,7 +5,7 @@
 
 #include "sequences.cuh"
 
-constexpr int W = TAPS, V = CHANNELS;
+constexpr int W = TAPS, V = EACH;      // V numbers of a thread lie together: channels, or steps where time is last
 constexpr int LINE = 32 * V;           // channels of a warp
 constexpr int ROWS = W + int(BIASED);  // of sums: the gradients of the weights, and of the bias
 
@@ -13,16 +13,17 @@ constexpr int ROWS = W + int(BIASED);  // of sums: the gradients of the weights,
 struct Conv {
   int64 rows, length, width, span;  // span: steps of a warp
   const int64* borders;             // (rows + 1), of sequences packed end to end, or null
+  const int* ids;                   // (B, T), see Runs, or null
   View x;
   const WEIGHT* weight;  // (D, W)
   const BIAS* bias;      // (D)
   const float* state;    // (rows, D, W-1)
-  INPUT* y;              // (B, T, D)
+  INPUT* y;              // (B, T, D), or (B, D, T) like x
   float* final;          // (rows, D, W-1)
   // Backward only.
   View dy;
   const float* dfinal;  // (rows, D, W-1)
-  INPUT* dx;            // (B, T, D)
+  INPUT* dx;            // like y
   float* dstate;        // (rows, D, W-1)
   int64 blocks;         // of spans of time
   float* sums;          // (blocks, ROWS, D)
@@ -30,10 +31,10 @@ struct Conv {
   BIAS* dbias;          // (D)
 };
 
-// V channels of one step, as they lie in memory; eight are 16 bytes that can be read at once.
+// V numbers, as they lie in memory; eight are 16 bytes that can be read at once.
 template <class T>
 struct GroupOf {
-  Four<T> fours[V / 4];
+  Four<T> fours[(V + 3) / 4];
 };
 using Group = GroupOf<INPUT>;
 template <class T>
@@ -51,6 +52,11 @@ template <class T>
 DEVICE void unpack(const GroupOf<T>& g, float* x) {
   UNROLL for (int i = 0; i < V / 4; i++)
     unpack(g.fours[i], x + 4 * i);
+  if constexpr (V < 4) {
+    float four[4];
+    unpack(g.fours[0], four);
+    x[0] = four[0];
+  }
 }
 template <class T>
 DEVICE void store_group(T* p, const float* x, int count) {
@@ -58,6 +64,9 @@ DEVICE void store_group(T* p, const float* x, int count) {
     Four<T> low, high;
     pack(low, x), pack(high, x + 4);
     *reinterpret_cast<uint4*>(p) = make_uint4(low.pair[0], low.pair[1], high.pair[0], high.pair[1]);
+  } else if constexpr (V < 4) {
+    const float four[4] = {x[0]};
+    store_four<false>(p, four, 1);
   } else {
     store_four<ALIGNED>(p, x, count);
   }
@@ -106,6 +115,36 @@ struct Steps : Column<INPUT> {
   METHOD void put(int t, const float* x) const { store_group(at(t), x, count); }
 };
 
+// How far steps see back, where ids divide rows into runs of equal ids: a step sees the input of its own and `reach`
+// earlier ones of its run, W-1 at most; one with a negative id is padding and sees none, -1. The run that a row begins
+// with sees its state, too.
+struct Runs {
+  const int* ids;  // of a row
+  int last, id = 0, reach = W - 1;
+  METHOD Runs(const Conv& p, int64 batch) : ids(IDS ? p.ids + batch * p.length : nullptr), last(int(p.length) - 1) {}
+  METHOD int at(int t) const { return IDS ? ids[least(t, last)] : 0; }
+  // Goes to the place before step t, of one row.
+  METHOD void go_before(int t) {
+    if (!IDS) return;
+    id = at(t > 0 ? t - 1 : 0), reach = W - 1;
+    UNROLL for (int k = W - 1; k > 0; k--)
+      if (t - 1 - k >= 0 && ids[t - 1 - k] != id) reach = k - 1;
+    reach = t > 0 && id < 0 ? -1 : reach;
+  }
+  METHOD void next(int of_step) {
+    reach = of_step < 0 ? -1 : of_step != id ? 0 : least(reach + 1, W - 1);
+    id = of_step;
+  }
+  METHOD bool padding() const { return IDS && reach < 0; }
+  METHOD bool sees(int back) const { return !IDS || back <= reach; }
+  // Takes from a window, whose last input is that of the present step, what this one does not see.
+  METHOD void cut(float (&x)[W][V]) const {
+    if (!IDS || reach > 0) return;
+    UNROLL for (int j = 0; j < W; j++) UNROLL
+      for (int v = 0; v < V; v++) x[j][v] = j == W - 1 && reach == 0 ? x[j][v] : 0;
+  }
+};
+
 // The input of any step, also of the W-1 before the first: those are in the state.
 DEVICE void read_input(const Steps& xs, const float* states, int t, float* x) {
   if (t >= 0) return unpack(xs[t], x);
@@ -113,10 +152,13 @@ DEVICE void read_input(const Steps& xs, const float* states, int t, float* x) {
     x[v] = v < xs.count ? states[v * (W - 1) + t + W - 1] : 0;
 }
 // The W-1 inputs before a span of time, oldest first.
-DEVICE void read_before(const Steps& xs, const float* states, int begin, float (*x)[V]) {
+DEVICE void read_before(const Steps& xs, const float* states, const Runs& runs, int begin, float (*x)[V]) {
   if (begin > 0) {
-    UNROLL for (int j = 0; j + 1 < W; j++)
+    UNROLL for (int j = 0; j + 1 < W; j++) {
       unpack(xs[begin - (W - 1) + j], x[j]);
+      UNROLL for (int v = 0; v < V; v++)
+        x[j][v] = runs.sees(W - 2 - j) ? x[j][v] : 0;
+    }
   } else {
     UNROLL for (int j = 0; j + 1 < W; j++) UNROLL
       for (int v = 0; v < V; v++) x[j][v] = v < xs.count ? states[v * (W - 1) + j] : 0;

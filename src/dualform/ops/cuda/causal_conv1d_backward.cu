@@ -4,22 +4,31 @@
 //
 // A thread runs W-1 steps ahead of the gradients of inputs that it writes: at step t it knows dx_{t - (W-1)}. To the
 // weights it adds what it finds from step begin + W-1 on, and the steps before in the first span of a sequence.
-#include "causal_conv1d.cuh"
+#include "causal_conv1d_sums.cuh"
 
 struct Walk {
   Weights weights;
   float x[W][V], g[W][V] = {};  // the last W of each, oldest first
+  int reach[W] = {};            // of the same steps
+  Runs runs;
   float sums[ROWS][V] = {};
-  METHOD Walk(const Conv& p, const Channels& of) : weights(p, of) {}
+  METHOD Walk(const Conv& p, const Span& span, const Channels& of) : weights(p, of), runs(p, span.batch) {}
 
-  METHOD void next(const Group& input, const Group& dy) {
+  METHOD void next(const Group& input, const Group& dy, int id) {
     shift(x), shift(g);
     unpack(input, x[W - 1]);
     unpack(dy, g[W - 1]);
-    if (!SILU) return;
+    if (IDS) {
+      runs.next(id), runs.cut(x);
+      UNROLL for (int j = 0; j < W; j++)
+        reach[j] = j + 1 < W ? reach[j + 1] : runs.reach;
+    }
     UNROLL for (int v = 0; v < V; v++) {
-      const float z = weights.before_silu(x, v), open = sigmoid(z);
-      g[W - 1][v] *= open + z * open * (1 - open);
+      if (SILU) {
+        const float z = weights.before_silu(x, v), open = sigmoid(z);
+        g[W - 1][v] *= open + z * open * (1 - open);
+      }
+      if (runs.padding()) g[W - 1][v] = 0;
     }
   }
   METHOD void collect() {
@@ -34,7 +43,7 @@ struct Walk {
     UNROLL for (int v = 0; v < V; v++) {
       dx[v] = 0;
       UNROLL for (int j = 0; j < W; j++)
-        dx[v] += weights.w[v * W + j] * g[W - 1 - j][v];
+        dx[v] += IDS && reach[W - 1 - j] < W - 1 - j ? 0 : weights.w[v * W + j] * g[W - 1 - j][v];
     }
   }
 };
@@ -43,6 +52,9 @@ struct Walk {
 DEVICE void add_final(const Conv& p, const Span& span, const Channels& of, int s, float* dx) {
   const int j = s - (span.length - (W - 1));
   if (j < 0) return;
+  Runs runs(p, span.batch);
+  runs.go_before(span.length);
+  if (!runs.sees(W - 2 - j)) return;
   UNROLL for (int v = 0; v < V; v++)
     if (v < of.count) dx[v] += p.dfinal[of.states(p, span) + v * (W - 1) + j];
 }
@@ -68,6 +80,7 @@ DEVICE void walk_span(const Conv& p, const Span& span, const Channels& of, Walk&
   const int begin = span.begin, last = least(span.end + W - 1, span.length) - 1;
   const Steps xs(p.x, span, of, last), dys(p.dy, span, of, last);
   const Steps dxs({p.dx, p.length * p.width, p.width}, span, of, last);
+  int id = walk.runs.at(begin);
   auto ask = [&](int i, int slot) {
     ring.ask(slot, 0, xs.at(begin + i), of.count, begin + i <= last);
     ring.ask(slot, 1, dys.at(begin + i), of.count, begin + i <= last);
@@ -75,12 +88,14 @@ DEVICE void walk_span(const Conv& p, const Span& span, const Channels& of, Walk&
   };
   auto next = [&](int i, int slot) {
     await_copies<STEPS - 1>();
-    walk.next(ring.read(slot, 0), ring.read(slot, 1));
+    walk.next(ring.read(slot, 0), ring.read(slot, 1), id);
+    id = walk.runs.at(begin + i + 1);
     ask(i + STEPS, slot);
   };
   UNROLL for (int i = 0; i < STEPS; i++)
     ask(i, i);
-  read_before(xs, p.state + of.states(p, span), begin, walk.x + 1);
+  walk.runs.go_before(begin);
+  read_before(xs, p.state + of.states(p, span), walk.runs, begin, walk.x + 1);
   UNROLL for (int i = 0; i < W - 1; i++) {
     next(i, i);
     if (begin > 0) continue;
@@ -117,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   SHARED_MEMORY(memory);
   const Span span(p);
   const Channels of(p);
-  Walk walk(p, of);
+  Walk walk(p, span, of);
   if (span.exists && of.count > 0) {
     if (span.length > 0) {
       walk_span(p, span, of, walk, {reinterpret_cast<INPUT*>(memory) + threadIdx.x * V});
@@ -139,29 +154,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       sum += shared[warp * ROWS * LINE + i];
     const int64 channel = first + i % LINE;
     if (channel < p.width) p.sums[(blockIdx.x / lines * ROWS + i / LINE) * p.width + channel] = sum;
-  }
-}
-
-// The sums of all blocks: a block of threads adds up 32 channels of one row.
-extern "C" __global__ void __launch_bounds__(256) causal_conv1d_sums(const __grid_constant__ Conv p) {
-  SHARED_MEMORY(memory);
-  float* shared = reinterpret_cast<float*>(memory);  // (8, 32)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64 lines = over(p.width, 32), channel = blockIdx.x % lines * 32 + lane;
-  const int j = int(blockIdx.x / lines);
-  float sum[4] = {};
-  if (channel < p.width) {
-#pragma unroll 8
-    for (int64 i = warp; i < p.blocks; i += 8) sum[0] += p.sums[(i * ROWS + j) * p.width + channel];
-  }
-  shared[threadIdx.x] = sum[0];
-  __syncthreads();
-  if (warp > 0 || channel >= p.width) return;
-  UNROLL for (int i = 1; i < 8; i++)
-    sum[0] += shared[32 * i + lane];
-  if (j < W) {
-    store_four<false>(p.dweight + channel * W + j, sum, 1);
-  } else {
-    store_four<false>(p.dbias + channel, sum, 1);
   }
 }

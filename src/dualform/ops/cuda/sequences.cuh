@@ -6,7 +6,9 @@
 
 #include "common.cuh"
 
-struct View {  // (rows, T, ...), strides in elements, the last axes contiguous
+// Strides in elements; (rows, T, ...) with the last axes contiguous, or (rows, D, T), where `time` is from one channel
+// to the next.
+struct View {
   const void* data;
   int64 row, time;
 };

@@ -2,13 +2,13 @@
 
 from dualform.ops.structs import INT64, POINTER, Structure
 
-# A tensor (B, T, ...) whose axes after time are contiguous.
+# A tensor (B, T, ...) whose axes after time are contiguous, or (B, D, T).
 VIEW = Structure("View", (POINTER, "data"), (INT64, "row time"), of=lambda x: (x.data_ptr(), x.stride(0), x.stride(1)))
 
 CONV = Structure(
     "Conv",
     (INT64, "rows length width span"),
-    (POINTER, "borders"),
+    (POINTER, "borders ids"),
     (VIEW, "x"),
     (POINTER, "weight bias state y final"),
     (VIEW, "dy"),

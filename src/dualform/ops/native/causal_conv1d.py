@@ -51,6 +51,7 @@ def _inputs(a: CausalConv1d) -> dict[str, Any]:
         "weight": a.weight.to(h0.dtype).contiguous(),
         "bias": None if a.bias is None else a.bias.to(h0.dtype).contiguous(),
         "h0": h0,
+        "ids": None if a.ids is None else a.ids.contiguous(),
     }
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from dualform.core.packing import Packing
 from dualform.ops.structs import FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 6  # DUALFORM_VERSION
+VERSION = 7  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
@@ -108,7 +108,7 @@ CAUSAL_CONV1D = Structure(
     (INT64, "width taps"),
     (FLAG, "silu"),
     (VIEW, "x"),
-    (POINTER, "weight bias h0"),
+    (POINTER, "weight bias h0 ids"),
     (VIEW, "y"),
     (POINTER, "final"),
     (VIEW, "dy"),

@@ -99,4 +99,8 @@ def _contiguous(m: Tensor | None) -> Tensor | None:
     return None if m is None else m.contiguous()
 
 
-add_backend(causal_conv1d_op, forward=_forward, backward=_backward)
+def _refuses(a: CausalConv1d) -> str | None:
+    return None if a.ids is None else "it takes no seq_idx"
+
+
+add_backend(causal_conv1d_op, forward=_forward, backward=_backward, refuses=_refuses)

@@ -1,0 +1,27 @@
+#pragma once
+
+#include "causal_conv1d.cuh"
+
+// The sums of all blocks: a block of threads adds up 32 channels of one row.
+extern "C" __global__ void __launch_bounds__(256) causal_conv1d_sums(const __grid_constant__ Conv p) {
+  SHARED_MEMORY(memory);
+  float* shared = reinterpret_cast<float*>(memory);  // (8, 32)
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64 lines = over(p.width, 32), channel = blockIdx.x % lines * 32 + lane;
+  const int j = int(blockIdx.x / lines);
+  float sum[4] = {};
+  if (channel < p.width) {
+#pragma unroll 8
+    for (int64 i = warp; i < p.blocks; i += 8) sum[0] += p.sums[(i * ROWS + j) * p.width + channel];
+  }
+  shared[threadIdx.x] = sum[0];
+  __syncthreads();
+  if (warp > 0 || channel >= p.width) return;
+  UNROLL for (int i = 1; i < 8; i++)
+    sum[0] += shared[32 * i + lane];
+  if (j < W) {
+    store_four<false>(p.dweight + channel * W + j, sum, 1);
+  } else {
+    store_four<false>(p.dbias + channel, sum, 1);
+  }
+}
