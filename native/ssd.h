@@ -170,7 +170,7 @@ struct Replay {
   T *turned, *dturned;              // (P, Q): xdt or kept transposed, and dsince transposed
   T *mask, *weights, *dweights;     // (Q, Q): M, M o C B^T and its gradient
   T *dmap, *until;                  // (N, Q), what B or C gets from the head; (Q, N), B e^(l - l_t)
-  T *dx, *dlog;                     // (Q, P) and (Q)
+  T *dx, *passing, *dlog;           // (Q, P), (Q) and (Q)
 };
 
 template <class T>
@@ -178,6 +178,14 @@ INLINE T sum_of(vec<T> v) {
   T sum = 0;
   for (int i = 0; i < LANES<T>; i++) sum += v[i];
   return sum;
+}
+
+// The first `count` lanes, and 0 in the others.
+template <class T>
+INLINE vec<T> first_lanes(vec<T> v, int64_t count) {
+  vec<T> lane;
+  for (int i = 0; i < LANES<T>; i++) lane[i] = T(i);
+  return lane < splat(T(count)) ? v : vec<T>{};
 }
 
 // Writes the sums over the rows of a o b, (rows, columns), to `to`, and adds b to `all`, of which other chunks have the
@@ -217,17 +225,18 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
     enter[j] = arena.take<T>(size);
   }
   T *carries = arena.take<T>(heads * size), *h0 = arena.take<T>(size);
-  T *dts = arena.take<T>(SSD_SPAN * heads), *ddts = arena.take<T>(SSD_SPAN * heads), *da = arena.take<T>(heads);
+  T *dts = arena.take<T>(SSD_SPAN * heads), *ddts = arena.take<T>(SSD_SPAN * heads);
+  double* da = arena.take<double>(heads);
   const Replay<T> of = {arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P),
                         arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * Q),
                         arena.take<T>(Q * Q), arena.take<T>(Q * Q), arena.take<T>(Q * N), arena.take<T>(Q * N),
-                        arena.take<T>(Q * P), arena.take<T>(wide)};
+                        arena.take<T>(Q * P), arena.take<T>(wide), arena.take<T>(wide)};
   T *of_b = arena.take<T>(wide), *of_c = arena.take<T>(wide);
   Steps<T>* const steps_memory = arena.take<Steps<T>>(1);
   if (!task.memory) return arena.used();
   Steps<T>& steps = *steps_memory;
 
-  memset(da, 0, sizeof(T) * heads);
+  memset(da, 0, sizeof(double) * heads);
   for (int64_t first = (T_ - 1) / SSD_SPAN * SSD_SPAN; first >= 0; first -= SSD_SPAN) {
     const int64_t last = least(first + SSD_SPAN, T_), tiles = (last - first + Q - 1) / Q;
     copy(s.dt, {row, first, last, task.first, heads, heads}, dts);
@@ -285,17 +294,21 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
           transpose<T>({of.xdt, P}, count, s.width, {of.turned, Q}, up(count, L));
           gemm<T>({dy.data, dy.stride, 1}, {of.turned, Q}, {of.dweights, Q}, count, s.width, C, 0);
           gemm<T, Band::UPPER>({of.weights, 1, Q}, dy, {of.dx, P}, count, count, V, 0);
-          memset(of.dlog, 0, sizeof(T) * wide);
-          for (int64_t t = 0; t < count; t++) {
+          // A decay gets a sum over the pairs of steps that it lies between. `passing` adds up, for every step before t,
+          // what all pairs with t or later ones get: only what passes t, as what does not may be far larger.
+          memset(of.passing, 0, sizeof(T) * wide);
+          for (int64_t t = count - 1; t >= 0; t--) {
             vec<T> sum = {};
             T* to = dcb[j] + (from + t) * Q + from;
             for (int64_t i = 0; i <= t; i += L) {
-              const vec<T> d = load(of.dweights + t * Q + i), through = d * load(of.weights + t * Q + i);
+              const vec<T> d = load(of.dweights + t * Q + i);
               store_some(to + i, fma(d, load(of.mask + t * Q + i), load(to + i)), t + 1 - i);
-              store(of.dlog + i, load(of.dlog + i) - through);
+              vec<T> through = fma(d, load(of.weights + t * Q + i), load(of.passing + i));
+              if (i + L > t) through = first_lanes<T>(through, t - i);
+              store(of.passing + i, through);
               sum += through;
             }
-            of.dlog[t] += sum_of<T>(sum);
+            of.dlog[t] = sum_of<T>(sum);
           }
 
           // Through the state that enters: gradients of C and of the state itself; through the one that leaves: B and
@@ -313,19 +326,19 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
           gemm<T>({of.until, N, 1}, {g, P}, {of.dx, P}, count, N, V, 1);
           vec<T> through = {};
           for (int64_t i = 0; i < size; i += L) through = fma(load(g + i), load(h + i), through);
-          T sum = sum_of<T>(through) * steps.decay;
-          for (int64_t t = 0; t < count; t++) sum += of_b[t], of.dlog[t] += of_c[t] - of_b[t];
-          of.dlog[count - 1] += sum;
+          T earlier = sum_of<T>(through) * steps.decay;
+          for (int64_t t = 0; t < count; t++) of.dlog[t] += earlier, earlier += of_b[t];
           gemm<T>({c, 1, N}, {of.dsince, P}, {g, P}, N, count, V, steps.decay);
 
-          // A log-decay is the sum of all steps up to its own, and x is multiplied by its step.
-          T sum_of_logs = 0;
+          // The state that enters passes a decay to reach any later step. And x is multiplied by its step.
+          T later = 0;
           for (int64_t t = count - 1; t >= 0; t--) {
-            sum_of_logs += of.dlog[t];
+            later += of_c[t];
+            const T dlog = of.dlog[t] + later;
             vec<T> dot = {};
             for (int64_t i = 0; i < P; i += L) dot = fma(load(of.dx + t * P + i), load(x[t] + i), dot);
-            ddts[(chunk.begin - first + t) * heads + own] = sum_of_logs * a + sum_of<T>(dot);
-            da[own] += sum_of_logs * steps.dt[t];
+            ddts[(chunk.begin - first + t) * heads + own] = dlog * a + sum_of<T>(dot);
+            da[own] += double(dlog) * steps.dt[t];
           }
           scale_rows({of.dx, P}, steps.dt, {of.dx, P}, count, P);
           write(s.dx, w, Rows<T>{of.dx, P});
@@ -358,7 +371,7 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
       transpose<T>({dct[j], Q}, N, count, {static_cast<T*>(parts.dc) + at, N}, 0);
     }
   }
-  for (int64_t i = 0; i < heads; i++) static_cast<T*>(parts.da)[row * s.heads + task.first + i] = da[i];
+  for (int64_t i = 0; i < heads; i++) static_cast<T*>(parts.da)[row * s.heads + task.first + i] = T(da[i]);
   end_stream();
   return 0;
 }

@@ -27,6 +27,7 @@ from dualform.models.lm import LanguageModel
 from dualform.models.saving.model import load
 from dualform.models.saving.state import load_meta, load_state, save_state
 from dualform.models.tokenizer import ByteTokenizer
+from dualform.train.best import Best
 from dualform.train.checkpoint import Position, restore_checkpoint, save_checkpoint
 from dualform.train.data import open_dataset, prepare
 from dualform.train.optim import build_optimizer
@@ -54,6 +55,7 @@ def made(tmp_path_factory):
     optimizer.step()
     save_checkpoint(root, recipe, Position(1, 2.5, 3.5, 1), model, optimizer, ByteTokenizer())
     model.save(root / "model")
+    Best(root / "best", resumed=False).offer(2.5, 7, model, ByteTokenizer())
     generate(model, b"import ", 0).state.save(root / "a.session", model)
     _, state = model(torch.randint(256, (2, 3)))
     save_state(state, root / "a.state", {"word": "kept"})
@@ -85,6 +87,10 @@ class Reader:
         arrays = [found.train, found.held_out, found.nbytes, found.train_starts, found.held_out_starts]
         return [found.about, *(array.tolist() for array in arrays)]
 
+    def best(self):
+        best = Best(self.root / "best", resumed=True)
+        return [best.step, best.bits]
+
     def session(self, name="a.session"):
         return leaves(Session.load(self.root / name, self.model))
 
@@ -111,6 +117,7 @@ KINDS = [  # the file that is damaged, and what reads it
     ("data/held_out.nbytes", "prepared"),
     ("data/about.json", "prepared"),
     ("data/manifest.json", "prepared"),
+    ("best/evaluation.json", "best"),
     ("a.session", "session"),
     ("a.state", "state"),
 ]

@@ -198,7 +198,8 @@ def test_the_end_of_the_largest_is_held_out_where_no_whole_document_is_small_eno
 # --- tokens on disk ---
 
 
-def test_documents_lie_end_to_end_each_after_a_separator(tmp_path):
+def test_documents_lie_end_to_end_each_after_a_separator(tmp_path, monkeypatch):
+    monkeypatch.setattr("dualform.train.data.COMPARABLE", 1)
     data = Data(path=str(write_files(tmp_path)), held_out=5, length=16, separator="\n\n")
     dataset = make(tmp_path, data)
     for wanted, ids in ((False, dataset.train), (True, dataset.held_out)):
@@ -211,6 +212,16 @@ def test_documents_lie_end_to_end_each_after_a_separator(tmp_path):
     text = b"".join(held)
     assert dataset.about["gzip"] == 8 * len(gzip.compress(text, 9)) / len(text)
     assert dataset.about["xz"] == 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+def test_compressors_are_no_comparison_on_a_short_text(tmp_path):
+    """What they make of 300 bytes is mostly headers."""
+    for size, compared in ((300, False), (2**14, True)):
+        path = tmp_path / f"{size}.txt"
+        path.write_text(("to be or not to be\n" * 2000)[: 2 * size + 60])
+        (tmp_path / str(size)).mkdir()
+        about = make(tmp_path / str(size), Data(path=str(path), held_out=2, length=16)).about
+        assert [about[name] is not None for name in ("gzip", "xz")] == [compared] * 2
 
 
 def test_a_tokenizer_counts_every_byte_once(tmp_path):

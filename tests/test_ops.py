@@ -32,7 +32,7 @@ def short_spans(monkeypatch):
     """Spans of a few steps, so that short sequences cross several."""
     monkeypatch.setattr(sys.modules["dualform.ops.selective_scan_chunked"], "_CPU_SPAN", 200)
     monkeypatch.setattr(sys.modules["dualform.ops.selective_scan_chunked"], "_SAVE_EVERY", 2)
-    monkeypatch.setattr(sys.modules["dualform.ops.ssd"], "_SPAN_ELEMENTS", 2000)
+    monkeypatch.setattr(sys.modules["dualform.ops.ssd_chunked"], "_SPAN_ELEMENTS", 2000)
 
 
 def results(case: OpCase, name: str, dtype: torch.dtype = torch.float64):

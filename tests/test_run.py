@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 import dualform
 from dualform.cli.folders import load_model
+from dualform.cli.info import _history
+from dualform.cli.verify import _examined
 from dualform.core.errors import CheckpointError, DataError, DualformError
 from dualform.layers.lstm import LSTMConfig
 from dualform.models.config import ModelConfig
@@ -330,3 +332,99 @@ def test_a_held_out_loss_that_rises_is_told(recipe, monkeypatch, change, told):
     out = StringIO()
     train(replace(recipe, eval_every=4, save_every=100), console=Console(file=out, width=500))
     assert ("held-out was lowest after step 4" in out.getvalue()) is told
+    assert (
+        "by heart" in out.getvalue()
+    ) is told and f"{recipe.out}/best holds the model of that step" in out.getvalue()
+
+
+def losing(monkeypatch, *bits):
+    """Held-out losses of the evaluations in their order, the last one for all others; weights are probed as usual."""
+    left, real = list(bits), loop.bits_per_byte
+
+    def read(*args, limit, **options):
+        if limit == loop._PROBE:
+            return real(*args, limit=limit, **options)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    monkeypatch.setattr(loop, "bits_per_byte", read)
+
+
+def same_model(one, two):
+    a, b = (dualform.load(folder, verify=True).state_dict() for folder in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_model_with_the_lowest_held_out_loss_is_kept(recipe, monkeypatch):
+    recipe = replace(recipe, eval_every=2, keep=9)
+    losing(monkeypatch, 5.0, 3.0, 4.0)
+    out = train(recipe, console=QUIET)
+    assert same_model(out / "best", out / "checkpoints" / "step-00000004" / "model")
+    assert json.loads((out / "summary.json").read_text())["best"] == {"step": 4, "bits_per_byte": 3.0}
+    assert same_model(out, out / "model") and not same_model(out, out / "best")
+    assert load_model(str(out / "best"))[1].to_json() is None
+    assert _history(str(out / "best")) == {"steps": 4, "bits_per_byte": 3.0}
+    assert _history(str(out))["bits_per_byte"] == _history(str(out / "model"))["bits_per_byte"] == 4.0
+    rows = list(_examined(out / "best"))
+    assert {row.path.name for row in rows} == {"config.json", "model.safetensors", "evaluation.json"}
+    assert {row.status for row in rows} == {"ok"} and set(rows) <= set(_examined(out))
+
+
+def test_the_last_model_is_kept_where_it_is_the_best(recipe):
+    out = train(recipe, console=QUIET)  # with no evaluation before the last
+    assert same_model(out / "best", out / "model")
+
+
+def test_a_resumed_run_knows_the_best_of_before(recipe, monkeypatch):
+    recipe = replace(recipe, eval_every=2)
+    losing(monkeypatch, 5.0, 3.0, 4.0)
+    train(replace(recipe, steps=8), console=QUIET)
+    kept = {path.name: path.read_bytes() for path in (Path(recipe.out) / "best").iterdir()}
+    for steps, bits in ((12, 3.5), (16, 2.5)):
+        monkeypatch.undo()
+        losing(monkeypatch, bits)
+        out = train(replace(recipe, steps=steps), resume=True, console=QUIET)
+        now = {path.name: path.read_bytes() for path in (out / "best").iterdir()}
+        assert (now == kept) is (bits > 3)
+    assert json.loads((out / "summary.json").read_text())["best"] == {"step": 14, "bits_per_byte": 2.5}
+    shutil.rmtree(out / "checkpoints")
+    losing(monkeypatch, 7.0)
+    train(recipe, resume=True, console=QUIET)  # from nothing: what is there is of another run
+    assert json.loads((out / "best" / "evaluation.json").read_text()) == {"step": 2, "bits_per_byte": 7.0}
+
+
+def test_a_disk_that_is_full_leaves_the_best_of_before(recipe, monkeypatch):
+    losing(monkeypatch, 5.0, 3.0)
+    recipe, real = replace(recipe, eval_every=4, save_every=100), dualform.models.saving.model.save_file
+
+    def full(tensors, path, **options):
+        real(tensors, path, **options)
+        if "best" in str(path) and saved:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+
+    saved = []
+    monkeypatch.setattr(dualform.models.saving.model, "save_file", full)
+    with pytest.raises(CheckpointError, match="best: cannot save: No space left"):
+        train(recipe, console=QUIET)
+    dualform.load(Path(recipe.out) / "best", verify=True)
+    assert json.loads((Path(recipe.out) / "best" / "evaluation.json").read_text())["bits_per_byte"] == 5.0
+
+
+@pytest.mark.parametrize("damage", ['{"step": 4}', '{"step": -1, "bits_per_byte": 3.0}', '{"step": 4, "bits_per'])
+def test_a_damaged_evaluation_of_the_best_is_named(recipe, damage):
+    out = train(recipe, console=QUIET)
+    (out / "best" / "evaluation.json").write_text(damage)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json"):
+        train(recipe, resume=True, console=QUIET)
+    shutil.rmtree(out / "best")
+    train(recipe, resume=True, console=QUIET)
+    assert same_model(out / "best", out / "model")
+
+
+def test_weights_with_a_bad_number_are_not_kept(recipe, monkeypatch):
+    """One that the held-out text does not read."""
+    real = loop.magnitude
+    monkeypatch.setattr(loop, "magnitude", lambda model, optimizer: real(model, optimizer) * math.nan)
+    with pytest.raises(DualformError, match="at step"):
+        train(replace(recipe, eval_every=1, save_every=100), console=QUIET)
+    assert not (Path(recipe.out) / "best").exists()

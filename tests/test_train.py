@@ -99,7 +99,8 @@ def interrupting(monkeypatch, at, number=signal.SIGINT):
 # --- a whole run ---
 
 
-def test_a_run_learns_and_leaves_everything(recipe):
+def test_a_run_learns_and_leaves_everything(recipe, monkeypatch):
+    monkeypatch.setattr("dualform.train.data.COMPARABLE", 1)
     recipe = replace(recipe, steps=60, model=ModelConfig(256, 16, {"L": (LSTMConfig(),)}, "L").to_dict())
     shown = io.StringIO()
     out = train(recipe, console=Console(file=shown, width=80))
@@ -116,9 +117,23 @@ def test_a_run_learns_and_leaves_everything(recipe):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000057", "step-00000060"]
     assert len(list((out / "tensorboard").iterdir())) == 1 and Recipe.load(out) == recipe
     lines = shown.getvalue().splitlines()
-    assert re.fullmatch(r"held-out: \d\.\d\d bits per byte \(gzip \d\.\d\d, xz \d\.\d\d\)", lines[-1])
+    assert re.fullmatch(r"held-out: \d\.\d\d bits per byte \(gzip \d\.\d\d, xz \d\.\d\d\)", lines[-2])
     assert "\x1b" not in shown.getvalue() and "\r" not in shown.getvalue()
     assert sum("held-out" in line and line.startswith("step ") for line in lines) == 11
+
+
+def test_a_line_on_the_way_says_what_was_measured_until_then(recipe):
+    """Also between two lines of metrics.jsonl, and where there are none yet."""
+    shown = io.StringIO()
+    recipe = replace(recipe, model=ModelConfig(256, 8, {"L": (LSTMConfig(),)}, "L").to_dict(), steps=10)
+    noted = replace(recipe, log_every=1, eval_every=100)
+    one = [row["bits_per_byte"] for row in read_metrics(train(noted, console=QUIET)) if row["kind"] == "train"]
+    for log_every, means in ((100, [one[:3], one[:6], one[:9]]), (4, [one[:3], one[4:6], one[8:9]])):
+        shown = io.StringIO()
+        coarse = replace(recipe, log_every=log_every, eval_every=3, out=f"{recipe.out}-{log_every}")
+        train(coarse, console=Console(file=shown, width=500))
+        said = re.findall(r"held-out \d\.\d+, training (\d\.\d+) bits per byte  [1-9][\d,]* tokens/s", shown.getvalue())
+        assert list(map(float, said)) == pytest.approx([sum(some) / len(some) for some in means], abs=1e-3)
 
 
 def test_a_terminal_gets_a_progress_bar(recipe):
@@ -192,6 +207,15 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(recipe):
     assert "changed: optim.lr: 0.004, now 0.01" in shown.getvalue()
     assert [row["step"] for row in read_metrics(out) if row["kind"] == "train"] == [4, 8, 12, 16, 20]
     assert Recipe.load(out) == replace(longer, optim=replace(longer.optim, warmup=1))  # that of the 12 steps
+
+
+def test_a_run_that_had_ended_says_so_and_how_to_go_on(recipe, monkeypatch):
+    out, shown = train(recipe, console=QUIET), io.StringIO()
+    before = (out / "metrics.jsonl").read_bytes()
+    train(recipe, resume=True, console=Console(file=shown, width=500))
+    assert f"nothing is trained now; to train on: dualform train {out} --resume --set steps=24\n" in shown.getvalue()
+    assert "resumed" not in shown.getvalue() and "tokens in" not in shown.getvalue()
+    assert "held-out: " in shown.getvalue() and (out / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])

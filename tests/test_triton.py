@@ -30,6 +30,7 @@ from dualform.ops import (
 )
 from dualform.ops.op import Op
 from dualform.ops.triton.support import INTERPRETED, missing
+from test_ssd import DECAYS, as_exact_as_a_loop
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason="Triton is not installed")
 GPU = torch.cuda.is_available()
@@ -202,6 +203,12 @@ def test_kernels_are_the_definition(name, dtype, poison):
     for backward in (False, True):
         found, allowed = compare(given, "triton", DEVICE, dtype, backward=backward)
         assert found.error <= allowed, found
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it, in float32")
+def test_gradients_of_decays_are_as_exact_as_a_loop(monkeypatch):
+    monkeypatch.setattr(sys.modules["dualform.ops.triton.ssd"], "_CHUNK", 64)
+    as_exact_as_a_loop("triton", DECAYS["mixed"], 0)
 
 
 LARGE = {

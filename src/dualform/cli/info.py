@@ -78,11 +78,19 @@ def _weights(name: str) -> dict[str, Any]:
 
 
 def _history(name: str) -> dict[str, Any] | None:
-    """What the summary of a training run says of the model inside it; None where there is none."""
+    """What a training run says of a model inside it, in its summary or beside the best one; None where it does not."""
     from dualform.cli.folders import RUN_SUMMARY, model_folder
+    from dualform.models.saving.files import current
+    from dualform.models.saving.folder import EVALUATION_FILE, MODEL
 
-    path = model_folder(name).parent / RUN_SUMMARY
-    if not path.exists():
+    folder = model_folder(name)
+    if current(folder, EVALUATION_FILE).exists():
+        from dualform.train.best import read_evaluation
+
+        step, bits = read_evaluation(folder)
+        return {"steps": step, "bits_per_byte": bits}
+    path = folder.parent / RUN_SUMMARY
+    if folder.name != MODEL or not path.exists():
         return None
     summary = read_table(path, hint="remove it, or train the run again; the model is whole without it")
     found = {name: entry(summary, name, of, path) for name, of in _SUMMARY.items()}
@@ -92,7 +100,8 @@ def _history(name: str) -> dict[str, Any] | None:
 def _run_rows(run: "Mapping[str, Any]") -> list[tuple[str, str]]:
     compressors = ", ".join(f"{name} {run[name]:.2f}" for name in _COMPRESSORS if run.get(name))
     held_out = f"{run['bits_per_byte']:.3f} bits per byte" + (f" ({compressors})" if compressors else "")
-    return [("trained on", f"{run['tokens']:,} tokens in {run['steps']:,} steps"), ("held-out", held_out)]
+    trained = f"{run['tokens']:,} tokens in {run['steps']:,} steps" if "tokens" in run else f"{run['steps']:,} steps"
+    return [("trained on" if "tokens" in run else "trained for", trained), ("held-out", held_out)]
 
 
 def _told(weights: "Mapping[str, Any] | None") -> str:

@@ -9,7 +9,7 @@ import typer
 from dualform.cli.text import print_json
 
 EPILOG = """[bold]Examples[/bold]
-  dualform verify runs/notes           a run: data, checkpoints, final model
+  dualform verify runs/notes           a run: data, checkpoints, models
   dualform verify runs/notes/model     a model
   dualform verify a.state b.state      states that generate saved
   dualform verify runs/notes --json    one JSON document, for a program"""
@@ -81,7 +81,7 @@ def _parts(folder: Path) -> Iterator[tuple[Path, tuple[str, ...], Callable[[Path
     With each come the files that it cannot be without, and what else can be said of it.
     """
     from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, current
-    from dualform.models.saving.folder import CHECKPOINTS, MODEL, checkpoints
+    from dualform.models.saving.folder import BEST, CHECKPOINTS, MODEL, checkpoints
     from dualform.train.checkpoint import MOMENTS_FILE, POSITION_FILE
     from dualform.train.claim import DATA
     from dualform.train.prepared import ABOUT_FILE
@@ -95,7 +95,7 @@ def _parts(folder: Path) -> Iterator[tuple[Path, tuple[str, ...], Callable[[Path
     elif (folder / ABOUT_FILE).exists():
         arrays = sorted(path.name for path in folder.iterdir() if path.suffix in (".ids", ".nbytes", ".starts"))
         yield folder, (ABOUT_FILE, *arrays), _check_data
-    for inside in (folder / DATA, *checkpoints(folder / CHECKPOINTS), folder / MODEL):
+    for inside in (folder / DATA, *checkpoints(folder / CHECKPOINTS), folder / MODEL, folder / BEST):
         if inside.is_dir():
             yield from _parts(inside)
 

@@ -21,7 +21,8 @@ from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 
-import_module("dualform.ops.selective_scan_chunked")
+for _name in ("selective_scan_chunked", "ssd_chunked"):
+    import_module(f"dualform.ops.{_name}")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.triton.{_name}")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "ssd", "step"):

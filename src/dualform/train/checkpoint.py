@@ -32,6 +32,7 @@ from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.model import read_config, read_tensors
 from dualform.models.saving.verify import check_files
 from dualform.models.tokenizer import Tokenizer
+from dualform.train.commands import beginning, elsewhere, resuming
 from dualform.train.recipe import Recipe
 
 FORMAT = 1
@@ -148,11 +149,14 @@ def restore_checkpoint(
     position, trained = read_position(place)
     moments = read_moments(place)
     if differing := _differences(read_config(place / MODEL).to_dict(), model.config.to_dict()):
-        raise CheckpointError(f"{place} is of another model: {_told(differing)[0]}", hint="start a new run")
+        hint = f"begin a new run: the same command with {elsewhere(recipe.out)}, and without --resume"
+        raise CheckpointError(f"{place} is of another model: {_told(differing)[0]}", hint=hint)
     differing = _differences(trained.to_dict(), recipe.to_dict())
     differing = {name: pair for name, pair in differing.items() if not name.startswith("model")}
     if fixed := {name: pair for name, pair in differing.items() if not _may_change(name)}:
-        hint = f'start a new run; with model = "{place / MODEL}" it goes on from these weights'
+        new = {name: now for name, (_, now) in fixed.items() if isinstance(now, str | float | int)}
+        new = {"model": str(place / MODEL)} | {name: now for name, now in new.items() if not name[-1].isdigit()}
+        hint = f"begin a new run from these weights: {beginning(recipe.out, recipe.out, new)}"
         raise CheckpointError(f"{place}: a resumed run cannot change {_told(fixed)[0]}", hint=hint)
     state = _moments_by_index(place, moments, model, optimizer)
     model.load_state_dict(read_tensors(place / MODEL, model), strict=False)
@@ -200,7 +204,8 @@ def _may_change(name: str) -> bool:
 
 
 def _remedy(place: Path) -> str:
-    return f"remove {place}, and the run resumes from an earlier checkpoint"
+    again = resuming(place.parent.parent)
+    return f"remove {place}, and the run resumes from an earlier checkpoint: {again}"
 
 
 def _drop(place: Path) -> None:

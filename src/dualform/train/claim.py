@@ -5,6 +5,7 @@ says which process holds the folder; it is for people, and means nothing once th
 """
 
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dualform.core.json_file import read_table, to_json
 from dualform.models.saving.folder import CHECKPOINTS, RECIPE_FILE, checkpoints
 from dualform.models.saving.incoming import lives
 from dualform.models.tokenizer import Tokenizer
+from dualform.train.commands import elsewhere, resuming
 from dualform.train.data import prepare
 from dualform.train.prepared import clear
 from dualform.train.recipe import Recipe
@@ -43,10 +45,12 @@ def claimed(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> Iterator[None
         raise CheckpointError(
             f"out {recipe.out!r} lies in data.path {recipe.data.path!r}: the next run would train on what this one "
             "writes",
-            hint="choose a folder elsewhere with out=",
+            hint=f"choose a folder elsewhere: --out {shlex.quote(str(text.resolve().parent / 'runs' / out.name))}",
         )
     if resume and not _holds_a_run(out):
-        raise CheckpointError(f"{out}: no run to resume", hint="check the folder, or start a run without resuming")
+        raise CheckpointError(
+            f"{out}: no run to resume", hint="check the folder, or begin a run there: the same command without --resume"
+        )
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     with ExitStack() as stack:
         stack.callback(_remove_empty, missing)
@@ -55,13 +59,13 @@ def claimed(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> Iterator[None
             stack.enter_context(holding(out))
             exists = _holds_a_run(out)
             if exists and not resume:
-                hint = f"resume it, or choose another folder: out={out}-2"
+                hint = f"go on with it: {resuming(out)}; or begin another run: {elsewhere(out)}"
                 raise CheckpointError(f"{out}: a run is there already", hint=hint)
             if not exists:
                 stack.callback(_remove_unused, out)
                 prepare(recipe.data, tokenizer, out / DATA)
         except OSError as error:
-            reason, hint = error.strerror or str(error), "choose another folder with out="
+            reason, hint = error.strerror or str(error), f"choose another folder: {elsewhere(out)}"
             raise CheckpointError(f"{out}: cannot be written: {reason}", hint=hint) from error
         yield
 
@@ -79,7 +83,7 @@ def holding(out: Path) -> Iterator[None]:
     except Timeout:
         raise CheckpointError(
             f"{out}: {_described(holder)} is training here",
-            hint=f"wait until it ends, or end it; a run of its own needs another folder: out={out}-2",
+            hint=f"wait until it ends, or end it; a run of its own needs another folder: {elsewhere(out)}",
         ) from None
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")

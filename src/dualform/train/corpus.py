@@ -4,6 +4,7 @@ import hashlib
 import heapq
 import json
 import os
+import shlex
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -95,7 +96,10 @@ class Corpus:
                     hint="leave such lines out, or set data.text_field to another key",
                 )
             has = f"has {', '.join(map(repr, record))}" if isinstance(record, dict) else f"is {type(record).__name__}"
-            raise DataError(f"{where}: no text under {wanted!r}; it {has}", hint="set data.text_field")
+            texts = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
+            named = shlex.quote(texts[0]) if texts else "KEY"
+            hint = f"say which key holds the text: --set data.text_field={named}"
+            raise DataError(f"{where}: no text under {wanted!r}; it {has}", hint=hint)
         return text.encode("utf-8", "replace")
 
 

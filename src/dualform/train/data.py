@@ -36,6 +36,8 @@ try:
 except ImportError:  # a Python that was compiled without it
     lzma = None
 
+COMPARABLE = 2**14
+"""Bytes of held-out text from which on compressors are a comparison: of less they write mostly headers."""
 _BATCH = 256  # documents tokenised together
 
 
@@ -44,8 +46,9 @@ class Dataset:
     """The tokens of a run, mapped from its folder.
 
     ``nbytes`` are the bytes of text that each held-out token stands for, 0 for those of a separator. ``about`` has the
-    counts of documents and bytes, and the bits per byte to which gzip and xz compress the held-out text alone.
-    ``train_starts`` and ``held_out_starts`` are where each document begins with its separator.
+    counts of documents and bytes, and the bits per byte to which gzip and xz compress the held-out text alone, None
+    where it has fewer than :data:`COMPARABLE` bytes. ``train_starts`` and ``held_out_starts`` are where each document
+    begins with its separator.
     """
 
     train: np.ndarray  # uint8, uint16 or uint32
@@ -129,17 +132,25 @@ def _write(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
         "held_out": held_out.counts(),
         "skipped": len(corpus.skipped),
         "cut": corpus.cut,
-        "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
-        "xz": 8 * len(lzma.compress(text, preset=9)) / len(text) if lzma else None,
+        **_compressed(text),
     }
     (folder / ABOUT_FILE).write_text(to_json(about), encoding="utf-8")
+
+
+def _compressed(text: bytes) -> dict[str, float | None]:
+    """Bits per byte of what compressors make of a text; None where there is no such, or the text is too short."""
+    long = len(text) >= COMPARABLE
+    return {
+        "gzip": 8 * len(gzip.compress(text, 9)) / len(text) if long else None,
+        "xz": 8 * len(lzma.compress(text, preset=9)) / len(text) if long and lzma else None,
+    }
 
 
 def _check_length(data: Data, tokens: int) -> None:
     if tokens <= data.length and not data.packed:
         raise DataError(
             f"data.path {data.path!r} gives {tokens} training tokens, fewer than one window of {data.length} + 1",
-            hint="use more text, or lower data.length",
+            hint=f"use more text, or shorter windows: --set data.length={max(1, tokens // 2)}",
         )
 
 

@@ -1,7 +1,6 @@
 """The training loop: one function, on one process or on many."""
 
 import math
-import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -18,18 +17,21 @@ from dualform.core.errors import DualformError
 from dualform.core.json_file import to_json
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import replacing_file
-from dualform.models.saving.folder import CHECKPOINTS, MODEL, checkpoints
+from dualform.models.saving.folder import BEST, CHECKPOINTS, MODEL, checkpoints
 from dualform.models.tokenizer import Tokenizer
+from dualform.train import told
+from dualform.train.best import Best
 from dualform.train.capture import as_written, capture
 from dualform.train.checkpoint import Position, restore_checkpoint, save_checkpoint
 from dualform.train.claim import DATA, SUMMARY_FILE, claimed
+from dualform.train.commands import resuming
 from dualform.train.data import Dataset, open_dataset
 from dualform.train.evaluate import bits_per_byte
 from dualform.train.finite import magnitude, not_finite
 from dualform.train.interrupt import Interrupts
 from dualform.train.optim import build_optimizer, schedule, set_learning_rate
 from dualform.train.packed import Packed, Portion
-from dualform.train.recipe import AUTO, Recipe
+from dualform.train.recipe import Recipe
 from dualform.train.report import Report, amount, duration
 from dualform.train.setup import all_or_none, build_accelerator, build_model, settled, uses_bfloat16, write_recipe
 
@@ -42,8 +44,9 @@ _TIMES = 10  # evaluations and checkpoints of a run where the recipe does not sa
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
     """Train a language model.
 
-    The run's folder then holds ``model/`` (for :func:`dualform.load`), ``checkpoints/``, ``metrics.jsonl``,
-    ``summary.json``, ``loss.png``, ``tensorboard/``, the recipe and the tokens.
+    The run's folder then holds ``model/`` (for :func:`dualform.load`), ``best/``, the model with the lowest held-out
+    loss of all evaluations, ``checkpoints/``, ``metrics.jsonl``, ``summary.json``, ``loss.png``, ``tensorboard/``, the
+    recipe and the tokens.
 
     A resumed run computes what an unbroken one would have. SIGINT, SIGTERM and SIGHUP end a run between two steps,
     after a checkpoint; so does a console whose reader is gone. Weights and moments are saved only where all of them are
@@ -117,10 +120,11 @@ class _Run:
         self.objective, self.captured = cast("Callable[..., Tensor]", self.wrapped), False
         self.step, self.elapsed, self.counted = at.step, at.elapsed, at.loss_count
         self.losses = torch.tensor(at.loss_sum, device=self.device)
-        self.loss: float | None = None  # the mean of the last line in metrics.jsonl
+        self.loss = math.nan  # in nats, as last measured
         self.norm, self.share, self.rate = torch.zeros(()), 0.0, 0.0
         self.started, self.mark = 0.0, (0, 0.0)  # on the clock: the run, and the last line in metrics.jsonl
-        self.lowest = math.inf, 0  # bits per byte of held-out text on the way, and after which step
+        self.best = Best(self.out / BEST, resumed=at.step > 0)
+        self.finished = self._progress() >= 1  # before this run of the program
         self.report: Report | None = None  # of the main process
 
     def go(self, console: Console) -> Path:
@@ -139,7 +143,8 @@ class _Run:
             if self.report and not stopped_by:
                 self._conclude(self.report)
             elif self.report:
-                self._say_how_to_resume(self.report, place)
+                for line in told.of_a_stopped_run(self.out, self.step, self._progress(), place):
+                    self.report.say(line)
         self.accelerator.wait_for_everyone()
         if self.report and self.report.outlet.error and not self.report.outlet.hung_up:
             raise self.report.outlet.error
@@ -171,7 +176,7 @@ class _Run:
             if self.step % self.recipe.log_every == 0:
                 self._log()
             if self.report:
-                self.report.show(progress, self.loss, self.rate, self._left(progress))
+                self.report.show(progress, self._in_bits(self.loss), self.rate, self._left(progress))
             if progress < 1 and not stop:
                 if self._due(self.recipe.eval_every, before, progress):
                     self._glance(progress)
@@ -238,40 +243,50 @@ class _Run:
     def _mean_over_processes(self, value: Tensor) -> Tensor:
         return cast("Tensor", self.accelerator.reduce(value, "mean"))
 
-    def _log(self) -> None:
-        loss = self.loss = self._mean_over_processes(self.losses / self.counted).item()
-        self.losses, self.counted = torch.zeros_like(self.losses), 0
+    def _in_bits(self, loss: float) -> float:
+        """Bits per byte of the text that is trained on, of a loss in nats per token."""
+        trained = self.dataset.about["train"]
+        return loss / math.log(2) * trained["tokens"] / trained["bytes"]
+
+    def _measure(self) -> None:
+        """Loss and tokens per second over the steps since the last line in metrics.jsonl, if there are any."""
+        if not self.counted:
+            return
+        loss = self._mean_over_processes(self.losses / self.counted).item()
         self._demand_finite(loss=loss)
-        step, at = self.mark
+        (step, at), self.loss = self.mark, loss
+        self.rate = self._tokens(step, self.step) / (time.monotonic() - at)
+
+    def _log(self) -> None:
+        self._measure()
+        self.losses, self.counted = torch.zeros_like(self.losses), 0
         self.mark = self.step, time.monotonic()
-        self.rate = self._tokens(step, self.step) / (self.mark[1] - at)
         if self.report:
-            trained = self.dataset.about["train"]
             self.report.record(
                 "train",
                 self.step,
                 self.elapsed,
-                loss=loss,
-                bits_per_byte=loss / math.log(2) * trained["tokens"] / trained["bytes"],
+                loss=self.loss,
+                bits_per_byte=self._in_bits(self.loss),
                 learning_rate=self.recipe.optim.lr * self.share,
                 gradient_norm=self.norm.item(),
                 tokens_per_second=round(self.rate),
             )
 
     def _glance(self, progress: float) -> None:
+        """An evaluation on the way; the best model is kept."""
+        self._measure()
         if self.report:
             began = time.monotonic()
             bits = self._bits_per_byte(_GLANCE)
-            if not math.isfinite(bits):
+            if not math.isfinite(bits + magnitude(self.model, self.optimizer).item()):
                 self.losses.fill_(math.nan)  # then the next line or checkpoint ends the run, on all processes alike
                 return
             self.report.record("held_out", self.step, self.elapsed, bits_per_byte=bits)
-            self.lowest = min(self.lowest, (bits, self.step))
-            sample = " sample" if self.dataset.about["held_out"]["tokens"] > _GLANCE else ""
-            said = [f"step {self.step}", f"{progress:.0%}", f"held-out{sample} {bits:.3f} bits per byte"]
-            if self.loss is not None:
-                said += [f"loss {self.loss:.3f}", f"{self.rate:,.0f} tokens/s"]
-            self.report.say("  ".join([*said, f"{duration(self._left(progress))} left"]))
+            self.best.offer(bits, self.step, self.model, self.tokenizer)
+            measured = f"held-out{self._sample()} {bits:.3f}, training {self._in_bits(self.loss):.3f} bits per byte"
+            pace = f"{self.rate:,.0f} tokens/s  {duration(self._left(progress))} left"
+            self.report.say(f"step {self.step}  {progress:.0%}  {measured}  {pace}")
             self.mark = self.mark[0], self.mark[1] + time.monotonic() - began
 
     def _bits_per_byte(self, limit: int | None) -> float:
@@ -306,7 +321,7 @@ class _Run:
         if wrong := not_finite(**numbers):
             saved = checkpoints(self.out / CHECKPOINTS)
             where = f"goes on from {saved[-1].name}, where all was finite" if saved else "begins again"
-            again = f"dualform train {shlex.quote(str(self.out))} --resume --set optim.lr={self.recipe.optim.lr / 10:g}"
+            again = resuming(self.out, {"optim.lr": float(f"{self.recipe.optim.lr / 10:g}")})
             hint = f"learn more slowly, or raise optim.warmup: {again} {where}"
             raise DualformError(f"{wrong} at step {self.step}", hint=hint)
 
@@ -321,50 +336,37 @@ class _Run:
 
     def _introduce(self, report: Report) -> None:
         """What is trained, on what, from where on."""
-        about, recipe, processes = self.dataset.about, self.recipe, self.accelerator.num_processes
-        train, held_out = about["train"], about["held_out"]
-        report.say(
-            f"{recipe.data.path}: {amount(train['bytes'], 'B')} to train on, {amount(held_out['bytes'], 'B')} held out "
-            f"({train['documents']} and {held_out['documents']} documents)"
-        )
-        if about["skipped"]:
-            report.say(f"{recipe.data.path}: passed over {about['skipped']} files that are not text")
-        if about.get("cut"):
-            why = ": whole documents would be too much or too little" if train["documents"] > 1 else ""
-            report.say(f"held out is the end of {about['cut']}{why}")
-        report.say(
+        recipe, processes = self.recipe, self.accelerator.num_processes
+        lines = list(told.about_the_text(recipe.data.path, self.dataset.about))
+        lines.append(
             f"{self._name()}: {self.model.parameter_count():,} parameters, on {self.device.type}"
             + (f", {processes} processes" if processes > 1 else "")
             + (", bfloat16" if self.bfloat16 else ", float32")
         )
-        if self.step:
-            report.say(f"resumed after step {self.step}")
-        for change in self.changed:
-            report.say(f"changed: {change}")
+        if self.finished:
+            lines.append(told.of_a_finished_run(recipe, self.step))
+        elif self.step:
+            lines.append(f"resumed after step {self.step}")
+        lines += [f"changed: {change}" for change in self.changed]
         if recipe.steps is not None:
-            self._say_if_warmup_is_long(report, recipe.steps)
-
-    def _say_if_warmup_is_long(self, report: Report, steps: int) -> None:
-        warmup = self.recipe.optim.warmup
-        if warmup != AUTO and warmup > steps / 2:
-            rate = f"so that the learning rate stays below optim.lr, {self.recipe.optim.lr:g}"
-            report.say(f"warning: optim.warmup is {warmup}, more than half of {steps} steps, {rate}")
-
-    def _say_how_to_resume(self, report: Report, place: Path | None) -> None:
-        report.say(f"stopped after step {self.step}, {self._progress():.0%} of the run; saved {place}")
-        report.say(f"resume with: dualform train {shlex.quote(str(self.out))} --resume")
+            lines += told.of_a_long_warmup(recipe, recipe.steps)
+        for line in lines:
+            report.say(line)
 
     def _conclude(self, report: Report) -> None:
         """The last evaluation, on all held-out text, and the summary."""
         about = self.dataset.about
         bits, tokens = self._bits_per_byte(None), self._tokens(0, self.step)
-        self._demand_finite(held_out_loss=bits)
+        same = self._bits_per_byte(_GLANCE) if self._sample() else bits  # as those on the way
+        self._demand_finite(held_out_loss=bits, held_out_sample=same)
         report.record("held_out", self.step, self.elapsed, bits_per_byte=bits)
+        self.best.offer(same, self.step, self.model, self.tokenizer)
         summary = {
             "bits_per_byte": bits,
             "gzip": about["gzip"],
             "xz": about["xz"],
             "held_out_bytes": about["held_out"]["bytes"],
+            "best": {"step": self.best.step, "bits_per_byte": self.best.bits},
             "parameters": self.model.parameter_count(),
             "steps": self.step,
             "tokens": tokens,
@@ -372,15 +374,15 @@ class _Run:
         }
         with replacing_file(self.out / SUMMARY_FILE) as path:
             path.write_text(to_json(summary), encoding="utf-8")
-        compressors = ", ".join(f"{name} {about[name]:.2f}" for name in ("gzip", "xz") if about[name])
-        trained = f"{self.step} steps, {amount(tokens, ' tokens')} in {duration(self.elapsed)}"
-        report.say(f"{trained}; saved {self.out / MODEL}")
+        if not self.finished:
+            trained = f"{self.step} steps, {amount(tokens, ' tokens')} in {duration(self.elapsed)}"
+            report.say(f"{trained}; saved {self.out / MODEL}")
         if self.recipe.steps is None:
-            self._say_if_warmup_is_long(report, self.step)
-        report.say(f"held-out: {bits:.2f} bits per byte ({compressors})")
-        lowest, step = self.lowest
-        if about["held_out"]["tokens"] <= _GLANCE and lowest < 0.99 * bits:
-            report.say(
-                f"held-out was lowest after step {step}, {lowest:.2f}, and has risen since: the model has begun to "
-                "learn its text by heart; train for fewer steps, or on more text"
-            )
+            for line in told.of_a_long_warmup(self.recipe, self.step):
+                report.say(line)
+        report.say(told.of_the_held_out(bits, about))
+        report.say(told.of_the_best(self.best, same, self._sample()))
+
+    def _sample(self) -> str:
+        """`` sample`` where an evaluation on the way reads a part of the held-out text."""
+        return " sample" if self.dataset.about["held_out"]["tokens"] > _GLANCE else ""

@@ -22,6 +22,7 @@ from dualform.core.json_file import entry, read_table
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.verify import check_files
+from dualform.train.commands import elsewhere
 from dualform.train.mapped import Mapped
 
 ABOUT_FILE = "about.json"
@@ -45,7 +46,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder}: no prepared data: no {ABOUT_FILE}", hint="start a new run in another folder")
     about = read_table(path, error=DataError, hint=_HINT)
-    for name, kind in (("source", dict), ("dtype", str), ("skipped", int), ("gzip", float), ("xz", float | None)):
+    for name, kind in (
+        ("source", dict),
+        ("dtype", str),
+        ("skipped", int),
+        ("gzip", float | None),
+        ("xz", float | None),
+    ):
         entry(about, name, kind, path, error=DataError)
     if about["dtype"] not in _DTYPES:
         raise DataError(f"{path}: dtype is {about['dtype'][:40]!r}, expected {', '.join(_DTYPES)}", hint=_HINT)
@@ -142,7 +149,7 @@ def clear(folder: Path) -> None:
         return
     inside = sorted(os.listdir(folder)) if folder.is_dir() and not folder.is_symlink() else [folder.name]
     if strange := [name for name in inside if name not in (*_NAMES, _VERIFIED_FILE)]:
-        hint = "choose another folder for the run: out="
+        hint = f"choose another folder for the run: {elsewhere(folder.parent)}"
         raise DataError(f"{folder}: has to hold the run's tokens, but holds {strange[0]!r}, not of a run", hint=hint)
     shutil.rmtree(folder)
 

@@ -157,7 +157,7 @@ class Recipe:
             object.__setattr__(self, "model", self.model.to_dict())
         _check_types(self, "")
         if self.steps is None and self.minutes is None:
-            raise ConfigError("recipe: neither steps nor minutes is given", hint="minutes = 2, or steps = 1000")
+            raise ConfigError("recipe: neither steps nor minutes is given", hint="--set minutes=2, or --set steps=1000")
         _demand(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
         _demand(self.minutes is None or 0 < self.minutes < math.inf, "minutes", self.minutes, "a positive number")
         _demand(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
@@ -278,7 +278,7 @@ def _override(options: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     *path, last = key.strip().split(".")
     if not equals or not last or not all(path):
-        raise ConfigError(f"override {override!r} is not of the form a.b=c", hint="such as optim.lr=3e-3")
+        raise ConfigError(f"override {override!r} is not of the form a.b=c", hint="such as --set optim.lr=3e-3")
     try:
         value = parse_toml(f"value = {text}")["value"]
     except ValueError:

@@ -50,11 +50,11 @@ class Report:
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s  {task.fields[left]} left"),
+            TextColumn("{task.fields[bits]} bits per byte  {task.fields[rate]} tokens/s  {task.fields[left]} left"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=1.0, loss="-", rate="-", left="-")
+        self._task = self._bar.add_task("training", total=1.0, bits="-", rate="-", left="-")
 
     def __enter__(self) -> "Report":
         self._console.file = cast("IO[str]", self.outlet)
@@ -72,10 +72,13 @@ class Report:
         """One line for a person."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def show(self, progress: float, loss: float | None, rate: float, left: float) -> None:
-        """Move the bar: done share, loss in nats, tokens per second, seconds left."""
-        shown = "-" if loss is None else f"{loss:.3f}"
-        self._bar.update(self._task, completed=progress, loss=shown, rate=f"{rate:,.0f}", left=duration(left))
+    def show(self, progress: float, bits: float, rate: float, left: float) -> None:
+        """Move the bar: done share, bits per byte of the text that is trained on, tokens per second, seconds left.
+
+        Before the first measurement ``bits`` is NaN.
+        """
+        shown, pace = ("-", "-") if math.isnan(bits) else (f"{bits:.3f}", f"{rate:,.0f}")
+        self._bar.update(self._task, completed=progress, bits=shown, rate=pace, left=duration(left))
 
     def record(self, kind: str, step: int, elapsed: float, **values: float) -> None:
         """One line of ``metrics.jsonl``, and a point in each TensorBoard curve ``kind/name``.

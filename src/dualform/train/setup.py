@@ -44,11 +44,12 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         kind = accelerator.distributed_type.value
         raise ConfigError(f"train cannot run under {kind}", hint="launch plain data parallelism, such as with torchrun")
     processes, data = accelerator.num_processes, recipe.data
-    if data.batch % (processes * data.accumulate):
+    shares = processes * data.accumulate
+    if data.batch % shares:
         shared = f"{processes} processes" if processes > 1 else "one process"
         raise ConfigError(
             f"recipe: data.batch is {data.batch}, which {shared} with data.accumulate {data.accumulate} cannot share",
-            hint=f"a multiple of {processes * data.accumulate}",
+            hint=f"a multiple of {shares}: --set data.batch={-(-data.batch // shares) * shares}",
         )
     return accelerator
 
@@ -128,7 +129,7 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
         named = "bytes are" if isinstance(tokenizer, ByteTokenizer) else "the tokenizer has"
         raise ConfigError(
             f"the model has {size} tokens, but {named} {wanted}",
-            hint=f"set data.tokenizer to the model's own, or model.vocab_size={wanted}",
+            hint=f"take the model's own: --set data.tokenizer=FILE, or another model: --set model.vocab_size={wanted}",
         )
     freeze(model, recipe.optim.freeze)
     return model, tokenizer

@@ -2,24 +2,28 @@
 
 runs/one/recipe.json
          model/                           of a run that ended, or was stopped
+         best/                            with the lowest held-out loss on the way
          checkpoints/step-00000200/model/
 """
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from dualform.core.errors import CheckpointError
 from dualform.models.saving.files import CONFIG_FILE, current
 
-RECIPE_FILE, MODEL, CHECKPOINTS = "recipe.json", "model", "checkpoints"
+RECIPE_FILE, MODEL, BEST, CHECKPOINTS = "recipe.json", "model", "best", "checkpoints"
+EVALUATION_FILE = "evaluation.json"  # in BEST, beside the model
 STEP = r"step-(\d{8,})"
 
 
 def model_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder with the weights: itself, or, in a training run, its ``model/``, else its newest checkpoint's.
 
-    A folder that is neither is given back as it is.
+    A run's ``best/`` is a saved model, too, and is taken only by its own name. A folder that is neither is given back
+    as it is.
 
     Raises:
         CheckpointError: for a run that has saved nothing yet.
@@ -31,7 +35,8 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
             return place
     if (path / RECIPE_FILE).exists():
         raise CheckpointError(
-            f"{path}: a training run that has not saved a model", hint=f"finish it: dualform train {path} --resume"
+            f"{path}: a training run that has not saved a model",
+            hint=f"finish it: dualform train {shlex.quote(str(path))} --resume",
         )
     return path
 

@@ -56,16 +56,21 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
     Raises:
         CheckpointError: when the disk refuses.
     """
+    with replacing(folder) as new:
+        write(model, new, tokenizer)
+
+
+def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None) -> None:
+    """Write the files of :func:`save` into a folder that its caller makes complete, such as one by ``replacing``."""
     about: dict[str, Any] = {"format": FORMAT, "library": f"dualform {__version__}", "model": model.config.to_dict()}
     if isinstance(model, PooledModel):
         about["head"] = model.head_options()
     text = tokenizer.to_json() if tokenizer is not None else None
     tensors = {name: t.detach().cpu().contiguous() for name, t in unique_tensors(model).items()}
-    with replacing(folder) as new:
-        (new / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
-        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        if text is not None:
-            (new / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if text is not None:
+        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
 
 
 @overload

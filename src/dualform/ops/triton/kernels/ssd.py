@@ -56,7 +56,7 @@ def _mask(total, inside, dtype: tl.constexpr):
     low = (total - high.to(tl.float64)).to(dtype)
     log = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     t = tl.arange(0, inside.shape[0])
-    return tl.where((t[:, None] >= t[None, :]) & inside[None, :], tl.exp2(log), 0.0)
+    return tl.exp2(tl.where((t[:, None] >= t[None, :]) & inside[None, :], log, float("-inf")))
 
 
 @triton.jit
@@ -351,7 +351,8 @@ def gradients(
 ):
     """One chunk, some heads of a group: what B, dt and A get, from the state that leaves and from ``dlog``.
 
-    ``dB`` is ``(parts, B, T, G, N)``, ``dA`` ``(B, chunks, H)``.
+    ``dB`` is ``(parts, B, T, G, N)``, ``dA`` ``(B, chunks, H)``. A decay gets a sum over the pairs of steps that it
+    lies between: a difference of sums over many more, which are float64, as they may be far larger.
     """
     part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
     of_b, _of_c, products = _products(B, C, b, begin, group, inside, N, NP)
@@ -365,7 +366,9 @@ def gradients(
         dproducts += dweights * of[None, :]
         dweights *= products
         ddt = tl.sum(dweights, 0)
-        dlog = tl.sum(dweights * of[None, :], 1) - ddt * of
+        t = tl.arange(0, Q)
+        pairs = tl.where(t[:, None] > t[None, :], dweights * of[None, :], 0.0).to(tl.float64)
+        dlog = tl.sum(pairs, 1) - tl.sum(pairs, 0)
 
         # Through the state that leaves.
         leaving = _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
@@ -374,13 +377,14 @@ def gradients(
         db += found * of[:, None]
         added = tl.sum(found * of_b.to(dtype), 1)
         ddt += added
-        dlog -= added * of
 
         step = (tl.cast(b, tl.int64) * length + begin) * heads + h
-        dlog += tl.load(dlog_ptr + step + tl.arange(0, Q) * heads, mask=inside, other=0.0)
-        dlog = tl.where(inside, tl.cumsum(dlog, 0, reverse=True) + tl.sum(added * of, 0), 0.0)
+        dlog += tl.load(dlog_ptr + step + t * heads, mask=inside, other=0.0).to(tl.float64)
+        earlier = (added * of).to(tl.float64)
+        dlog = tl.cumsum(dlog, 0, reverse=True) + tl.cumsum(earlier, 0) - earlier
+        dlog = tl.where(inside, dlog, 0.0).to(dtype)
         ddt += dlog * tl.load(A_ptr + h).to(dtype)
-        tl.store(ddt_ptr + step + tl.arange(0, Q) * heads, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
+        tl.store(ddt_ptr + step + t * heads, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
         tl.store(dA_ptr + (tl.cast(b, tl.int64) * slots + c) * heads + h, tl.sum(dlog * of, 0))
     of_c = _read(C, b, begin, group * N, NP, inside, N)  # again, so that no register holds it meanwhile
     db += tl.dot(tl.trans(dproducts).to(of_c.dtype), of_c)
