@@ -72,6 +72,7 @@ MODULES: dict[str, dict[str, str]] = {
         "LayerNorm": "gated_norms",
         "RMSNorm": "gated_norms",
         "layernorm_fn": "gated_norms",
+        "rms_norm_ref": "references",
         "rmsnorm_fn": "gated_norms",
     },
     "mamba_ssm.ops.triton.selective_state_update": {
@@ -79,8 +80,11 @@ MODULES: dict[str, dict[str, str]] = {
         "selective_state_update_ref": "step",
     },
     "mamba_ssm.ops.triton.ssd_combined": {
+        "mamba_chunk_scan": "references",
         "mamba_chunk_scan_combined": "ssd",
         "mamba_split_conv1d_scan_combined": "ssd",
+        "mamba_split_conv1d_scan_ref": "references",
+        "ssd_chunk_scan_combined_ref": "references",
     },
     "mamba_ssm.utils": {},
     "mamba_ssm.utils.generation": {
