@@ -37,28 +37,6 @@ INLINE void write_history(const CausalConv1d& s, const T* rows, void* to, int64_
     for (int64_t j = 0; j < back; j++) state[i * back + j] = rows[j * w.width + i];
 }
 
-// With ids a row consists of runs of equal ids, which do not see each other: the part of a chunk that lies in its first
-// run, or in its last.
-INLINE Chunk first_run(const CausalConv1d& s, int64_t row, const Chunk& c) {
-  if (!s.ids) return c;
-  const int32_t* ids = s.ids + row * s.sequences.length;
-  int64_t end = c.begin + 1;
-  while (end < c.end && ids[end] == ids[c.begin]) end++;
-  return {c.begin, end, c.sequence, c.starts, c.ends && end == c.end};
-}
-INLINE Chunk last_run(const CausalConv1d& s, int64_t row, const Chunk& c) {
-  if (!s.ids) return c;
-  const int32_t* ids = s.ids + row * s.sequences.length;
-  int64_t begin = c.end - 1;
-  while (begin > c.begin && ids[begin - 1] == ids[begin]) begin--;
-  return {begin, c.end, c.sequence, c.starts && begin == c.begin, c.ends};
-}
-// Whether a run begins at step t, behind another one of its row.
-INLINE bool begins_run(const CausalConv1d& s, int64_t row, int64_t t) {
-  if (!s.ids || t == 0 || t == s.sequences.length) return false;
-  const int32_t* ids = s.ids + row * s.sequences.length;
-  return ids[t] != ids[t - 1];
-}
 INLINE bool is_padding(const CausalConv1d& s, int64_t row, int64_t t) {
   return s.ids && s.ids[row * s.sequences.length + t] < 0;
 }

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 7  // of this interface
+#define DUALFORM_VERSION 8  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -82,14 +82,15 @@ typedef struct {
   int64_t dtype;  // of the state, A and its gradient
   Sequences sequences;
   int64_t heads, width, states, groups;
-  View x;          // (rows, T, H, P)
-  View dt;         // (rows, T, H)
-  View b, c;       // (rows, T, G, N)
-  const void* a;   // (H)
-  const void* h0;  // (sequences, H, P, N)
-  View y;          // (rows, T, H, P)
-  void* final;     // (sequences, H, P, N); rows of empty sequences are not written
-  void* saved;     // (rows, ceil(T / SSD_SPAN), H, N, P), the states entering each span; or null
+  View x;              // (rows, T, H, P)
+  View dt;             // (rows, T, H)
+  View b, c;           // (rows, T, G, N)
+  const void* a;       // (H)
+  const void* h0;      // (sequences, H, P, N)
+  const int32_t* ids;  // (rows, T), the sequence of each step where rows hold several; or null
+  View y;              // (rows, T, H, P)
+  void* final;         // (sequences, H, P, N); rows of empty sequences are not written
+  void* saved;         // (rows, ceil(T / SSD_SPAN), H, N, P), the states entering each span; or null
   // Backward only.
   View dy;             // (rows, T, H, P)
   const void* dfinal;  // (sequences, H, P, N)

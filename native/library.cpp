@@ -210,6 +210,7 @@ bool check(const Ssd& s) {
   if (!check_sequences(s.sequences) || !check_sizes({s.heads, s.width, s.states})) return false;
   check_groups(s.groups, s.heads);
   check_views({&s.x, &s.dt, &s.b, &s.c}), check_pointers({s.a, s.h0});
+  require(!s.ids || !s.sequences.borders);
   return true;
 }
 

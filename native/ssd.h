@@ -1,11 +1,11 @@
 // h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t per head, and its backward: matrix products within tiles of
 // steps, while the states of a head stay in a core's cache from tile to tile.
 //
-// A chunk is what a sequence has of a tile. Let h be the state that enters it, l_t the sum of dt A from its first step
-// up to step t, and l that up to its last step. Then y = (M o C B^T) x dt + e^(l_t) C h, where M_ts = e^(l_t - l_s) for
-// s <= t and 0 beyond; and the state e^l h + (e^(l - l_t) x dt)^T B leaves it. All heads of a group share C B^T. The
-// backward goes from the last span to the first, computes the states that enter the tiles of a span again, and adds up
-// what B, C and C B^T get from all heads until the span is done.
+// A chunk is what a sequence, or a run of equal ids, has of a tile. Let h be the state that enters it, l_t the sum of
+// dt A from its first step up to step t, and l that up to its last step. Then y = (M o C B^T) x dt + e^(l_t) C h, where
+// M_ts = e^(l_t - l_s) for s <= t and 0 beyond; and the state e^l h + (e^(l - l_t) x dt)^T B leaves it. All heads of a
+// group share C B^T. The backward goes from the last span to the first, computes the states that enter the tiles of a
+// span again, and adds up what B, C and C B^T get from all heads until the span is done.
 //
 // A step that is not finite reaches outputs from its own step on, of its own sequence. The gradients of the decays are
 // sums along a chunk, and those of B and C products over a chunk: there it may reach the whole chunk.
@@ -140,9 +140,10 @@ int64_t forward(const Ssd& s, const Heads& task) {
       T* h = states + (head - task.first) * N * P;
       const T a = static_cast<const T*>(s.a)[head];
       for (int64_t t = begin; t < end;) {
-        const Chunk chunk = first_chunk(s.sequences, row, t, end);
+        const Chunk chunk = first_run(s, row, first_chunk(s.sequences, row, t, end));
         const int64_t count = chunk.end - t, from = t - begin, state = chunk.sequence * s.heads + head;
         if (chunk.starts) read_state(s.h0, state, s.width, N, h, P);
+        if (begins_run(s, row, t)) memset(h, 0, sizeof(T) * N * P);
         if (s.saved && t % SSD_SPAN == 0) convert(Rows<const T>{h, P}, saved_state<T>(s, row, t, head), N, s.width);
         const Window w = {row, t, chunk.end, head * s.width, s.width, P};
         steps.read(dts + from * heads + head - task.first, heads, a, count);
@@ -230,7 +231,7 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
   const Replay<T> of = {arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P),
                         arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * P), arena.take<T>(Q * Q),
                         arena.take<T>(Q * Q), arena.take<T>(Q * Q), arena.take<T>(Q * N), arena.take<T>(Q * N),
-                        arena.take<T>(Q * P), arena.take<T>(wide), arena.take<T>(wide)};
+                        arena.take<T>(Q * P), arena.take<T>(wide),  arena.take<T>(wide)};
   T *of_b = arena.take<T>(wide), *of_c = arena.take<T>(wide);
   Steps<T>* const steps_memory = arena.take<Steps<T>>(1);
   if (!task.memory) return arena.used();
@@ -268,8 +269,9 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
         const int64_t begin = first + j * Q, end = begin + Q;
         memcpy(enter[j + 1], enter[j], sizeof(T) * size);
         for (int64_t t = begin; t < end;) {
-          const Chunk chunk = first_chunk(s.sequences, row, t, end);
+          const Chunk chunk = first_run(s, row, first_chunk(s.sequences, row, t, end));
           if (chunk.starts) read_state(s.h0, number_of(chunk), s.width, N, enter[j + 1], P);
+          if (begins_run(s, row, t)) memset(enter[j + 1], 0, sizeof(T) * size);
           begin_chunk(chunk);
           const T* b = maps[j].b + (t - begin) * N;
           gemm<T>({b, 1, N}, {of.kept, P}, {enter[j + 1], P}, N, chunk.end - t, V, steps.decay);
@@ -280,13 +282,16 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
       for (int64_t j = tiles - 1; j >= 0; j--) {
         const int64_t begin = first + j * Q, end = least(begin + Q, last);
         for (int64_t stop = end; stop > begin;) {
-          const Chunk chunk = last_chunk(s.sequences, row, begin, stop);
+          const Chunk chunk = last_run(s, row, last_chunk(s.sequences, row, begin, stop));
+          const bool alone = begins_run(s, row, chunk.begin);
           const int64_t from = chunk.begin - begin, count = chunk.end - chunk.begin, C = (count + L - 1) / L;
           const Window w = {row, chunk.begin, chunk.end, head * s.width, s.width, P};
           const T *b = maps[j].b + from * N, *c = maps[j].c + from * N;
           if (chunk.ends) read_state(s.dfinal, number_of(chunk), s.width, N, g, P);
+          if (begins_run(s, row, chunk.end)) memset(g, 0, sizeof(T) * size);
           if (chunk.starts) read_state(s.h0, number_of(chunk), s.width, N, h0, P);
-          const T* h = chunk.starts ? h0 : enter[j];
+          if (alone) memset(h0, 0, sizeof(T) * size);
+          const T* h = chunk.starts || alone ? h0 : enter[j];
           const Rows<const T> x = begin_chunk(chunk), dy = read(s.dy, w, of.dy);
 
           // Within the chunk: the weights, their gradient, and what x gets through them.
@@ -294,8 +299,8 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
           transpose<T>({of.xdt, P}, count, s.width, {of.turned, Q}, up(count, L));
           gemm<T>({dy.data, dy.stride, 1}, {of.turned, Q}, {of.dweights, Q}, count, s.width, C, 0);
           gemm<T, Band::UPPER>({of.weights, 1, Q}, dy, {of.dx, P}, count, count, V, 0);
-          // A decay gets a sum over the pairs of steps that it lies between. `passing` adds up, for every step before t,
-          // what all pairs with t or later ones get: only what passes t, as what does not may be far larger.
+          // A decay gets a sum over the pairs of steps that it lies between. `passing` adds up, for every step before
+          // t, what all pairs with t or later ones get: only what passes t, as what does not may be far larger.
           memset(of.passing, 0, sizeof(T) * wide);
           for (int64_t t = count - 1; t >= 0; t--) {
             vec<T> sum = {};
@@ -356,7 +361,7 @@ int64_t backward(const Ssd& s, const Heads& task, const Parts& parts) {
     for (int64_t j = 0; j < tiles; j++) {
       const int64_t begin = first + j * Q, end = least(begin + Q, last), count = end - begin;
       for (int64_t t = begin; t < end;) {
-        const Chunk chunk = first_chunk(s.sequences, row, t, end);
+        const Chunk chunk = first_run(s, row, first_chunk(s.sequences, row, t, end));
         const int64_t from = t - begin, own = chunk.end - t, C = (own + L - 1) / L;
         const Rows<const T> through = {dcb[j] + from * (Q + 1), Q};
         transpose<T>(through, own, own, {of.weights, Q}, up(own, L));

@@ -213,6 +213,32 @@ INLINE Chunk last_chunk(const Sequences& s, int64_t row, int64_t begin, int64_t 
   return {most(p.begin, begin), end, p.sequence, p.begin >= begin, p.end == end};
 }
 
+// With ids a row consists of runs of equal ids, which do not see each other: the part of a chunk that lies in its first
+// run, or in its last.
+template <class S>
+INLINE Chunk first_run(const S& s, int64_t row, const Chunk& c) {
+  if (!s.ids) return c;
+  const int32_t* ids = s.ids + row * s.sequences.length;
+  int64_t end = c.begin + 1;
+  while (end < c.end && ids[end] == ids[c.begin]) end++;
+  return {c.begin, end, c.sequence, c.starts, c.ends && end == c.end};
+}
+template <class S>
+INLINE Chunk last_run(const S& s, int64_t row, const Chunk& c) {
+  if (!s.ids) return c;
+  const int32_t* ids = s.ids + row * s.sequences.length;
+  int64_t begin = c.end - 1;
+  while (begin > c.begin && ids[begin - 1] == ids[begin]) begin--;
+  return {begin, c.end, c.sequence, c.starts && begin == c.begin, c.ends};
+}
+// Whether a run begins at step t, behind another one of its row.
+template <class S>
+INLINE bool begins_run(const S& s, int64_t row, int64_t t) {
+  if (!s.ids || t == 0 || t == s.sequences.length) return false;
+  const int32_t* ids = s.ids + row * s.sequences.length;
+  return ids[t] != ids[t - 1];
+}
+
 // Cover `states`, a multiple of LEAST, by blocks of MOST, MOST / 2, ... or LEAST states, each as large as fits: calls
 // f(Count<K>(), first) for a block of K.
 template <int K>

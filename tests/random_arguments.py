@@ -120,6 +120,7 @@ def ssd(draw: Draw) -> Arguments:
         "dt_softplus": draw.chance(0.5),
         "initial_state": draw.state(batch, cu_seqlens, heads, width, states),
         "cu_seqlens": cu_seqlens,
+        "seq_idx": draw.ids(batch, length) if cu_seqlens is None else None,
         "chunk": draw.one(None, 1, 16, 64),
     }
 

@@ -19,7 +19,7 @@ RECURRENT = {
     if hasattr(OPS[case.op].arguments, "h0") and case.tensors["initial_state"].numel()
 }
 # Steps that may see each other, as the docstrings say: in any backend of ssd, elsewhere in the portable one.
-CHUNK = {"ssd": 64, "ssd chunk 7": 7, "ssd packed": 13}
+CHUNK = {"ssd": 64, "ssd chunk 7": 7, "ssd packed": 13, "ssd seq_idx": 64}
 PORTABLE_CHUNK = {
     **dict.fromkeys(("causal_conv1d wide", "causal_conv1d wide packed"), LENGTH),
     **dict.fromkeys(("dplr_ssm complex", "dplr_ssm complex packed"), 64),

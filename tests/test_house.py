@@ -55,7 +55,7 @@ def test_signatures_are_narrow(module):
         return  # upstream's own signatures, argument for argument
     limit = 8
     if name.startswith("ops/"):
-        limit = 13  # the field's own signatures; ssd has the widest
+        limit = 14  # the field's own signatures; ssd has the widest
     elif name.startswith("cli/"):
         limit = 12  # one argument per option of a command
     wide = {}

@@ -258,6 +258,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("ssd", "ssd", ssd, dual(3, 3), soft2),
         OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),
         OpCase("ssd packed", "ssd", ssd, dual(1, rows), {**soft2, **runs, "chunk": 13}),
+        OpCase("ssd seq_idx", "ssd", ssd, dual(3, 3), {**soft2, "seq_idx": ids}),
         OpCase("attention", "attention", _attention, tokens(4, 4), seen),
         OpCase("attention window", "attention", _attention, tokens(4, 4), {**seen, "window": 4}),
         OpCase("attention packed", "attention", _attention, tokens(1, rows), {**seen, **runs}),

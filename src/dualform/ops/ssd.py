@@ -10,6 +10,7 @@ from dualform.core.errors import ArgumentError
 from dualform.core.packing import Borders, Packing, each_alone
 from dualform.core.shapes import check_real, check_tensors, once_per_shape, wide
 from dualform.ops.op import Op
+from dualform.ops.runs import check_ids
 from dualform.ops.state import check_dtype, check_state, initial, unless_complex
 
 _WHERE = "ssd"
@@ -30,6 +31,7 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     initial_state: Tensor | None = None,
     cu_seqlens: Borders = None,
+    seq_idx: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t + D x_t`` per head, gated by ``silu(z_t)``.
@@ -50,6 +52,9 @@ def ssd(
         initial_state: ``(B, H, P, N)``, zero by default; with ``cu_seqlens`` one row per sequence.
         cu_seqlens: ``(n + 1,)``, cumulative lengths of sequences packed on the time axis, or a ``Packing`` that was
             made of them; B is then 1.
+        seq_idx: ``(B, T)``, int32, the sequence of each step, where rows hold several and no synchronisation of a GPU
+            is wanted; not with ``cu_seqlens``. A sequence is a run of equal ids and sees no other one; a negative id is
+            one like the others. The initial state belongs to the first run of each row, the final one to the last.
         chunk: steps per matrix product; changes speed and rounding, never the result.
 
     Returns:
@@ -58,7 +63,8 @@ def ssd(
         reaches another sequence or row.
 
     Raises:
-        ArgumentError: for shapes, dtypes, devices, limits or a chunk that do not fit together.
+        ArgumentError: for shapes, dtypes, devices, limits or a chunk that do not fit together, and for ``seq_idx``
+            together with ``cu_seqlens``.
 
     References:
         Dao & Gu (2024), arXiv:2405.21060, section 6 (block decomposition).
@@ -69,10 +75,13 @@ def ssd(
     if chunk is not None and chunk < 1:
         raise ArgumentError(f"{_WHERE}: chunk is {chunk}, expected at least 1")
     packing = Packing.of(_WHERE, cu_seqlens, x)
+    if seq_idx is not None:
+        check_ids(_WHERE, seq_idx, x, packing)
+        seq_idx = seq_idx.to(torch.int32)
     dtype = wide(x, dt, A, B, C, D, z, dt_bias, unless_complex(initial_state))
     dt = limit_step(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
     h0 = initial(_WHERE, initial_state, packing, x, (*x.shape[2:], B.shape[3]), dtype)
-    y, final = ssd_op(SSD(x, dt, A.to(dtype), B, C, D, z, h0, packing, chunk or _DEFAULT_CHUNK))
+    y, final = ssd_op(SSD(x, dt, A.to(dtype), B, C, D, z, h0, packing, chunk or _DEFAULT_CHUNK, seq_idx))
     return y, final
 
 
@@ -96,6 +105,7 @@ class SSD(NamedTuple):
     h0: Tensor  # (rows, H, P, N)
     packing: Packing | None
     chunk: int
+    ids: Tensor | None = None  # (B, T) int32, not with a packing
 
     @property
     def skip(self) -> Tensor | None:
@@ -157,21 +167,28 @@ def _check(a: SSD) -> None:
     check_dtype(_WHERE, a.h0.dtype, dt=a.dt, A=a.A)
     if a.chunk < 1:
         raise ArgumentError(f"{_WHERE}: chunk is {a.chunk}, expected at least 1")
+    if a.ids is not None:
+        check_ids(_WHERE, a.ids, a.x, a.packing)
+        if a.ids.dtype != torch.int32:
+            raise ArgumentError(f"{_WHERE}: ids are {a.ids.dtype}, expected torch.int32")
 
 
 def _reference(a: SSD) -> tuple[Tensor, Tensor]:
     per_group = a.x.shape[2] // a.B.shape[2]
 
-    def run(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         B, C = (m.to(h.dtype).repeat_interleave(per_group, 2) for m in (B, C))
         ys = []
         for t in range(x.shape[1]):
             decay = torch.exp(dt[:, t] * a.A)[..., None, None]
+            if ids is not None and t > 0:
+                h = h.masked_fill((ids[:, t] != ids[:, t - 1])[:, None, None, None], 0)
             h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
             ys.append((h * C[:, t, :, None]).sum(-1))
         return torch.stack(ys, 1) if ys else x.to(h.dtype), h.clone()
 
-    y, final = each_alone(run, a.packing, a.h0, a.x, a.dt, a.B, a.C)
+    inputs = (a.x, a.dt, a.B, a.C)
+    y, final = each_alone(run, a.packing, a.h0, *inputs) if a.ids is None else run(*inputs, a.h0, a.ids)
     return a.finish(y)[0], final
 
 

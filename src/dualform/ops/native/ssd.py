@@ -92,6 +92,7 @@ def _inputs(a: Arguments) -> dict[str, Any]:
         "c": readable(a.C, 2),
         "a": a.A.contiguous(),
         "h0": h0,
+        "ids": None if a.ids is None else a.ids.contiguous(),
     }
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from dualform.core.packing import Packing
 from dualform.ops.structs import FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 7  # DUALFORM_VERSION
+VERSION = 8  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
@@ -58,7 +58,7 @@ SSD = Structure(
     (SEQUENCES, "sequences"),
     (INT64, "heads width states groups"),
     (VIEW, "x dt b c"),
-    (POINTER, "a h0"),
+    (POINTER, "a h0 ids"),
     (VIEW, "y"),
     (POINTER, "final saved"),
     (VIEW, "dy"),

@@ -191,6 +191,8 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SSD) -> dict[str, Tens
 
 def _refuses(a: SSD) -> str | None:
     width, states = a.h0.shape[2:]
+    if a.ids is not None:
+        return "it takes no seq_idx"
     if _dtype(a).itemsize > 2 and not INTERPRETED:
         return f"x, B and C are {_dtype(a)}; its matrix products are those of bfloat16 or float16"
     if width > _MOST_WIDTH or not 0 < states <= _MOST_STATES:
