@@ -191,6 +191,14 @@ def test_installing_loads_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_doctor_tells_of_the_real_packages(real_one, monkeypatch, capsys):
+    from dualform.cli.doctor import doctor
+
+    monkeypatch.setenv("COLUMNS", "200")
+    doctor()
+    assert "2.2.2, the real one; python -m dualform.compat --force script.py runs" in capsys.readouterr().out
+
+
 def test_doctor_tells_whether_it_is_active(monkeypatch, capsys):
     from dualform.cli.doctor import doctor
 
@@ -200,7 +208,7 @@ def test_doctor_tells_whether_it_is_active(monkeypatch, capsys):
         doctor()
         return capsys.readouterr().out
 
-    assert "not installed; dualform.compat is not active: python -m dualform.compat script.py" in rows()
+    assert "not installed; python -m dualform.compat script.py runs a script that imports it, on dualform" in rows()
     compat.install()
     try:
         assert f"{PACKAGES[0].shown_version}, by dualform.compat in this process" in rows()

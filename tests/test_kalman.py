@@ -479,6 +479,15 @@ def stepped(name, y, value=0.0):
             "log-likelihood is not finite at row 0, time 0",
         ),
         (lambda: changed(R="noise"), "R is not a numeric array"),
+        (lambda: changed(A=None), "LinearGaussian: A is None, expected numbers"),
+        (lambda: df.KalmanFilter(model()).filter(["a", "b"]), r"y is not a numeric array \(it holds str"),
+        (lambda: df.KalmanFilter(model()).filter([]), r"y has shape \(0,\), expected .*\(T, 2\)"),
+        (
+            lambda: df.KalmanFilter(model()).filter([[1, 2], [3]]),
+            r"y is ragged: y\[0\] has shape \(2,\), but y\[1\] has shape \(1,\)\n.*NaN",
+        ),
+        (lambda: df.KalmanFilter(model()).filter([[1, 2], None]), r"y\[0\] has shape \(2,\), but y\[1\] is None"),
+        (lambda: df.KalmanFilter(model()).filter([[[1, 2]], [[1, 2], [3, [4]]]]), r"y\[1\]\[1\]\[0\] is 3, but"),
         (lambda: changed(m0=[EYE[0, 0].clone().requires_grad_(), 0, 0]), "m0 is not a numeric array .*requires grad"),
         (lambda: changed(A=EYE * 1j), "complex values, expected real ones"),
         (lambda: df.KalmanFilter(model()).forward(torch.zeros(1, 5, 2) * 1j), "forward: complex values"),
@@ -519,3 +528,12 @@ def test_an_observation_without_uncertainty_is_explained(parallel):
 def test_repr_and_moves():
     assert repr(model()) == "LinearGaussian(N=3, M=2, float64, cpu)"
     assert model().to(torch.float32).A.dtype == torch.float32
+
+
+def test_none_is_missing_and_there_may_be_nothing():
+    given, like = [[1.0, 2.0], [None, 3.0], [None, None]], [[1.0, 2.0], [math.nan, 3.0], [math.nan, math.nan]]
+    kf = df.KalmanFilter(model())
+    torch.testing.assert_close(kf.filter(given), kf.filter(like))
+    scalar = df.KalmanFilter(df.LinearGaussian(*[[[1.0]]] * 4, [0.0], [[1.0]]))
+    torch.testing.assert_close(scalar.filter([1, None, 3]), scalar.filter([1.0, math.nan, 3.0]))
+    assert scalar.filter([]).mean.shape == (0, 1) and scalar.log_likelihood([]) == 0

@@ -302,7 +302,7 @@ def test_wrong_tensors_are_named() -> None:
     layer = S4DConfig().build(3)
     with pytest.raises(ArgumentError, match="x has shape"):
         layer(torch.randn(2, 5, 4))
-    with pytest.raises(ArgumentError, match="state has shape"):
+    with pytest.raises(ArgumentError, match="state has 3 rows, expected 2"):
         layer(torch.randn(2, 5, 3), layer.init_state(3))
 
 

@@ -1,12 +1,14 @@
 """Sessions on disk: the same continuation bit for bit, and a sentence for every file that cannot give one."""
 
+import copy
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from dualform.core.errors import CheckpointError
+from dualform.core.errors import ArgumentError, CheckpointError
 from dualform.core.tree import clone, concat, leaves, named_leaves, take
 from dualform.generation.engine import generate
 from dualform.generation.options import Sampling
@@ -100,6 +102,21 @@ def test_a_session_of_another_model_is_refused(model, tmp_path):
         with pytest.raises(CheckpointError, match="saved with model") as error:
             Session.load(path, other)
         assert str(path) in str(error.value) and "hint" in str(error.value)
+
+
+def test_a_session_in_memory_knows_its_model(model):
+    """By its config and its weights, wherever they are; not by the object."""
+    session = generate(model, PROMPT, 3).state
+    assert list(generate(copy.deepcopy(model), [], 3, state=session)) == list(generate(model, [], 3, state=session))
+    config = model.config
+    others = [build(seed=1), build(d_model=16), copy.deepcopy(model).to(torch.bfloat16)]
+    torch.manual_seed(0)
+    others.append(LanguageModel(dataclasses.replace(config, norm_eps=1e-4)).eval())
+    for other in others:
+        with pytest.raises(ArgumentError, match=r"generate: state is a session of another model\n.*weights"):
+            generate(other, [], 3, state=session)
+    with pytest.raises(ArgumentError, match="generate: state has 2 rows, expected 1"):
+        generate(model, [], 3, state=concat([session, session]))
 
 
 def test_files_that_are_no_session(model, tmp_path):

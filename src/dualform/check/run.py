@@ -18,6 +18,7 @@ from dualform.check.op_cases import OpCase, op_cases
 from dualform.core.deviation import Worst, deviation
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.laws import LAWS, Law, Trial, functional
+from dualform.core.shapes import dtype_of
 from dualform.ops.device import usable_device
 from dualform.ops.op import OPS, backend
 
@@ -131,7 +132,7 @@ def plan(
     length: int = LENGTH,
 ) -> list[Check]:
     """What :func:`run_checks` would run, in order; arguments and errors are the same."""
-    device, dtype = usable_device(device, f"check: device {str(device)!r}"), _dtype(dtype)
+    device, dtype = usable_device(device, f"check: device {str(device)!r}"), dtype_of("check", dtype, tuple(TOLERANCE))
     if length < 1:
         raise ArgumentError(f"check: length is {length}, expected at least 1")
     operators = op_cases(min(length, LONGEST_REFERENCE))
@@ -266,14 +267,6 @@ def _known(names: Iterable[str], recurrences: list[Case], operators: list[OpCase
         hint = (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(kinds)}"
         raise ArgumentError(f"check: nothing is called {name!r}", hint=hint)
     return names
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or found not in TOLERANCE:
-        known = ", ".join(str(d).removeprefix("torch.") for d in TOLERANCE)
-        raise ArgumentError(f"check: dtype is {dtype}, expected one of {known}")
-    return found
 
 
 def _since(start: float) -> float:

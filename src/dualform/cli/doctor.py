@@ -61,7 +61,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _imitated() -> dict[str, str]:
-    """What stands behind the names of the packages that :mod:`dualform.compat` can imitate."""
+    """What stands behind the packages that :mod:`dualform.compat` imitates, and how a script runs on dualform."""
     from dualform.compat import status
 
     found = {}
@@ -69,10 +69,11 @@ def _imitated() -> dict[str, str]:
         if package.active:
             found[package.distribution] = f"{package.version}, by dualform.compat in this process"
         elif package.real:
-            found[package.distribution] = f"{package.version}; dualform.compat is not active"
+            how = "python -m dualform.compat --force script.py runs a script on dualform instead"
+            found[package.distribution] = f"{package.version}, the real one; {how}"
         else:
-            how = "python -m dualform.compat script.py"
-            found[package.distribution] = f"not installed; dualform.compat is not active: {how}"
+            how = "python -m dualform.compat script.py runs a script that imports it, on dualform"
+            found[package.distribution] = f"not installed; {how}"
     return found
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_tensors, wide
+from dualform.ops.device import explains_device
 
 
 def layernorm_fn(
@@ -68,6 +69,7 @@ def rmsnorm_fn(
     return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
 
 
+@explains_device
 class LayerNorm(nn.Module):
     """:func:`layernorm_fn` with its weight and bias.
 
@@ -109,6 +111,7 @@ class LayerNorm(nn.Module):
         return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate, self._rms)
 
 
+@explains_device
 class RMSNorm(LayerNorm):
     """:func:`rmsnorm_fn` with its weight; arguments as :class:`LayerNorm`."""
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dualform.compat.cache import InferenceParams
-from dualform.core.errors import ArgumentError
+from dualform.compat.sampling import check_options, sample
 from dualform.core.shapes import check_tensors
-from dualform.generation.sampling import keep_min_p, keep_top_k, keep_top_p, penalize
+from dualform.generation.sampling import penalize
 
 __all__ = ["GenerationMixin", "GenerationOutput", "InferenceParams", "decode"]
 
@@ -69,14 +69,7 @@ def decode(
         ArgumentError: for a ``max_length`` that leaves no room, or an option out of range.
     """
     check_tensors("decode", input_ids=(input_ids, "B T"))
-    for name, value in (("top_p", top_p), ("min_p", min_p)):
-        if not 0 <= value <= 1:
-            raise ArgumentError(f"decode: {name} is {value}, expected 0 to 1")
-    if top_k < 0 or temperature <= 0:
-        raise ArgumentError(
-            f"decode: top_k is {top_k} and temperature {temperature}, expected at least 0 and above 0",
-            hint="top_k=1 takes the most likely token",
-        )
+    check_options("decode", top_k, top_p, min_p, temperature)
     batch, length = input_ids.shape
     forced = 0 if teacher_outputs is None else teacher_outputs.shape[1]
     begun = _now(input_ids, enable_timing)
@@ -98,7 +91,7 @@ def decode(
         if teacher_outputs is not None and sequence.shape[1] < forced:
             new = teacher_outputs[:, sequence.shape[1] : sequence.shape[1] + 1]
         else:
-            new = _draw(logits, top_k, top_p, min_p, temperature)[:, None]
+            new = sample(logits, top_k, top_p, min_p, temperature)[:, None]
         sequence = torch.cat([sequence, new], 1)
         if streamer is not None:
             streamer.put(new.cpu())
@@ -156,21 +149,6 @@ class GenerationMixin:
             streamer,
         )
         return found if return_dict_in_generate else found.sequences
-
-
-def _draw(logits: Tensor, top_k: int, top_p: float, min_p: float, temperature: float) -> Tensor:
-    """One token of each row ``(B,)``, by PyTorch's random numbers."""
-    if top_k == 1:
-        return logits.argmax(-1)
-    logits = logits.float()
-    if top_k:
-        logits = keep_top_k(logits, top_k)
-    elif min_p:
-        return torch.multinomial((keep_min_p(logits, min_p) / temperature).softmax(-1), 1)[:, 0]
-    logits = logits / temperature
-    if 0 < top_p < 1:
-        logits = keep_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
 def _now(like: Tensor, wanted: bool) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dualform.core.errors import CheckpointError
 from dualform.core.json_file import read_table
 from dualform.models.saving.files import CONFIG_FILE, WEIGHTS_FILE, current
+from dualform.ops.device import explains_device
 
 
 def load_config_hf(model_name: str | os.PathLike[str]) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def load_config_hf(model_name: str | os.PathLike[str]) -> dict[str, Any]:
     return read_table(path, hint="download or copy the folder again")
 
 
+@explains_device
 def load_state_dict_hf(
     model_name: str | os.PathLike[str],
     device: torch.device | str | None = None,

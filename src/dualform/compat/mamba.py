@@ -14,9 +14,11 @@ from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mamba import initial_step
 from dualform.ops.causal_conv1d import causal_conv1d
+from dualform.ops.device import explains_device
 from dualform.ops.selective_scan import selective_scan
 
 
+@explains_device
 class Mamba(Cached):
     """``x, z = in_proj(u)``; ``x = silu(conv1d(x))``; ``dt, B, C = x_proj(x)``; scan, gated by z; ``out_proj``.
 

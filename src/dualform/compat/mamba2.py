@@ -16,9 +16,11 @@ from dualform.compat.vision import depthwise, undecayed
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mamba import initial_step
+from dualform.ops.device import explains_device
 from dualform.ops.ssd import limit_step
 
 
+@explains_device
 class Mamba2(Cached):
     """``z, x, B, C, dt = in_proj(u)``; ``x, B, C = silu(conv1d(x, B, C))``; scan; ``out_proj(norm(y, z))``.
 

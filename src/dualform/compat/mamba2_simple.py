@@ -11,8 +11,10 @@ from dualform.compat.vision import depthwise, undecayed
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mamba import initial_step
+from dualform.ops.device import explains_device
 
 
+@explains_device
 class Mamba2Simple(nn.Module):
     """Mamba-2 for training only, with initial states that can be learned.
 

@@ -10,8 +10,10 @@ from dualform.compat.cache import InferenceParams
 from dualform.compat.vision import depthwise
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_tensors
+from dualform.ops.device import explains_device
 
 
+@explains_device
 class MHA(nn.Module):
     """``softmax(scale q k^T) v`` between two projections, of which the first is followed by a convolution if asked for.
 

@@ -26,11 +26,13 @@ from dualform.core.errors import ArgumentError, CheckpointError
 from dualform.core.json_file import to_json
 from dualform.core.options import suggestion
 from dualform.models.saving.files import CONFIG_FILE, WEIGHTS_FILE, replacing
+from dualform.ops.device import explains_device
 
 _MIXERS = {"Mamba1": Mamba, "Mamba2": Mamba2}
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
 
+@explains_device
 def create_block(
     d_model: int,
     d_intermediate: int = 0,
@@ -92,6 +94,7 @@ def _init_weights(
                 parameter /= math.sqrt(n_residuals_per_layer * n_layer)
 
 
+@explains_device
 class MixerModel(nn.Module):
     """An embedding, blocks and a last norm; arguments as :class:`~dualform.compat.model_config.MambaConfig`.
 
@@ -163,6 +166,7 @@ class MixerModel(nn.Module):
         )[0]
 
 
+@explains_device
 class MambaLMHeadModel(nn.Module, GenerationMixin):
     """A language model: ``backbone``, a :class:`MixerModel`, and ``lm_head``.
 

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualform.ops.device import explains_device
 
+
+@explains_device
 class GatedMLP(nn.Module):
     """``y, g = fc1(x)``; ``fc2(y * activation(g))``.
 

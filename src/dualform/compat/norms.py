@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_tensors, wide
+from dualform.ops.device import explains_device
 
 
 def layer_norm_fn(
@@ -125,6 +126,7 @@ def rms_norm_fn(
     )
 
 
+@explains_device
 class RMSNorm(nn.Module):
     """:func:`rms_norm_fn` with its weight.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite, orbit
 from dualform.core.shapes import check_tensors
@@ -14,6 +15,7 @@ from dualform.core.system import StateSpace
 _SPAN = 512  # samples that share a free initial state
 
 
+@explained
 def identify(u: Any, y: Any, order: int, *, dt: float = 1.0) -> StateSpace:
     """A discrete system of ``order`` states that turns u into y, by subspace identification.
 

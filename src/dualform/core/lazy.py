@@ -1,9 +1,12 @@
-"""Names of a package that are resolved on first use, so that importing it costs nothing."""
+"""Packages whose names are resolved on first use, so that importing them costs nothing, and that are no functions."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
+
+from dualform.core.errors import ArgumentError
 
 
 def lazy(
@@ -31,3 +34,18 @@ def lazy(
         return sorted({*vars(sys.modules[package]), *home, *packages})
 
     return getattribute, directory
+
+
+class _Package(ModuleType):
+    """A package whose name reads like that of a function."""
+
+    _instead: str
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        raise ArgumentError(f"{self.__name__} is a package, not a function", hint=self._instead)
+
+
+def explain_call(package: str, instead: str) -> None:
+    """Let a call of a package, for the function that it is not, raise an ArgumentError with what to call instead."""
+    module: Any = sys.modules[package]
+    module.__class__, module._instead = _Package, instead

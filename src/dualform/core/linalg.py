@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.options import brief
 from dualform.core.shapes import wide
 
 _SWEEPS = 20  # of the balancing iteration
@@ -18,10 +19,11 @@ def as_tensors(where: str, **values: Any) -> dict[str, Tensor]:
 
     The dtype is the widest among the floating tensors and NumPy arrays. Python numbers, lists and integers of any kind
     take that dtype; where there is no floating tensor or array, everything becomes float64 (or complex128). Tensors
-    decide the device. A masked value of ``numpy.ma`` is missing: it becomes NaN.
+    decide the device. A masked value of ``numpy.ma`` is missing, and so is a None among numbers: they become NaN.
 
     Raises:
-        ArgumentError: names a value that is not numeric, or two tensors on different devices.
+        ArgumentError: names a value that is not numeric, lists of different lengths where equal ones are expected, or
+            two tensors on different devices.
     """
     made = {name: _tensor(where, name, value) for name, value in values.items()}
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
@@ -68,10 +70,38 @@ def refuse(where: str, name: str, tensor: Tensor, wrong: Tensor, what: str, hint
 def _tensor(where: str, name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
+    if value is None:
+        raise ArgumentError(f"{where}: {name} is None, expected numbers")
     try:
         return torch.from_numpy(_array(value))
     except (TypeError, ValueError, RuntimeError) as error:
+        if ragged := _ragged(name, value):
+            raise ArgumentError(f"{where}: {ragged}", hint="NaN stands for a missing number; pad with it") from None
         raise ArgumentError(f"{where}: {name} is not a numeric array ({error})") from error
+
+
+def _ragged(name: str, value: Any) -> str:
+    """The first places of nested lists where lengths differ, in words; empty where there are none."""
+    if not isinstance(value, list | tuple) or not value:
+        return ""
+    for i, part in enumerate(value):
+        if inner := _ragged(f"{name}[{i}]", part):
+            return inner
+    for i, part in enumerate(value):
+        if _extent(part) != _extent(value[0]):
+            return f"{name} is ragged: {name}[0] {_said(value[0])}, but {name}[{i}] {_said(part)}"
+    return ""
+
+
+def _extent(value: Any) -> tuple[int, ...]:
+    """The shape of a list that is not ragged, or of an array."""
+    if isinstance(value, list | tuple):
+        return (len(value), *(_extent(value[0]) if value else ()))
+    return np.shape(value) if hasattr(value, "shape") else ()
+
+
+def _said(value: Any) -> str:
+    return f"has shape {shape}" if (shape := _extent(value)) else f"is {brief(value)}"
 
 
 def _array(value: Any) -> np.ndarray:
@@ -85,7 +115,10 @@ def _array(value: Any) -> np.ndarray:
         return plain
     if isinstance(value, list | tuple) and _holds_masked(value):
         return np.array([_array(part) for part in value])
-    return np.array(value)
+    made = np.array(value)
+    if made.dtype.kind not in "biufcO":
+        raise TypeError(f"it holds {made.dtype.name}")
+    return made.astype(np.float64) if made.dtype == object else made  # where None becomes NaN
 
 
 def _holds_masked(values: Iterable[Any]) -> bool:

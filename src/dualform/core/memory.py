@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualform.core.calls import explained
 from dualform.core.discretize import discretize_dense
 from dualform.core.errors import ArgumentError
 from dualform.core.hippo import transition
@@ -22,6 +23,7 @@ from dualform.core.shapes import check_tensors
 _SPAN = 1024  # samples whose basis functions are in memory at once
 
 
+@explained
 class Memory:
     """The coefficients of a signal's past in the basis of a HiPPO measure, updated sample by sample.
 

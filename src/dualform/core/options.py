@@ -1,10 +1,11 @@
-"""Frozen dataclasses of options, whose constructors explain a keyword or a value that does not fit."""
+"""Arguments that do not fit, explained; and frozen dataclasses of options, whose constructors do so."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, wraps
-from types import UnionType
+from inspect import Parameter, Signature, signature
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
 
 from dualform.core.errors import ConfigError, DualformError
@@ -16,52 +17,76 @@ _WORDS: dict[Any, str] = {
     dict: "an object", Mapping: "an object",
 }  # fmt: skip
 _PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts", bool: "values, true or false"}
+_NOWHERE: Mapping[str, str] = MappingProxyType({})
 
 
 @overload
 def options(cls: type[T]) -> type[T]: ...
 @overload
-def options(*, error: type[DualformError]) -> Callable[[type[T]], type[T]]: ...
+def options(*, error: type[DualformError] = ..., types: bool = ...) -> Callable[[type[T]], type[T]]: ...
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def options(cls: type[Any] | None = None, *, error: type[DualformError] = ConfigError) -> Any:
+def options(cls: type[Any] | None = None, *, error: type[DualformError] = ConfigError, types: bool = True) -> Any:
     """``dataclass(frozen=True)`` whose constructor raises an ``error`` that says what is wrong.
 
     That is: a keyword that is no field, with the nearest field as the hint; a field without a default that is missing;
     a value that is not of the annotated type of its field (an int passes for a float, a bool does not for an int).
+    Without ``types`` the class looks at the values itself.
     """
     if cls is None:
-        return lambda cls: _explained(cls, error)
-    return _explained(cls, error)
+        return lambda cls: _explained(cls, error, types)
+    return _explained(cls, error, types)
 
 
-def _explained(cls: type[T], error: type[DualformError]) -> type[T]:
+def _explained(cls: type[T], error: type[DualformError], types: bool) -> type[T]:
     made: Any = dataclass(frozen=True)(cls)
     plain: Callable[..., None] = made.__init__
+    shape = signature(plain)
 
     @wraps(plain)
     def init(self: Any, *args: Any, **given: Any) -> None:
-        try:
-            values = _values(made, args, given)
-        except ConfigError as wrong:
-            raise error(str(wrong)) from None
-        plain(self, **values)
+        if wrong := misfit(shape, (self, *args), given):
+            raise error(f"{made.__name__}: {wrong[0]}", hint=wrong[1])
+        if types:
+            try:
+                check_types(made, {**dict(zip([*shape.parameters][1:], args, strict=False)), **given}, made.__name__)
+            except ConfigError as wrong:
+                raise error(str(wrong)) from None
+        plain(self, *args, **given)
 
     made.__init__ = init
     return made
 
 
-def _values(cls: type[Any], args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor by name, checked."""
-    where, names = cls.__name__, [f.name for f in fields(cls)]
-    if len(args) > len(names):
-        raise ConfigError(f"{where}: {len(args)} values, expected at most {len(names)}: {', '.join(names)}")
-    first = dict(zip(names, args, strict=False))
-    if twice := [name for name in first if name in given]:
-        raise ConfigError(f"{where}: {twice[0]} is given twice, by its place and by its name")
-    values = {**first, **given}
-    check_keys(cls, values, where, "keyword")
-    check_types(cls, values, where)
-    return values
+def misfit(
+    shape: Signature, args: Sequence[Any], given: Mapping[str, Any], elsewhere: Mapping[str, str] = _NOWHERE
+) -> tuple[str, str] | None:
+    """What is wrong with the arguments of a call, and a hint; None where they fit the signature.
+
+    Args:
+        shape: of the function; a first parameter ``self`` or ``cls`` is not spoken of.
+        args: those by place.
+        given: those by name.
+        elsewhere: hints for names that other functions have.
+    """
+    parameters = list(shape.parameters.values())
+    if parameters and parameters[0].name in ("self", "cls"):
+        parameters, args = parameters[1:], args[1:]
+    placed = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    named = [*placed, *(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY)]
+    kinds = {p.kind for p in parameters}
+    if len(args) > len(placed) and Parameter.VAR_POSITIONAL not in kinds:
+        others = f"by name: {', '.join(named[len(placed) :])}" if len(named) > len(placed) else ""
+        return f"{len(args)} values, expected at most {len(placed)}: {', '.join(placed)}", others
+    if twice := [name for name in placed[: len(args)] if name in given]:
+        return f"{twice[0]} is given twice, by its place and by its name", ""
+    if Parameter.VAR_KEYWORD not in kinds and (unknown := [name for name in given if name not in named]):
+        name = unknown[0]
+        belongs = elsewhere.get(name, "") if not get_close_matches(name, named, cutoff=0.9) else ""
+        return f"unknown keyword {brief(name)}", belongs or suggestion(name, named)
+    needed = [p.name for p in parameters if p.name in named and p.default is Parameter.empty]
+    if missing := [name for name in needed if name not in {*placed[: len(args)], *given}]:
+        return f"missing keyword {', '.join(missing)}", f"required: {', '.join(needed)}"
+    return None
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

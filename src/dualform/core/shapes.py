@@ -12,7 +12,7 @@
 ``B`` and ``D`` are sizes in shapes and system matrices in formulas.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_PASSED = 4096  # combinations that a check remembers
 
 
@@ -124,6 +125,19 @@ def check_real(where: str, **tensors: Tensor | None) -> None:
         if tensor is not None and not tensor.is_floating_point():
             kind = "a real" if tensor.is_complex() else "a floating"
             raise ArgumentError(f"{where}: {name} is {tensor.dtype}, expected {kind} dtype")
+
+
+def dtype_of(where: str, dtype: str | torch.dtype, among: Sequence[torch.dtype] = FLOATING) -> torch.dtype:
+    """A dtype, or the one of a name such as ``float32``.
+
+    Raises:
+        ArgumentError: for one that is not ``among`` those that are expected, and lists them.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in among:
+        known = ", ".join(str(d).removeprefix("torch.") for d in among)
+        raise ArgumentError(f"{where}: dtype is {dtype}, expected one of {known}")
+    return found
 
 
 def wide(*tensors: Tensor | None) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualform.core.calls import explained
 from dualform.core.discretize import control_form, discretize_dense, generalized_bilinear, known_method
 from dualform.core.errors import ArgumentError
 from dualform.core.gramian import balance, gramian
@@ -14,6 +15,7 @@ from dualform.core.linalg import as_tensors, balancing, check_finite, orbit
 from dualform.core.shapes import check_tensors, wide
 
 
+@explained
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class StateSpace:
     """A linear time-invariant system with dense matrices, in continuous or in discrete time.

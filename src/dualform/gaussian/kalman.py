@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite, refuse, symmetric_part
 from dualform.core.packing import Borders, Packing, unpack
@@ -16,6 +17,7 @@ from dualform.gaussian.model import Gaussian, LinearGaussian
 __all__ = ["Filtered", "KalmanFilter"]
 
 
+@explained
 class KalmanFilter:
     """The filter of a linear-Gaussian model, a :class:`~dualform.core.recurrence.Recurrence`.
 
@@ -140,7 +142,8 @@ class KalmanFilter:
         """Filter one series or a batch: :meth:`forward` for arrays, without the final state.
 
         Args:
-            y: ``(B, T, M)``, or one series ``(T, M)``, or ``(T,)`` for M = 1; a tensor, NumPy array or list.
+            y: ``(B, T, M)``, or one series ``(T, M)``, or ``(T,)`` for M = 1; a tensor, NumPy array or list, in which
+                None is missing, as NaN is.
             state: as in :meth:`forward`, with one row for one series.
 
         Returns:
@@ -166,7 +169,7 @@ class KalmanFilter:
                 f"{where}: y has shape {tuple(y.shape)}, expected (B, T, {m}) or (T, {m}){' or (T,)' * (m == 1)}"
             )
         _refuse_infinite(where, "y", y)
-        x = y if batched else y.view(1, len(y), -1)
+        x = y if batched else (y[:, None] if y.dim() == 1 else y)[None]
         out, _ = self._forward(where, "y", x, state)
         return out if batched else tree_map(lambda z: z[0], out)
 

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite, matvec, symmetric_part
 from dualform.core.shapes import check_tensors
 from dualform.core.tree import state_class
+from dualform.ops.device import usable_device
 
 
 @state_class
@@ -20,6 +22,7 @@ class Gaussian(NamedTuple):
     cov: Tensor  # (..., N, N)
 
 
+@explained
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class LinearGaussian:
     """A linear-Gaussian state space model.
@@ -80,7 +83,13 @@ class LinearGaussian:
         return f"LinearGaussian(N={n}, M={m}, {str(self.A.dtype).removeprefix('torch.')}, {self.A.device})"
 
     def to(self, *args: Any, **kwargs: Any) -> "LinearGaussian":
-        """The model with every tensor moved or cast, with the arguments of ``torch.Tensor.to``."""
+        """The model with every tensor moved or cast, with the arguments of ``torch.Tensor.to``.
+
+        Raises:
+            ArgumentError: for a device that is not there.
+        """
+        for device in (value for value in (*args, *kwargs.values()) if isinstance(value, str | torch.device)):
+            usable_device(device, f"LinearGaussian.to: device {str(device)!r}", numbers=False)
         return LinearGaussian(*(getattr(self, field.name).to(*args, **kwargs) for field in fields(self)))
 
     @torch.no_grad()

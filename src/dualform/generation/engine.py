@@ -3,15 +3,19 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
+from dualform.core.options import brief
 from dualform.core.tree import clone
 from dualform.generation.options import Sampling
 from dualform.generation.sampling import sample, uniform
-from dualform.generation.session import WINDOW, Session
+from dualform.generation.session import WINDOW, Session, mark
 from dualform.layers.mixer import Prepared
 from dualform.models.lm import LanguageModel
 
@@ -20,8 +24,15 @@ from dualform.models.lm import LanguageModel
 PREFILL = {"cpu": 2**15, "accelerator": 2**21}
 _LEAST_PIECE = 64  # tokens
 _DEFAULT = Sampling()
+_MODEL = "dualform.load reads one from a folder, and LanguageModel(config) makes one"
+_SAMPLING = "such as dualform.Sampling(temperature=0.8)"
+_ELSEWHERE = {
+    field.name: f"it is an option of Sampling: generate(..., sampling=Sampling({field.name}={field.default}))"
+    for field in fields(Sampling)
+}
 
 
+@explained(elsewhere=_ELSEWHERE)
 def generate(
     model: LanguageModel,
     prompt_tokens: Sequence[int] | Tensor,
@@ -59,20 +70,24 @@ def generate(
         ArgumentError: for an empty prompt without a state, tokens outside the vocabulary, or a session that does
             not fit the model.
     """
+    if not isinstance(getattr(getattr(model, "config", None), "vocab_size", None), int):
+        raise ArgumentError(f"generate: model is {type(model).__name__}, expected a LanguageModel", hint=_MODEL)
+    if not isinstance(sampling, Sampling):
+        raise ArgumentError(f"generate: sampling is {brief(sampling)}, expected a Sampling", hint=_SAMPLING)
     vocab = model.config.vocab_size
     prompt = _token_tensor("generate: prompt_tokens", prompt_tokens, vocab)
     if not len(prompt) and state is None:
         raise ArgumentError("generate: the prompt is empty", hint="give at least one token, or a state to continue")
-    if max_new_tokens < 0:
-        raise ArgumentError(f"generate: max_new_tokens is {max_new_tokens}, expected 0 or more")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ArgumentError(f"generate: seed is {seed}, expected a whole number in [0, 2^63)")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+        raise ArgumentError(f"generate: max_new_tokens is {brief(max_new_tokens)}, expected a whole number, 0 or more")
+    if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
+        raise ArgumentError(f"generate: seed is {brief(seed)}, expected a whole number in [0, 2^63)")
     stops = _stop_sequences(stop, vocab)
     if state is None:
         # Capacity for the prompt alone: it must not depend on how many tokens a call happens to ask for.
         state = Session.start(model, seed=seed or 0, max_len=len(prompt))
     else:
-        _check_session(state, vocab)
+        _check_session(state, model)
         state = state.to(next(model.parameters()).device)
         state = state if seed is None else state._replace(seed=torch.full_like(state.seed, seed))
     return Generation(model, prompt, max_new_tokens, sampling, stops, state)
@@ -106,7 +121,7 @@ class Generation(Iterator[int]):
         self._state, self._logits = session.state, session.logits
         self._history = deque((token for token in session.history[0].tolist() if token >= 0), maxlen=WINDOW)
         self._generated = 0 if len(prompt) else int(session.generated)
-        self._position, self._seed = int(session.position), int(session.seed)
+        self._position, self._seed, self._mark = int(session.position), int(session.seed), session.model
 
     def __next__(self) -> int:
         if self.finish or not self._remaining:
@@ -130,7 +145,7 @@ class Generation(Iterator[int]):
         if self._history:
             history[0, -len(self._history) :] = torch.tensor(self._history)
         generated, position, seed = (torch.tensor([n]) for n in (self._generated, self._position, self._seed))
-        session = Session(self._state, self._logits, history, generated, position, seed)
+        session = Session(self._state, self._logits, history, generated, position, seed, self._mark)
         return clone(session)
 
     def _read(self) -> None:
@@ -214,13 +229,21 @@ def _stop_sequences(stop: Iterable[int | Sequence[int]], vocab: int) -> list[tup
     return stops
 
 
-def _check_session(session: Session, vocab: int) -> None:
+def _check_session(session: Session, model: LanguageModel) -> None:
     if not isinstance(session, Session):
         raise ArgumentError(
             f"generate: state is {type(session).__name__}, expected a Session", hint="generation.state is one"
         )
-    if tuple(session.logits.shape) != (1, vocab):
+    if len(session.model) != 1:
         raise ArgumentError(
-            f"generate: state has logits of shape {tuple(session.logits.shape)}, expected (1, {vocab})",
-            hint="a session continues with the model that made it, one sequence at a time",
+            f"generate: state has {len(session.model)} rows, expected 1",
+            hint="one sequence at a time: dualform.core.tree.take(state, [0])",
         )
+    if not torch.equal(session.model.cpu(), mark(model)):
+        raise ArgumentError(
+            "generate: state is a session of another model",
+            hint="a session goes on only with the config, the weights and the dtype that made it",
+        )
+    if tuple(session.logits.shape) != (1, model.config.vocab_size):
+        shape = tuple(session.logits.shape)
+        raise ArgumentError(f"generate: state has logits of shape {shape}, expected (1, {model.config.vocab_size})")

@@ -6,16 +6,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dualform.core.calls import explained
 from dualform.core.errors import CheckpointError
 from dualform.core.recurrence import State
 from dualform.core.tree import clone, named_leaves, nbytes, state_class, tree_map
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.state import fingerprint, load_meta, load_state, save_state
+from dualform.ops.device import usable_device
 
 WINDOW = 256  # tokens remembered for the repetition penalty, and the longest stop sequence
+_FEW = 8  # elements of each weight by which a session knows its model
 _MODEL = "session_model"  # the key of the file's metadata that holds the model's fingerprint
 
 
+@explained
 @state_class
 class Session(NamedTuple):
     """Where a generation stands. A tree of tensors, batch first in every leaf, as every state of the library.
@@ -30,6 +34,7 @@ class Session(NamedTuple):
         generated: tokens generated since the last prompt, int64 ``(1,)``; stop sequences match only these.
         position: tokens seen in all, int64 ``(1,)``; the place in the random stream.
         seed: of the random stream, int64 ``(1,)``.
+        model: what tells its model from others, int64 ``(1, 4)``; see :func:`mark`.
     """
 
     state: State
@@ -38,6 +43,7 @@ class Session(NamedTuple):
     generated: Tensor
     position: Tensor
     seed: Tensor
+    model: Tensor
 
     @classmethod
     def start(cls, model: LanguageModel, *, seed: int = 0, max_len: int = 0) -> "Session":
@@ -51,6 +57,7 @@ class Session(NamedTuple):
             generated=zero,
             position=zero.clone(),
             seed=torch.full_like(zero, seed),
+            model=mark(model).to(device),
         )
 
     @property
@@ -69,7 +76,12 @@ class Session(NamedTuple):
         return copy if seed is None else copy._replace(seed=torch.full_like(copy.seed, seed))
 
     def to(self, device: torch.device | str) -> "Session":
-        """A copy on a device, this one's or another."""
+        """A copy on a device, this one's or another.
+
+        Raises:
+            ArgumentError: for a device that is not there.
+        """
+        device = usable_device(device, f"Session.to: device {str(device)!r}", numbers=False)
         return tree_map(lambda leaf: leaf.to(device, copy=True), self)
 
     def save(self, path: str | os.PathLike[str], model: LanguageModel) -> None:
@@ -78,7 +90,7 @@ class Session(NamedTuple):
         Raises:
             CheckpointError: when the disk refuses; a file saved there before is unchanged.
         """
-        save_state(self, path, {_MODEL: fingerprint(model)})
+        save_state(self._replace(model=()), path, {_MODEL: fingerprint(model)})  # the file has one over more weights
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: LanguageModel) -> "Session":
@@ -96,10 +108,20 @@ class Session(NamedTuple):
                 f"{path}: saved with model {made_by[:12]}, and this is model {here[:12]}",
                 hint="a state goes on only with the weights and the dtype that made it",
             )
-        session: Session = load_state(path, cls.start(model))
+        like = cls.start(model)
+        session: Session = load_state(path, like._replace(model=()))._replace(model=like.model)
         if wrong := _contradiction(session, model):
             raise CheckpointError(f"{path}: {wrong}", hint="the file is damaged; save the session again")
         return session
+
+
+def mark(model: LanguageModel) -> Tensor:
+    """What a session in memory knows its model by, int64 ``(1, 4)``: the config, dtypes, and some of each weight.
+
+    It takes a fraction of a step; :func:`~dualform.models.saving.state.fingerprint`, which files hold, reads more.
+    """
+    digits = bytes.fromhex(fingerprint(model, _FEW))
+    return torch.tensor([[int.from_bytes(digits[i : i + 8], "big", signed=True) for i in range(0, 32, 8)]])
 
 
 def _contradiction(session: Session, model: LanguageModel) -> str:

@@ -1,5 +1,6 @@
 """Pictures of memories, layers and systems; every ``draw`` function returns a Matplotlib figure."""
 
+from dualform.core.lazy import explain_call
 from dualform.inspect.folder import pictures_of_layer, pictures_of_measure, pictures_of_model, save
 from dualform.inspect.memory import draw_memory
 from dualform.inspect.response import draw_frequency, draw_impulse
@@ -19,3 +20,5 @@ __all__ = [
     "save",
     "state_spaces",
 ]
+
+explain_call(__name__, "it has functions such as dualform.inspect.draw_poles; dualform inspect is a command")

@@ -4,14 +4,28 @@ from abc import ABCMeta
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
+from inspect import signature
+from itertools import chain
 from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor, nn
 
+from dualform.core.door import other_device, other_rows
 from dualform.core.errors import ArgumentError, ConfigError
+from dualform.core.options import misfit
+from dualform.core.packing import Packing
 
 DEEPEST = 1_000
 """Layers inside of one sub-layer; a config that asks for more is damaged."""
+
+ELSEWHERE = {
+    "attention_mask": "models such as LanguageModel take attention_mask; layers take cu_seqlens, of packed sequences",
+    "inference_params": "a state is given and returned: y, state = layer(x, state)",
+    "interval": "layers in continuous time take intervals, such as S4D, S5 and Mamba2",
+    "intervals": "layers in continuous time take intervals, such as S4D, S5 and Mamba2",
+    "rate": "layers whose step can be scaled take a rate, such as S4, S4D and DSS",
+}
+"""Hints for keywords that not every layer has."""
 
 
 class PartClass(ABCMeta):
@@ -60,25 +74,52 @@ class Part(nn.Module, metaclass=PartClass):
 
 
 def _explained(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run(part, x, ...)``, with an error of PyTorch over the dtype of ``x`` said plainly."""
+    """``run(part, x, ...)``, with an error over arguments that do not fit the part said plainly.
+
+    That is: arguments that it does not have, ``x`` of another dtype or on another device than the weights, and a state
+    on another device or with other rows. Nothing is looked at until an error is there.
+    """
+    shape = signature(run)
 
     @wraps(run)
-    def explained(self: Part, x: Any, *args: Any, **keywords: Any) -> Any:
+    def explained(*args: Any, **keywords: Any) -> Any:
         try:
-            return run(self, x, *args, **keywords)
-        except RuntimeError as error:
-            mixed = _mixed(self, x)
-            if mixed is None:
+            return run(*args, **keywords)
+        except TypeError:
+            if (wrong := misfit(shape, args, keywords, ELSEWHERE)) is None:
                 raise
-            raise mixed from error
+            name = type(args[0]).__name__ + ("" if run.__name__ == "forward" else f".{run.__name__}")
+            raise ArgumentError(f"{name}: {wrong[0]}", hint=wrong[1]) from None
+        except (RuntimeError, ArgumentError) as error:
+            given = shape.bind(*args, **keywords).arguments
+            part, x, *_ = given.values()
+            rank = 3 if run.__name__ == "forward" else 2
+            wrong = _unfit(part, x, rank, given.get("state"), given.get("cu_seqlens"))
+            if wrong is None:
+                raise
+            raise wrong from error
 
     return explained
 
 
-def _mixed(part: Part, x: Any) -> ArgumentError | None:
+def _unfit(part: Part, x: Any, rank: int, state: Any, cu_seqlens: Any) -> ArgumentError | None:
+    """The error of an input or a state on another device, of another dtype, or with other rows; None if all fit."""
+    name, weight = type(part).__name__, next(chain(part.parameters(), part.buffers()), None)
+    if not isinstance(x, Tensor):
+        return None
+    state = state if getattr(part, "causal", True) else None  # which it refuses
+    wrong = None if weight is None else other_device(name, "layer", weight.device, {"x": x, "state": state})
+    if wrong is None and x.dim() == rank:
+        borders = cu_seqlens.as_tensor() if isinstance(cu_seqlens, Packing) else cu_seqlens
+        rows = len(borders) - 1 if isinstance(borders, Tensor) and borders.dim() else len(x)
+        wrong = other_rows(name, state, rows)
+    return wrong or _mixed(part, x)
+
+
+def _mixed(part: Part, x: Tensor) -> ArgumentError | None:
     """The error of an input whose dtype is not that of the weights."""
     weight = next((p for p in part.parameters() if p.is_floating_point()), None)
-    if not isinstance(x, Tensor) or weight is None or x.dtype == weight.dtype:
+    if weight is None or x.dtype == weight.dtype:
         return None
     return ArgumentError(
         f"{type(part).__name__}: x is {x.dtype}, but the weights are {weight.dtype}",

@@ -11,17 +11,31 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualform.core.allocation import sized
+from dualform.core.calls import explained
+from dualform.core.door import other_device, other_rows
 from dualform.core.errors import ArgumentError, ConfigError
+from dualform.core.options import brief
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_floating, check_tensors, wide
-from dualform.core.tree import leaves
 from dualform.layers.mixer import Mixer, Prepared, Step
 from dualform.models.block import Block
 from dualform.models.config import ModelConfig
 from dualform.ops.op import backend, forced
 
+_STATE = "a state is given and returned: y, state = model(x, state)"
+ELSEWHERE = {
+    "input_ids": "tokens come first: model(tokens)",
+    "inference_params": _STATE,
+    "labels": "model.loss(x, targets) is the loss",
+    "mask": "attention_mask is 1 for an element and 0 for padding",
+    "past_key_values": _STATE,
+    "targets": "model.loss(x, targets) is the loss",
+}
+"""Hints for keywords that models do not have, or not everywhere."""
 
+
+@explained(elsewhere=ELSEWHERE)
 class Backbone(nn.Module):
     """Tokens ``(B, T)`` or features ``(B, T, inputs)`` -> ``(B, T, D)``: entrance, blocks, RMS norm.
 
@@ -40,14 +54,17 @@ class Backbone(nn.Module):
         inputs: width of the features; None reads tokens.
 
     Raises:
-        ConfigError: for a config without a vocabulary where tokens are read, a width below 1, or sizes that memory
-            cannot hold.
+        ConfigError: for what is no ModelConfig, a config without a vocabulary where tokens are read, a width below 1,
+            or sizes that memory cannot hold.
     """
 
     recompute: bool = False
 
     def __init__(self, config: ModelConfig, inputs: int | None = None):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            hint = "dualform.preset gives one by its name, ModelConfig.from_dict one from a table"
+            raise ConfigError(f"{self._name}: config is {brief(config)}, expected a ModelConfig", hint=hint)
         self.config, self.inputs = config, inputs
         if inputs is None and config.vocab_size < 1:
             raise ConfigError(f"{self._name}: vocab_size is 0, expected at least 1 for a model that reads tokens")
@@ -198,20 +215,28 @@ class Backbone(nn.Module):
                 f"{self._name}: state is not a tuple of {len(self.blocks)}, one per block",
                 hint="a state comes from init_state, forward or step of the same model",
             )
-        for leaf in leaves(state):
-            if leaf.shape[0] != rows:
-                raise ArgumentError(f"{self._name}: state has {leaf.shape[0]} rows, expected {rows}")
+        self._check_rows(state, rows)
         return state
+
+    def _check_rows(self, state: State, rows: int) -> None:
+        if wrong := other_rows(self._name, state, rows):
+            raise wrong
 
     def _check_inputs(self, x: Tensor, axes: str) -> None:
         if self.inputs is None:
             self._check_tokens("tokens", x, axes)
         else:
-            check_tensors(self._name, norm=(self.norm.weight, "D"), x=(x, f"{axes} {self.inputs}"))
+            self._check_device(x=x)
+            check_tensors(self._name, x=(x, f"{axes} {self.inputs}"))
             check_floating(self._name, x=x)
 
+    def _check_device(self, **given: Tensor) -> None:
+        if wrong := other_device(self._name, "model", self.norm.weight.device, given):
+            raise wrong
+
     def _check_tokens(self, name: str, tokens: Tensor, letters: str, ignored: int = 0) -> None:
-        check_tensors(self._name, norm=(self.norm.weight, "D"), **{name: (tokens, letters)})
+        self._check_device(**{name: tokens})
+        check_tensors(self._name, **{name: (tokens, letters)})
         hint = "is this the tokenizer of this model?"
         if isinstance(tokens, Tensor) and tokens.is_floating_point():
             hint = "text becomes tokens with a tokenizer's encode"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
 from dualform.layers.mixer import Mixer, PartConfig, Prepared, Step
+from dualform.layers.part import ELSEWHERE
 
 
 class Block(nn.Module):
@@ -106,10 +107,7 @@ class Block(nn.Module):
         for name in given:
             if refused := self._refused["rate" if name == "rate" else "intervals"]:
                 raise ArgumentError(
-                    f"{where}: {name} is given, and {refused[0]} does not take it",
-                    hint="layers in continuous time do, such as S4D, S5 and Mamba2"
-                    if name != "rate"
-                    else "layers whose step can be scaled do, such as S4, S4D and DSS",
+                    f"{where}: {name} is given, and {refused[0]} does not take it", hint=ELSEWHERE[name]
                 )
         return given
 

@@ -8,13 +8,14 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from dualform.core.allocation import sized
+from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors, wide, widest
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Step
-from dualform.models.backbone import Backbone
+from dualform.models.backbone import ELSEWHERE, Backbone
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED
 from dualform.models.padding import lay_out
@@ -31,6 +32,7 @@ class PooledState(NamedTuple):
     seen: Tensor  # (B,), int64, elements so far
 
 
+@explained(elsewhere=ELSEWHERE)
 class PooledModel(Backbone):
     """``W pool(features) + b``: a sequence of tokens or of features -> one vector ``(B, outputs)``.
 
@@ -180,6 +182,7 @@ class PooledModel(Backbone):
                 f"{self._name}: state is {type(state).__name__}, expected a PooledState",
                 hint="a state comes from init_state, forward or step of the same model",
             )
+        self._check_rows(state, rows)
         width = self.config.d_model
         check_tensors(self._name, pooled=(state.pooled, f"{rows} {width}"), seen=(state.seen, f"{rows}"))
         return state
@@ -192,6 +195,7 @@ class PooledModel(Backbone):
             )
 
 
+@explained(elsewhere=ELSEWHERE)
 class SequenceClassifier(PooledModel):
     """A sequence of tokens or of features -> logits of its classes, ``(B, classes)``; see :class:`PooledModel`.
 
@@ -233,6 +237,7 @@ class SequenceClassifier(PooledModel):
         return total / (labels != IGNORED).sum().clamp(min=1)
 
 
+@explained(elsewhere=ELSEWHERE)
 class SequenceRegressor(PooledModel):
     """A sequence of tokens or of features -> some numbers, ``(B, targets)``; see :class:`PooledModel`.
 

@@ -7,17 +7,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
+from dualform.core.calls import explained
 from dualform.core.errors import ConfigError
 from dualform.core.packing import Borders
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors, wide
 from dualform.layers.mixer import Step
-from dualform.models.backbone import Backbone
+from dualform.models.backbone import ELSEWHERE, Backbone
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED, linear_cross_entropy
 from dualform.models.padding import Line, lay_out
 
 
+@explained(elsewhere=ELSEWHERE)
 class LanguageModel(Backbone):
     """Tokens ``(B, T)`` -> logits ``(B, T, V)``: embedding, one block per letter of the pattern, RMS norm, head.
 

@@ -1,5 +1,6 @@
 """Models by name: the sizes of the papers, and small byte-level ones that a laptop trains."""
 
+from dualform.core.calls import explained
 from dualform.core.errors import ConfigError
 from dualform.core.options import suggestion
 from dualform.layers.attention import AttentionConfig
@@ -12,6 +13,7 @@ from dualform.layers.s4d import S4DConfig
 from dualform.models.config import ModelConfig
 
 
+@explained
 def preset(name: str) -> ModelConfig:
     """The config called ``name``; ``LanguageModel(preset(name))`` is that model, untrained.
 

@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from dualform.core.errors import DualformError
+from dualform.core.calls import explained
+from dualform.core.errors import ArgumentError, DualformError
 from dualform.core.json_file import to_json
+from dualform.core.options import brief
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.folder import BEST, CHECKPOINTS, MODEL, checkpoints
@@ -41,6 +43,7 @@ _SIGPIPE = 13  # Windows has no name for it
 _TIMES = 10  # evaluations and checkpoints of a run where the recipe does not say
 
 
+@explained
 def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
     """Train a language model.
 
@@ -71,6 +74,9 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         KeyboardInterrupt: after SIGINT.
         SystemExit: after SIGTERM or SIGHUP, or where the console's reader is gone.
     """
+    if not isinstance(recipe, Recipe):
+        hint = "Recipe.load reads one from a file, such as Recipe.load('my.toml')"
+        raise ArgumentError(f"train: recipe is {brief(recipe)}, expected a Recipe", hint=hint)
     recipe, accelerator = settled(recipe, resume), build_accelerator(recipe)
     model, tokenizer = build_model(recipe)
     with ExitStack() as stack:

@@ -9,13 +9,13 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dualform.core.errors import ConfigError
 from dualform.core.json_file import kind_of, parse_json, parse_toml, read_text
-from dualform.core.options import brief, check_names, check_types, suggestion
+from dualform.core.options import brief, check_names, check_types, options, suggestion
 from dualform.models.config import ModelConfig
 from dualform.models.presets import preset
 from dualform.models.saving.folder import RECIPE_FILE  # of a run; JSON, because TOML has no null
@@ -26,7 +26,7 @@ STDLIB = "stdlib"
 WARMUP, WARMUP_SHARE = 50, 0.1  # steps and share of the run, whichever is less
 
 
-@dataclass(frozen=True)
+@options(types=False)
 class Data:
     """The training data, and how much of it a step takes.
 
@@ -66,7 +66,7 @@ class Data:
             _demand(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
 
 
-@dataclass(frozen=True)
+@options(types=False)
 class Optim:
     """AdamW with a linear warm-up, a cosine down to a floor, and clipping.
 
@@ -109,7 +109,7 @@ class Optim:
         _demand(0 <= self.floor <= 1, "optim.floor", self.floor, "a share, from 0 to 1")
 
 
-@dataclass(frozen=True)
+@options(types=False)
 class Recipe:
     """A training run. It ends after ``steps`` or ``minutes``, whichever comes first; one of them must be given.
 

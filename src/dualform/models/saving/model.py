@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dualform import __version__
-from dualform.core.errors import CheckpointError, ConfigError
+from dualform.core.calls import explained
+from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
 from dualform.core.json_file import entry, read_json, to_json
 from dualform.core.options import brief
+from dualform.core.shapes import dtype_of
 from dualform.models.backbone import Backbone
 from dualform.models.config import ModelConfig
 from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
@@ -29,8 +31,13 @@ from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FI
 from dualform.models.saving.folder import model_folder
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.verify import check_files, manifest_of
+from dualform.ops.device import usable_device
 
 FORMAT = 1
+_OF_A_LAYER = (
+    "of a layer: safetensors.torch.save_file(layer.state_dict(), 'layer.safetensors'), and into another one "
+    "safetensors.torch.load_model(layer, 'layer.safetensors')"
+)
 _OTHER_MODEL = f"{CONFIG_FILE} beside it describes another model"
 Folder = str | os.PathLike[str]
 Model = TypeVar("Model", bound=Backbone)
@@ -46,6 +53,7 @@ class SavedTokenizer(Protocol):
         ...
 
 
+@explained
 def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = None) -> None:
     """Write a model to a folder: ``config.json``, ``model.safetensors`` and, if given, ``tokenizer.json``.
 
@@ -54,8 +62,12 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
     stays.
 
     Raises:
+        ArgumentError: for what is none of the library's models, such as a layer; says how to save that.
         CheckpointError: when the disk refuses.
     """
+    if not isinstance(model, Backbone):
+        kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *_POOLED.values()))
+        raise ArgumentError(f"save: model is {type(model).__name__}, expected one of {kinds}", hint=_OF_A_LAYER)
     with replacing(folder) as new:
         write(model, new, tokenizer)
 
@@ -78,7 +90,7 @@ def load(
     folder: Folder,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     kind: None = None,
     verify: bool = False,
 ) -> Any: ...
@@ -87,15 +99,16 @@ def load(
     folder: Folder,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     kind: type[Model],
     verify: bool = False,
 ) -> Model: ...
+@explained
 def load(
     folder: Folder,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     kind: type[Any] | None = None,
     verify: bool = False,
 ) -> Any:
@@ -106,7 +119,7 @@ def load(
     Args:
         folder: where it was saved; of a training run, the run's model or else its newest checkpoint.
         device: where to put it.
-        dtype: of its floating tensors; None keeps what was saved.
+        dtype: of its floating tensors, such as ``"bfloat16"``; None keeps what was saved.
         kind: a class it must be of, such as ``LanguageModel``; None takes any.
         verify: whether to read all files once more and compare their digests with those that were saved. Without it
             sizes alone are compared, and a byte that changed inside of a tensor is not noticed.
@@ -116,7 +129,10 @@ def load(
             tensor too many, too few or of another shape; with ``verify`` also for a damaged file, or a folder
             without digests; names it.
         ConfigError: for a config with an unknown or missing key; names it.
+        ArgumentError: for a device that is not there, or a dtype that is not floating.
     """
+    device = usable_device(device, f"load: device {str(device)!r}", numbers=False)
+    dtype = None if dtype is None else dtype_of("load", dtype)
     folder = model_folder(folder)
     found, config, head = _described(folder)
     if kind is not None and not issubclass(found, kind):

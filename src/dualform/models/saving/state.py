@@ -90,17 +90,17 @@ def verify_state(path: StatePath) -> bool:
     return _read(path)[2]
 
 
-def fingerprint(model: LanguageModel) -> str:
+def fingerprint(model: LanguageModel, most: int = _SAMPLE) -> str:
     """64 hexadecimal digits that tell models apart: SHA-256 over the config and the weights, wherever they live.
 
-    Of a tensor with more than 65,536 elements, 65,536 evenly spaced ones count. The dtype counts too: a state goes on
-    bit for bit only with the numbers it came from.
+    Of a tensor with more than ``most`` elements, as many at most, evenly spaced, count. The dtype counts too: a state
+    goes on bit for bit only with the numbers it came from.
     """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in unique_tensors(model).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().flatten()
-        sample = flat[:: -(-len(flat) // _SAMPLE)] if len(flat) > _SAMPLE else flat
+        sample = flat[:: -(-len(flat) // most)] if len(flat) > most else flat
         digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
