@@ -95,7 +95,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known) or 'none'}"
 
 
-def check_names(given: Iterable[Any], known: Sequence[str], where: str, what: str = "key", prefix: str = "") -> None:
+def check_names(given: Iterable[Any], known: Sequence[str], where: str, prefix: str = "") -> None:
     """That every name is a known one.
 
     Raises:
@@ -103,19 +103,19 @@ def check_names(given: Iterable[Any], known: Sequence[str], where: str, what: st
     """
     for name in given:
         if name not in known:
-            raise ConfigError(f"{where}: unknown {what} {brief(f'{prefix}{name}')}", hint=suggestion(str(name), known))
+            raise ConfigError(f"{where}: unknown key {brief(f'{prefix}{name}')}", hint=suggestion(str(name), known))
 
 
-def check_keys(cls: type[Any], given: Mapping[str, Any], where: str, what: str = "key") -> None:
+def check_keys(cls: type[Any], given: Mapping[str, Any], where: str) -> None:
     """That every key is a field of a dataclass, and every field without a default is there.
 
     Raises:
         ConfigError: names the key.
     """
-    check_names(given, [f.name for f in fields(cls)], where, what)
+    check_names(given, [f.name for f in fields(cls)], where)
     needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in given]:
-        raise ConfigError(f"{where}: missing {what} {', '.join(missing)}", hint=f"required: {', '.join(needed)}")
+        raise ConfigError(f"{where}: missing key {', '.join(missing)}", hint=f"required: {', '.join(needed)}")
 
 
 def check_types(cls: type[Any], values: Mapping[str, Any], where: str, prefix: str = "") -> None:
