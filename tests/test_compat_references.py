@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dualform.compat.conv import causal_conv1d_varlen_states
 from dualform.compat.gated_norms import rmsnorm_fn
 from dualform.compat.references import (
     mamba_chunk_scan,
@@ -11,6 +12,7 @@ from dualform.compat.references import (
     ssd_chunk_scan_combined_ref,
 )
 from dualform.compat.ssd import mamba_split_conv1d_scan_combined
+from dualform.core.errors import ArgumentError
 
 
 def r(*shape):
@@ -53,3 +55,12 @@ def test_the_layer_of_mamba2_behind_its_projection():
     options = {"rmsnorm_weight": r(12), "outproj_weight": r(6, 12), "headdim": 3, "ngroups": 2, "dt_limit": (0.1, 2.0)}
     want = mamba_split_conv1d_scan_combined(*arguments, **options)
     torch.testing.assert_close(mamba_split_conv1d_scan_ref(*arguments, **options), want)
+
+
+def test_what_lies_behind_the_last_border_is_padding():
+    """As in mamba-ssm's generation from prompts of unequal lengths on one line."""
+    x = r(9, 3)
+    want = torch.stack([torch.cat([0 * x[:2], x[:1]]), x[3:6]]).mT
+    torch.testing.assert_close(causal_conv1d_varlen_states(x, torch.tensor([0, 1, 6]), 3), want)
+    with pytest.raises(ArgumentError, match="must rise from 0"):
+        causal_conv1d_varlen_states(x, torch.tensor([0, 1, 10]), 3)

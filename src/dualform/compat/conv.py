@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualform.compat.layout import check_layout, time_last, time_second
+from dualform.compat.layout import check_layout, time_last, time_second, to_the_end
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import Packing
 from dualform.core.shapes import check_tensors
@@ -82,20 +82,20 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
     Args:
         x: ``(total, D)``.
-        cu_seqlens: ``(n + 1,)``, their cumulative lengths.
+        cu_seqlens: ``(n + 1,)``, their cumulative lengths; what lies behind the last one is padding.
         state_len: how many inputs.
 
     Returns:
         ``(n, D, state_len)``.
 
     Raises:
-        ArgumentError: for shapes that do not fit, or borders that do not rise from 0 to the length.
+        ArgumentError: for shapes that do not fit, or borders that do not rise from 0, or pass the length.
     """
     where = "causal_conv1d_varlen_states"
-    check_tensors(where, x=(x, "T D"))
-    packing = Packing.of(where, cu_seqlens, x[None])
+    check_tensors(where, x=(x, "T D"), cu_seqlens=(cu_seqlens, "*"))
+    packing = Packing.of(where, to_the_end(cu_seqlens, len(x)), x[None])
     assert packing is not None
-    ends, starts = packing.cu_seqlens[1:, None], packing.cu_seqlens[:-1, None]
+    ends, starts = packing.cu_seqlens[1:-1, None], packing.cu_seqlens[:-2, None]
     steps = ends - state_len + torch.arange(state_len, device=x.device)
     found = x[steps.clamp(min=0)] if x.shape[0] else x.new_zeros(*steps.shape, x.shape[1])
     return found.masked_fill((steps < starts)[..., None], 0).transpose(1, 2)

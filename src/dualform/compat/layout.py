@@ -52,6 +52,11 @@ def time_last(y: Tensor, like: Tensor) -> Tensor:
     return y.contiguous() if like.is_contiguous() else y
 
 
+def to_the_end(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Borders ``(n + 1,)``, and one more sequence ``(n + 2,)`` of what lies behind the last: padding, if any."""
+    return torch.cat([cu_seqlens, cu_seqlens.new_full((1,), length)])
+
+
 class Runs(NamedTuple):
     """The sequences that ``seq_idx`` ``(B, T)`` marks, laid end to end on one line of B T steps.
 
