@@ -151,6 +151,9 @@ inline float __shfl_xor_sync(unsigned, float x, int distance) {
   __syncwarp();
   return found;
 }
+inline unsigned __shfl_xor_sync(unsigned mask, unsigned x, int distance) {
+  return __builtin_bit_cast(unsigned, __shfl_xor_sync(mask, __builtin_bit_cast(float, x), distance));
+}
 inline bool __any_sync(unsigned, bool x) {
   unsigned me = emulator::current;
   emulator::exchange[me] = x;

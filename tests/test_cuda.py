@@ -6,14 +6,18 @@ from torch import Tensor
 
 from containment import check_contained
 from dualform.ops.cuda import selective_scan as scan_kernels
+from dualform.ops.layout import time_last
 from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
 from emulation import close, definition, gradients, normal, packing
 
 
 def arguments(
-    batch, length, width, states, groups=(1, 1), dtype=torch.float32, gated=True, softplus=True, borders=None
+    batch, length, width, states, groups=(1, 1), dtype=torch.float32, gated=True, softplus=True, borders=None, last=()
 ):
-    """As the kernels take them; halves of one projection, as the layers hand them over."""
+    """As the kernels take them; halves of one projection, as the layers hand them over.
+
+    ``last`` are the names of those with time innermost; they lie in memory that is four steps longer.
+    """
     rows = batch if borders is None else len(borders) - 1
     u, z = normal(batch, length, 2 * width, dtype=dtype).chunk(2, -1)
     delta = normal(batch, length, width, dtype=dtype) if softplus else torch.rand(batch, length, width).to(dtype)
@@ -21,7 +25,13 @@ def arguments(
     B, C = (normal(batch, length, g, states, dtype=dtype) for g in groups)
     D, bias = (normal(width), normal(width) - 1) if gated else (None, None)
     h0 = normal(rows, width, states)
-    return SelectiveScan(u, delta, A, B, C, D, z if gated else None, bias, softplus, h0, packing(borders))
+    a = SelectiveScan(u, delta, A, B, C, D, z if gated else None, bias, softplus, h0, packing(borders))
+    return a._replace(**{name: turned(getattr(a, name)) for name in last})
+
+
+def turned(m):
+    """Time innermost."""
+    return torch.nn.functional.pad(m.movedim(1, -1), (0, 4), value=torch.nan)[..., :-4].movedim(-1, 1)
 
 
 def reference(a, weights, dtype=torch.float64):
@@ -45,6 +55,13 @@ CASES = {
     "groups that cross": dict(batch=1, length=20, width=48, states=8, groups=(2, 3)),
     "packed": dict(batch=1, length=150, width=24, states=16, borders=[0, 1, 1, 40, 41, 150]),
     "float16 wide states": dict(batch=1, length=66, width=20, states=20, dtype=torch.float16),
+}
+EACH = ("u", "delta", "B", "C", "z")
+LAST = {
+    "odd": (0, dict(batch=2, length=65, width=17, states=5, last=EACH)),
+    "bfloat16": (2, dict(batch=1, length=136, width=64, states=16, dtype=torch.bfloat16, last=EACH)),
+    "mixed": (2, dict(batch=1, length=68, width=20, states=20, dtype=torch.float16, last=("u", "z", "B"))),
+    "packed": (3, dict(batch=1, length=150, width=24, states=16, borders=[0, 1, 1, 40, 41, 150], last=EACH)),
 }
 PLANS = [(1, 1, 3, 1, 64), (2, 1, 1, 4, 128), (1, 2, 2, 1, 64), (2, 4, 1, 2, 64)]
 
@@ -84,6 +101,19 @@ def test_the_scan_is_the_definition(case, plan, emulated, poison, monkeypatch):
     plain = scan_kernels._infer(a)
     assert torch.equal(plain[0], found[0])
     assert torch.equal(plain[1], found[1])
+
+
+@pytest.mark.parametrize("case", LAST)
+def test_time_may_be_innermost(case, emulated, poison, monkeypatch):
+    number, sizes = LAST[case]
+    channels, forward, teams, warps, span = PLANS[number]
+    a = arguments(**sizes)
+    lead = span if a.packing is not None else 2 * span
+    monkeypatch.setattr(scan_kernels, "plan_forward", lambda *a: scan_kernels.Plan(channels, forward, 1, teams))
+    monkeypatch.setattr(scan_kernels, "plan_backward", lambda *a: (scan_kernels.Plan(channels, warps, 1), lead, span))
+    weights, found = run(a)
+    close(found, reference(a, weights), {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}[a.u.dtype])
+    assert time_last(found[0]) == ("u" in sizes["last"])
 
 
 @pytest.mark.parametrize("case, plan", [("tiles", PLANS[0]), ("packed", PLANS[1])], ids=str)
@@ -134,3 +164,18 @@ def test_sums_over_long_spans(emulated, monkeypatch):
 def test_slow_states_on_a_gpu():
     a = slow(2000)
     as_exact_as_a_loop(a._replace(**{f: m.cuda() for f, m in a._asdict().items() if isinstance(m, Tensor)}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [EACH, ("u", "B", "z"), ("delta", "C")], ids=str)
+@pytest.mark.parametrize("length", [197, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_time_may_be_innermost_on_a_gpu(dtype, length, last):
+    """Aligned for reads of four steps, and not; the numbers are those of the other layout."""
+    torch.manual_seed(0)
+    a = arguments(2, length, 72, 16, dtype=dtype)
+    a = a._replace(**{f: m.cuda() for f, m in a._asdict().items() if isinstance(m, Tensor)})
+    weights, found = run(a._replace(**{name: turned(getattr(a, name)) for name in last}))
+    y, final, *saved = scan_kernels._forward(a)
+    want = [y, final, *gradients(selective_scan_op, a, scan_kernels._backward(weights, saved, a))]
+    close(found, [m.double() for m in want], 1e-5 if dtype == torch.float32 else 1e-2)

@@ -13,9 +13,10 @@ TARGETS = [("sm_80", torch.float16), ("sm_90", torch.bfloat16)]
 
 
 def scan(dtype):
-    a = test_cuda.arguments(1, 130, 32, 16, dtype=dtype)
-    y, final, *saved = selective_scan._forward(a)
-    selective_scan._backward([y, final], saved, a)
+    for last in ((), test_cuda.EACH):
+        a = test_cuda.arguments(1, 132, 32, 16, dtype=dtype, last=last)
+        y, final, *saved = selective_scan._forward(a)
+        selective_scan._backward([y, final], saved, a)
 
 
 def convolution(dtype):

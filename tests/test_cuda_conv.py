@@ -65,7 +65,6 @@ CASES = {
 }
 RUNS = {
     "runs": dict(batch=3, length=65, width=17, taps=4, ids=6),
-    "runs of one": dict(batch=2, length=40, width=5, taps=3, ids=1, bias=False, dtype=bfloat16),
     "runs, time last": dict(batch=3, length=65, width=17, taps=4, ids=6, last=True),
     "short runs, time last": dict(batch=3, length=2, width=5, taps=4, ids=2, last=True),
     "runs width 8, time last": dict(batch=2, length=72, width=9, taps=8, ids=9, silu=False, dtype=bfloat16, last=True),
@@ -73,7 +72,6 @@ RUNS = {
 LAST = {
     "odd, time last": dict(batch=2, length=65, width=17, taps=4, last=True),
     "width 3, time last": dict(batch=2, length=260, width=7, taps=3, bias=False, last=True),
-    "width 1, time last": dict(batch=1, length=48, width=21, taps=1, dtype=float16, like=float16, last=True),
     "bfloat16, time last": dict(batch=1, length=520, width=3, taps=4, dtype=bfloat16, like=bfloat16, last=True),
     "packed, time last": dict(batch=1, length=47, width=24, taps=4, borders=SHORT, last=True),
 }

@@ -251,6 +251,7 @@ DEVICE void write_floats(float* p, const float* x) {
 DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE int64 least(int64 a, int64 b) { return a < b ? a : b; }
 DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+DEVICE unsigned from_lane(unsigned x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 DEVICE bool in_any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
 // COUNT values in each of two lanes whose numbers differ by `distance` -> the lower lane has the sums of the first
@@ -262,4 +263,28 @@ DEVICE void share_sums(float* x, int distance, int lane) {
     float mine = upper ? x[COUNT / 2 + i] : x[i], other = upper ? x[i] : x[COUNT / 2 + i];
     x[i] = mine + from_lane(other, distance);
   }
+}
+
+// Four lanes, `distance` apart, of which this one is number k, have four numbers each: afterwards it has number k of
+// each of them, in the order of the lanes.
+DEVICE void turn(float* x, int k, int distance) {
+  UNROLL for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = k & bit;
+    UNROLL for (int i = 0; i < 4; i++) {
+      if (i & bit) continue;
+      const float came = from_lane(upper ? x[i] : x[i + bit], distance * bit);
+      x[i] = upper ? came : x[i], x[i + bit] = upper ? x[i + bit] : came;
+    }
+  }
+}
+DEVICE void turn(Four<float>& f, int k, int distance) { turn(f.one, k, distance); }
+template <class T>
+DEVICE void turn(Four<T>& f, int k, int distance) {
+  unsigned &low = f.pair[0], &high = f.pair[1];
+  const unsigned pair = from_lane(k & 2 ? low : high, 2 * distance);
+  low = k & 2 ? pair : low, high = k & 2 ? high : pair;
+  const unsigned firsts = low & 0xffffu | high << 16, seconds = low >> 16 | high & 0xffff0000u;
+  const unsigned came = from_lane(k & 1 ? firsts : seconds, distance);
+  const unsigned first = k & 1 ? came : firsts, second = k & 1 ? seconds : came;
+  low = first & 0xffffu | second << 16, high = first >> 16 | second & 0xffff0000u;
 }

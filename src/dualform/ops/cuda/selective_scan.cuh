@@ -26,7 +26,7 @@ struct Scan {
   const int64* borders;  // (rows + 1), of sequences packed end to end, or null
   View u, delta, z, b, c;
   const float *a, *d, *bias, *h0;  // (D, N), (D), (D), (rows, D, N)
-  void* y;                         // (B, T, D)
+  void* y;                         // (B, T, D), lies as u does
   float* final;                    // (rows, D, N)
   float* saved;                    // (tiles, D, N), the states entering every tile, or null
   // Backward only.
@@ -35,7 +35,7 @@ struct Scan {
   const float* dfinal;     // (rows, D, N)
   float* carry;            // (spans, D, N), the gradient of the state after a span
   float* seconds;          // (spans, D), the sum of dt over a span
-  void *du, *ddelta, *dz;  // (B, T, D); ddelta is like delta
+  void *du, *ddelta, *dz;  // (B, T, D), each lies as its tensor does; ddelta is like delta
   float* dmaps;            // (2, blocks of channels, B, T, NP), sums over the channels of a block, to B and to C
   float *da, *dd, *dbias;  // (spans, D, N), (spans, D), (spans, D)
   float* dh0;              // (rows, D, N)
@@ -106,54 +106,93 @@ DEVICE void load_rates(const Scan& p, const Lane& l, float* a) {
 
 // Four channels of any step of a sequence. Steps beyond the end repeat the last one, and channels beyond the width
 // those before: neither is used, and an address that is always valid needs no branch.
-template <class T>
+//
+// Where time is LAST, four lanes read four steps of one channel each, zeros where there is none, and have what they are
+// to have after `turn`.
+template <class T, bool LAST>
 struct Input {
   Column<const T> column;
-  int last, count;
+  int last, count, k;
   METHOD Input(const View& v, const Scan& p, const Lane& l, const Row& row)
-      : column(v, row.batch, row.begin, INPUT_ALIGNED ? least(l.first + l.four, p.width - 4) : l.first + l.four),
+      : column(v, row.batch, row.begin,
+               LAST            ? least(l.first + l.four + l.step % 4, p.width - 1)
+               : INPUT_ALIGNED ? least(l.first + l.four, p.width - 4)
+                               : l.first + l.four,
+               LAST),
         last(row.length - 1),
-        count(l.count()) {}
-  METHOD const T* at(int t) const { return column.at(least(t, last)); }
-  METHOD Four<T> operator[](int t) const { return load_four<INPUT_ALIGNED>(at(t), count); }
+        count(l.count()),
+        k(LAST ? l.step % 4 : 0) {}
+  METHOD const T* at(int t) const { return column.at(least(t - k, LAST && INPUT_ALIGNED ? last - 3 : last)); }
+  METHOD Four<T> operator[](int t) const {
+    if (LAST && count <= k) return {};
+    return load_four<INPUT_ALIGNED>(at(t), LAST ? last + 1 - (t - k) : count);
+  }
+  METHOD void turn(Four<T>& f) const {
+    if (LAST) ::turn(f, k, WIDTH / 4);
+  }
 };
-template <class T>
+template <class T, bool LAST>
 struct Output {
   Column<T> column;
-  int last, count;
+  int last, count, k;
   METHOD Output(void* data, const Scan& p, const Lane& l, const Row& row)
-      : column({data, p.length * p.width, p.width}, row.batch, row.begin, l.first + l.four),
+      : column({data, p.length * p.width, LAST ? p.length : p.width}, row.batch, row.begin,
+               l.first + l.four + (LAST ? l.step % 4 : 0), LAST),
         last(row.length - 1),
-        count(l.count()) {}
+        count(l.count()),
+        k(LAST ? l.step % 4 : 0) {}
   METHOD void put(int t, const float* x) const {  // no step of the sequence: nowhere
-    if (unsigned(t) <= unsigned(last) && count > 0) store_four<INPUT_ALIGNED>(column.at(t), x, count);
+    if constexpr (LAST) {
+      float y[4] = {x[0], x[1], x[2], x[3]};
+      ::turn(y, k, WIDTH / 4);
+      if (t >= k && t - k <= last && count > k) store_four<INPUT_ALIGNED>(column.at(t - k), y, last + 1 - (t - k));
+    } else {
+      if (unsigned(t) <= unsigned(last) && count > 0) store_four<INPUT_ALIGNED>(column.at(t), x, count);
+    }
   }
 };
 
-// B or C of one group for K steps from t, as it lies in memory, and its way to (K, NP) floats.
-struct Map {
+// Four states of any step of B or C, or four steps of a state where time is LAST, of one group: S threads read a step,
+// or four times as many read four.
+template <bool LAST>
+struct States {
   Column<const MAP> column;
-  int step, count, last;
+  int count, last, k;
+  METHOD States(const View& v, const Scan& p, const Row& row, int64 group, int thread)
+      : column(v, row.batch, row.begin,
+               group * p.states + (LAST ? least(int64(state(thread)), p.states - 1) : thread % S * 4), LAST),
+        count(int(p.states) - (LAST ? state(thread) : thread % S * 4)),
+        last(row.length - 1),
+        k(LAST ? thread / S % 4 : 0) {}
+  METHOD static int state(int thread) { return thread % S * 4 + thread / S % 4; }
+  METHOD const MAP* at(int t) const { return column.at(least(t - k, LAST && MAP_ALIGNED ? last - 3 : last)); }
+  METHOD Four<MAP> operator[](int t) const {
+    if ((LAST || MAP_ALIGNED) && PADDED && count <= 0) return {};
+    return load_four<MAP_ALIGNED>(at(t), LAST ? last + 1 - (t - k) : count);
+  }
+  // Four states of a step as floats; nowhere if that is not wanted.
+  METHOD void put(Four<MAP> f, float* to, bool wanted = true) const {
+    if (LAST) turn(f, k, S);
+    float x[4];
+    unpack(f, x);
+    if (wanted) write_floats<4>(to, x);
+  }
+};
+// B or C of one group for K steps from t, as it lies in memory, and its way to (K, NP) floats.
+template <bool LAST>
+struct Map {
+  States<LAST> states;
+  int step;
   METHOD Map(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group)
-      : column(v, row.batch, row.begin, group * p.states + l.lane % S * 4),
-        step(least(l.lane / S, K - 1)),
-        count(int(p.states) - l.lane % S * 4),
-        last(row.length - 1) {}
-  METHOD const MAP* at(int t) const { return column.at(least(t + step, last)); }
+      : states(v, p, row, group, l.lane), step(LAST ? l.lane / S : least(l.lane / S, K - 1)) {}
+  METHOD const MAP* at(int t) const { return states.at(t + step); }
   METHOD void load(int t, Four<MAP>* four) const {
     UNROLL for (int i = 0; i < MAPS; i++)
-      four[i] = load_map(at(t + i * (32 / S)), count);
+      four[i] = states[t + step + i * (32 / S)];
   }
-  static METHOD Four<MAP> load_map(const MAP* at, int count) {
-    if (MAP_ALIGNED && PADDED && count <= 0) return {};
-    return load_four<MAP_ALIGNED>(at, count);
-  }
-  static METHOD void write(const Lane& l, const Four<MAP>* four, float* to) {
-    UNROLL for (int i = 0; i < MAPS; i++) {
-      float x[4];
-      unpack(four[i], x);
-      if (K * S % 32 == 0 || i * 32 + l.lane < K * S) write_floats<4>(to + (i * 32 + l.lane) * 4, x);
-    }
+  METHOD void write(const Lane& l, const Four<MAP>* four, float* to) const {
+    UNROLL for (int i = 0; i < MAPS; i++)
+      states.put(four[i], to + (i * 32 + l.lane) * 4, K * S % 32 == 0 || i * 32 + l.lane < K * S);
   }
 };
 

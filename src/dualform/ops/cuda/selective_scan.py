@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dualform.ops.cuda import compiler
 from dualform.ops.cuda.structs import SCAN
-from dualform.ops.cuda.tensors import TYPES, aligned, borders, readable
-from dualform.ops.layout import lay, time_last
+from dualform.ops.cuda.tensors import TYPES, aligned, borders, by_time, in_place
+from dualform.ops.layout import empty_like, lay, time_last
 from dualform.ops.op import Backend
 from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
 
@@ -35,6 +35,14 @@ class Inputs(SelectiveScan):
     def in_blocks_of(self, channels: int) -> bool:
         """Whether so many neighbouring channels share their B and their C, and few of the last block are not there."""
         return self.per_group % channels == 0 or self.per_group == self.u.shape[2] >= 8 * channels
+
+    def in_fours(self, size: int, *tensors: tuple[Tensor | None, bool]) -> bool:
+        """Whether four neighbours on the last axis of each, channels or states of ``size``, or time, are read at once.
+
+        Packed sequences may begin anywhere in time.
+        """
+        sizes = {False: size, True: self.u.shape[1] if self.packing is None else 1}
+        return all(aligned(sizes[last], m) for m, last in tensors if m is not None)
 
     @property
     def map_dtype(self) -> torch.dtype:
@@ -166,10 +174,10 @@ def cut(whole: int, blocks: int, places: int, even: bool) -> tuple[int, int]:
 
 def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
     x = Inputs(*a)
-    y, final = x.u.new_empty(x.u.shape), x.h0.clone(memory_format=torch.contiguous_format)
+    y, final = empty_like(x.u), x.h0.clone(memory_format=torch.contiguous_format)
     saved = _saved(a) if keep else []
     if x.empty:
-        return [lay(y.zero_(), time_last(a.u)), final, *saved]
+        return [y.zero_(), final, *saved]
     rows, width = len(x.h0), x.u.shape[2]
     plan = plan_forward(x)
     given, macros = _inputs(x)
@@ -180,9 +188,9 @@ def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
         rows * -(-width // (plan.teams * plan.line)),
         32 * plan.teams * plan.warps,
         forward_shared(plan, x),
-        SCAN.pack(**given, y=y, final=final, saved=saved[0] if keep else None, lead=TILE, span=TILE),
+        SCAN.pack(**given, y=_whole(y), final=final, saved=saved[0] if keep else None, lead=TILE, span=TILE),
     )
-    return [lay(y, time_last(a.u)), final, *saved]
+    return [y, final, *saved]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)
@@ -200,11 +208,12 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
         return {**{f: torch.zeros_like(m) for f, m in a._asdict().items() if isinstance(m, Tensor)}, "h0": dh0}
     (batch, length, width), (rows, _, states), new = x.u.shape, x.h0.shape, x.h0.new_empty
     plan, lead, span = plan_backward(x)
-    dy, dfinal = readable(grads[0].to(x.u.dtype)), grads[1].contiguous()
-    given, macros = _inputs(x, dy)
+    dy, last = in_place(lay(grads[0].to(x.u.dtype), time_last(x.u)))
+    dfinal = grads[1].contiguous()
+    given, macros = _inputs(x, (dy, last))
     padded, spans, blocks = 4 * macros["STATES"], x.spans(lead, span), -(-width // (plan.line * plan.warps))
-    found = {"u": x.u.new_empty(x.u.shape), "delta": x.delta.new_empty(x.delta.shape), "h0": dh0}
-    dz = None if x.z is None else x.u.new_empty(x.u.shape)
+    found = {"u": empty_like(x.u), "delta": empty_like(x.delta), "h0": dh0}
+    dz = None if x.z is None else empty_like(x.u, time_last(x.z))
     partial = {
         "carry": new(spans, width, states),
         "seconds": new(spans, width),
@@ -213,11 +222,12 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
         "dd": new(spans, width),
         "dbias": new(spans, width),
     }
-    maps = [m.new_empty(m.shape, dtype=x.map_dtype) for m in (x.B, x.C)]
+    maps = [empty_like(m.to(x.map_dtype)) for m in (x.B, x.C)]
     sums = (new(width, states), new(width), new(width))
     structure = SCAN.pack(
-        **given, **partial, saved=kept[0], lead=lead, span=span, dy=dy, dfinal=dfinal, du=found["u"],
-        ddelta=found["delta"], dz=dz, dh0=dh0, spans=spans, sums_of_maps=maps, sums=sums,
+        **given, **partial, saved=kept[0], lead=lead, span=span, dy=dy, dfinal=dfinal, du=_whole(found["u"]),
+        ddelta=_whole(found["delta"]), dz=None if dz is None else _whole(dz), dh0=dh0, spans=spans,
+        sums_of_maps=[_whole(m) for m in maps], sums=sums,
     )  # fmt: skip
 
     def launch(kernel: str, grid: int, threads: int, shared: int) -> None:
@@ -235,22 +245,29 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
     return found if dz is None else {**found, "z": dz}
 
 
-def _inputs(x: Inputs, *more: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def _whole(m: Tensor) -> Tensor:
+    """New memory ``(B, T, ...)`` as it lies, a contiguous tensor."""
+    return by_time(m) if time_last(m) else m
+
+
+def _inputs(x: Inputs, *more: tuple[Tensor, bool]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of ``Scan`` that forward and backward read, and their macros.
 
-    ``more`` are tensors like u that the kernels read, too.
+    ``more`` are tensors like u that the kernels read, too, and whether time is innermost.
     """
-    u, delta, B, C = readable(x.u), readable(x.delta), *(readable(m.to(x.map_dtype), 2) for m in (x.B, x.C))
-    z = None if x.z is None else readable(x.z.to(x.u.dtype))
+    z = None if x.z is None else x.z.to(x.u.dtype)
+    laid = {"U": in_place(x.u), "DELTA": in_place(x.delta), "Z": (None, False) if z is None else in_place(z)}
+    maps = {"B": in_place(x.B.to(x.map_dtype), 2), "C": in_place(x.C.to(x.map_dtype), 2)}
+    (u, _), (delta, _), (z, _), (B, _), (C, _) = *laid.values(), *maps.values()
     A, D, bias = (None if m is None else m.float().contiguous() for m in (x.A, x.D, x.delta_bias))
     rows, width, states = x.h0.shape
     given = {
         "rows": rows,
-        "length": u.shape[1],
+        "length": x.u.shape[1],
         "width": width,
         "states": states,
-        "groups_b": B.shape[2],
-        "groups_c": C.shape[2],
+        "groups_b": x.B.shape[2],
+        "groups_c": x.C.shape[2],
         "borders": borders(x.packing),
         "u": u,
         "delta": delta,
@@ -268,12 +285,12 @@ def _inputs(x: Inputs, *more: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         "INPUT": TYPES[u.dtype],
         "DELTA": TYPES[delta.dtype],
         "MAP": TYPES[B.dtype],
-        "INPUT_ALIGNED": aligned(width, u, delta, z, *more),
-        "MAP_ALIGNED": aligned(states, B, C),
+        "INPUT_ALIGNED": x.in_fours(width, *laid.values(), *more),
+        "MAP_ALIGNED": x.in_fours(states, *maps.values()),
         "GATED": z is not None,
         "SOFTPLUS": x.delta_softplus,
     }
-    return given, macros
+    return given, macros | {f"{name}_LAST": last for name, (_, last) in (laid | maps).items()}
 
 
 def _refuses(a: SelectiveScan) -> str | None:

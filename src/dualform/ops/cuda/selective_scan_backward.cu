@@ -79,9 +79,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
   load_rates(p, l, a);
   shared.channels.load(p, l);
 
-  const Input<INPUT> dys(p.dy, p, l, row), zs(p.z, p, l, row);
-  const Input<DELTA> deltas(p.delta, p, l, row);
-  const Map cs(p.c, p, l, row, l.first / (p.width / p.groups_c));
+  const Input<INPUT, U_LAST> dys(p.dy, p, l, row);
+  const Input<INPUT, Z_LAST> zs(p.z, p, l, row);
+  const Input<DELTA, DELTA_LAST> deltas(p.delta, p, l, row);
+  const Map<C_LAST> cs(p.c, p, l, row, l.first / (p.width / p.groups_c));
   Four<INPUT> dy, z = {};
   Four<DELTA> delta;
   Four<MAP> c[MAPS];
@@ -96,13 +97,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
   for (; t0 >= span.begin; t0 -= K) {
     float dt[4], of[4], gate[4] = {};
     const bool inside = t0 + l.step < row.length && l.count() > 0;
+    deltas.turn(delta), dys.turn(dy);
+    if (GATED) zs.turn(z);
     step_sizes(delta, shared.channels.bias + l.four, inside, dt);
     unpack(dy, of);
     if (GATED) unpack(z, gate);
     UNROLL for (int i = 0; i < 4; i++)
       of[i] = before_gate(of[i], gate[i], inside);
     shared.steps.put(l, dt, of);
-    Map::write(l, c, shared.map[0]);
+    cs.write(l, c, shared.map[0]);
     __syncwarp();
     load(t0 > 0 ? t0 - K : 0);
     UNROLL for (int t = K - 1; t >= 0; t--) {
@@ -195,13 +198,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     write_floats<4>(shared.totals[1][l.lane], zero);
   }
   shared.channels.load(p, l);
-  const Input<INPUT> us(p.u, p, l, row), dys(p.dy, p, l, row), zs(p.z, p, l, row);
-  const Input<DELTA> deltas(p.delta, p, l, row);
-  const Output<INPUT> dus(p.du, p, l, row), dzs(p.dz, p, l, row);
-  const Output<DELTA> ddeltas(p.ddelta, p, l, row);
-  const int slice = threadIdx.x % S * 4;  // of B and C, which a thread reads
-  const Column<const MAP> bs(p.b, row.batch, row.begin, first / (p.width / p.groups_b) * p.states + slice);
-  const Column<const MAP> cs(p.c, row.batch, row.begin, first / (p.width / p.groups_c) * p.states + slice);
+  const Input<INPUT, U_LAST> us(p.u, p, l, row), dys(p.dy, p, l, row);
+  const Input<INPUT, Z_LAST> zs(p.z, p, l, row);
+  const Input<DELTA, DELTA_LAST> deltas(p.delta, p, l, row);
+  const Output<INPUT, U_LAST> dus(p.du, p, l, row);
+  const Output<INPUT, Z_LAST> dzs(p.dz, p, l, row);
+  const Output<DELTA, DELTA_LAST> ddeltas(p.ddelta, p, l, row);
+  const States<B_LAST> bs(p.b, p, row, first / (p.width / p.groups_b), threadIdx.x);
+  const States<C_LAST> cs(p.c, p, row, first / (p.width / p.groups_c), threadIdx.x);
   const int64 maps_of_block = (p.borders ? 1 : p.rows) * p.length * NP;
   const View sums{p.dmaps + block * maps_of_block, p.length * NP, NP};
   const Column<float> dbs(sums, row.batch, row.begin, 0), dcs(sums, row.batch, row.begin, blocks * maps_of_block);
@@ -216,6 +220,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   };
   float dt[4], in[4], dy[4], gate[4], bias[4];
   auto begin_steps = [&] {
+    us.turn(u), deltas.turn(delta);
     unpack(u, in), unpack(delta, dt);
     read_floats<4>(shared.channels.bias + l.four, bias);
   };
@@ -224,8 +229,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     in[i] *= dt[i];
   };
   auto begin_outputs = [&] {
+    dys.turn(dout);
     unpack(dout, dy);
-    if (GATED) unpack(z, gate);
+    if (GATED) zs.turn(z), unpack(z, gate);
   };
   auto prepare_outputs = [&](bool inside, int i) { dy[i] = before_gate(dy[i], gate[i], inside); };
   auto end_preparing = [&](Given& to) {
@@ -294,11 +300,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     load_steps(begin);
     load_outputs(begin + (subs - 1) * K);
     for (int t = threadIdx.x / S; t < TILE; t += 32 * WARPS / S) {
-      UNROLL for (int map = 0; map < 2; map++) {
-        float four[4];
-        unpack(Map::load_map((map ? cs : bs).at(least(begin + t, row.length - 1)), int(p.states) - slice), four);
-        write_floats<4>(&maps[map * TILE + t][slice], four);
-      }
+      bs.put(bs[begin + t], &maps[t][threadIdx.x % S * 4]);
+      cs.put(cs[begin + t], &maps[TILE + t][threadIdx.x % S * 4]);
     }
     float h[CH * S];
     load_states(p, l, p.saved + (row.tile + begin / TILE) * size, h);
@@ -426,8 +429,18 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_sums(const __gr
         UNROLL for (int k = 0; k < 4; k++)
           sum[k] += x[k];
       }
-      MAP* to = static_cast<MAP*>(p.sums_of_maps[map]) + (at / S * groups + group) * p.states + at % S * 4;
-      if (count > 0) store_four<MAP_ALIGNED>(whole(to), sum, int(count));
+      MAP* to = static_cast<MAP*>(p.sums_of_maps[map]);
+      if (map ? C_LAST : B_LAST) {
+        const int64 row = at / S / p.length, t = at / S % p.length;
+        to += ((row * groups + group) * p.states + at % S * 4) * p.length + t;
+        UNROLL for (int k = 0; k < 4; k++) {
+          const float one[4] = {sum[k]};
+          if (k < count) store_four<false>(whole(to + k * p.length), one, 1);
+        }
+      } else {
+        to += (at / S * groups + group) * p.states + at % S * 4;
+        if (count > 0) store_four<MAP_ALIGNED>(whole(to), sum, int(count));
+      }
     }
     i -= over(groups * fours, 256) * 256;
     if (i < 0) return;

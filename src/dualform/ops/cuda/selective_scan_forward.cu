@@ -53,10 +53,12 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   load_channels(p.bias, l, bias);
   load_channels(p.d, l, skip);
 
-  const Input<INPUT> us(p.u, p, l, row), zs(p.z, p, l, row);
-  const Input<DELTA> deltas(p.delta, p, l, row);
-  const Map bs(p.b, p, l, row, l.first / (p.width / p.groups_b)), cs(p.c, p, l, row, l.first / (p.width / p.groups_c));
-  const Output<INPUT> ys(p.y, p, l, row);
+  const Input<INPUT, U_LAST> us(p.u, p, l, row);
+  const Input<INPUT, Z_LAST> zs(p.z, p, l, row);
+  const Input<DELTA, DELTA_LAST> deltas(p.delta, p, l, row);
+  const Map<B_LAST> bs(p.b, p, l, row, l.first / (p.width / p.groups_b));
+  const Map<C_LAST> cs(p.c, p, l, row, l.first / (p.width / p.groups_c));
+  const Output<INPUT, U_LAST> ys(p.y, p, l, row);
   Four<INPUT> u, z = {};
   Four<DELTA> delta;
   Four<MAP> b[MAPS], c[MAPS];
@@ -73,15 +75,16 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   float dt[4], in[4];
   auto begin_preparing = [&] { unpack(u, in), unpack(delta, dt); };
   auto prepare = [&](int t, int i) {
+    if (i == 0 && (U_LAST || DELTA_LAST)) us.turn(u), deltas.turn(delta), begin_preparing();
     dt[i] = step_size(dt[i] + bias[i], t + l.step < row.length);
     in[i] *= dt[i];
   };
   auto end_preparing = [&](Buffer& to) {
     to.steps.put(l, dt, in);
     to.u[l.lane] = u;
-    if (GATED) to.z[l.lane] = z;
-    Map::write(l, b, to.maps[0][0]);
-    Map::write(l, c, to.maps[1][0]);
+    if (GATED) zs.turn(z), to.z[l.lane] = z;
+    bs.write(l, b, to.maps[0][0]);
+    cs.write(l, c, to.maps[1][0]);
   };
   // A tile that was computed: the output of four channels.
   float y[4], direct[4], gate[4];

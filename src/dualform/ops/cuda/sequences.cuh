@@ -13,14 +13,15 @@ struct View {
   int64 row, time;
 };
 
-// What lies at one place of every step: an address, and the bytes from one step to the next.
+// What lies at one place of every step: an address, and the bytes from one step to the next. With `last` time is.
 template <class T>
 struct Column {
   const char* from;
   int bytes;
-  METHOD Column(const View& v, int64 row, int64 time, int64 place)
-      : from(whole(static_cast<const char*>(v.data) + (row * v.row + time * v.time + place) * int(sizeof(T)))),
-        bytes(int(v.time) * int(sizeof(T))) {}
+  METHOD Column(const View& v, int64 row, int64 time, int64 place, bool last = false)
+      : from(whole(static_cast<const char*>(v.data) +
+                   (row * v.row + (last ? place * v.time + time : time * v.time + place)) * int(sizeof(T)))),
+        bytes((last ? 1 : int(v.time)) * int(sizeof(T))) {}
   METHOD T* at(int t) const { return (T*)(from + product(t, bytes)); }
 };
 
