@@ -8,7 +8,14 @@
 namespace DUALFORM_ISA {
 namespace conv {
 
-constexpr int64_t TILE = 8;  // steps; few, because each step of x and y may lie on a page of its own
+// Steps of a tile: few, because each step of x and y may lie on a page of its own; more where time is contiguous, so
+// that whole cache lines are read.
+constexpr int64_t TILE = 8, LONG_TILE = 32;
+INLINE int64_t tile_steps(std::initializer_list<const View*> views) {
+  for (const View* view : views)
+    if (view->inner != 1) return LONG_TILE;
+  return TILE;
+}
 
 // Weights (W, lanes) of every slice of a share, one after the other.
 template <class T>
@@ -130,13 +137,14 @@ int64_t forward(const CausalConv1d& s, const Task& task) {
   const int64_t T_ = s.sequences.length, back = s.taps - 1;
   Arena arena(task.memory);
   T *weights = arena.take<T>(share.count * s.taps * L), *histories = arena.take<T>((share.count + STRIP) * back * L);
-  T *line = arena.take<T>((back + TILE) * W), *y_copy = arena.take<T>(TILE * W);
+  const int64_t tile = tile_steps({&s.x, &s.y});
+  T *line = arena.take<T>((back + tile) * W), *y_copy = arena.take<T>(tile * W);
   if (!task.memory) return arena.used();
 
   gather_weights(s, share, weights);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t begin = 0, next; begin < T_; begin = next) {
-      Chunk chunk = first_run(s, row, first_chunk(s.sequences, row, begin, least((begin / TILE + 1) * TILE, T_)));
+      Chunk chunk = first_run(s, row, first_chunk(s.sequences, row, begin, least((begin / tile + 1) * tile, T_)));
       next = chunk.end;
       const bool padding = is_padding(s, row, begin), alone = padding || begins_run(s, row, begin);
       for (int64_t i = 0; i < share.count; i += STRIP) {
@@ -183,8 +191,9 @@ int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
   Arena arena(task.memory);
   T *weights = arena.take<T>(share.count * s.taps * L), *dweights = arena.take<T>(share.count * s.taps * L);
   T *dbias = arena.take<T>(share.count * L), *pending = arena.take<T>((share.count + STRIP) * back * L);
-  T *line = arena.take<T>((back + TILE) * W), *dline = arena.take<T>((back + TILE) * W);
-  T* dy = arena.take<T>(TILE * W);
+  const int64_t tile = tile_steps({&s.x, &s.dy, &s.dx});
+  T *line = arena.take<T>((back + tile) * W), *dline = arena.take<T>((back + tile) * W);
+  T* dy = arena.take<T>(tile * W);
   if (!task.memory) return arena.used();
 
   gather_weights(s, share, weights);
@@ -192,7 +201,7 @@ int64_t backward(const CausalConv1d& s, const Task& task, const Parts& parts) {
   memset(dbias, 0, sizeof(T) * share.count * L);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride)
     for (int64_t end = T_, next; end > 0; end = next) {
-      Chunk chunk = last_run(s, row, last_chunk(s.sequences, row, (end - 1) / TILE * TILE, end));
+      Chunk chunk = last_run(s, row, last_chunk(s.sequences, row, (end - 1) / tile * tile, end));
       next = chunk.begin;
       const int64_t start = first_seen(s, row, chunk.begin);
       const bool padding = is_padding(s, row, next), alone = padding || begins_run(s, row, end);

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 8  // of this interface
+#define DUALFORM_VERSION 9  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -27,10 +27,11 @@ typedef struct {
 
 enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
 
-// A tensor (rows, T, ...) whose axes after time are contiguous.
+// A tensor (rows, T, ...) whose axes after time lie like one axis. That one is contiguous, or, where a function says
+// so, time is.
 typedef struct {
   void* data;
-  int64_t row, time;  // strides
+  int64_t row, time, inner;  // strides; inner is 1, or time is
   int64_t dtype;
 } View;
 
@@ -46,28 +47,30 @@ typedef struct {
 #define SELECTIVE_SCAN_TILE 32  // steps between the states that the backward of selective_scan starts from
 
 // h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = (C_t h_t + D u_t) silu(z_t), where dt = softplus(delta + bias).
-// States, A, D, bias and their gradients are float, or double.
+// States, A, D, bias and their gradients are float, or double. Time may be contiguous in every view. B, or C, may be
+// constant: one row of numbers for each channel, contiguous and, like its gradient, of the dtype of the states.
 typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state
   Sequences sequences;
   int64_t width, states, groups_b, groups_c;
-  int64_t softplus;  // whether there is one
-  View u, delta;     // (rows, T, D)
-  View b, c;         // (rows, T, G, N)
-  View z;            // (rows, T, D), or null
-  const void* a;     // (D, N)
-  const void* d;     // (D), or null
-  const void* bias;  // (D), or null
-  const void* h0;    // (sequences, D, N)
-  View y;            // (rows, T, D)
-  void* final;       // (sequences, D, N); rows of empty sequences are not written
-  void* saved;       // (rows, ceil(T / SELECTIVE_SCAN_TILE), N, D), the states entering each tile; or null
+  int64_t constant_b, constant_c;  // whether they are; with one group
+  int64_t softplus;                // whether there is one
+  View u, delta;                   // (rows, T, D)
+  View b, c;                       // (rows, T, G, N), or constant (D, N)
+  View z;                          // (rows, T, D), or null
+  const void* a;                   // (D, N)
+  const void* d;                   // (D), or null
+  const void* bias;                // (D), or null
+  const void* h0;                  // (sequences, D, N)
+  View y;                          // (rows, T, D)
+  void* final;                     // (sequences, D, N); rows of empty sequences are not written
+  void* saved;  // (rows, ceil(T / SELECTIVE_SCAN_TILE), N, D), the states entering each tile; or null
   // Backward only.
   View dy;                // (rows, T, D)
   const void* dfinal;     // (sequences, D, N)
   View du, ddelta;        // (rows, T, D)
-  View db, dc;            // (rows, T, G, N)
+  View db, dc;            // as b and c
   View dz;                // (rows, T, D), if there is a z
   void *da, *dd, *dbias;  // (D, N), (D) and (D)
   void* dh0;              // (sequences, D, N); rows of empty sequences are not written
@@ -140,7 +143,7 @@ typedef struct {
 } LinearScan;
 
 // y_t = bias + sum_j weight_j x_{t - (W-1) + j}, with SiLU or without; a state holds the W - 1 inputs before the first,
-// oldest first.
+// oldest first. Time may be contiguous in every view.
 typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state, the weights and their gradients

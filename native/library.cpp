@@ -34,6 +34,7 @@ const Kernels* find(const char* name) {
 const Kernels* kernels = find("");
 
 constexpr int64_t WIDEST_SHARE = 64;         // slices: what a tile reads and writes of them stays in a core's cache
+constexpr int64_t WIDEST_TIMED_SHARE = 16;   // where time is contiguous: every channel lies on a page of its own
 constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications: waking a thread takes about as long
 
 int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
@@ -60,8 +61,17 @@ bool check_sizes(std::initializer_list<int64_t> sizes) {
 void check_groups(int64_t groups, int64_t channels) { require(groups > 0 && channels % groups == 0); }
 void check_state_dtype(int64_t dtype) { require(dtype == FLOAT32 || dtype == FLOAT64); }
 
+void check_view(const View& view, bool fits) {
+  require(fits && view.data && view.dtype >= FLOAT32 && view.dtype <= FLOAT16);
+}
+
 void check_views(std::initializer_list<const View*> views) {
-  for (const View* view : views) require(view->data && view->dtype >= FLOAT32 && view->dtype <= FLOAT16);
+  for (const View* view : views) check_view(*view, view->inner == 1);
+}
+
+// Views in which time may be contiguous.
+void check_timed(std::initializer_list<const View*> views) {
+  for (const View* view : views) check_view(*view, view->inner == 1 || view->time == 1);
 }
 
 void check_pointers(std::initializer_list<const void*> pointers) {
@@ -101,7 +111,11 @@ struct ChannelTasks {
   std::vector<Share> shares;
   std::vector<int64_t> parts_b, parts_c;  // the group of every part
 
-  ChannelTasks(int64_t rows, int64_t width, int64_t dtype, int64_t tasks, int64_t groups_b = 1, int64_t groups_c = 1) {
+  ChannelTasks(int64_t rows, int64_t width, int64_t dtype, int64_t tasks, std::initializer_list<const View*> timed = {},
+               int64_t groups_b = 1, int64_t groups_c = 1) {
+    int64_t widest = WIDEST_SHARE;
+    for (const View* view : timed)
+      if (view->data && view->inner != 1) widest = WIDEST_TIMED_SHARE;
     int64_t each_b = width / groups_b, each_c = width / groups_c;
     for (int64_t first = 0, next; first < width; first = next) {
       int64_t b = first / each_b, c = first / each_c;
@@ -110,7 +124,7 @@ struct ChannelTasks {
     }
     int64_t count = static_cast<int64_t>(slices.size());
     strides = std::min(rows, tasks);
-    int64_t wanted = std::min(std::max(over(tasks, strides), over(count, WIDEST_SHARE)), count);
+    int64_t wanted = std::min(std::max(over(tasks, strides), over(count, widest)), count);
     for (int64_t i = 0; i < wanted; i++) {
       int64_t begin = count * i / wanted, end = count * (i + 1) / wanted;
       const Slice &first = slices[begin], &last = slices[end - 1];
@@ -176,6 +190,32 @@ void add_up(const Memory& parts, int64_t dtype, int64_t count, int64_t size, voi
   (dtype == FLOAT64 ? add_up<double> : add_up<float>)(parts.get(), count, size, out);
 }
 
+// The parts of the gradient of B, or of C: those of the steps of each group, or constant, one for each stride of tasks.
+struct MapSums {
+  const SelectiveScan& s;
+  const bool constant;
+  const int64_t strides;
+  const std::vector<int64_t>& group;
+  Memory parts;
+
+  MapSums(const SelectiveScan& scan, bool is_constant, const ChannelTasks& cut, const std::vector<int64_t>& of)
+      : s(scan), constant(is_constant), strides(cut.strides), group(of), parts(numbers(), scan.dtype) {}
+
+  int64_t count() const { return static_cast<int64_t>(group.size()); }
+  int64_t numbers() const {
+    return constant ? strides * s.width * s.states : count() * s.sequences.rows * s.sequences.length * s.states;
+  }
+
+  // The sums of one row, or of all rows where they are those of a constant.
+  void add(const View& out, int64_t row) const {
+    if (!constant)
+      kernels->add_groups[s.dtype](
+          {out, parts.get(), group.data(), count(), s.sequences.rows, s.sequences.length, s.states}, row);
+    else if (row == 0 && s.states > 0)
+      add_up(parts, s.dtype, strides, s.width * s.states, out.data);
+  }
+};
+
 template <class F>
 int guarded(const F& f) {
   try {
@@ -192,16 +232,27 @@ int64_t threads_for(int64_t wanted, int64_t work) {
   return std::min(at_least_one(wanted), at_least_one(work / WORTH_A_THREAD));
 }
 
+// B, C or its gradient, which has groups or is constant.
+void check_map(const SelectiveScan& s, int64_t groups, int64_t constant, const View& map) {
+  require(is_flag(constant) && (!constant || groups == 1));
+  check_groups(groups, s.width);
+  if (s.states == 0) return;
+  if (constant)
+    check_view(map, map.dtype == s.dtype);
+  else
+    check_timed({&map});
+}
+
 // Each of these checks one structure; false where there is nothing to compute.
 
 bool check(const SelectiveScan& s) {
   check_state_dtype(s.dtype);
   require(s.states >= 0);
   if (!check_sequences(s.sequences) || !check_sizes({s.width})) return false;
-  check_groups(s.groups_b, s.width), check_groups(s.groups_c, s.width);
-  if (s.states > 0) check_pointers({s.a, s.h0}), check_views({&s.b, &s.c});
-  check_views({&s.u, &s.delta});
-  if (s.z.data) check_views({&s.z});
+  check_map(s, s.groups_b, s.constant_b, s.b), check_map(s, s.groups_c, s.constant_c, s.c);
+  if (s.states > 0) check_pointers({s.a, s.h0});
+  check_timed({&s.u, &s.delta});
+  if (s.z.data) check_timed({&s.z});
   return true;
 }
 
@@ -233,7 +284,7 @@ bool check(const CausalConv1d& s) {
   check_state_dtype(s.dtype);
   require(s.taps > 0);
   if (!check_sequences(s.sequences) || !check_sizes({s.width})) return false;
-  check_views({&s.x}), check_pointers({s.weight});
+  check_timed({&s.x}), check_pointers({s.weight});
   if (s.taps > 1) check_pointers({s.h0});
   require(!s.ids || !s.sequences.borders);
   return true;
@@ -288,10 +339,11 @@ EXPORT const char* dualform_choose(const char* name) {
 EXPORT int dualform_selective_scan(const SelectiveScan* s) {
   return guarded([&] {
     if (!check(*s)) return;
-    check_views({&s->y});
+    check_timed({&s->y});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
-    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads, s->groups_b, s->groups_c);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 8 * threads, {&s->u, &s->delta, &s->z, &s->y},
+                     s->groups_b, s->groups_c);
     auto kernel = kernels->selective_scan[s->dtype];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
   });
@@ -300,29 +352,25 @@ EXPORT int dualform_selective_scan(const SelectiveScan* s) {
 EXPORT int dualform_selective_scan_backward(const SelectiveScan* s) {
   return guarded([&] {
     if (!check(*s)) return;
-    check_views({&s->dy, &s->du, &s->ddelta});
-    if (s->states > 0) check_pointers({s->saved, s->dfinal, s->da, s->dh0}), check_views({&s->db, &s->dc});
-    if (s->z.data) check_views({&s->dz});
+    check_timed({&s->dy, &s->du, &s->ddelta});
+    if (s->states > 0) check_pointers({s->saved, s->dfinal, s->da, s->dh0});
+    check_map(*s, s->groups_b, s->constant_b, s->db), check_map(*s, s->groups_c, s->constant_c, s->dc);
+    if (s->z.data) check_timed({&s->dz});
     require((!s->d || s->dd) && (!s->bias || s->dbias));
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width * s->states);
-    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 2 * threads, s->groups_b, s->groups_c);
-    int64_t size = q.rows * q.length * s->states;
-    Memory da(cut.strides * s->width * s->states, s->dtype);
-    Memory db(static_cast<int64_t>(cut.parts_b.size()) * size, s->dtype);
-    Memory dc(static_cast<int64_t>(cut.parts_c.size()) * size, s->dtype);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 2 * threads,
+                     {&s->u, &s->delta, &s->z, &s->dy, &s->du, &s->ddelta, &s->dz}, s->groups_b, s->groups_c);
+    const int64_t each = s->width * s->states;
+    MapSums b(*s, s->constant_b, cut, cut.parts_b), c(*s, s->constant_c, cut, cut.parts_c);
+    Memory da(cut.strides * each, s->dtype);
     Memory dd(cut.strides * s->width, s->dtype), dbias(cut.strides * s->width, s->dtype);
-    Parts parts = {da.get(), db.get(), dc.get(), dd.get(), dbias.get()};
+    Parts parts = {da.get(), b.parts.get(), c.parts.get(), dd.get(), dbias.get()};
     auto kernel = kernels->selective_scan_backward[s->dtype];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task, parts); });
 
-    auto add = kernels->add_groups[s->dtype];
-    Groups b = {s->db,  db.get(), cut.parts_b.data(), static_cast<int64_t>(cut.parts_b.size()),
-                q.rows, q.length, s->states};
-    Groups c = {s->dc,  dc.get(), cut.parts_c.data(), static_cast<int64_t>(cut.parts_c.size()),
-                q.rows, q.length, s->states};
-    parallel(threads, q.rows * 2, [&](int64_t i) { add(i % 2 ? b : c, i / 2); });
-    if (s->states > 0) add_up(da, s->dtype, cut.strides, s->width * s->states, s->da);
+    parallel(threads, q.rows * 2, [&](int64_t i) { i % 2 ? b.add(s->db, i / 2) : c.add(s->dc, i / 2); });
+    if (s->states > 0) add_up(da, s->dtype, cut.strides, each, s->da);
     if (s->d) add_up(dd, s->dtype, cut.strides, s->width, s->dd);
     if (s->bias) add_up(dbias, s->dtype, cut.strides, s->width, s->dbias);
   });
@@ -417,11 +465,11 @@ EXPORT int dualform_linear_scan_backward(const LinearScan* s) {
 EXPORT int dualform_causal_conv1d(const CausalConv1d* s) {
   return guarded([&] {
     if (!check(*s)) return;
-    check_views({&s->y});
+    check_timed({&s->y});
     if (s->taps > 1) check_pointers({s->final});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
-    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads, {&s->x, &s->y});
     auto kernel = kernels->causal_conv1d[s->dtype];
     cut.run(threads, [&](const Task& task) { return kernel(*s, task); });
   });
@@ -430,11 +478,11 @@ EXPORT int dualform_causal_conv1d(const CausalConv1d* s) {
 EXPORT int dualform_causal_conv1d_backward(const CausalConv1d* s) {
   return guarded([&] {
     if (!check(*s)) return;
-    check_views({&s->dy, &s->dx}), check_pointers({s->dweight, s->dbias});
+    check_timed({&s->dy, &s->dx}), check_pointers({s->dweight, s->dbias});
     if (s->taps > 1) check_pointers({s->dfinal, s->dh0});
     const Sequences& q = s->sequences;
     int64_t threads = threads_for(s->threads, q.rows * q.length * s->width);
-    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads);
+    ChannelTasks cut(q.rows, s->width, s->dtype, threads == 1 ? 1 : 4 * threads, {&s->x, &s->dy, &s->dx});
     Memory dweight(cut.strides * s->width * s->taps, s->dtype), dbias(cut.strides * s->width, s->dtype);
     Parts parts = {dweight.get(), nullptr, dbias.get()};
     auto kernel = kernels->causal_conv1d_backward[s->dtype];

@@ -3,7 +3,8 @@
 //
 // A task runs through its share of channels tile by tile, so that B and C of a tile stay in the cache for all of them.
 // The backward goes from the last tile to the first and recomputes the states of a tile from those that entered it. The
-// sums over channels, dB and dC, stay vectors, summed over slices but not over lanes, until the tile is done.
+// sums over channels, dB and dC, stay vectors, summed over slices but not over lanes, until the tile is done. Those of
+// a constant B or C, which is one of each channel, are sums over time instead, and are kept like those of the rates.
 #pragma once
 
 #include "tile.h"
@@ -38,10 +39,92 @@ INLINE void gather_rates(const SelectiveScan& s, const Share& share, T* rates) {
   for (int64_t i = 0; i < share.count * size; i++) rates[i] *= T(LOG2_E);
 }
 
-// B or C of one group in a tile, (steps, padded N).
+// B, or C, and in the backward the sums that are its gradient.
 template <class T>
-INLINE Rows<const T> read_map(const SelectiveScan& s, const View& v, const Window& tile, int64_t group, T* scratch) {
-  return read(v, {tile.row, tile.begin, tile.end, group * s.states, s.states, padded(s.states)}, scratch);
+struct Map {
+  const View& view;
+  const bool constant;
+  const int64_t states, size;  // size: numbers of one slice
+  T* const numbers;            // of one group in a tile, (steps, padded N); or constant, (slices, padded N, lanes)
+  T* const sums;               // of one group in a tile, (steps, padded N / Q, lanes); or as the numbers
+
+  Map(const View& v, bool constant, int64_t states, const Share& share, bool differentiate, Arena& arena)
+      : view(v),
+        constant(constant),
+        states(states),
+        size(padded(states) * LANES<T>),
+        numbers(arena.take<T>(constant ? share.count * size : TILE * padded(states))),
+        sums(arena.take<T>(!differentiate ? 0
+                           : constant     ? share.count * size
+                                          : TILE * size / Q<T>)) {}
+
+  // Before the first tile: constants are read, and their sums begin.
+  void start(const Share& share) const {
+    if (!constant) return;
+    for (int64_t i = 0; i < share.count; i++) {
+      const Slice& slice = share.slices[i];
+      gather_padded(static_cast<const T*>(view.data) + slice.first * states, states, numbers + i * size, states,
+                    padded(states), slice.count);
+    }
+    if (sums) memset(sums, 0, sizeof(T) * share.count * size);
+  }
+
+  // Lines for every step of a tile: those of slice i, the first of its group where `first`, else `before`.
+  Rows<const T> read(const Window& tile, int64_t i, int64_t group, bool first, Rows<const T> before) const {
+    if (constant) return {numbers + i * size, 0};
+    if (!first) return before;
+    return DUALFORM_ISA::read(view, {tile.row, tile.begin, tile.end, group * states, states, padded(states)}, numbers);
+  }
+
+  // Where the sums of slice i are added up.
+  Rows<T> sums_of(int64_t i) const {
+    if (constant) return {sums + i * size, 0};
+    return {sums, size / Q<T>};
+  }
+
+  // Before the first slice of a group in a tile.
+  void clear() const {
+    if (!constant) memset(sums, 0, sizeof(T) * TILE * size / Q<T>);
+  }
+
+  // After its last slice: writes the sums, (steps, N), to part `part`, (rows, T, N).
+  void flush(const Sequences& s, const Window& tile, void* parts, int64_t part) const {
+    if (constant) return;
+    T* to = static_cast<T*>(parts) + ((part * s.rows + tile.row) * s.length + tile.begin) * states;
+    for (int64_t t = 0; t < tile.end - tile.begin; t++)
+      for (int64_t n = 0; n < states; n++) {
+        const T* from = sums + t * size / Q<T> + n / Q<T> * LANES<T> + n % Q<T>;
+        T x = 0;
+        for (int i = 0; i < LANES<T>; i += Q<T>) x += from[i];
+        to[t * states + n] = x;
+      }
+  }
+
+  // After the last tile: writes the sums of a constant to the part of a task, (D, N).
+  void finish(const Share& share, int64_t width, int64_t part, void* parts) const {
+    if (!constant) return;
+    for (int64_t i = 0; i < share.count; i++) {
+      const Slice& slice = share.slices[i];
+      scatter(sums + i * size, static_cast<T*>(parts) + (part * width + slice.first) * states, states, states,
+              slice.count);
+    }
+  }
+};
+
+// Calls f(Count<whether B is constant>(), Count<whether C is>()).
+template <class F>
+INLINE void by_maps(const SelectiveScan& s, F f) {
+  if (s.constant_b && s.constant_c) return f(Count<1>(), Count<1>());
+  if (s.constant_b) return f(Count<1>(), Count<0>());
+  if (s.constant_c) return f(Count<0>(), Count<1>());
+  f(Count<0>(), Count<0>());
+}
+
+// State n of B or C at one step: one number for all channels of a group, or constant, one for each channel.
+template <bool CONSTANT, class T>
+INLINE vec<T> at(const T* map, int64_t n) {
+  if constexpr (CONSTANT) return load(map + n * LANES<T>);
+  return splat<T>(map[n]);
 }
 
 // Where the states of a slice that enter tile k are saved.
@@ -95,7 +178,7 @@ INLINE void clear(Rows<T> rows, int64_t steps) {
 }
 
 // Takes NB states through the steps of a chunk, and adds C h to y; the first block writes y instead.
-template <class T, int NB>
+template <class T, int NB, bool CONSTANT_B, bool CONSTANT_C>
 INLINE void run(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Rows<T> y, int64_t begin, int64_t end) {
   constexpr int L = LANES<T>;
   vec<T> h[NB];
@@ -105,12 +188,12 @@ INLINE void run(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Rows<T>
     vec<T> dt = load(in.dt[t]), x = dt * load(in.u[t]);
     __builtin_prefetch(in.dt[t] + L);
     __builtin_prefetch(in.u[t] + L);
-    const T *b = in.b[t] + n, *c = in.c[t] + n;
+    const T *b = in.b[t], *c = in.c[t];
     vec<T> sum = n == 0 ? vec<T>{} : load(y[t]);
 #pragma GCC unroll 16
     for (int i = 0; i < NB; i++) {
-      h[i] = fma(exp2<T>(dt * load(a + i * L)), h[i], x * b[i]);
-      sum = fma(h[i], splat<T>(c[i]), sum);
+      h[i] = fma(exp2<T>(dt * load(a + i * L)), h[i], x * at<CONSTANT_B>(b, n + i));
+      sum = fma(h[i], at<CONSTANT_C>(c, n + i), sum);
     }
     store(y[t], sum);
   }
@@ -127,19 +210,20 @@ int64_t forward(const SelectiveScan& s, const Task& task) {
   T *rates = arena.take<T>(share.count * M * L), *states = arena.take<T>(share.count * M * L);
   T *u = arena.take<T>(TILE * L), *dt = arena.take<T>(TILE * L), *z = arena.take<T>(TILE * L);
   T* y = arena.take<T>(TILE * L);
-  T *b = arena.take<T>(TILE * M), *c = arena.take<T>(TILE * M);
+  const Map<T> b(s.b, s.constant_b, N, share, false, arena), c(s.c, s.constant_c, N, share, false, arena);
   if (!task.memory) return arena.used();
 
   gather_rates(s, share, rates);
+  b.start(share), c.start(share);
   for (int64_t row = task.row; row < s.sequences.rows; row += task.stride) {
     memset(states, 0, sizeof(T) * share.count * M * L);
     for (int64_t k = 0; k < tiles; k++) {
       Window tile = {row, k * TILE, least((k + 1) * TILE, T_), 0, 0, L};
       Inputs<T> in = {};
       for (int64_t i = 0; i < share.count; i++) {
-        const Slice& slice = share.slices[i];
-        if (i == 0 || slice.group_b != share.slices[i - 1].group_b) in.b = read_map(s, s.b, tile, slice.group_b, b);
-        if (i == 0 || slice.group_c != share.slices[i - 1].group_c) in.c = read_map(s, s.c, tile, slice.group_c, c);
+        const Slice &slice = share.slices[i], *last = i == 0 ? nullptr : &share.slices[i - 1];
+        in.b = b.read(tile, i, slice.group_b, !last || slice.group_b != last->group_b, in.b);
+        in.c = c.read(tile, i, slice.group_c, !last || slice.group_c != last->group_c, in.c);
         tile.first = slice.first, tile.count = slice.count;
         in.u = read(s.u, tile, u);
         in.dt = read_steps(s, tile, slice, dt);
@@ -151,8 +235,11 @@ int64_t forward(const SelectiveScan& s, const Task& task) {
           Chunk chunk = first_chunk(s.sequences, row, t, tile.end);
           int64_t state = (chunk.sequence * s.width + slice.first) * N;
           if (chunk.starts) gather_padded(static_cast<const T*>(s.h0) + state, N, h, N, M, slice.count);
-          by_blocks<FORWARD_BLOCK, BACKWARD_BLOCK>(M, [&](auto block, int64_t n) {
-            run<T, decltype(block)::value>(h + n * L, a + n * L, in, n, out, t - tile.begin, chunk.end - tile.begin);
+          by_maps(s, [&](auto constant_b, auto constant_c) {
+            by_blocks<FORWARD_BLOCK, BACKWARD_BLOCK>(M, [&](auto block, int64_t n) {
+              run<T, block.value, constant_b.value, constant_c.value>(h + n * L, a + n * L, in, n, out, t - tile.begin,
+                                                                      chunk.end - tile.begin);
+            });
           });
           if (chunk.ends) scatter(h, static_cast<T*>(s.final) + state, N, N, slice.count);
           t = chunk.end;
@@ -179,30 +266,41 @@ INLINE void add_sums(T* to, const vec<T>* v) {
   for (int i = 0; i < NB / Q<T>; i++) store(to + i * LANES<T>, load(to + i * LANES<T>) + merge(v + i * Q<T>));
 }
 
+// The same over time, where they are those of a constant: adds the sums of one chunk.
+template <class T, int NB>
+INLINE void add_constants(T* to, const vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < NB; i++) store(to + i * LANES<T>, load(to + i * LANES<T>) + v[i]);
+}
+
 // Computes the states of a chunk again; dC += h dy and, where there is a gate, y += C h.
-template <class T, int NB, bool GATED>
+template <class T, int NB, bool GATED, bool CONSTANT_B, bool CONSTANT_C>
 INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Replay<T> out, Rows<T> dc, Rows<T> y,
                    int64_t begin, int64_t end) {
   constexpr int L = LANES<T>;
-  vec<T> h[NB];
+  vec<T> h[NB], sums[NB] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < NB; i++) h[i] = load(h_memory + i * L);
   for (int64_t t = begin; t < end; t++) {
     vec<T> dt = load(in.dt[t]), x = dt * load(in.u[t]), dy = load(in.dy[t]), products[NB];
-    const T *b = in.b[t] + n, *c = in.c[t] + n;
+    const T *b = in.b[t], *c = in.c[t];
     vec<T> sum = GATED && n > 0 ? load(y[t]) : vec<T>{};
 #pragma GCC unroll 16
     for (int i = 0; i < NB; i++) {
       vec<T> decay = exp2<T>(dt * load(a + i * L)), decayed = decay * h[i];
       store(out.decay + (t * NB + i) * L, decay);
       store(out.decayed + (t * NB + i) * L, decayed);
-      h[i] = fma(x, splat<T>(b[i]), decayed);
-      products[i] = h[i] * dy;
-      if (GATED) sum = fma(h[i], splat<T>(c[i]), sum);
+      h[i] = fma(x, at<CONSTANT_B>(b, n + i), decayed);
+      if (CONSTANT_C)
+        sums[i] = fma(h[i], dy, sums[i]);
+      else
+        products[i] = h[i] * dy;
+      if (GATED) sum = fma(h[i], at<CONSTANT_C>(c, n + i), sum);
     }
     if (GATED) store(y[t], sum);
-    add_sums<T, NB>(dc[t] + n / Q<T> * L, products);
+    if (!CONSTANT_C) add_sums<T, NB>(dc[t] + n / Q<T> * L, products);
   }
+  if (CONSTANT_C) add_constants<T, NB>(dc.data + n * L, sums);
 #pragma GCC unroll 16
   for (int i = 0; i < NB; i++) store(h_memory + i * L, h[i]);
 }
@@ -210,47 +308,37 @@ INLINE void replay(T* h_memory, const T* a, const Inputs<T>& in, int64_t n, Repl
 // From the last step of a chunk to the first. The whole gradient of h_t is g_t = C_t dy_t + a_{t+1} g_{t+1}, whose
 // second term is `carry`. dB += g dt u; dA += g a h_{t-1} dt; and summed over states dx += g B, dlog += g a h_{t-1} A
 // log2(e).
-template <class T, int NB>
+template <class T, int NB, bool CONSTANT_B, bool CONSTANT_C>
 INLINE void adjoint(T* carry_memory, const T* a, T* da_memory, const Inputs<T>& in, int64_t n, Replay<T> of, Rows<T> db,
                     Rows<T> dx_rows, Rows<T> dlog_rows, int64_t begin, int64_t end) {
   constexpr int L = LANES<T>;
-  vec<T> carry[NB], da[NB];
+  vec<T> carry[NB], da[NB], sums[NB] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < NB; i++) carry[i] = load(carry_memory + i * L), da[i] = load(da_memory + i * L);
   for (int64_t t = end - 1; t >= begin; t--) {
     vec<T> dt = load(in.dt[t]), x = dt * load(in.u[t]), dy = load(in.dy[t]), products[NB];
     vec<T> dx = n == 0 ? vec<T>{} : load(dx_rows[t]), dlog = n == 0 ? vec<T>{} : load(dlog_rows[t]);
-    const T *b = in.b[t] + n, *c = in.c[t] + n;
+    const T *b = in.b[t], *c = in.c[t];
 #pragma GCC unroll 16
     for (int i = 0; i < NB; i++) {
-      vec<T> g = fma(dy, splat<T>(c[i]), carry[i]);
+      vec<T> g = fma(dy, at<CONSTANT_C>(c, n + i), carry[i]);
       vec<T> through = g * load(of.decayed + (t * NB + i) * L);
-      products[i] = g * x;
-      dx = fma(g, splat<T>(b[i]), dx);
+      if (CONSTANT_B)
+        sums[i] = fma(g, x, sums[i]);
+      else
+        products[i] = g * x;
+      dx = fma(g, at<CONSTANT_B>(b, n + i), dx);
       dlog = fma(through, load(a + i * L), dlog);
       da[i] = fma(through, dt, da[i]);
       carry[i] = g * load(of.decay + (t * NB + i) * L);
     }
-    add_sums<T, NB>(db[t] + n / Q<T> * L, products);
+    if (!CONSTANT_B) add_sums<T, NB>(db[t] + n / Q<T> * L, products);
     store(dx_rows[t], dx);
     store(dlog_rows[t], dlog);
   }
+  if (CONSTANT_B) add_constants<T, NB>(db.data + n * L, sums);
 #pragma GCC unroll 16
   for (int i = 0; i < NB; i++) store(carry_memory + i * L, carry[i]), store(da_memory + i * L, da[i]);
-}
-
-// Writes the sums over channels of one group in a tile, (steps, N), to part `part`, (rows, T, N).
-template <class T>
-INLINE void flush(const SelectiveScan& s, const Window& tile, Rows<T> sums, void* parts, int64_t part) {
-  const int64_t N = s.states;
-  T* to = static_cast<T*>(parts) + ((part * s.sequences.rows + tile.row) * s.sequences.length + tile.begin) * N;
-  for (int64_t t = 0; t < tile.end - tile.begin; t++)
-    for (int64_t n = 0; n < N; n++) {
-      const T* from = sums[t] + n / Q<T> * LANES<T> + n % Q<T>;
-      T x = 0;
-      for (int i = 0; i < LANES<T>; i += Q<T>) x += from[i];
-      to[t * N + n] = x;
-    }
 }
 
 // What the backward reads of a strip of slices, (steps, STRIP lanes), and replaces: delta by dt, dy by the gradient of
@@ -296,14 +384,13 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
   const int64_t wide = TILE * STRIP * L;
   const Strip<T> all = {arena.take<T>(wide), arena.take<T>(wide), arena.take<T>(wide),
                         arena.take<T>(wide), arena.take<T>(wide), arena.take<T>(wide)};
-  T *b = arena.take<T>(TILE * M), *c = arena.take<T>(TILE * M);
+  const Map<T> b(s.b, s.constant_b, N, share, true, arena), c(s.c, s.constant_c, N, share, true, arena);
   Rows<T> dx = {arena.take<T>(TILE * L), L}, dlog = {arena.take<T>(TILE * L), L}, y = {arena.take<T>(TILE * L), L};
-  const int64_t sums = M / Q<T> * L;  // how many numbers dB, or dC, has for one step
-  Rows<T> db = {arena.take<T>(TILE * sums), sums}, dc = {arena.take<T>(TILE * sums), sums};
   Replay<T> steps = {arena.take<T>(TILE * NB * L), arena.take<T>(TILE * NB * L)};
   if (!task.memory) return arena.used();
 
   gather_rates(s, share, rates);
+  b.start(share), c.start(share);
   memset(drates, 0, sizeof(T) * share.count * M * L);
   memset(dskips, 0, sizeof(T) * share.count * L);
   memset(dbiases, 0, sizeof(T) * share.count * L);
@@ -313,16 +400,13 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
       Inputs<T> in = {};
       for (int64_t i = 0, strip = 0; i < share.count; i++, strip++) {
         const Slice &slice = share.slices[i], *last = i == 0 ? nullptr : &share.slices[i - 1];
-        if (!last || slice.group_b != last->group_b) {
-          if (last) flush(s, tile, db, parts.db, share.part_b + last->group_b);
-          in.b = read_map(s, s.b, tile, slice.group_b, b);
-          memset(db.data, 0, sizeof(T) * TILE * sums);
-        }
-        if (!last || slice.group_c != last->group_c) {
-          if (last) flush(s, tile, dc, parts.dc, share.part_c + last->group_c);
-          in.c = read_map(s, s.c, tile, slice.group_c, c);
-          memset(dc.data, 0, sizeof(T) * TILE * sums);
-        }
+        const bool first_b = !last || slice.group_b != last->group_b, first_c = !last || slice.group_c != last->group_c;
+        if (first_b && last) b.flush(s.sequences, tile, parts.db, share.part_b + last->group_b);
+        if (first_c && last) c.flush(s.sequences, tile, parts.dc, share.part_c + last->group_c);
+        if (first_b) b.clear();
+        if (first_c) c.clear();
+        in.b = b.read(tile, i, slice.group_b, first_b, in.b), in.c = c.read(tile, i, slice.group_c, first_c, in.c);
+        const Rows<T> db = b.sums_of(i), dc = c.sums_of(i);
         if (starts_strip<T>(share, i, strip)) {
           if (i > 0) all.write(s, tile);
           strip = 0, tile.first = slice.first, tile.count = strip_width<T>(share, i);
@@ -341,10 +425,14 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
             Chunk chunk = first_chunk(s.sequences, row, t, tile.end);
             int64_t state = (chunk.sequence * s.width + slice.first) * N + n;
             if (chunk.starts) gather_padded(static_cast<const T*>(s.h0) + state, N, h + n * L, there, NB, slice.count);
-            if (s.z.data)
-              replay<T, NB, true>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, chunk.end - tile.begin);
-            else
-              replay<T, NB, false>(h + n * L, a + n * L, in, n, steps, dc, y, t - tile.begin, chunk.end - tile.begin);
+            by_maps(s, [&](auto constant_b, auto constant_c) {
+              constexpr bool B = constant_b.value, C = constant_c.value;
+              const int64_t begin = t - tile.begin, end = chunk.end - tile.begin;
+              if (s.z.data)
+                replay<T, NB, true, B, C>(h + n * L, a + n * L, in, n, steps, dc, y, begin, end);
+              else
+                replay<T, NB, false, B, C>(h + n * L, a + n * L, in, n, steps, dc, y, begin, end);
+            });
             t = chunk.end;
           }
           for (int64_t t = tile.end; t > tile.begin;) {
@@ -352,8 +440,10 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
             int64_t state = (chunk.sequence * s.width + slice.first) * N + n;
             if (chunk.ends)
               gather_padded(static_cast<const T*>(s.dfinal) + state, N, carry + n * L, there, NB, slice.count);
-            adjoint<T, NB>(carry + n * L, a + n * L, da + n * L, in, n, steps, db, dx, dlog, chunk.begin - tile.begin,
-                           t - tile.begin);
+            by_maps(s, [&](auto constant_b, auto constant_c) {
+              adjoint<T, NB, constant_b.value, constant_c.value>(carry + n * L, a + n * L, da + n * L, in, n, steps, db,
+                                                                 dx, dlog, chunk.begin - tile.begin, t - tile.begin);
+            });
             if (chunk.starts) scatter(carry + n * L, static_cast<T*>(s.dh0) + state, N, there, slice.count);
             t = chunk.begin;
           }
@@ -372,8 +462,8 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
       }
       all.write(s, tile);
       const Slice& last = share.slices[share.count - 1];
-      flush(s, tile, db, parts.db, share.part_b + last.group_b);
-      flush(s, tile, dc, parts.dc, share.part_c + last.group_c);
+      b.flush(s.sequences, tile, parts.db, share.part_b + last.group_b);
+      c.flush(s.sequences, tile, parts.dc, share.part_c + last.group_c);
     }
   for (int64_t i = 0; i < share.count; i++) {
     const Slice& slice = share.slices[i];
@@ -382,6 +472,7 @@ int64_t backward(const SelectiveScan& s, const Task& task, const Parts& parts) {
     store_some(static_cast<T*>(parts.dd) + channel, load(dskips + i * L), slice.count);
     store_some(static_cast<T*>(parts.dbias) + channel, load(dbiases + i * L), slice.count);
   }
+  b.finish(share, s.width, task.row, parts.db), c.finish(share, s.width, task.row, parts.dc);
   end_stream();
   return 0;
 }

@@ -125,6 +125,62 @@ INLINE vec<float> merge(const vec<float>* v) {
   return (vec<float>)low + (vec<float>)high;
 }
 
+// A vector of pieces of 16 bytes, which lie `stride` numbers apart in memory; and back.
+#if defined(__AVX512F__)
+INLINE vec<float> load_pieces(const float* p, int64_t stride) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + stride), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * stride), 2);
+  return _mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * stride), 3);
+}
+INLINE vec<double> load_pieces(const double* p, int64_t stride) {
+  __m512d v = _mm512_castpd128_pd512(_mm_loadu_pd(p));
+  v = _mm512_insertf64x2(v, _mm_loadu_pd(p + stride), 1);
+  v = _mm512_insertf64x2(v, _mm_loadu_pd(p + 2 * stride), 2);
+  return _mm512_insertf64x2(v, _mm_loadu_pd(p + 3 * stride), 3);
+}
+INLINE void store_pieces(float* p, int64_t stride, vec<float> v) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(v));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(v, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(v, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(v, 3));
+}
+INLINE void store_pieces(double* p, int64_t stride, vec<double> v) {
+  _mm_storeu_pd(p, _mm512_castpd512_pd128(v));
+  _mm_storeu_pd(p + stride, _mm512_extractf64x2_pd(v, 1));
+  _mm_storeu_pd(p + 2 * stride, _mm512_extractf64x2_pd(v, 2));
+  _mm_storeu_pd(p + 3 * stride, _mm512_extractf64x2_pd(v, 3));
+}
+#elif defined(__AVX2__)
+INLINE vec<float> load_pieces(const float* p, int64_t stride) { return _mm256_loadu2_m128(p + stride, p); }
+INLINE vec<double> load_pieces(const double* p, int64_t stride) { return _mm256_loadu2_m128d(p + stride, p); }
+INLINE void store_pieces(float* p, int64_t stride, vec<float> v) { _mm256_storeu2_m128(p + stride, p, v); }
+INLINE void store_pieces(double* p, int64_t stride, vec<double> v) { _mm256_storeu2_m128d(p + stride, p, v); }
+#else
+template <class T>
+INLINE vec<T> load_pieces(const T* p, int64_t) {
+  return load(p);
+}
+template <class T>
+INLINE void store_pieces(T* p, int64_t, vec<T> v) {
+  store(p, v);
+}
+#endif
+
+// Turns the Q x Q numbers in every 16 bytes of Q vectors: lane j of vector i and lane i of vector j change places.
+INLINE void turn(vec<double>* v) {
+  const vec<double> a = v[0];
+  v[0] = interleave<double, false>(a, v[1]), v[1] = interleave<double, true>(a, v[1]);
+}
+INLINE void turn(vec<float>* v) {
+  const vec<double> a = (vec<double>)interleave<float, false>(v[0], v[1]);
+  const vec<double> b = (vec<double>)interleave<float, true>(v[0], v[1]);
+  const vec<double> c = (vec<double>)interleave<float, false>(v[2], v[3]);
+  const vec<double> d = (vec<double>)interleave<float, true>(v[2], v[3]);
+  v[0] = (vec<float>)interleave<double, false>(a, c), v[1] = (vec<float>)interleave<double, true>(a, c);
+  v[2] = (vec<float>)interleave<double, false>(b, d), v[3] = (vec<float>)interleave<double, true>(b, d);
+}
+
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }  // to a multiple

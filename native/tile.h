@@ -45,7 +45,7 @@ struct Window {
 
 template <class S>
 INLINE S* address(const View& v, const Window& w) {
-  return static_cast<S*>(v.data) + w.row * v.row + w.begin * v.time + w.first;
+  return static_cast<S*>(v.data) + w.row * v.row + w.begin * v.time + w.first * v.inner;
 }
 
 template <class T>
@@ -71,30 +71,122 @@ INLINE void convert(Rows<const S> from, Rows<D> to, int64_t steps, int64_t count
   }
 }
 
+// Where time is contiguous, a tensor has a line of steps for every channel, and kernels want a line of channels for
+// every step: `from` one `to` the other, Q steps of a vector of channels at once.
+template <class T>
+INLINE void turn_lines(Rows<const T> from, Rows<T> to, int64_t steps, int64_t count) {
+  constexpr int L = LANES<T>, K = Q<T>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    for (int64_t j = i; j < i + L; j++)
+      for (int64_t ahead = 0; ahead < steps; ahead += LINE / int(sizeof(T)))
+        __builtin_prefetch(from[j] + steps + ahead);
+    int64_t t = 0;
+    for (; t + K <= steps; t += K) {
+      vec<T> v[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; k++) v[k] = load_pieces(from[i + k] + t, K * from.stride);
+      turn(v);
+#pragma GCC unroll 4
+      for (int k = 0; k < K; k++) store(to[t + k] + i, v[k]);
+    }
+    for (; t < steps; t++)
+      for (int64_t j = i; j < i + L; j++) to[t][j] = from[j][t];
+  }
+  for (; i < count; i++)
+    for (int64_t t = 0; t < steps; t++) to[t][i] = from[i][t];
+}
+
+// And back.
+template <class T>
+INLINE void turn_steps(Rows<const T> from, Rows<T> to, int64_t steps, int64_t count) {
+  constexpr int L = LANES<T>, K = Q<T>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    int64_t t = 0;
+    for (; t + K <= steps; t += K) {
+      vec<T> v[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; k++) v[k] = load(from[t + k] + i);
+      turn(v);
+#pragma GCC unroll 4
+      for (int k = 0; k < K; k++) store_pieces(to[i + k] + t, K * to.stride, v[k]);
+    }
+    for (; t < steps; t++)
+      for (int64_t j = i; j < i + L; j++) to[j][t] = from[t][j];
+  }
+  for (; i < count; i++)
+    for (int64_t t = 0; t < steps; t++) to[i][t] = from[t][i];
+}
+
+// The window to lines of channels, and back, as numbers of type S in a tensor.
+template <class S, class T>
+void take(const View& v, const Window& w, Rows<T> to) {
+  const int64_t steps = w.end - w.begin;
+  const S* from = address<const S>(v, w);
+  if (v.inner == 1) return convert(Rows<const S>{from, v.time}, to, steps, w.count);
+  if constexpr (sizeof(S) == sizeof(T)) {
+    turn_lines(Rows<const T>{from, v.inner}, to, steps, w.count);
+  } else {
+    constexpr int64_t L = LANES<T>, BLOCK = 32;
+    T block[L * BLOCK];
+    for (int64_t i = 0; i < w.count; i += L)
+      for (int64_t t = 0; t < steps; t += BLOCK) {
+        const int64_t count = least(L, w.count - i), some = least(BLOCK, steps - t);
+        convert(Rows<const S>{from + i * v.inner + t, v.inner}, Rows<T>{block, BLOCK}, count, some);
+        turn_lines(Rows<const T>{block, BLOCK}, Rows<T>{to[t] + i, to.stride}, some, count);
+      }
+  }
+}
+template <class S, class T>
+void give(const View& v, const Window& w, Rows<const T> from) {
+  const int64_t steps = w.end - w.begin;
+  S* to = address<S>(v, w);
+  if (v.inner == 1) return convert(from, Rows<S>{to, v.time}, steps, w.count);
+  if constexpr (sizeof(S) == sizeof(T)) {
+    turn_steps(from, Rows<T>{to, v.inner}, steps, w.count);
+  } else {
+    constexpr int64_t L = LANES<T>, BLOCK = 32;
+    T block[L * BLOCK];
+    for (int64_t i = 0; i < w.count; i += L)
+      for (int64_t t = 0; t < steps; t += BLOCK) {
+        const int64_t count = least(L, w.count - i), some = least(BLOCK, steps - t);
+        turn_steps(Rows<const T>{from[t] + i, from.stride}, Rows<T>{block, BLOCK}, some, count);
+        convert(Rows<const T>{block, BLOCK}, Rows<S>{to + i * v.inner + t, v.inner}, count, some);
+      }
+  }
+}
+
 // A copy of the window, (steps, width). Channels that the tensor does not have are 0.
 template <class T>
 INLINE Rows<const T> copy(const View& v, const Window& w, T* scratch) {
   int64_t steps = w.end - w.begin;
   if (w.count < w.width) memset(scratch, 0, sizeof(T) * steps * w.width);
   Rows<T> to = {scratch, w.width};
-  if (v.dtype == FLOAT32) convert(Rows<const float>{address<const float>(v, w), v.time}, to, steps, w.count);
-  if (v.dtype == FLOAT64) convert(Rows<const double>{address<const double>(v, w), v.time}, to, steps, w.count);
-  if (v.dtype == BFLOAT16) convert(Rows<const bfloat16>{address<const bfloat16>(v, w), v.time}, to, steps, w.count);
-  if (v.dtype == FLOAT16) convert(Rows<const float16>{address<const float16>(v, w), v.time}, to, steps, w.count);
+  if (v.dtype == FLOAT32) take<float>(v, w, to);
+  if (v.dtype == FLOAT64) take<double>(v, w, to);
+  if (v.dtype == BFLOAT16) take<bfloat16>(v, w, to);
+  if (v.dtype == FLOAT16) take<float16>(v, w, to);
   return {scratch, w.width};
 }
 
-// The window in the tensor itself, or a copy where the tensor has another dtype or too few channels.
+// Whether the window can be used where it lies: its lines are lines of channels, of the right dtype, and complete.
+template <class T>
+INLINE bool in_place(const View& v, const Window& w) {
+  return v.dtype == DTYPE<T> && v.inner == 1 && w.count == w.width;
+}
+
+// The window in the tensor itself, or a copy.
 template <class T>
 INLINE Rows<const T> read(const View& v, const Window& w, T* scratch) {
-  if (v.dtype == DTYPE<T> && w.count == w.width) return {address<const T>(v, w), v.time};
+  if (in_place<T>(v, w)) return {address<const T>(v, w), v.time};
   return copy(v, w, scratch);
 }
 
 // Where a kernel computes what `write` then puts into the tensor: there already, or in scratch memory.
 template <class T>
 INLINE Rows<T> target(const View& v, const Window& w, T* scratch) {
-  if (v.dtype == DTYPE<T> && w.count == w.width) return {address<T>(v, w), v.time};
+  if (in_place<T>(v, w)) return {address<T>(v, w), v.time};
   return {scratch, w.width};
 }
 
@@ -104,7 +196,7 @@ INLINE void write(const View& v, const Window& w, Rows<T> rows) {
   if (v.dtype == DTYPE<T> && rows.data == address<T>(v, w)) return;
   int64_t steps = w.end - w.begin;
   Rows<const T> from = {rows.data, rows.stride};
-  const bool lines = reinterpret_cast<uintptr_t>(v.data) % LINE == 0 &&
+  const bool lines = v.inner == 1 && reinterpret_cast<uintptr_t>(v.data) % LINE == 0 &&
                      (v.row | v.time | w.first | w.count) % (LINE / int(sizeof(T))) == 0;
   if (v.dtype == DTYPE<T> && lines) {
     T* to = address<T>(v, w);
@@ -112,10 +204,10 @@ INLINE void write(const View& v, const Window& w, Rows<T> rows) {
       for (int64_t i = 0; i < w.count; i += LANES<T>) stream(to + t * v.time + i, load(from[t] + i));
     return;
   }
-  if (v.dtype == FLOAT32) convert(from, Rows<float>{address<float>(v, w), v.time}, steps, w.count);
-  if (v.dtype == FLOAT64) convert(from, Rows<double>{address<double>(v, w), v.time}, steps, w.count);
-  if (v.dtype == BFLOAT16) convert(from, Rows<bfloat16>{address<bfloat16>(v, w), v.time}, steps, w.count);
-  if (v.dtype == FLOAT16) convert(from, Rows<float16>{address<float16>(v, w), v.time}, steps, w.count);
+  if (v.dtype == FLOAT32) give<float>(v, w, from);
+  if (v.dtype == FLOAT64) give<double>(v, w, from);
+  if (v.dtype == BFLOAT16) give<bfloat16>(v, w, from);
+  if (v.dtype == FLOAT16) give<float16>(v, w, from);
 }
 
 // From `count` channels, whose `states` numbers each lie side by side and `stride` apart from those of the next
@@ -291,7 +383,7 @@ void add_groups(const Groups& s, int64_t row) {
       for (int64_t n = 0; n < N; n++) {
         T x = from[n];
         for (int64_t q = 1; q < next - p; q++) x += from[q * size + n];
-        int64_t to = row * s.out.row + t * s.out.time + s.group[p] * N + n;
+        int64_t to = row * s.out.row + t * s.out.time + (s.group[p] * N + n) * s.out.inner;
         if (s.out.dtype == FLOAT32) put(static_cast<float*>(s.out.data) + to, x);
         if (s.out.dtype == FLOAT64) put(static_cast<double*>(s.out.data) + to, x);
         if (s.out.dtype == BFLOAT16) put(static_cast<bfloat16*>(s.out.data) + to, x);

@@ -68,12 +68,17 @@ def selective_scan(draw: Draw) -> Arguments:
     batch, length, cu_seqlens = draw.batch()
     width, states = draw.one(1, 3, 8, 17, 33), draw.one(0, 1, 3, 4, 16)
     softplus = draw.chance(0.5)
+
+    def map_() -> Tensor:
+        constant = draw.chance(0.2)
+        return draw.normal(width, states) if constant else draw.normal(batch, length, draw.dividing(width), states)
+
     return {
         "u": draw.normal(batch, length, width),
         "delta": draw.normal(batch, length, width) if softplus else draw.uniform(batch, length, width),
         "A": -draw.uniform(width, states, dtype=draw.real),
-        "B": draw.normal(batch, length, draw.dividing(width), states),
-        "C": draw.normal(batch, length, draw.dividing(width), states),
+        "B": map_(),
+        "C": map_(),
         "D": draw.maybe(lambda: draw.normal(width)),
         "z": draw.maybe(lambda: draw.normal(batch, length, width)),
         "delta_bias": draw.maybe(lambda: draw.uniform(width, dtype=draw.real)),

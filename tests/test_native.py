@@ -82,6 +82,26 @@ def scan(batch, length, width, states, groups=(1, 1), dtype=float32, borders=Non
     )
 
 
+def constant(which, *args, **options):
+    """A scan whose B ("B"), or C, or both are the same at all times."""
+    a: dict[str, Any] = dict(zip(OPS["selective_scan"].fields, scan(*args, **options), strict=True))
+    return (*(normal(*a["A"].shape, dtype=a["u"].dtype) if k in which else m for k, m in a.items()),)
+
+
+def turned(op, names, args):
+    """The arguments of an op, of which some have time innermost in memory."""
+    named = zip(OPS[op].fields, args, strict=False)  # without those that have a default
+    return tuple(m.movedim(1, -1).contiguous().movedim(-1, 1) if k in names.split() else m for k, m in named)
+
+
+def scan_turned(names, *args, **options):
+    return turned("selective_scan", names, scan(*args, **options))
+
+
+def constant_turned(names, *args, **options):
+    return turned("selective_scan", names, constant(*args, **options))
+
+
 def linear(batch, length, shape, dtypes=(float32, float32), borders=None, alike="", reverse=False):
     """``alike``: whether a is the same at all times ("t") or along the last axis ("c")."""
     sizes = (1, 1, *shape) if alike == "t" else (batch, length, *shape)
@@ -132,6 +152,10 @@ def conv(batch, length, width, taps, dtype=float32, borders=None, bias=True, sil
     )
 
 
+def conv_turned(*args, **options):
+    return turned("causal_conv1d", "x", conv(*args, **options))
+
+
 # Widths beside and across the lanes of every vector, lengths beside and across tiles.
 CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "scan one": ("selective_scan", lambda: scan(1, 1, 1, 1)),
@@ -146,6 +170,29 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "scan wide bfloat16": ("selective_scan", lambda: scan(2, 70, 300, 16, (1, 2), bfloat16, around="Dzbs")),
     "scan float16": ("selective_scan", lambda: scan(2, 20, 30, 4, (1, 1), float16, around="Dzbs")),
     "scan float64": ("selective_scan", lambda: scan(5, 40, 130, 31, (1, 1), float64, around="Dzbs")),
+    "scan B constant": ("selective_scan", lambda: constant("B", 3, 33, 48, 16, (1, 2), around="Dzbs")),
+    "scan C constant": ("selective_scan", lambda: constant("C", 2, 70, 17, 5, (17, 1), bfloat16, around="zs")),
+    "scan both constant": ("selective_scan", lambda: constant("BC", 2, 65, 35, 3, dtype=float64)),
+    "scan constant packed": ("selective_scan", lambda: constant("BC", 1, 130, 40, 20, borders=SHORT, around="Dzbs")),
+    "scan time last": ("selective_scan", lambda: scan_turned("u delta B C z", 2, 65, 17, 3, around="Dzbs")),
+    "scan time last one": ("selective_scan", lambda: scan_turned("u delta B C z", 3, 63, 1, 1, around="z")),
+    "scan time last wide": ("selective_scan", lambda: scan_turned("u delta B C", 1, 100, 300, 16, (1, 2))),
+    "scan time last mixed": (
+        "selective_scan",
+        lambda: scan_turned("u B z", 2, 70, 40, 20, (2, 4), float64, around="Dz"),
+    ),
+    "scan time last bfloat16": (
+        "selective_scan",
+        lambda: scan_turned("u delta B z", 1, 130, 35, 17, (1, 1), bfloat16, SHORT, "Dzbs"),
+    ),
+    "scan time last packed": (
+        "selective_scan",
+        lambda: scan_turned("delta C z", 1, 130, 33, 16, (1, 3), float32, SHORT, "z"),
+    ),
+    "scan time last constant": (
+        "selective_scan",
+        lambda: constant_turned("u z", "BC", 2, 2, 19, 4, dtype=float16, around="z"),
+    ),
     "scan no states": ("selective_scan", lambda: scan(2, 65, 17, 0, around="D")),
     "scan no states gate": ("selective_scan", lambda: scan(1, 130, 35, 0, (1, 5), bfloat16, SHORT, "Dzbs")),
     "linear one": ("linear_scan", lambda: linear(1, 1, (1,))),
@@ -188,6 +235,12 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "conv packed": ("causal_conv1d", lambda: conv(1, 130, 33, 4, float32, SHORT, silu=True)),
     "conv packed width 6": ("causal_conv1d", lambda: conv(1, 12, 20, 6, float64, [0, 2, 3, 5, 5, 12], silu=True)),
     "conv wide bfloat16": ("causal_conv1d", lambda: conv(2, 70, 300, 4, bfloat16, silu=True)),
+    "conv time last": ("causal_conv1d", lambda: conv_turned(2, 65, 17, 4, silu=True)),
+    "conv time last one": ("causal_conv1d", lambda: conv_turned(2, 63, 1, 4)),
+    "conv time last short": ("causal_conv1d", lambda: conv_turned(2, 2, 5, 4, float64)),
+    "conv time last packed": ("causal_conv1d", lambda: conv_turned(1, 130, 33, 6, float32, SHORT, silu=True)),
+    "conv time last bfloat16": ("causal_conv1d", lambda: conv_turned(2, 70, 300, 4, bfloat16, silu=True)),
+    "conv time last float16": ("causal_conv1d", lambda: conv_turned(2, 33, 64, 1, float16)),
     "conv float16": ("causal_conv1d", lambda: conv(2, 20, 30, 4, float16, silu=True)),
 }
 

@@ -243,6 +243,12 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     by_state, by_head = update((24,), (24,), 5), update((6, 7), (6, 1), 1)
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
     plain = {**selective(3, 3, 1, without=("D", "z", "delta_bias")), "delta": 0.3 * normal(3, length, 24).abs()}
+    mixed = {**selective(3, 3, 1, without=("C",)), "C": normal(24, 5)}
+    fixed = {
+        **selective(1, rows, 1, True, without=("B", "C", "z")),
+        "B": normal(24, 5),
+        "C": normal(24, 5, complex=True),
+    }
     narrow = selective(3, 3, 2, without=("z",), width=6)  # groups of fewer channels than a vector has lanes
     seen = {"length": torch.tensor([9, 0, 4, 7])}
     runs, silu, step = {"cu_seqlens": packed}, {"activation": "silu"}, {"dt_softplus": True}
@@ -254,6 +260,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("selective_scan complex", "selective_scan", selective_scan, selective(3, 3, 1, True), soft),
         OpCase("selective_scan packed", "selective_scan", selective_scan, selective(1, rows), {**soft, **runs}),
         OpCase("selective_scan plain", "selective_scan", selective_scan, plain),
+        OpCase("selective_scan constant C", "selective_scan", selective_scan, mixed, soft),
+        OpCase("selective_scan complex constant", "selective_scan", selective_scan, fixed, {**soft, **runs}),
         OpCase("selective_scan no gate", "selective_scan", selective_scan, narrow, soft),
         OpCase("ssd", "ssd", ssd, dual(3, 3), soft2),
         OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),

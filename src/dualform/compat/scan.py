@@ -87,11 +87,11 @@ def selective_scan_ref(
 
 
 def _map(name: str, m: Tensor, u: Tensor, A: Tensor) -> Tensor:
-    """B or C -> ``(B, T, G, N)``."""
+    """B or C -> ``(B, T, G, N)``, or constant ``(D, N)``."""
     batch, _, length = u.shape
     if m.dim() == 2:
         check_layout(_WHERE, A=(A, "D N"), **{name: (m, "D N")})
-        return m.expand(batch, length, *m.shape)
+        return m
     times = 2 * length if A.is_complex() else length
     spec = f"{batch} {A.shape[1]} {times}" if m.dim() == 3 else f"{batch} * {A.shape[1]} {times}"
     try:

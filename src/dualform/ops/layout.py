@@ -39,6 +39,19 @@ def lay(y: Tensor, last: bool) -> Tensor:
     return y if y.movedim(1, -1).is_contiguous() else empty_like(y, last).copy_(y)
 
 
+def flat_stride(x: Tensor) -> int | None:
+    """The stride of the axes of ``x`` ``(B, T, ...)`` after time, taken as one axis; None where they do not lie so."""
+    found = following = None
+    for axis in range(x.dim() - 1, 1, -1):
+        if x.shape[axis] != 1:
+            if following is None:
+                found = x.stride(axis)
+            elif x.stride(axis) != following:
+                return None
+            following = x.stride(axis) * x.shape[axis]
+    return 1 if found is None else found
+
+
 def inner_contiguous(tensor: Tensor, inner: int = 1) -> Tensor:
     """The tensor with its last ``inner`` axes contiguous, any strides before: slices of a projection pass uncopied."""
     stride = 1

@@ -39,8 +39,9 @@ def selective_scan(
         u: ``(B, T, D)``, input.
         delta: ``(B, T, D)``, step before bias and softplus.
         A: ``(D, N)``, decay rates, negative (real part) for a stable recurrence; real or complex.
-        B: ``(B, T, G, N)``, input map; channel d uses group ``d // (D / G)``.
-        C: ``(B, T, G, N)``, output map; its number of groups may differ from that of B.
+        B: ``(B, T, G, N)``, input map; channel d uses group ``d // (D / G)``. Or ``(D, N)``, constant over time and
+            batch.
+        C: ``(B, T, G, N)``, output map, whose number of groups may differ from that of B; or ``(D, N)``, likewise.
         D: ``(D,)``, skip.
         z: ``(B, T, D)``, gate.
         delta_bias: ``(D,)``.
@@ -75,14 +76,25 @@ class SelectiveScan(NamedTuple):
     u: Tensor  # (B, T, D)
     delta: Tensor  # (B, T, D)
     A: Tensor  # (D, N)
-    B: Tensor  # (B, T, G, N)
-    C: Tensor  # (B, T, J, N)
+    B: Tensor  # (B, T, G, N), or (D, N)
+    C: Tensor  # (B, T, J, N), or (D, N)
     D: Tensor | None  # (D,)
     z: Tensor | None  # (B, T, D)
     delta_bias: Tensor | None  # (D,)
     delta_softplus: bool
     h0: Tensor  # (rows, D, N)
     packing: Packing | None
+
+    @property
+    def constant(self) -> bool:
+        """Whether B or C is ``(D, N)``, constant over time and batch."""
+        return self.B.dim() == 2 or self.C.dim() == 2
+
+    def over_time(self) -> "SelectiveScan":
+        """The same with a group for every channel in place of a constant B or C: a view, the same at all times."""
+        batch_and_time = self.u.shape[:2]
+        B, C = (m if m.dim() == 4 else m.expand(*batch_and_time, *m.shape) for m in (self.B, self.C))
+        return self._replace(B=B, C=C)
 
 
 @once_per_shape
@@ -101,8 +113,8 @@ def _check_inputs(
         u=(u, "B T D"),
         delta=(delta, "B T D"),
         A=(A, "D N"),
-        B=(B, "B T * N"),
-        C=(C, "B T * N"),
+        B=(B, _axes(B)),
+        C=(C, _axes(C)),
         D=(D, "? D"),
         z=(z, "? B T D"),
         delta_bias=(delta_bias, "? D"),
@@ -110,12 +122,17 @@ def _check_inputs(
     check_real(_WHERE, u=u, delta=delta, D=D, z=z, delta_bias=delta_bias)
     check_floating(_WHERE, A=A, B=B, C=C)
     for name, tensor in (("B", B), ("C", C)):
-        if tensor.shape[2] == 0 or sizes["D"] % tensor.shape[2]:
+        if tensor.dim() == 4 and (tensor.shape[2] == 0 or sizes["D"] % tensor.shape[2]):
             raise ArgumentError(f"{_WHERE}: {name} has {tensor.shape[2]} groups, which do not divide D = {sizes['D']}")
         if tensor.is_complex() and not A.is_complex():
             raise ArgumentError(
                 f"{_WHERE}: {name} is {tensor.dtype} but A is {A.dtype}: make A complex, or {name} real"
             )
+
+
+def _axes(m: Tensor) -> str:
+    """Of B or C; two only where it is constant."""
+    return "D N" if isinstance(m, Tensor) and m.dim() == 2 else "B T * N"
 
 
 def _check(a: SelectiveScan) -> None:
@@ -125,6 +142,7 @@ def _check(a: SelectiveScan) -> None:
 
 
 def _reference(a: SelectiveScan) -> tuple[Tensor, Tensor]:
+    a = a.over_time()
     width, scale, real = a.u.shape[2], 2 if a.A.is_complex() else 1, a.h0.dtype.to_real()
 
     def run(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

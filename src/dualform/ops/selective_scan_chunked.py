@@ -35,8 +35,8 @@ class _Inputs(NamedTuple):
 
     u: Tensor  # (B, T, D)
     delta: Tensor  # (B, T, D)
-    B: Tensor  # (B, T, G, N)
-    C: Tensor  # (B, T, J, N)
+    B: Tensor  # (B, T, G, N), or (N, D)
+    C: Tensor  # (B, T, J, N), or (N, D)
     A: Tensor
     D: Tensor | None
     z: Tensor | None  # (B, T, D)
@@ -53,6 +53,10 @@ class _Inputs(NamedTuple):
         """One span of an input, time first, in the real dtype of the states or another one."""
         return m[:, times].transpose(0, 1).to(dtype or self.h0.dtype.to_real())
 
+    def map(self, m: Tensor, times: slice) -> Tensor:
+        """B or C of one span, time first, in the dtype of the states; a constant one as it is."""
+        return m.to(self.h0.dtype) if m.dim() == 2 else self.part(m, times, self.h0.dtype)
+
 
 class _Span(NamedTuple):
     """One span of the recurrence, time first and channels last: ``h_t = a_t h_{t-1} + dt_t u_t B_t``."""
@@ -60,8 +64,8 @@ class _Span(NamedTuple):
     step: Tensor  # (K, B, D), the step before softplus
     dt: Tensor  # (K, B, D)
     u: Tensor  # (K, B, D)
-    B: Tensor  # (K, B, G, N)
-    C: Tensor  # (K, B, J, N)
+    B: Tensor  # (K, B, G, N), or (N, D)
+    C: Tensor  # (K, B, J, N), or (N, D)
     a: Tensor  # (K, B, N, D), the decays
     h: Tensor  # (K, B, N, D), the states
 
@@ -69,7 +73,7 @@ class _Span(NamedTuple):
     def run(cls, times: slice, of: _Inputs, h: Tensor, starts: tuple[Tensor, Tensor] | None) -> "_Span":
         """The states of one span, which ``h`` ``(B, N, D)`` enters."""
         u, step = of.part(of.u, times), of.part(of.delta, times).contiguous()
-        B, C = (of.part(m, times, h.dtype) for m in (of.B, of.C))
+        B, C = of.map(of.B, times), of.map(of.C, times)
         step = step if of.bias is None else step + of.bias.to(step.dtype)
         dt = F.softplus(step) if of.softplus else step
         a = torch.mul(dt[:, :, None], of.A).exp_()
@@ -88,24 +92,36 @@ class _Span(NamedTuple):
 
 
 def _outer(m: Tensor, x: Tensor) -> Tensor:
-    """``m`` ``(K, B, G, N)`` times ``x`` ``(K, B, D)`` -> ``(K, B, N, D)``."""
+    """``m`` ``(K, B, G, N)``, or ``(N, D)``, times ``x`` ``(K, B, D)`` -> ``(K, B, N, D)``."""
+    if m.dim() == 2:
+        return m * x[:, :, None]
     return (m.transpose(2, 3)[..., None] * x.unflatten(2, (m.shape[2], -1))[:, :, None]).flatten(3)
 
 
 def _over_states(m: Tensor, h: Tensor) -> Tensor:
-    """``sum_n m h``: ``(K, B, G, N)`` and ``(K, B, N, D)`` -> ``(K, B, D)``."""
+    """``sum_n m h``: ``(K, B, G, N)``, or ``(N, D)``, and ``(K, B, N, D)`` -> ``(K, B, D)``."""
+    if m.dim() == 2:
+        return (m * h).sum(2)
     return (m[..., None, :] @ h.unflatten(3, (m.shape[2], -1)).transpose(2, 3)).flatten(2)
 
 
-def _over_channels(h: Tensor, x: Tensor, groups: int) -> Tensor:
-    """``sum_d h x`` over the channels of a group: ``(K, B, N, D)`` and ``(K, B, D)`` -> ``(K, B, G, N)``."""
+def _add_products(into: Tensor, times: slice, h: Tensor, x: Tensor) -> None:
+    """``sum h x`` of ``(K, B, N, D)`` and ``(K, B, D)``: the gradient of B or C in one span.
+
+    The sum is over the channels of a group, ``into`` being ``(B, T, G, N)``; or over time and batch, being ``(D, N)``.
+    """
+    if into.dim() == 2:
+        into += (h * x[:, :, None]).sum((0, 1)).T
+        return
+    groups = into.shape[2]
     x = x.unflatten(2, (groups, -1))[..., None].to(h.dtype)
-    return (h.unflatten(3, (groups, -1)).transpose(2, 3) @ x)[..., 0]
+    into[:, times] = (h.unflatten(3, (groups, -1)).transpose(2, 3) @ x)[..., 0].transpose(0, 1)
 
 
 def _inputs(a: SelectiveScan) -> _Inputs:
     rates, start = a.A.T.contiguous(), a.h0.transpose(1, 2).contiguous()
-    return _Inputs(a.u, a.delta, a.B, a.C, rates, a.D, a.z, a.delta_bias, a.delta_softplus, start)
+    B, C = (m.T if m.dim() == 2 else m for m in (a.B, a.C))
+    return _Inputs(a.u, a.delta, B, C, rates, a.D, a.z, a.delta_bias, a.delta_softplus, start)
 
 
 def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
@@ -147,7 +163,8 @@ def _backward(grads: list[Tensor], kept: list[Tensor], args: SelectiveScan) -> d
     (batch, length, width), real = of.u.shape, of.h0.dtype.to_real()
     dfinal = grads[1].transpose(1, 2).contiguous()
     du, ddelta = empty_like(of.u), empty_like(of.delta)
-    dB, dC = (torch.empty_like(m, dtype=of.A.dtype, memory_format=torch.contiguous_format) for m in (of.B, of.C))
+    new = of.A.new_empty
+    dB, dC = (new(m.shape) if m.dim() == 4 else new(m.shape).zero_() for m in (args.B, args.C))
     found = {"u": du, "delta": ddelta, "B": dB, "C": dC}
     if of.z is not None:
         found["z"] = empty_like(of.z)
@@ -162,7 +179,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], args: SelectiveScan) -> d
             found["z"][:, times] = torch.ops.aten.silu_backward(dy * s.output(of), z).transpose(0, 1)
             dy = dy * F.silu(z)
         dys = of.scale * dy
-        dC[:, times] = _over_channels(s.h.conj(), dys, of.C.shape[2]).transpose(0, 1)
+        _add_products(dC, times, s.h.conj(), dys)
         g = _outer(s.C.conj(), dys)
         if packing is not None and (ends := packing.ending(begin, end)) is not None:
             g[ends[0], 0] += dfinal[ends[1]]
@@ -176,7 +193,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], args: SelectiveScan) -> d
             dh0[rows], before[steps, 0] = s.a[steps, 0].conj() * g[steps, 0], of.h0[rows]
             carry = torch.where((steps == 0).any(), 0, carry)
         dlog = before.mul_(s.a).conj() * g  # dL/d(dt A)
-        dB[:, times] = _over_channels(g, s.dt * s.u, of.B.shape[2]).transpose(0, 1)
+        _add_products(dB, times, g, s.dt * s.u)
         dinput, dstep = _over_states(s.B.conj(), g), (dlog * of.A.conj()).sum(2)
         dinput, dstep = (dinput.real, dstep.real) if of.scale == 2 else (dinput, dstep)
         dx, dstep = dinput * s.dt, dstep + dinput * s.u

@@ -295,6 +295,8 @@ def _inputs(x: Inputs, *more: tuple[Tensor, bool]) -> tuple[dict[str, Any], dict
 
 def _refuses(a: SelectiveScan) -> str | None:
     x = Inputs(*a)
+    if x.constant:
+        return "B or C is constant over time"
     if x.h0.dtype != torch.float32:
         return f"the state is {x.h0.dtype}, not float32"
     if not 0 < x.h0.shape[2] <= 4 * _LANE_STATES[-1]:

@@ -6,29 +6,29 @@ import torch
 from torch import Tensor
 
 from dualform.ops.causal_conv1d import CausalConv1d, causal_conv1d_op
-from dualform.ops.layout import lay, time_last
+from dualform.ops.layout import empty_like
 from dualform.ops.native import library
-from dualform.ops.native.library import fresh, readable
+from dualform.ops.native.library import fresh, timed
 from dualform.ops.native.structs import CAUSAL_CONV1D
 from dualform.ops.op import Backend
 
 
 def _forward(a: CausalConv1d) -> list[Tensor]:
-    y, final = fresh(a.x.new_empty(a.x.shape)), a.h0.clone(memory_format=torch.contiguous_format)
+    y, final = fresh(empty_like(a.x)), a.h0.clone(memory_format=torch.contiguous_format)
     if y.numel() > 0:
         library.call("causal_conv1d", CAUSAL_CONV1D, **_inputs(a), y=y, final=final)
-    return [lay(y, time_last(a.x)), final]
+    return [y, final]
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[str, Tensor]:
-    dx, dh0 = fresh(a.x.new_empty(a.x.shape)), grads[1].clone()
+    dx, dh0 = fresh(empty_like(a.x)), grads[1].clone()
     dweight, dbias = a.h0.new_zeros(a.weight.shape), a.h0.new_zeros(len(a.weight))
     if a.x.numel() > 0:
         library.call(
             "causal_conv1d_backward",
             CAUSAL_CONV1D,
             **_inputs(a),
-            dy=readable(grads[0]),
+            dy=timed(grads[0]),
             dfinal=grads[1].contiguous(),
             dx=dx,
             dweight=dweight,
@@ -40,7 +40,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
 
 def _inputs(a: CausalConv1d) -> dict[str, Any]:
     """The fields of ``CausalConv1d`` that forward and backward read."""
-    x, h0 = readable(a.x), a.h0.contiguous()
+    x, h0 = timed(a.x), a.h0.contiguous()
     return {
         "dtype": h0.dtype,
         "sequences": (x, a.packing),

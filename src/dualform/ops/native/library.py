@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.ops.layout import inner_contiguous
+from dualform.ops.layout import flat_stride, inner_contiguous
 from dualform.ops.native.structs import DTYPES, NO_MEMORY, REFUSED, VERSION
 from dualform.ops.structs import Structure
 
@@ -97,6 +97,13 @@ def fresh(tensor: Tensor) -> Tensor:
     if tensor.nbytes >= _LARGE and _library is not None:
         _library.dualform_fresh(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
     return tensor
+
+
+def timed(tensor: Tensor) -> Tensor:
+    """The tensor ``(B, T, ...)`` in a dtype that kernels read, the axes after time contiguous or time itself."""
+    if tensor.stride(1) == 1 and tensor.dtype in DTYPES and flat_stride(tensor) is not None:
+        return tensor
+    return readable(tensor, tensor.dim() - 2)
 
 
 def readable(tensor: Tensor, inner: int = 1) -> Tensor:

@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.ops.layout import lay, time_last
+from dualform.ops.layout import empty_like
 from dualform.ops.native import library
-from dualform.ops.native.library import fresh, readable
+from dualform.ops.native.library import fresh, timed
 from dualform.ops.native.structs import SELECTIVE_SCAN, SELECTIVE_SCAN_TILE
 from dualform.ops.op import Backend
 from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
 
 
 def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
-    y, final = fresh(a.u.new_empty(a.u.shape)), a.h0.clone(memory_format=torch.contiguous_format)
+    y, final = fresh(empty_like(a.u)), a.h0.clone(memory_format=torch.contiguous_format)
     saved = [fresh(m) for m in _saved(a)] if keep else []
     if a.u.numel() == 0:
-        return [lay(y.zero_(), time_last(a.u)), final, *saved]
+        return [y.zero_(), final, *saved]
     library.call("selective_scan", SELECTIVE_SCAN, **_inputs(a), y=y, final=final, saved=saved[0] if keep else None)
-    return [lay(y, time_last(a.u)), final, *saved]
+    return [y, final, *saved]
 
 
 _forward, _infer = partial(_run, True), partial(_run, False)
@@ -36,11 +36,12 @@ def _saved(a: SelectiveScan) -> list[Tensor]:
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict[str, Tensor]:
     found = {
-        name: fresh(torch.empty_like(m, memory_format=torch.contiguous_format))
+        name: fresh(empty_like(m))
         for name, m in (("u", a.u), ("delta", a.delta), ("A", a.A), ("B", a.B), ("C", a.C), ("z", a.z))
         if m is not None
     }
     found |= {name: a.h0.new_empty(m.shape) for name, m in (("D", a.D), ("delta_bias", a.delta_bias)) if m is not None}
+    found |= {name: a.h0.new_empty(m.shape) for name, m in (("B", a.B), ("C", a.C)) if m.dim() == 2}
     dh0 = grads[1].clone()
     if a.u.numel() == 0:
         for g in found.values():
@@ -51,7 +52,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
             SELECTIVE_SCAN,
             **_inputs(a),
             saved=library.saved_states("selective_scan", kept, a.h0, *_shape(a)),
-            dy=readable(grads[0]),
+            dy=timed(grads[0]),
             dfinal=grads[1].contiguous(),
             du=found["u"],
             ddelta=found["delta"],
@@ -68,26 +69,37 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
 
 def _inputs(a: SelectiveScan) -> dict[str, Any]:
     """The fields of ``SelectiveScan`` that forward and backward read."""
-    u, B, C, h0 = readable(a.u), readable(a.B, 2), readable(a.C, 2), a.h0.contiguous()
+    u, B, C, h0 = timed(a.u), _map(a.B, a), _map(a.C, a), a.h0.contiguous()
     D, bias = (None if m is None else m.to(h0.dtype).contiguous() for m in (a.D, a.delta_bias))
     return {
         "dtype": h0.dtype,
         "sequences": (u, a.packing),
         "width": h0.shape[1],
         "states": h0.shape[2],
-        "groups_b": B.shape[2],
-        "groups_c": C.shape[2],
+        "groups_b": _groups(B),
+        "groups_c": _groups(C),
+        "constant_b": a.B.dim() == 2,
+        "constant_c": a.C.dim() == 2,
         "softplus": a.delta_softplus,
         "u": u,
-        "delta": readable(a.delta),
+        "delta": timed(a.delta),
         "b": B,
         "c": C,
-        "z": None if a.z is None else readable(a.z),
+        "z": None if a.z is None else timed(a.z),
         "a": a.A.contiguous(),
         "d": D,
         "bias": bias,
         "h0": h0,
     }
+
+
+def _map(m: Tensor, a: SelectiveScan) -> Tensor:
+    """B or C as kernels read it; a constant one is of the dtype of the states, and so is its gradient."""
+    return timed(m) if m.dim() == 4 else m.to(a.h0.dtype).contiguous()
+
+
+def _groups(m: Tensor) -> int:
+    return m.shape[2] if m.dim() == 4 else 1
 
 
 def _refuses(a: SelectiveScan) -> str | None:

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from dualform.core.packing import Packing
+from dualform.ops.layout import flat_stride
 from dualform.ops.structs import FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 8  # DUALFORM_VERSION
+VERSION = 9  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
@@ -14,11 +15,12 @@ SSD_SPAN = 256  # the same for ssd
 
 
 def _view(x: Tensor) -> tuple[int, ...]:
-    return x.data_ptr(), x.stride(0), x.stride(1), DTYPES[x.dtype]
+    row, time = x.stride()[:2]
+    return x.data_ptr(), row, time, (flat_stride(x) or 1) if time == 1 else 1, DTYPES[x.dtype]
 
 
 def _view_of_step(x: Tensor) -> tuple[int, ...]:
-    return x.data_ptr(), x.stride(0), 0, DTYPES[x.dtype]
+    return x.data_ptr(), x.stride(0), 0, 1, DTYPES[x.dtype]
 
 
 def _sequences(of: tuple[Tensor, Packing | None]) -> tuple[int, ...]:
@@ -27,9 +29,9 @@ def _sequences(of: tuple[Tensor, Packing | None]) -> tuple[int, ...]:
     return (rows, length, rows, 0) if packing is None else (rows, length, packing.rows, packing.cu_seqlens.data_ptr())
 
 
-_VIEW = (POINTER, "data"), (INT64, "row time dtype")
+_VIEW = (POINTER, "data"), (INT64, "row time inner dtype")
 DTYPE = Kind("int64", 1, DTYPES.__getitem__)
-# A tensor (B, T, ...) whose axes after time are contiguous; and one step of it, (B, ...).
+# A tensor (B, T, ...) whose axes after time lie like one axis; and one step of it, (B, ...), contiguous.
 VIEW, STEP = Structure("View", *_VIEW, of=_view), Structure("View", *_VIEW, of=_view_of_step)
 # A tensor (B, T, ...) and its packing, or None.
 SEQUENCES = Structure("Sequences", (INT64, "rows length count"), (POINTER, "borders"), of=_sequences)
@@ -40,7 +42,7 @@ SELECTIVE_SCAN = Structure(
     (DTYPE, "dtype"),
     (SEQUENCES, "sequences"),
     (INT64, "width states groups_b groups_c"),
-    (FLAG, "softplus"),
+    (FLAG, "constant_b constant_c softplus"),
     (VIEW, "u delta b c z"),
     (POINTER, "a d bias h0"),
     (VIEW, "y"),

@@ -28,6 +28,7 @@ class _Plan:
     """How a call is cut, and what all of its kernels are told."""
 
     def __init__(self, a: SelectiveScan):
+        a = a.over_time()
         (self.rows, self.length, self.width), states = a.u.shape, a.A.shape[1]
         per_b, per_c = self.width // a.B.shape[2], self.width // a.C.shape[2]
         self.per_both = gcd(per_b, per_c)  # channels that share a group of B and one of C
@@ -100,10 +101,17 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
         K=_SAVE_EVERY, S=_TOGETHER, **plan.flags,
     )  # fmt: skip
     total = partial.sum(0)
-    dB, dC = (g.unflatten(2, (m.shape[2], -1)).sum(3) for g, m in ((dB, a.B), (dC, a.C)))
+    dB, dC = (_of_map(g, m) for g, m in ((dB, a.B), (dC, a.C)))
     found = {"u": du, "delta": ddelta, "A": total[:-2].T, "B": dB, "C": dC, "h0": dstart}
     found |= {"D": total[-2], "delta_bias": total[-1]}
     return found if dz is None else {**found, "z": dz}
+
+
+def _of_map(g: Tensor, m: Tensor) -> Tensor:
+    """The gradient of B or C, from that of every program's channels ``(B, T, programs, N)``."""
+    if m.dim() == 2:
+        return g.sum((0, 1))
+    return g.unflatten(2, (m.shape[2], -1)).sum(3)
 
 
 def _refuses(a: SelectiveScan) -> str | None:
