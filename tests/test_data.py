@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import shutil
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -149,10 +150,14 @@ def test_at_most_a_fixed_size_is_held_out(tmp_path, monkeypatch):
     assert held and sum(len(d.text) for d in held) <= 500
 
 
-def test_few_documents_give_up_the_smallest(tmp_path):
+def test_of_few_documents_the_one_of_the_right_size_is_held_out(tmp_path):
     for name, size in (("a", 30), ("b", 10), ("c", 20)):
         (tmp_path / name).write_text("x" * size)
-    assert [d.name for d, held_out in split(Corpus(Data(path=str(tmp_path), held_out=10**9))) if held_out] == ["b"]
+    for every, name in ((2, "a"), (3, "c"), (6, "b"), (20, "a, its end")):
+        held = [d for d, held_out in split(Corpus(Data(path=str(tmp_path), held_out=every))) if held_out]
+        assert 2 / 3 <= sum(len(d.text) for d in held) / (60 / every) <= 3 / 2
+        assert len(held) == 1 or every == 2
+        assert held[0].name == name or every == 2
 
 
 @pytest.mark.parametrize("text", ["line\n" * 100, "é" * 333, "line\n" * 3 + "x" * 90])
@@ -179,9 +184,25 @@ def held_out(folder, sizes, every=20):
 def test_a_large_document_is_not_held_out_beside_a_small_one(tmp_path, small, large):
     for every in range(2, 30):  # of 14 kB and 577 kB, some hash is always a multiple
         names, share, cut = held_out(tmp_path, {small: 14_000, large: 577_000}, every)
-        assert 1 / 4 / every <= share <= 4 / (every + 3)
+        assert 2 / 3 / every <= share <= 3 / 2 / every
         assert (names == [small] and not cut) or (names == [f"{large}, its end"] and cut == large)
-    assert held_out(tmp_path, {small: 14_000, large: 577_000}) == ([small], 14 / 591, "")
+    assert held_out(tmp_path, {small: 14_000, large: 577_000}, 29) == ([small], 14 / 591, "")
+
+
+def test_the_share_of_a_few_documents_is_near_what_was_asked_for(tmp_path):
+    """Of any number and sizes; whole documents, wherever a choice of them is near it."""
+    random, whole = np.random.default_rng(0), 0
+    for i in range(20):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        sizes = {f"{k}": int(10 * 10 ** random.uniform(1, 3)) // 10 * 10 for k in range(random.integers(2, 16))}
+        names, share, cut = held_out(folder, sizes)
+        assert 2 / 3 / 20 <= share <= 3 / 2 / 20 + 10 / sum(sizes.values())
+        choices = [sum(some) for n in range(1, len(sizes) + 1) for some in combinations(sizes.values(), n)]
+        fits = any(2 / 3 <= size * 20 / sum(sizes.values()) <= 3 / 2 for size in choices)
+        assert bool(cut) != fits, (sizes, names)
+        whole += not cut
+    assert 5 < whole < 19
 
 
 def test_other_whole_documents_are_held_out_where_the_hashes_choose_too_little_or_too_much(tmp_path):
@@ -201,11 +222,12 @@ def test_the_end_of_the_largest_is_held_out_where_no_whole_document_is_small_eno
 def test_documents_lie_end_to_end_each_after_a_separator(tmp_path, monkeypatch):
     monkeypatch.setattr("dualform.train.data.COMPARABLE", 1)
     data = Data(path=str(write_files(tmp_path)), held_out=5, length=16, separator="\n\n")
+    parts = list(split(Corpus(data)))
     dataset = make(tmp_path, data)
     for wanted, ids in ((False, dataset.train), (True, dataset.held_out)):
-        texts = [d.text for d, held_out in split(Corpus(data)) if held_out == wanted and "run" not in d.name]
+        texts = [d.text for d, held_out in parts if held_out == wanted]
         assert bytes(ids) == b"".join(b"\n\n" + text for text in texts) and ids.dtype == np.uint8
-    held = [d.text for d, held_out in split(Corpus(data)) if held_out]
+    held = [d.text for d, held_out in parts if held_out]
     about = dataset.about["held_out"]
     assert about["documents"] == len(held) and about["bytes"] == sum(map(len, held)) == dataset.nbytes.sum()
     assert dataset.nbytes[:3].tolist() == [0, 0, 1]
@@ -227,8 +249,8 @@ def test_compressors_are_no_comparison_on_a_short_text(tmp_path):
 def test_a_tokenizer_counts_every_byte_once(tmp_path):
     data = Data(path=str(write_files(tmp_path)), held_out=5, length=16)
     tokenizer = bpe([d.text.decode() for d in Corpus(data)])
-    dataset = make(tmp_path, data, tokenizer)
     held = [d.text for d, held_out in split(Corpus(data)) if held_out]
+    dataset = make(tmp_path, data, tokenizer)
     assert dataset.held_out.dtype == np.uint16
     assert dataset.nbytes.sum() == sum(map(len, held)) == dataset.about["held_out"]["bytes"]
     assert tokenizer.decode(dataset.held_out.tolist()).encode() == b"".join(b"\n" + text for text in held)
@@ -247,7 +269,8 @@ def test_only_the_separator_names_special_tokens(tmp_path, separator, before):
     pair = [(name, raw.token_to_id(name)) for name in ("<s>", "</s>")]
     raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pair)
     tokenizer = SubwordTokenizer(raw)
-    dataset = make(tmp_path, Data(path=str(tmp_path / "text"), length=16, separator=separator), tokenizer)
+    data = Data(path=str(tmp_path / "text"), length=16, separator=separator, held_out=4)
+    dataset = make(tmp_path, data, tokenizer)
     opening, first = [raw.token_to_id(name) for name in before], min(id for _, id in pair)
     ids, starts = np.array(dataset.held_out), [0] if dataset.about["held_out"]["documents"] == 1 else None
     text = (tmp_path / "text" / f"{tokenizer.decode(ids.tolist())[0]}.txt").read_text()

@@ -5,7 +5,6 @@ import heapq
 import json
 import os
 import shlex
-import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -106,12 +105,11 @@ class Corpus:
 def split(corpus: Corpus) -> Iterator[tuple[Document, bool]]:
     """Documents, and whether each is held out.
 
-    A document is held out when the SHA-256 of its name is a multiple of ``data.held_out``, until 4 MiB are; where
-    that chooses none or all, the smallest document is. Documents differ in size, so that this may be far from the
-    share of the text that ``data.held_out`` asks for: less than a quarter of it, or more than a quarter of all text.
-    Then other whole documents are chosen, in the order of their hashes and none larger than that share. Where whole
-    documents do not come near it, and so in a corpus of one document, the last lines of the largest are held out;
-    ``corpus.cut`` then has its name.
+    A document is held out when the SHA-256 of its name is a multiple of ``data.held_out``, until 4 MiB are. Documents
+    differ in size and may be few, so that this may be far from the share of the text that ``data.held_out`` asks for:
+    less than two thirds of it, or more than three halves. Then other whole documents are chosen, in the order of their
+    hashes, or the one whose size is nearest to that share. Where no whole documents come near it, and so in a corpus of
+    one document, the end of the largest is held out; ``corpus.cut`` then has its name.
 
     Raises:
         DataError: when there is no text.
@@ -142,22 +140,18 @@ def _choose(corpus: Corpus, sizes: "_Sizes") -> dict[str, int] | None:
     if not sizes.documents:
         passed = f"; passed over {len(corpus.skipped)} files that are not text" if corpus.skipped else ""
         raise DataError(f"data.path {corpus.data.path!r} holds no text{passed}", hint="give it a file with text")
-    smallest = {sizes.smallest[1]: sizes.smallest[0]}
-    if not 0 < len(held) < sizes.documents:
-        held = smallest
     if sizes.are_fair(held, every):
         return held
-    held = _first(corpus, sizes.share(every))
-    return next((some for some in (held, smallest) if sizes.are_fair(some, every)), None)
+    share = sizes.share(every)
+    return next((some for some in _others(corpus, share, sizes.most(share)) if sizes.are_fair(some, every)), None)
 
 
 @dataclass
 class _Sizes:
-    """How many documents there are, their bytes, and ``(bytes, name)`` of the smallest and the largest."""
+    """How many documents there are, their bytes, and ``(bytes, name)`` of the largest."""
 
     documents: int = 0
     bytes: int = 0
-    smallest: tuple[int, str] = (sys.maxsize, "")
     largest: tuple[int, str] = (0, "")
 
     def counting(self, documents: Iterable[Document]) -> Iterator[Document]:
@@ -165,39 +159,55 @@ class _Sizes:
         for document in documents:
             mine = len(document.text), document.name
             self.documents, self.bytes = self.documents + 1, self.bytes + mine[0]
-            self.smallest, self.largest = min(self.smallest, mine), max(self.largest, mine)
+            self.largest = max(self.largest, mine)
             yield document
 
     def share(self, every: int) -> int:
         """The bytes to hold out: one in ``every``, and no more than the limit."""
         return min(self.bytes - self.bytes * (every - 1) // every, HELD_OUT_BYTES)
 
+    def most(self, share: int) -> int:
+        """The bytes that may be held out: three halves of the share, within the limit, and never all of the text."""
+        return min(share * 3 // 2, HELD_OUT_BYTES, self.bytes - 1)
+
     def are_fair(self, chosen: dict[str, int], every: int) -> bool:
-        """Whether these documents are near the share to hold out.
-
-        At least a quarter of it; and at most a quarter of all text, or four to one where one to one is asked for.
-        """
-        size = sum(chosen.values())
-        return 4 * size >= self.share(every) and min(16, every + 3) * size <= 4 * self.bytes
+        """Whether these documents are near the share to hold out: from two thirds of it to three halves."""
+        size, share = sum(chosen.values()), self.share(every)
+        return size > 0 and 2 * share <= 3 * size and size <= self.most(share)
 
 
-def _first(corpus: Corpus, share: int) -> dict[str, int]:
-    """The documents whose hashes come first, none larger than the share, until they reach it; names and bytes."""
-    heap, size = list[tuple[int, str, int]](), 0  # the last hash on top
+def _others(corpus: Corpus, share: int, most: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Two choices of documents of at most ``most`` bytes in all, names and bytes.
+
+    Those whose hashes come first, without those that no longer fit, until they reach the share; and the one document
+    whose size is nearest to the share. One of the two has two thirds of the share wherever any choice has, unless the
+    limit of 4 MiB stands in the way.
+    """
+    heap, size, nearest = list[tuple[int, str, int]](), 0, dict[str, int]()  # the last hash on top
     for document in corpus:
-        if len(document.text) <= share:
-            heapq.heappush(heap, (-_hash(document.name), document.name, len(document.text)))
-            size += len(document.text)
-            while size - heap[0][2] >= share:
-                size -= heapq.heappop(heap)[2]
-    return {name: length for _, name, length in heap}
+        name, own = document.name, len(document.text)
+        if own > most:
+            continue
+        if not nearest or abs(own - share) < abs(sum(nearest.values()) - share):
+            nearest = {name: own}
+        heapq.heappush(heap, (-_hash(name), name, own))
+        size += own
+        while size - heap[0][2] >= 2 * share:
+            size -= heapq.heappop(heap)[2]
+    first, size = dict[str, int](), 0
+    for _, name, own in sorted(heap, reverse=True):
+        if size < share and size + own <= most:
+            first[name] = own
+            size += own
+    return first, nearest
 
 
 def _cut(document: Document, size: int) -> tuple[Document, Document]:
-    """A document without its last lines, some ``size`` bytes of them, and those lines."""
+    """A document without its end, some ``size`` bytes, and that end: whole lines, where those come near that size."""
     name, text = document
     cut = len(text) - size
-    line = text.find(b"\n", cut, -1) + 1
+    ends = [text.rfind(b"\n", 0, cut) + 1, text.find(b"\n", max(0, cut - 1), -1) + 1]
+    line = min((end for end in ends if end and 3 * abs(end - cut) <= size), key=lambda end: abs(end - cut), default=0)
     while not line and text[cut : cut + 1] and text[cut] & 0xC0 == 0x80:
         cut -= 1  # never inside a character
     cut = line or cut
