@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dualform.check.run import TOLERANCE, run_checks
+from dualform.check.run import TOLERANCE, Result, run_checks
 from dualform.cli import main as cli
+from dualform.cli.check import _failures
 from dualform.cli.check import check as check_command
 from dualform.cli.generate import generate as generate_command
 from dualform.cli.text import Until, printable
@@ -375,6 +376,21 @@ def test_check_prints_tables_and_judges(dualform, monkeypatch):
     assert code == 1 and "failed: fft_conv" in out and "checks failed" in out
     code, out, err = dualform("check", "mamba2b")
     assert code == 2 and out == "" and "did you mean 'mamba2'" in err
+
+
+def test_check_says_one_failure_once(dualform, monkeypatch):
+    """However many checks end in it; numbers that are too large have a line each."""
+
+    def fails(*args, **options):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr("dualform.check.run.compare", fails)
+    code, out, _ = dualform("check", "fft_conv", "--length", "9")
+    lines = [line for line in out.splitlines() if line.startswith("failed: ")]
+    assert code == 1 and len(lines) == 1 and lines[0].endswith(": broken; ValueError: no such thing")
+    assert "fft_conv [torch], forward, backward" in lines[0] and lines[0].count("forward") > 1
+    found = [Result("laws", "s5", law, 0.5, 0.1, False, 0.0, "y") for law in ("split", "step")]
+    assert _failures(found) == [f"s5, {law}: 5e-01, allowed 0.1; y" for law in ("split", "step")]
 
 
 def test_check_does_not_pass_where_nothing_ran(dualform, monkeypatch):

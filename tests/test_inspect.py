@@ -133,6 +133,14 @@ def test_the_command_draws_layers_memories_and_models(tmp_path):
     parts = {"S": (MIXERS["s4d"](d_state=4),), "L": (MIXERS["lstm"](),)}
     SequenceClassifier(df.ModelConfig(0, 4, parts, "LS"), 2, inputs=1).save(tmp_path / "model")
     assert run(str(tmp_path / "model"), "--out", str(tmp_path / "drawn")).exit_code == 0
-    assert names(tmp_path / "drawn") == {f"1-0-s4d-{what}.png" for what in ("poles", "impulse", "frequency")}
+    drawn = {f"1-0-s4d-{what}.png" for what in ("poles", "impulse", "frequency")}
+    assert names(tmp_path / "drawn") == drawn
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "drawn").iterdir()}
+    done = run(str(tmp_path / "model"), "--out", str(tmp_path / "drawn"))  # what is there stays
+    assert names(tmp_path / "drawn") == drawn | {name.replace(".png", "-2.png") for name in drawn}
+    assert all((tmp_path / "drawn" / name).read_bytes() == before for name, before in kept.items())
+    assert "1-0-s4d-poles-2.png" in done.output.replace("\n", "")
+    assert "not drawn: blocks.0.parts.0 (LSTM) is not one linear time-invariant system" in done.output
+    assert done.output.count("not drawn") == 1
     for what, says in (("s44d", "did you mean 's4d'"), ("hippo:leg", "one of legs"), ("lstm", "no single linear")):
         assert says in str(run(what, "--out", str(tmp_path / "no")).exception)

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 import dualform
-from dualform.core.errors import CheckpointError, ConfigError, DataError, DualformError
+from dualform.core.errors import ArgumentError, CheckpointError, ConfigError, DataError, DualformError
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba2 import Mamba2Config
@@ -27,6 +27,7 @@ from dualform.layers.registry import FEEDFORWARDS
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.tokenizer import ByteTokenizer
+from dualform.ops.device import chosen_device
 from dualform.train import checkpoint, evaluate, loop, setup
 from dualform.train.data import Dataset, open_dataset
 from dualform.train.evaluate import bits_per_byte
@@ -388,12 +389,34 @@ def test_a_folder_that_cannot_be_written_is_said(recipe, tmp_path):
         ({"model": {"d_modle": 3}}, ConfigError, "'d_modle'"),
         ({"model": ModelConfig(300, 8, {"L": (LSTMConfig(),)}, "L").to_dict()}, ConfigError, "300 tokens, but bytes"),
         ({"data": Data(tokenizer="nowhere.json")}, CheckpointError, "nowhere.json"),
+        ({"device": "abacus"}, ArgumentError, "recipe: device 'abacus' cannot be used"),
+        ({"device": "cuda:99"}, ArgumentError, "recipe: device 'cuda:99' cannot be used"),
     ],
 )
 def test_what_cannot_be_trained_is_said_and_leaves_no_run(recipe, change, error, said):
     with pytest.raises(error) as raised:
         train(replace(recipe, **change), console=QUIET)
     assert said in str(raised.value) and not (Path(recipe.out) / "recipe.json").exists()
+
+
+def test_a_device_is_chosen_by_one_rule(recipe, monkeypatch):
+    for there, found in (({"cuda", "xpu"}, "cuda"), ({"xpu"}, "xpu"), (set(), "cpu")):
+        for kind in ("cuda", "xpu"):
+            monkeypatch.setattr(getattr(torch, kind), "is_available", lambda there=there, kind=kind: kind in there)
+        assert chosen_device("auto", "here") == setup._wanted(replace(recipe, device="auto")) == torch.device(found)
+    out = train(replace(recipe, device="cpu:0", steps=1), console=QUIET)
+    assert Recipe.load(out).device == "cpu:0"
+
+    class Two:
+        distributed_type, num_processes = setup.DistributedType.MULTI_GPU, 2
+
+    monkeypatch.setattr(setup, "Accelerator", lambda **options: Two())
+    monkeypatch.setattr(setup, "chosen_device", lambda name, where: torch.device(name))
+    with pytest.raises(ConfigError, match=r"'cuda:1', one for 2 processes\n.*--set device=cuda"):
+        setup.build_accelerator(replace(recipe, device="cuda:1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert setup._wanted(replace(recipe, device="cuda")) == torch.device("cuda:1")
 
 
 def test_a_short_text_leaves_no_run(recipe):

@@ -68,14 +68,27 @@ def check(
             for why in _in_order(f"{result.case}: {result.message.splitlines()[0]}" for result in refused):
                 console.print(f"not run, {why}", style="dim", markup=False)
             results += found
-    failures = [result for result in results if not result.ok]
-    for result in failures:
-        where = f"{result.case}, {result.law}: {_number(result.error)}, allowed {result.tolerance:g}"
+    for line in _failures(result for result in results if not result.ok):
         console.print("failed: ", style="bold red", end="")
-        console.print(f"{where}; {result.message}", markup=False)
+        console.print(line, markup=False)
     console.print(f"{_verdict(results)}, in {sum(result.seconds for result in results):.0f} s")
     if not holds(results):
         raise typer.Exit(1)
+
+
+def _failures(results: "Iterable[Result]") -> list[str]:
+    """A line for each failure; one for all that ended in the same exception, or in numbers that are not finite."""
+    lines, broken = list[str](), dict[str, dict[str, list[str]]]()
+    for result in results:
+        if result.error is not None and math.isfinite(result.error):
+            where = f"{result.case}, {result.law}: {_number(result.error)}, allowed {result.tolerance:g}"
+            lines.append(f"{where}; {result.message}")
+        else:
+            broken.setdefault(result.message, {}).setdefault(result.case, []).append(result.law)
+    for message, cases in broken.items():
+        where = "; ".join(f"{case}, {', '.join(laws)}" for case, laws in cases.items())
+        lines.append(f"{where}: broken; {message}")
+    return lines
 
 
 def _verdict(results: "list[Result]") -> str:

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 from dualform.core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
-
     from dualform.models.lm import LanguageModel
     from dualform.models.tokenizer import Tokenizer
 
@@ -42,22 +40,8 @@ def load_model(model: str, device: str = "auto") -> "tuple[LanguageModel, Tokeni
     from dualform.models.lm import LanguageModel
     from dualform.models.saving.model import load
     from dualform.models.tokenizer import load_tokenizer
+    from dualform.ops.device import chosen_device
 
-    chosen, folder = pick_device(device), model_folder(model)
+    chosen, folder = chosen_device(device, f"--device {device}"), model_folder(model)
     lm = load(folder, device=chosen, kind=LanguageModel).eval()
     return lm, load_tokenizer(folder, lm.config.vocab_size)
-
-
-def pick_device(name: str) -> "torch.device":
-    """``auto`` is the first CUDA device if there is one, else the CPU.
-
-    Raises:
-        ArgumentError: for a name that is no device, or one that is not there.
-    """
-    import torch
-
-    from dualform.ops.device import usable_device
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return usable_device(name, f"--device {name}")

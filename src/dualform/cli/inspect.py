@@ -34,27 +34,35 @@ def inspect(
     """Draw poles, impulse and frequency responses of a model's layers, or what a HiPPO memory remembers."""
     import torch
 
-    from dualform.inspect.folder import save
+    from dualform.inspect.folder import pictures_of_model, save
+    from dualform.inspect.systems import other_parts
 
     torch.manual_seed(seed)
-    for path in save(_pictures(what, d_model), out):
+    model = _model(what)
+    for path in save(_pictures(what, d_model) if model is None else pictures_of_model(model), out):
         typer.echo(path)
+    for name, part in other_parts(model).items() if model is not None else ():
+        typer.echo(f"not drawn: {name} ({type(part).__name__}) is not one linear time-invariant system", err=True)
 
 
-def _pictures(what: str, d_model: int) -> "Iterator[tuple[str, Figure]]":
-    from dualform.inspect.folder import pictures_of_layer, pictures_of_measure, pictures_of_model
-    from dualform.layers.registry import MIXERS
+def _model(what: str) -> "nn.Module | None":
+    """The model of a folder or a preset; None for anything else."""
     from dualform.models.lm import LanguageModel
     from dualform.models.presets import PRESETS
 
+    if Path(what).is_dir():
+        return _load(what)
+    return LanguageModel(PRESETS[what]) if what in PRESETS else None
+
+
+def _pictures(what: str, d_model: int) -> "Iterator[tuple[str, Figure]]":
+    from dualform.inspect.folder import pictures_of_layer, pictures_of_measure
+    from dualform.layers.registry import MIXERS
+
     if what.startswith(_HIPPO):
         return pictures_of_measure(what.removeprefix(_HIPPO))
-    if Path(what).is_dir():
-        return pictures_of_model(_load(what))
     if what in MIXERS:
         return pictures_of_layer(MIXERS[what]().build(d_model), what)
-    if what in PRESETS:
-        return pictures_of_model(LanguageModel(PRESETS[what]))
     raise _unknown(what)
 
 

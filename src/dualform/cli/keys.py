@@ -21,9 +21,8 @@ class TrainCommand(TyperCommand):
         takes = {name: not getattr(p, "is_flag", False) for p in self.get_params(ctx) for name in p.opts}
         meant, misplaced = _meant(args, takes)
         if misplaced:
-            what, verb = ("a key", "is") if len(misplaced) == 1 else ("keys", "are")
             raise ConfigError(
-                f"train: {', '.join(misplaced)}: {what} of the recipe, which {verb} set with --set",
+                f"train: {', '.join(misplaced)}: keys of the recipe, such as data.path, are set with --set",
                 hint=f"write: dualform train {' '.join(meant)}",
             )
         return super().parse_args(ctx, args)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ _WINDOW = _SIGNAL / 4
 
 
 def save(pictures: Iterator[tuple[str, Figure]], folder: Path) -> list[Path]:
-    """Write pictures as ``folder/NAME.png``; the paths.
+    """Write pictures as ``folder/NAME.png``, or ``NAME-2.png`` and so on where one is there already; the paths.
 
     Raises:
         OSError: when the disk refuses.
@@ -32,7 +33,8 @@ def save(pictures: Iterator[tuple[str, Figure]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, picture in pictures:
-        paths.append(folder / f"{name}.png")
+        names = (f"{name}-{i}.png" if i > 1 else f"{name}.png" for i in count(1))
+        paths.append(next(folder / free for free in names if not (folder / free).exists()))
         picture.savefig(paths[-1], metadata={"Software": None})
     return paths
 
@@ -58,8 +60,8 @@ def pictures_of_layer(mixer: Mixer, title: str = "") -> Iterator[tuple[str, Figu
     every = state_spaces(mixer)
     yield "poles", draw_poles(every, title)
     width = sum(system.B.shape[1] for system in every)
-    count = min(_SHOWN, width)
-    channels = [round(i * (width - 1) / max(1, count - 1)) for i in range(count)]
+    drawn = min(_SHOWN, width)
+    channels = [round(i * (width - 1) / max(1, drawn - 1)) for i in range(drawn)]
     shown = {f"channel {c}": state_spaces(mixer, [c])[0] for c in channels}
     yield "impulse", draw_impulse(shown, _horizon(every), title)
     yield "frequency", draw_frequency(shown, title)

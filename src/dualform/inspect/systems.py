@@ -21,6 +21,11 @@ def linear_parts(model: nn.Module) -> dict[str, Mixer]:
     return {name: part for name, part in model.named_modules() if isinstance(part, LTI)}
 
 
+def other_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The other mixers of a model, by name: no single linear time-invariant system says what they do."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, Mixer) and not isinstance(part, LTI)}
+
+
 def state_spaces(mixer: Mixer, channels: Sequence[int] | None = None) -> list[StateSpace]:
     """The discrete systems of a layer, see :meth:`~dualform.layers.lti.LTI.systems`, of all channels or of some.
 

@@ -13,6 +13,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 _ALWAYS = "dualform doctor lists the devices; cpu is always there"
 
 
+def chosen_device(name: str, where: str) -> torch.device:
+    """The device of a name; for ``auto`` a GPU if there is one, of CUDA (or ROCm) before XPU, else the CPU.
+
+    Args:
+        name: ``auto``, or such as ``cpu``, ``cuda`` or ``cuda:1``.
+        where: begins the message of an error.
+
+    Raises:
+        ArgumentError: as :func:`usable_device`.
+    """
+    if name != "auto":
+        return usable_device(name, where)
+    kinds = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available}
+    return torch.device(next((kind for kind, there in kinds.items() if there()), "cpu"))
+
+
 def usable_device(device: str | torch.device, where: str, *, numbers: bool = True) -> torch.device:
     """The device, on which a tensor has been made and read.
 

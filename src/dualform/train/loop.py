@@ -14,14 +14,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dualform.core.calls import explained
-from dualform.core.errors import ArgumentError, DualformError
+from dualform.core.errors import DualformError
 from dualform.core.json_file import to_json
-from dualform.core.options import brief
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.folder import BEST, CHECKPOINTS, MODEL, checkpoints
 from dualform.models.tokenizer import Tokenizer
-from dualform.train import told
+from dualform.train import setup, told
 from dualform.train.best import Best
 from dualform.train.capture import as_written, capture
 from dualform.train.checkpoint import Position, restore_checkpoint, save_checkpoint
@@ -35,7 +34,6 @@ from dualform.train.optim import build_optimizer, schedule, set_learning_rate
 from dualform.train.packed import Packed, Portion
 from dualform.train.recipe import Recipe
 from dualform.train.report import Report, amount, duration
-from dualform.train.setup import all_or_none, build_accelerator, build_model, settled, uses_bfloat16, write_recipe
 
 _GLANCE = 2**15  # held-out tokens of an evaluation on the way
 _PROBE = 2**9  # held-out tokens that weights must read without overflow before they are saved
@@ -65,6 +63,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         The run's folder.
 
     Raises:
+        ArgumentError: for no recipe, or a device that cannot be used.
         ConfigError: for a recipe that cannot be trained.
         DataError: for data that cannot be trained on.
         CheckpointError: for a folder that another process holds, that has a run already or, resuming, none; or that
@@ -74,19 +73,19 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         KeyboardInterrupt: after SIGINT.
         SystemExit: after SIGTERM or SIGHUP, or where the console's reader is gone.
     """
-    if not isinstance(recipe, Recipe):
-        hint = "Recipe.load reads one from a file, such as Recipe.load('my.toml')"
-        raise ArgumentError(f"train: recipe is {brief(recipe)}, expected a Recipe", hint=hint)
-    recipe, accelerator = settled(recipe, resume), build_accelerator(recipe)
-    model, tokenizer = build_model(recipe)
+    recipe, accelerator = setup.settled(recipe, resume), setup.build_accelerator(recipe)
+    model, tokenizer = setup.build_model(recipe)
+    device = setup.device_of(recipe, accelerator)
     with ExitStack() as stack:
-        with all_or_none(accelerator):
+        if device.type == "cuda" and device.index is not None:
+            stack.enter_context(torch.cuda.device(device))  # graphs and kernels, too
+        with setup.all_or_none(accelerator):
             if accelerator.is_main_process:
                 stack.enter_context(claimed(recipe, tokenizer, resume))
             else:
                 console = Console(quiet=True)
         dataset = open_dataset(recipe.data, tokenizer, Path(recipe.out) / DATA)
-        run = _Run(recipe, accelerator, model, tokenizer, dataset)
+        run = _Run(recipe, accelerator, device, model, tokenizer, dataset)
         return run.go(console or Console())
 
 
@@ -108,13 +107,19 @@ class _Run:
     """The state of a run between two steps, and how it gets to the next."""
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, model: LanguageModel, tokenizer: Tokenizer, dataset: Dataset
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        device: torch.device,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        dataset: Dataset,
     ):
         self.recipe, self.accelerator, self.dataset, self.tokenizer = recipe, accelerator, dataset, tokenizer
-        self.out, self.device = Path(recipe.out), accelerator.device
+        self.out, self.device = Path(recipe.out), device
         self.model = model.to(self.device)
         self.model.recompute = recipe.recompute
-        self.bfloat16 = uses_bfloat16(recipe, self.device)
+        self.bfloat16 = setup.uses_bfloat16(recipe, self.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         at, self.changed = Position(), list[str]()
         if saved := checkpoints(self.out / CHECKPOINTS):
@@ -122,7 +127,7 @@ class _Run:
         self.packed = None
         if recipe.data.packed:
             self.packed = Packed(dataset.train, dataset.train_starts, recipe.data.length, recipe.seed)
-        self.wrapped: nn.Module = accelerator.prepare(Objective(self.model))
+        self.wrapped: nn.Module = accelerator.prepare(Objective(self.model), device_placement=[False])
         self.objective, self.captured = cast("Callable[..., Tensor]", self.wrapped), False
         self.step, self.elapsed, self.counted = at.step, at.elapsed, at.loss_count
         self.losses = torch.tensor(at.loss_sum, device=self.device)
@@ -332,7 +337,7 @@ class _Run:
             raise DualformError(f"{wrong} at step {self.step}", hint=hint)
 
     def _open_report(self, console: Console) -> Report:
-        write_recipe(self.recipe)
+        setup.write_recipe(self.recipe)
         compressors = {key: self.dataset.about[key] for key in ("gzip", "xz")}
         return Report(self.out, self.step, console, compressors, self._name())
 
@@ -342,12 +347,12 @@ class _Run:
 
     def _introduce(self, report: Report) -> None:
         """What is trained, on what, from where on."""
-        recipe, processes = self.recipe, self.accelerator.num_processes
+        recipe = self.recipe
         lines = list(told.about_the_text(recipe.data.path, self.dataset.about))
+        precision = "bfloat16" if self.bfloat16 else "float32"
+        size = f"{self.model.parameter_count():,} parameters"
         lines.append(
-            f"{self._name()}: {self.model.parameter_count():,} parameters, on {self.device.type}"
-            + (f", {processes} processes" if processes > 1 else "")
-            + (", bfloat16" if self.bfloat16 else ", float32")
+            f"{self._name()}: {size}, on {told.devices(self.device, self.accelerator.num_processes)}, {precision}"
         )
         if self.finished:
             lines.append(told.of_a_finished_run(recipe, self.step))

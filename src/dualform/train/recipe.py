@@ -131,7 +131,8 @@ class Recipe:
             memory, same result.
         graphs: whether a step on one CUDA device is captured in CUDA graphs, its blocks compiled: same result, without
             the overhead of launching kernels. A packed step is not captured, because its shapes change.
-        device: ``"auto"``, the best there is, or ``"cpu"``.
+        device: ``"auto"``, a GPU if there is one, or a name such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. Of several
+            processes each takes a GPU of its own.
         data: the training data.
         optim: the optimiser and its schedule.
     """
@@ -167,7 +168,7 @@ class Recipe:
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _demand(self.out != "", "out", self.out, "a folder")
         _one_of(self.precision, "precision", ("auto", "float32", "bfloat16"))
-        _one_of(self.device, "device", ("auto", "cpu"))
+        _demand(self.device != "", "device", self.device, "'auto', or a name such as 'cpu' or 'cuda:1'")
 
     def settled(self) -> "Recipe":
         """With a number for the warm-up, where the run is counted in steps alone: a longer one then keeps it."""

@@ -1,6 +1,7 @@
 """What comes before the first step: the device, the other processes, the model with its tokenizer."""
 
 import atexit
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,8 +13,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from dualform.core.errors import ConfigError
+from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.json_file import to_json
+from dualform.core.options import brief
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import PRESETS, preset
@@ -21,6 +23,7 @@ from dualform.models.saving.files import replacing_file
 from dualform.models.saving.folder import CHECKPOINTS, checkpoints, model_folder
 from dualform.models.saving.model import load
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
+from dualform.ops.device import chosen_device
 from dualform.train.checkpoint import read_position
 from dualform.train.optim import freeze
 from dualform.train.recipe import AUTO, RECIPE_FILE, Recipe
@@ -34,9 +37,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     A process group that this starts lasts as long as the process, for more runs, and is destroyed when it exits.
 
     Raises:
-        ConfigError: when the batch cannot be shared out, or for a launch that shards the model.
+        ArgumentError: for a device that cannot be used.
+        ConfigError: when the batch cannot be shared out, for one device for several processes, or for a launch that
+            shards the model.
     """
-    cpu, joined = recipe.device == "cpu" or not torch.accelerator.is_available(), _joined()
+    cpu, joined = _wanted(recipe).type == "cpu", _joined()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # the loop has its own autocast
     if _joined() and not joined:
         atexit.register(_leave)
@@ -51,7 +56,30 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             f"recipe: data.batch is {data.batch}, which {shared} with data.accumulate {data.accumulate} cannot share",
             hint=f"a multiple of {shares}: --set data.batch={-(-data.batch // shares) * shares}",
         )
+    if processes > 1 and ":" in recipe.device and not cpu:
+        kind = recipe.device.partition(":")[0]
+        raise ConfigError(
+            f"recipe: device is {recipe.device!r}, one for {processes} processes",
+            hint=f"--set device={kind}: each its own",
+        )
     return accelerator
+
+
+def device_of(recipe: Recipe, accelerator: Accelerator) -> torch.device:
+    """Where this process trains: of several, on the device that the launch gave it; alone, on that of the recipe.
+
+    Raises:
+        ArgumentError: for a device that cannot be used.
+    """
+    return accelerator.device if accelerator.num_processes > 1 else _wanted(recipe)
+
+
+def _wanted(recipe: Recipe) -> torch.device:
+    """The recipe's device; under a launcher that of this process, not of all processes the first."""
+    name, where = recipe.device, f"recipe: device {recipe.device!r}"
+    if name in ("cuda", "xpu") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        name = f"{name}:{os.environ.get('LOCAL_RANK', '0')}"
+    return chosen_device(name, where)
 
 
 @contextmanager
@@ -84,9 +112,13 @@ def settled(recipe: Recipe, resume: bool) -> Recipe:
     """The recipe with a number of warm-up steps, where the run is counted in steps; a resumed run keeps its own.
 
     Raises:
+        ArgumentError: for what is no recipe.
         CheckpointError: for a damaged checkpoint.
         ConfigError: for a damaged recipe in the run's folder.
     """
+    if not isinstance(recipe, Recipe):
+        hint = "Recipe.load reads one from a file, such as Recipe.load('my.toml')"
+        raise ArgumentError(f"train: recipe is {brief(recipe)}, expected a Recipe", hint=hint)
     out = Path(recipe.out)
     if resume and recipe.optim.warmup == AUTO:
         if saved := checkpoints(out / CHECKPOINTS):

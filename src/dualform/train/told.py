@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dualform.train.best import Best
 from dualform.train.commands import resuming
 from dualform.train.recipe import AUTO, Recipe
@@ -27,6 +29,11 @@ def about_the_text(path: str, about: Mapping[str, Any]) -> Iterator[str]:
     if about.get("cut"):
         why = ": whole documents would be too much or too little" if train["documents"] > 1 else ""
         yield f"held out is the end of {about['cut']}{why}"
+
+
+def devices(device: torch.device, processes: int) -> str:
+    """``cuda:1``, or ``cuda, 2 processes``."""
+    return f"{device.type}, {processes} processes" if processes > 1 else str(device)
 
 
 def of_a_finished_run(recipe: Recipe, step: int) -> str:
