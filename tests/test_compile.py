@@ -13,6 +13,7 @@ from dualform.core.laws import compare_gradients, gradients
 from dualform.core.packing import Packing
 from dualform.core.tree import clone
 from dualform.layers.registry import MIXERS
+from dualform.models.linear_loss import linear_cross_entropy
 from dualform.ops import backend
 
 ONE_OF_EACH = {case.kind: case for case in CASES.values() if case.kind in MIXERS and case.name.endswith("d=3")}
@@ -155,3 +156,14 @@ def check_exported(case: Case) -> None:
         want, last = f(x)
         torch.testing.assert_close(y, want)
         assert type(state) is type(last)
+
+
+def test_the_loss_is_compiled_by_any_compiler():
+    """Inductor subtracts a mask from numbers; PyTorch itself, which other compilers call, does not."""
+    h, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    targets = torch.tensor([0, 8, -100, 3, 3, 1])
+    want = linear_cross_entropy(h, weight, targets)
+    got = torch.compile(linear_cross_entropy, fullgraph=True, backend="eager")(h, weight, targets)
+    torch.testing.assert_close(got, want)
+    wanted, found = (torch.autograd.grad(loss, (h, weight)) for loss in (want, got))
+    torch.testing.assert_close(found, wanted)

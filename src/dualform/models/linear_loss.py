@@ -106,7 +106,7 @@ def _slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     loss = ((total - x.gather(1, at)) * keep).sum()
     slope = torch.exp(x - total)
     if torch.compiler.is_compiling():
-        slope = slope - (torch.arange(x.shape[1], device=x.device) == at)
+        slope = slope - (torch.arange(x.shape[1], device=x.device) == at).to(slope.dtype)
     else:
         slope.scatter_add_(1, at, torch.full_like(total, -1))
     return loss, (slope * (keep * _scale(logits.dtype))).to(logits.dtype)
