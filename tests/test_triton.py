@@ -30,7 +30,7 @@ from dualform.ops import (
 )
 from dualform.ops.op import Op
 from dualform.ops.triton.support import INTERPRETED, missing
-from test_ssd import DECAYS, as_exact_as_a_loop
+from test_ssd import DECAYS, as_exact_as_a_loop, stays_in_its_run
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason="Triton is not installed")
 GPU = torch.cuda.is_available()
@@ -92,7 +92,7 @@ def diagonal(batch, length, width, modes, packed=None):
     return case("diagonal_ssm", diagonal_ssm, tensors, packed)
 
 
-def dual(batch, length, heads, width, states, groups=1, packed=None, skip="heads", gated=True):
+def dual(batch, length, heads, width, states, groups=1, packed=None, skip="heads", gated=True, ids=None):
     tensors = {
         "x": normal(batch, length, heads, width),
         "dt": normal(batch, length, heads),
@@ -105,7 +105,8 @@ def dual(batch, length, heads, width, states, groups=1, packed=None, skip="heads
         tensors["D"] = normal(heads) if skip == "heads" else normal(heads, width)
     if gated:
         tensors["z"] = normal(batch, length, heads, width)
-    return case("ssd", ssd, tensors, packed, dt_softplus=True)
+    marks = {} if ids is None else {"seq_idx": torch.tensor(ids, dtype=torch.int32)}
+    return case("ssd", ssd, tensors, packed, dt_softplus=True, **marks)
 
 
 def case(op, function, tensors, packed, **options):
@@ -142,6 +143,7 @@ CASES = {
     "dual wide": lambda: dual(1, 70, 2, 17, 70, skip="channels"),
     "dual packed": lambda: dual(1, 55, 2, 3, 4, packed=[0, 3, 0, 41, 1, 10, 0], skip="channels", gated=False),
     "dual packed, gated": lambda: dual(1, 30, 3, 3, 4, packed=[0, 12, 0, 17, 1], skip=""),
+    "dual runs": lambda: dual(2, 35, 2, 3, 4, ids=[[0] * 9 + [1, -1, 0] + [1] * 23, [2] * 16 + [0] * 19]),
     "diagonal": lambda: diagonal(2, 5, 3, 6),
     "diagonal chunked": lambda: diagonal(1, 19, 17, 3),
     "diagonal wide": lambda: diagonal(1, 1, 130, 1),
@@ -173,6 +175,7 @@ COMPILED = {
     "selective chunked, packed": lambda: selective(1, 39, 32, 16, packed=[30, 9]),
     "dual": lambda: dual(4, 128, 8, 64, 128),
     "dual chunked, packed": lambda: dual(1, 200, 2, 64, 128, packed=[150, 50], skip="channels", gated=False),
+    "dual runs": lambda: dual(1, 128, 4, 64, 128, ids=[[0] * 50 + [1] * 78]),
     "diagonal": lambda: diagonal(4, 64, 64, 32),
     "diagonal chunked, packed": lambda: diagonal(1, 39, 16, 32, packed=[30, 9]),
 }
@@ -274,6 +277,32 @@ def test_what_is_not_finite_stays_in_its_sequence(name):
     values = (float("nan"), float("inf")) if GPU else (float("nan"),)  # interpreted, each takes seconds
     chunk = 16 if dual else 1
     check_contained(OPS[given.op], a, found.forward, found.backward, chunk=chunk, channels=elementwise, values=values)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it, in float64")
+def test_what_is_not_finite_stays_in_its_run():
+    stays_in_its_run("triton", float("nan"), ("x", "dt", "B", "C", "z"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_runs_take_no_synchronisation(name):
+    given = COMPILED["dual runs"]()
+    tensors = {k: v.requires_grad_() for k, v in given.cast(DEVICE, torch.bfloat16).items()}
+    ids = given.options["seq_idx"].to(DEVICE)
+
+    def run():
+        with backend(name):
+            y, final = ssd(**tensors, seq_idx=ids)
+        torch.autograd.grad(y.float().mean() + final.mean(), list(tensors.values()))
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @runs

@@ -35,9 +35,12 @@ def _side(size: int) -> int:
 
 
 def _chunk(a: SSD) -> tuple[int, int]:
-    """Steps of a chunk, and how many heads are read at once, as the memory of a processor allows."""
+    """Steps of a chunk, and how many heads are read at once, as the memory of a processor allows.
+
+    A chunk is gone through once for each run of equal ids that it has a part of, so that with ids it is shorter.
+    """
     size, shared = _side(a.h0.shape[2]) * _side(a.h0.shape[3]) / (64 * 128), shared_memory(a.x)
-    chunk = _CHUNK
+    chunk = _CHUNK if a.ids is None else max(_LEAST, _CHUNK // 2)
     while chunk > _LEAST and _SHARED * size * chunk / 64 > shared:
         chunk //= 2
     return chunk, 3 if _SHARED_AHEAD * size * chunk / 64 <= shared else 1
@@ -76,6 +79,7 @@ class _Plan:
         chunk, self.ahead = _chunk(a)
         self.slots = _slots(a)
         self.table = None if a.packing is None else _table(a.packing, self.slots, chunk)
+        self.ids = None if a.ids is None else a.ids.contiguous()
         self.per_group, fill = self.heads // self.groups, 2 * processors(a.x)
         self.programs = self.batch * self.heads * blocks(self.states, _STATES)
         spans = 1 if self.programs >= fill else min(self.slots, blocks(2 * fill, self.programs))
@@ -99,15 +103,18 @@ class _Plan:
         if self.spans > 1:
             decay, state = (self.start.new_empty(self.batch, self.spans, *each) for _ in range(2))
             self._states(x, maps, start, None, None, None, decay, state, back)
-            entering = enter(decay, state, self.batch, self.spans, packed=self.table is not None)
+            entering = enter(
+                decay, state, self.batch, self.spans, packed=self.table is not None or self.ids is not None
+            )
         self._states(x, maps, start, entering, saved, final, None, None, back)
         return saved
 
     def _states(self, x: Any, maps: Any, start: Tensor, *rest: Any) -> None:
         *outputs, back = rest
         kernels("ssd").states[(self.programs * self.spans,)](
-            x, maps, self.dt, self.A, self.table, start, *outputs, self.length, self.heads, self.per_group, self.slots,
-            self.spans, self.steps, BACKWARD=back, **self.flags, BN=min(_STATES, _side(self.states)), num_warps=4,
+            x, maps, self.dt, self.A, self.table, self.ids, start, *outputs, self.length, self.heads, self.per_group,
+            self.slots, self.spans, self.steps, BACKWARD=back, **self.flags, BN=min(_STATES, _side(self.states)),
+            num_warps=4,
         )  # fmt: skip
 
     def before_gate(self, dy: Tensor, gated: Tensor, dz: Tensor) -> Tensor:
@@ -145,8 +152,8 @@ def _run(keep: bool, a: SSD) -> list[Tensor]:
     plan, gated = _Plan(a), [a.x.new_empty(a.x.shape)] if keep and a.z is not None else []
     saved = plan.run_states(plan.x, plan.B, plan.start, final, False)
     kernels("ssd").outputs[(plan.programs_of_chunks,)](
-        plan.x, plan.B, plan.C, plan.dt, plan.A, plan.D, plan.z, plan.table, saved, y, gated[0] if gated else None,
-        BACKWARD=False, **plan.of_chunks(4),
+        plan.x, plan.B, plan.C, plan.dt, plan.A, plan.D, plan.z, plan.table, plan.ids, saved, y,
+        gated[0] if gated else None, BACKWARD=False, **plan.of_chunks(4),
     )  # fmt: skip
     return [y, final, *([saved] if keep else []), *gated]
 
@@ -171,18 +178,19 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SSD) -> dict[str, Tens
     dy = plan.given(dy, 2)
     leaving = plan.run_states(dy, plan.C, grads[1].contiguous(), dstart, True)
     rows = plan.batch * plan.slots
-    dlog, dA, dD = new(a.dt.shape), new(rows, plan.heads), None if a.D is None else new(rows, *a.D.shape)
+    sums = new if a.ids is None else a.h0.new_zeros  # of runs, which add up
+    dlog, dA, dD = new(a.dt.shape), sums(rows, plan.heads), None if a.D is None else sums(rows, *a.D.shape)
     dB, dC = (m.new_empty(plan.parts, *m.shape, dtype=m.dtype if plan.parts == 1 else dA.dtype) for m in (a.B, a.C))
     given, wide = (plan.B, plan.C, plan.dt, plan.A), plan.of_chunks(warps(256), ahead=2)
     kernels("ssd").outputs[(plan.programs_of_chunks,)](
-        dy, *given, plan.D, None, plan.table, leaving, dx, None, BACKWARD=True, **plan.of_chunks(4)
+        dy, *given, plan.D, None, plan.table, plan.ids, leaving, dx, None, BACKWARD=True, **plan.of_chunks(4)
     )
     kernels("ssd").gradients_c[(plan.programs_of_chunks,)](
-        plan.x, *given, plan.table, kept[0], leaving, dy, dlog, dC, dD, **wide
+        plan.x, *given, plan.table, plan.ids, kept[0], leaving, dy, dlog, dC, dD, **wide
     )
     wide.pop("SKIP_BY_HEAD")
     kernels("ssd").gradients[(plan.programs_of_chunks,)](
-        plan.x, *given, plan.table, leaving, dy, dlog, ddt, dA, dB, **wide
+        plan.x, *given, plan.table, plan.ids, leaving, dy, dlog, ddt, dA, dB, **wide
     )
     dB, dC = (g[0] if plan.parts == 1 else g.sum(0) for g in (dB, dC))
     found |= {"x": dx, "dt": ddt, "A": dA.sum(0), "B": dB, "C": dC}
@@ -191,8 +199,6 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SSD) -> dict[str, Tens
 
 def _refuses(a: SSD) -> str | None:
     width, states = a.h0.shape[2:]
-    if a.ids is not None:
-        return "it takes no seq_idx"
     if _dtype(a).itemsize > 2 and not INTERPRETED:
         return f"x, B and C are {_dtype(a)}; its matrix products are those of bfloat16 or float16"
     if width > _MOST_WIDTH or not 0 < states <= _MOST_STATES:

@@ -27,6 +27,49 @@ def _chunk(table_ptr, c, b, length, Q: tl.constexpr):
 
 
 @triton.jit
+def _runs(ids_ptr, b, begin, inside, length):
+    """Runs of equal ids in a chunk: the run of every step, and the first and the last of them.
+
+    Run 0 goes on from the chunk before, and may have no step here. Without ids it is the only one.
+    """
+    number = tl.zeros(inside.shape, tl.int32)
+    first, last = 0, 0
+    if ids_ptr is not None:
+        t = begin + tl.arange(0, inside.shape[0])
+        at = ids_ptr + tl.cast(b, tl.int64) * length + t
+        there = inside & (t > 0)
+        begins = there & (tl.load(at, mask=there, other=0) != tl.load(at - 1, mask=there, other=0))
+        number = tl.cumsum(begins.to(tl.int32), 0)
+        first, last = tl.min(number, 0), tl.max(number, 0)
+    return number, first, last
+
+
+@triton.jit
+def _of_run(ids_ptr, number, run, inside):
+    """Which steps of a chunk are those of a run."""
+    if ids_ptr is not None:
+        inside = inside & (number == run)
+    return inside
+
+
+@triton.jit
+def _if_only(ids_ptr, given, x):
+    """What a run is given, zero unless it is given it; without ids it always is."""
+    if ids_ptr is not None:
+        x = tl.where(given, x, 0.0)
+    return x
+
+
+@triton.jit
+def _add(ids_ptr, at, x, there):
+    """A sum over the steps of a chunk: stored, or one run's part of it added to zero or what the runs before gave."""
+    if ids_ptr is not None:
+        tl.atomic_add(at, x, mask=there)
+    else:
+        tl.store(at, x, mask=there)
+
+
+@triton.jit
 def _read(tensor, b, begin, first, size: tl.constexpr, inside, width):
     """Steps from ``begin`` of a tensor, ``width`` columns from ``first``; in 32 bits within a chunk."""
     base = tensor[0] + tl.cast(b, tl.int64) * tensor[1] + tl.cast(begin, tl.int64) * tensor[2] + first
@@ -80,6 +123,7 @@ def states(
     dt,
     A_ptr,
     table_ptr,
+    ids_ptr,
     start_ptr,
     entering_ptr,
     saved_ptr,
@@ -127,13 +171,23 @@ def states(
             at, there = _state(saved_ptr, b * slots + c, heads, h, p, n, P, N)
             tl.store(at, state.to(saved_ptr.dtype.element_ty), mask=there)
         inside = begin + tl.arange(0, Q) < end
-        given = _read(x, b, begin, h * P, BP, inside, P)
-        map = _read(maps, b, begin, h // per_group * N + block * BN, BN, inside, N - block * BN)
-        of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
-        weight = tl.exp2(total.to(dtype)) if BACKWARD else tl.exp2((whole - total).to(dtype)) * of
-        weighted = (map.to(dtype) * weight[:, None]).to(map.dtype)
-        state = state * tl.exp2(whole.to(dtype)) + tl.dot(tl.trans(given), weighted)
-        logs += whole
+        number, first_run, last_run = _runs(ids_ptr, b, begin, inside, length)
+        if ids_ptr is not None:
+            forgets |= last_run > 0
+        for i in range(first_run, last_run + 1):
+            run = first_run + last_run - i if BACKWARD else i
+            mine = _of_run(ids_ptr, number, run, inside)
+            if not BACKWARD:
+                state = _if_only(ids_ptr, run == 0, state)
+            given = _read(x, b, begin, h * P, BP, mine, P)
+            map = _read(maps, b, begin, h // per_group * N + block * BN, BN, mine, N - block * BN)
+            of, total, whole = _steps(dt, A_ptr, b, begin, h, mine, dtype)
+            weight = tl.exp2(total.to(dtype)) if BACKWARD else tl.exp2((whole - total).to(dtype)) * of
+            weighted = (map.to(dtype) * weight[:, None]).to(map.dtype)
+            state = state * tl.exp2(whole.to(dtype)) + tl.dot(tl.trans(given), weighted)
+            logs += whole
+            if BACKWARD:
+                state = _if_only(ids_ptr, run == 0, state)
         if saved_ptr is not None:
             stops = first if BACKWARD else last
             at, there = _state(final_ptr, row, heads, h, p, n, P, N)
@@ -191,6 +245,7 @@ def outputs(
     D_ptr,
     z,
     table_ptr,
+    ids_ptr,
     saved_ptr,
     y_ptr,
     gated_ptr,
@@ -214,33 +269,37 @@ def outputs(
     the gradients g for the states.
     """
     _part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
-    of_b, of_c, products = _products(B, C, b, begin, group, inside, N, NP)
-    for h in range(first, last):
-        of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
-        given = _read(x, b, begin, h * P, BP, inside, P)
-        gate = given
-        if z is not None:
-            gate = _read(z, b, begin, h * P, BP, inside, P)
-        weights = (products * _mask(total, inside, dtype) * of[None, :]).to(given.dtype)
-        state = _load_state(saved_ptr, b * slots + c, heads, h, P, N, BP, NP)
-        if BACKWARD:
-            y = tl.dot(of_b, tl.trans(state)) * (tl.exp2((whole - total).to(dtype)) * of)[:, None]
-            y += tl.dot(tl.trans(weights), given)
-        else:
-            y = tl.dot(of_c, tl.trans(state)) * tl.exp2(total.to(dtype))[:, None]
-            y += tl.dot(weights, given)
-        if D_ptr is not None:
-            if SKIP_BY_HEAD:
-                y += given.to(dtype) * tl.load(D_ptr + h).to(dtype)
+    number, first_run, last_run = _runs(ids_ptr, b, begin, inside, length)
+    for run in range(first_run, last_run + 1):
+        mine = _of_run(ids_ptr, number, run, inside)
+        of_b, of_c, products = _products(B, C, b, begin, group, mine, N, NP)
+        for h in range(first, last):
+            of, total, whole = _steps(dt, A_ptr, b, begin, h, mine, dtype)
+            given = _read(x, b, begin, h * P, BP, mine, P)
+            gate = given
+            if z is not None:
+                gate = _read(z, b, begin, h * P, BP, mine, P)
+            weights = (products * _mask(total, mine, dtype) * of[None, :]).to(given.dtype)
+            state = _load_state(saved_ptr, b * slots + c, heads, h, P, N, BP, NP)
+            state = _if_only(ids_ptr, run == (last_run if BACKWARD else 0), state)
+            if BACKWARD:
+                y = tl.dot(of_b, tl.trans(state)) * (tl.exp2((whole - total).to(dtype)) * of)[:, None]
+                y += tl.dot(tl.trans(weights), given)
             else:
-                p = tl.arange(0, BP)
-                y += given.to(dtype) * tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(dtype)[None, :]
-        step = (tl.cast(b, tl.int64) * length + begin) * heads + h
-        if gated_ptr is not None:
-            _write(gated_ptr, step * P, heads * P, y, inside, P)
-        if z is not None:
-            y *= silu(gate.to(dtype))
-        _write(y_ptr, step * P, heads * P, y, inside, P)
+                y = tl.dot(of_c, tl.trans(state)) * tl.exp2(total.to(dtype))[:, None]
+                y += tl.dot(weights, given)
+            if D_ptr is not None:
+                if SKIP_BY_HEAD:
+                    y += given.to(dtype) * tl.load(D_ptr + h).to(dtype)
+                else:
+                    p = tl.arange(0, BP)
+                    y += given.to(dtype) * tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(dtype)[None, :]
+            step = (tl.cast(b, tl.int64) * length + begin) * heads + h
+            if gated_ptr is not None:
+                _write(gated_ptr, step * P, heads * P, y, mine, P)
+            if z is not None:
+                y *= silu(gate.to(dtype))
+            _write(y_ptr, step * P, heads * P, y, mine, P)
 
 
 @triton.jit
@@ -271,6 +330,7 @@ def gradients_c(
     dt,
     A_ptr,
     table_ptr,
+    ids_ptr,
     entering_ptr,
     leaving_ptr,
     dy,
@@ -295,32 +355,36 @@ def gradients_c(
     ``dC`` is ``(parts, B, T, G, N)``, ``dD`` ``(B, chunks, H)`` or ``(B, chunks, H, P)``, ``dlog`` ``(B, T, H)``.
     """
     part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
-    of_c = _read(C, b, begin, group * N, NP, inside, N)
-    dc, dproducts = tl.zeros((Q, NP), dtype), tl.zeros((Q, Q), dtype)
-    for h in range(first, last):
-        of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
-        given, pulled = _read(x, b, begin, h * P, BP, inside, P), _read(dy, b, begin, h * P, BP, inside, P)
-        if dD_ptr is not None:
-            skipped, p = tl.sum(pulled.to(dtype) * given.to(dtype), 0), tl.arange(0, BP)
-            at = (tl.cast(b, tl.int64) * slots + c) * heads + h
-            if SKIP_BY_HEAD:
-                tl.store(dD_ptr + at, tl.sum(skipped, 0))
-            else:
-                tl.store(dD_ptr + at * P + p, skipped, mask=p < P)
-        dweights = tl.dot(pulled, tl.trans(given))
-        dproducts += dweights * _mask(total, inside, dtype) * of[None, :]
-        state = _load_state(entering_ptr, b * slots + c, heads, h, P, N, BP, NP)
-        found = tl.dot(pulled, state) * tl.exp2(total.to(dtype))[:, None]
-        dc += found
-        dlog = tl.sum(found * of_c.to(dtype), 1)
-        leaving = _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
-        carried = tl.sum(state.to(dtype) * leaving.to(dtype)) * tl.exp2(whole.to(dtype))
-        ends = tl.arange(0, Q) == tl.sum(inside.to(tl.int32), 0) - 1
-        step = (tl.cast(b, tl.int64) * length + begin) * heads + h
-        tl.store(dlog_ptr + step + tl.arange(0, Q) * heads, dlog + tl.where(ends, carried, 0.0), mask=inside)
-    of_b = _read(B, b, begin, group * N, NP, inside, N)
-    dc += tl.dot(dproducts.to(of_b.dtype), of_b)
-    _write_map(dC_ptr, dc, part, b, begin, group, inside, length, heads // per_group, slots, parts, N)
+    number, first_run, last_run = _runs(ids_ptr, b, begin, inside, length)
+    for run in range(first_run, last_run + 1):
+        mine = _of_run(ids_ptr, number, run, inside)
+        of_c = _read(C, b, begin, group * N, NP, mine, N)
+        dc, dproducts = tl.zeros((Q, NP), dtype), tl.zeros((Q, Q), dtype)
+        for h in range(first, last):
+            of, total, whole = _steps(dt, A_ptr, b, begin, h, mine, dtype)
+            given, pulled = _read(x, b, begin, h * P, BP, mine, P), _read(dy, b, begin, h * P, BP, mine, P)
+            if dD_ptr is not None:
+                skipped, p = tl.sum(pulled.to(dtype) * given.to(dtype), 0), tl.arange(0, BP)
+                at = (tl.cast(b, tl.int64) * slots + c) * heads + h
+                if SKIP_BY_HEAD:
+                    _add(ids_ptr, dD_ptr + at, tl.sum(skipped, 0), None)
+                else:
+                    _add(ids_ptr, dD_ptr + at * P + p, skipped, p < P)
+            dweights = tl.dot(pulled, tl.trans(given))
+            dproducts += dweights * _mask(total, mine, dtype) * of[None, :]
+            state = _if_only(ids_ptr, run == 0, _load_state(entering_ptr, b * slots + c, heads, h, P, N, BP, NP))
+            found = tl.dot(pulled, state) * tl.exp2(total.to(dtype))[:, None]
+            dc += found
+            dlog = tl.sum(found * of_c.to(dtype), 1)
+            leaving = _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
+            carried = tl.sum(state.to(dtype) * leaving.to(dtype)) * tl.exp2(whole.to(dtype))
+            carried = _if_only(ids_ptr, last_run == 0, carried)
+            ends = tl.arange(0, Q) == tl.sum(mine.to(tl.int32), 0) - 1
+            step = (tl.cast(b, tl.int64) * length + begin) * heads + h
+            tl.store(dlog_ptr + step + tl.arange(0, Q) * heads, dlog + tl.where(ends, carried, 0.0), mask=mine)
+        of_b = _read(B, b, begin, group * N, NP, mine, N)
+        dc += tl.dot(dproducts.to(of_b.dtype), of_b)
+        _write_map(dC_ptr, dc, part, b, begin, group, mine, length, heads // per_group, slots, parts, N)
 
 
 @triton.jit
@@ -331,6 +395,7 @@ def gradients(
     dt,
     A_ptr,
     table_ptr,
+    ids_ptr,
     leaving_ptr,
     dy,
     dlog_ptr,
@@ -355,37 +420,42 @@ def gradients(
     lies between: a difference of sums over many more, which are float64, as they may be far larger.
     """
     part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
-    of_b, _of_c, products = _products(B, C, b, begin, group, inside, N, NP)
-    db, dproducts = tl.zeros((Q, NP), dtype), tl.zeros((Q, Q), dtype)
-    for h in range(first, last):
-        of, total, whole = _steps(dt, A_ptr, b, begin, h, inside, dtype)
-        given, pulled = _read(x, b, begin, h * P, BP, inside, P), _read(dy, b, begin, h * P, BP, inside, P)
+    number, first_run, last_run = _runs(ids_ptr, b, begin, inside, length)
+    for run in range(first_run, last_run + 1):
+        mine = _of_run(ids_ptr, number, run, inside)
+        of_b, _of_c, products = _products(B, C, b, begin, group, mine, N, NP)
+        db, dproducts = tl.zeros((Q, NP), dtype), tl.zeros((Q, Q), dtype)
+        for h in range(first, last):
+            of, total, whole = _steps(dt, A_ptr, b, begin, h, mine, dtype)
+            given, pulled = _read(x, b, begin, h * P, BP, mine, P), _read(dy, b, begin, h * P, BP, mine, P)
 
-        # Within the chunk.
-        dweights = tl.dot(pulled, tl.trans(given)) * _mask(total, inside, dtype)
-        dproducts += dweights * of[None, :]
-        dweights *= products
-        ddt = tl.sum(dweights, 0)
-        t = tl.arange(0, Q)
-        pairs = tl.where(t[:, None] > t[None, :], dweights * of[None, :], 0.0).to(tl.float64)
-        dlog = tl.sum(pairs, 1) - tl.sum(pairs, 0)
+            # Within the chunk.
+            dweights = tl.dot(pulled, tl.trans(given)) * _mask(total, mine, dtype)
+            dproducts += dweights * of[None, :]
+            dweights *= products
+            ddt = tl.sum(dweights, 0)
+            t = tl.arange(0, Q)
+            pairs = tl.where(t[:, None] > t[None, :], dweights * of[None, :], 0.0).to(tl.float64)
+            dlog = tl.sum(pairs, 1) - tl.sum(pairs, 0)
 
-        # Through the state that leaves.
-        leaving = _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
-        until = tl.exp2((whole - total).to(dtype))
-        found = tl.dot(given, leaving) * until[:, None]
-        db += found * of[:, None]
-        added = tl.sum(found * of_b.to(dtype), 1)
-        ddt += added
+            # Through the state that leaves.
+            leaving = _if_only(
+                ids_ptr, run == last_run, _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
+            )
+            until = tl.exp2((whole - total).to(dtype))
+            found = tl.dot(given, leaving) * until[:, None]
+            db += found * of[:, None]
+            added = tl.sum(found * of_b.to(dtype), 1)
+            ddt += added
 
-        step = (tl.cast(b, tl.int64) * length + begin) * heads + h
-        dlog += tl.load(dlog_ptr + step + t * heads, mask=inside, other=0.0).to(tl.float64)
-        earlier = (added * of).to(tl.float64)
-        dlog = tl.cumsum(dlog, 0, reverse=True) + tl.cumsum(earlier, 0) - earlier
-        dlog = tl.where(inside, dlog, 0.0).to(dtype)
-        ddt += dlog * tl.load(A_ptr + h).to(dtype)
-        tl.store(ddt_ptr + step + t * heads, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
-        tl.store(dA_ptr + (tl.cast(b, tl.int64) * slots + c) * heads + h, tl.sum(dlog * of, 0))
-    of_c = _read(C, b, begin, group * N, NP, inside, N)  # again, so that no register holds it meanwhile
-    db += tl.dot(tl.trans(dproducts).to(of_c.dtype), of_c)
-    _write_map(dB_ptr, db, part, b, begin, group, inside, length, heads // per_group, slots, parts, N)
+            step = (tl.cast(b, tl.int64) * length + begin) * heads + h
+            dlog += tl.load(dlog_ptr + step + t * heads, mask=mine, other=0.0).to(tl.float64)
+            earlier = (added * of).to(tl.float64)
+            dlog = tl.cumsum(dlog, 0, reverse=True) + tl.cumsum(earlier, 0) - earlier
+            dlog = tl.where(mine, dlog, 0.0).to(dtype)
+            ddt += dlog * tl.load(A_ptr + h).to(dtype)
+            tl.store(ddt_ptr + step + t * heads, ddt.to(ddt_ptr.dtype.element_ty), mask=mine)
+            _add(ids_ptr, dA_ptr + (tl.cast(b, tl.int64) * slots + c) * heads + h, tl.sum(dlog * of, 0), None)
+        of_c = _read(C, b, begin, group * N, NP, mine, N)  # again, so that no register holds it meanwhile
+        db += tl.dot(tl.trans(dproducts).to(of_c.dtype), of_c)
+        _write_map(dB_ptr, db, part, b, begin, group, mine, length, heads // per_group, slots, parts, N)
