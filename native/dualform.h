@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 9  // of this interface
+#define DUALFORM_VERSION 10  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -200,6 +200,31 @@ typedef struct {
   View y;              // (rows, 1, D)
   void* next;          // (rows, D, W - 1)
 } ConvUpdate;
+
+// y = norm(v) weight + bias over each of G slices of a row, where norm(v) = c / sqrt(mean(c^2) + eps) with c = v, or
+// with `center` c = v - mean(v); v = x, x + residual or x silu(z), or the gate is behind: y = (norm(x) weight + bias)
+// silu(z). Views are (rows, 1, D).
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of what is computed, the weight, the bias and their gradients
+  int64_t rows, width, groups;
+  int64_t center, norm_before_gate;
+  double eps;
+  View x;
+  View residual;       // or null
+  View z;              // or null; not beside a residual
+  const void* weight;  // (D)
+  const void* bias;    // (D), or null
+  View y;
+  View r;  // v, where there is a residual; or null
+  // Backward only.
+  View dy;
+  View dr;                // or null
+  View dx;                // with a residual the gradient of that, too
+  View dresidual;         // the same in another dtype, or null
+  View dz;                // if there is a z
+  void *dweight, *dbias;  // (D)
+} Norm;
 
 #ifdef __cplusplus
 }

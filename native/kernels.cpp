@@ -4,6 +4,7 @@
 #include "causal_conv1d.h"
 #include "diagonal_ssm.h"
 #include "linear_scan.h"
+#include "norm.h"
 #include "selective_scan.h"
 #include "ssd.h"
 #include "update.h"
@@ -32,5 +33,7 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::conv::backward<float>, isa::conv::backward<double>},
     {isa::update::selective<float>, isa::update::selective<double>},
     {isa::update::conv<float>, isa::update::conv<double>},
+    {isa::norm::forward<float>, isa::norm::forward<double>},
+    {isa::norm::backward<float>, isa::norm::backward<double>},
     {isa::add_groups<float>, isa::add_groups<double>},
 };

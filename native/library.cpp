@@ -310,6 +310,18 @@ bool check(const ConvUpdate& s) {
   return true;
 }
 
+bool check(const Norm& s) {
+  check_state_dtype(s.dtype);
+  require(is_flag(s.center) && is_flag(s.norm_before_gate) && !(s.residual.data && s.z.data));
+  if (!check_sizes({s.rows, s.width})) return false;
+  check_groups(s.groups, s.width);
+  check_views({&s.x}), check_pointers({s.weight});
+  for (const View* view : {&s.residual, &s.z, &s.r, &s.dr, &s.dresidual})
+    if (view->data) check_views({view});
+  require(!s.r.data || s.residual.data);
+  return true;
+}
+
 }  // namespace
 
 EXPORT int64_t dualform_version() { return DUALFORM_VERSION; }
@@ -512,5 +524,37 @@ EXPORT int dualform_conv_update(const ConvUpdate* s) {
     auto kernel = kernels->conv_update[s->dtype];
     in_scratch(threads_for(s->threads, s->rows * s->width * s->taps), s->rows,
                [&](int64_t i, void* memory) { return kernel(*s, i, memory); });
+  });
+}
+
+EXPORT int dualform_norm(const Norm* s) {
+  return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->y});
+    const int64_t threads = threads_for(s->threads, s->rows * s->width);
+    const int64_t tasks = std::min(s->rows, threads == 1 ? 1 : 4 * threads);
+    auto kernel = kernels->norm[s->dtype];
+    in_scratch(threads, tasks, [&](int64_t i, void* memory) {
+      return kernel(*s, s->rows * i / tasks, s->rows * (i + 1) / tasks, memory);
+    });
+  });
+}
+
+EXPORT int dualform_norm_backward(const Norm* s) {
+  return guarded([&] {
+    if (!check(*s)) return;
+    check_views({&s->dy, &s->dx}), check_pointers({s->dweight, s->dbias});
+    if (s->z.data) check_views({&s->dz});
+    const int64_t threads = threads_for(s->threads, s->rows * s->width);
+    const int64_t tasks = std::min(s->rows, threads == 1 ? 1 : 4 * threads), each = s->dtype == FLOAT64 ? 8 : 4;
+    Memory dweight(tasks * s->width, s->dtype), dbias(tasks * s->width, s->dtype);
+    auto kernel = kernels->norm_backward[s->dtype];
+    in_scratch(threads, tasks, [&](int64_t i, void* memory) {
+      void *to_weight = static_cast<char*>(dweight.get()) + i * s->width * each,
+           *to_bias = static_cast<char*>(dbias.get()) + i * s->width * each;
+      return kernel(*s, s->rows * i / tasks, s->rows * (i + 1) / tasks, to_weight, to_bias, memory);
+    });
+    add_up(dweight, s->dtype, tasks, s->width, s->dweight);
+    add_up(dbias, s->dtype, tasks, s->width, s->dbias);
   });
 }

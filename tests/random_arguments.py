@@ -326,6 +326,40 @@ def lstm(draw: Draw) -> Arguments:
     }
 
 
+def rows(draw: Draw, width: int) -> tuple[int, ...]:
+    return (*draw.one((), (0,), (3,), (2, 5), (1, 40), (2, 1, 3)), width)
+
+
+def add_norm(draw: Draw) -> Arguments:
+    shape = rows(draw, draw.one(1, 3, 17, 33, 100))
+    return {
+        "x": draw.normal(*shape),
+        "residual": draw.normal(*shape, dtype=draw.one(draw.dtype, draw.real)),
+        "weight": draw.normal(shape[-1], dtype=draw.one(draw.dtype, draw.real)),
+        "bias": draw.maybe(lambda: draw.normal(shape[-1])),
+        "eps": draw.one(1e-5, 0.1),
+        "center": draw.chance(0.5) and shape[-1] > 1,
+        "dtype": draw.one(None, draw.dtype, draw.real),
+        "residual_dtype": draw.one(None, draw.dtype, draw.real),
+    }
+
+
+def gated_norm(draw: Draw) -> Arguments:
+    groups, size = draw.one(1, 2, 3), draw.one(1, 3, 17, 40)
+    shape = rows(draw, groups * size)
+    return {
+        "x": draw.normal(*shape),
+        "weight": draw.normal(shape[-1], dtype=draw.one(draw.dtype, draw.real)),
+        "bias": draw.maybe(lambda: draw.normal(shape[-1])),
+        "z": draw.maybe(lambda: draw.normal(*shape)),
+        "groups": groups,
+        "eps": draw.one(1e-3, 0.1),
+        "center": draw.chance(0.5) and size > 1,
+        "norm_before_gate": draw.chance(0.5),
+        "dtype": draw.one(None, draw.dtype, draw.real),
+    }
+
+
 CALLS: dict[str, Callable[[Draw], Arguments]] = {
     make.__name__: make
     for make in (
@@ -336,6 +370,8 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         diagonal_ssm,
         causal_conv1d,
         causal_conv1d_update,
+        add_norm,
+        gated_norm,
         fft_conv,
         cauchy_kernel,
         vandermonde_kernel,

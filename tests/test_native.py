@@ -156,6 +156,36 @@ def conv_turned(*args, **options):
     return turned("causal_conv1d", "x", conv(*args, **options))
 
 
+def add(shape, dtype=float32, stream=float32, center=False, bias=True, kept=None):
+    """``stream`` is the dtype of what is added to, ``kept`` of the sum."""
+    width = shape[-1]
+    return (
+        normal(*shape, dtype=dtype),
+        normal(*shape, dtype=stream),
+        normal(width, dtype=dtype),
+        normal(width, dtype=dtype) if bias else None,
+        1e-5,
+        center,
+        dtype,
+        kept or stream,
+    )
+
+
+def gate(shape, groups=1, dtype=float32, center=False, bias=True, gated=True, before=False):
+    width = shape[-1]
+    return (
+        normal(*shape, dtype=dtype),
+        normal(width, dtype=dtype),
+        normal(width, dtype=dtype) if bias else None,
+        normal(*shape, dtype=dtype) if gated else None,
+        groups,
+        0.1,
+        center,
+        before,
+        dtype,
+    )
+
+
 # Widths beside and across the lanes of every vector, lengths beside and across tiles.
 CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "scan one": ("selective_scan", lambda: scan(1, 1, 1, 1)),
@@ -241,6 +271,23 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "conv time last packed": ("causal_conv1d", lambda: conv_turned(1, 130, 33, 6, float32, SHORT, silu=True)),
     "conv time last bfloat16": ("causal_conv1d", lambda: conv_turned(2, 70, 300, 4, bfloat16, silu=True)),
     "conv time last float16": ("causal_conv1d", lambda: conv_turned(2, 33, 64, 1, float16)),
+    "add one": ("add_norm", lambda: add((3, 1), bias=False)),
+    "add odd": ("add_norm", lambda: add((2, 5, 3), float64, float64, center=True)),
+    "add three": ("add_norm", lambda: add((2, 41, 17), bias=False)),
+    "add rows": ("add_norm", lambda: add((700, 100), center=True)),
+    "add no axes": ("add_norm", lambda: add((130,))),
+    "add bfloat16": ("add_norm", lambda: add((3, 20, 300), bfloat16, float32)),
+    "add bfloat16 stream": ("add_norm", lambda: add((3, 20, 35), bfloat16, bfloat16, center=True)),
+    "add float16": ("add_norm", lambda: add((1, 2, 3, 33), float16, float64, kept=float32)),
+    "gate one": ("gated_norm", lambda: gate((3, 1), bias=False)),
+    "gate odd": ("gated_norm", lambda: gate((2, 5, 17), center=True)),
+    "gate groups": ("gated_norm", lambda: gate((2, 33, 102), 6, bias=False)),
+    "gate groups before": ("gated_norm", lambda: gate((2, 33, 51), 3, float64, center=True, before=True)),
+    "gate before": ("gated_norm", lambda: gate((500, 100), before=True)),
+    "gate none": ("gated_norm", lambda: gate((130, 3), 1, float64, center=True, gated=False)),
+    "gate none groups": ("gated_norm", lambda: gate((5, 64), 2, bias=False, gated=False)),
+    "gate bfloat16": ("gated_norm", lambda: gate((2, 20, 300), 2, bfloat16)),
+    "gate float16": ("gated_norm", lambda: gate((2, 20, 35), 1, float16, center=True, before=True)),
     "conv float16": ("causal_conv1d", lambda: conv(2, 20, 30, 4, float16, silu=True)),
 }
 
@@ -290,7 +337,7 @@ def test_every_kernel_is_the_definition(case, count, instructions, poison, threa
 
 
 @pytest.mark.parametrize(
-    "case", ["scan groups", "dual tiles", "linear complex", "diagonal three rows", "conv wide bfloat16"]
+    "case", ["scan groups", "dual tiles", "linear complex", "diagonal three rows", "conv wide bfloat16", "gate before"]
 )
 def test_two_runs_are_alike_to_the_last_bit(case, instructions, threads):
     threads(2)
@@ -526,7 +573,9 @@ def kernel_calls(monkeypatch) -> list[tuple[str, Structure, dict[str, Any]]]:
 BAD_BORDERS = [[0, 5, 3, 7], [0, 9], [1, 7], [-4, 7], [0, 2**60, 7], [0, -(2**60), 7]]
 
 
-@pytest.mark.parametrize("op", ["selective_scan", "ssd", "linear_scan", "diagonal_ssm", "causal_conv1d", "steps"])
+@pytest.mark.parametrize(
+    "op", ["selective_scan", "ssd", "linear_scan", "diagonal_ssm", "causal_conv1d", "norm", "steps"]
+)
 def test_kernels_refuse_what_they_cannot_run(op, kernel_calls, monkeypatch):
     """Whatever passes the checks in Python, no kernel divides by zero, loops for ever or leaves its memory."""
     make = {"selective_scan": scan, "ssd": dual, "linear_scan": linear, "diagonal_ssm": diagonal, "causal_conv1d": conv}
@@ -535,6 +584,9 @@ def test_kernels_refuse_what_they_cannot_run(op, kernel_calls, monkeypatch):
         with torch.no_grad(), backend("native"):
             selective_state_update(normal(1, 4, 3), normal(1, 4), normal(1, 4), -torch.rand(4, 3), *normal(2, 1, 1, 3))
             causal_conv1d_update(normal(1, 4), normal(1, 4, 1), normal(4, 2))
+    elif op == "norm":
+        args = gate((7, 4), 2)
+        evaluate("gated_norm", args, "native", weights_for("gated_norm", args))
     else:
         args = make[op](1, 7, *sizes.get(op, (4, 2)), borders=[0, 3, 7])
         evaluate(op, args, "native", weights_for(op, args))
@@ -546,6 +598,8 @@ def test_kernels_refuse_what_they_cannot_run(op, kernel_calls, monkeypatch):
         wrong += [{size: value} for size in names & {"groups", "groups_b", "groups_c"} for value in (0, -1, 3)]
         wrong += [{size: 0} for size in names & {"per", "taps"}]
         wrong += [{one: None} for one in names & {"h", "h0", "u", "x", "a", "b", "weight", "dy", "dh", "dfinal"}]
+        if op == "norm":
+            wrong += [{"residual": fields["x"]}, {"rows": -1}]
         if op == "linear_scan":
             wrong.append({"complex": True, "width": 3})
         if "sequences" in names:

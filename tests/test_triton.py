@@ -19,10 +19,12 @@ from dualform.core.errors import BackendError
 from dualform.core.packing import from_lengths
 from dualform.ops import (
     OPS,
+    add_norm,
     backend,
     causal_conv1d,
     causal_conv1d_update,
     diagonal_ssm,
+    gated_norm,
     linear_scan,
     selective_scan,
     selective_state_update,
@@ -109,6 +111,19 @@ def dual(batch, length, heads, width, states, groups=1, packed=None, skip="heads
     return case("ssd", ssd, tensors, packed, dt_softplus=True, **marks)
 
 
+def summed(*shape, bias=True, **options):
+    streams = {"x": normal(*shape), "residual": normal(*shape), "weight": normal(shape[-1])}
+    more = {"bias": normal(shape[-1])} if bias else {}
+    return case("add_norm", add_norm, {**streams, **more}, None, **options)
+
+
+def gated(*shape, bias=True, gate=True, **options):
+    tensors = {"x": normal(*shape), "weight": normal(shape[-1])}
+    more = {"bias": normal(shape[-1])} if bias else {}
+    beside = {"z": normal(*shape)} if gate else {}
+    return case("gated_norm", gated_norm, {**tensors, **more, **beside}, None, eps=0.1, **options)
+
+
 def case(op, function, tensors, packed, **options):
     if packed:
         options["cu_seqlens"] = from_lengths(torch.tensor(packed)).to(torch.int32)
@@ -148,6 +163,15 @@ CASES = {
     "diagonal chunked": lambda: diagonal(1, 19, 17, 3),
     "diagonal wide": lambda: diagonal(1, 1, 130, 1),
     "diagonal packed": lambda: diagonal(1, 25, 2, 3, packed=[0, 3, 0, 11, 1, 10, 0]),
+    "add": lambda: summed(2, 5, 17),
+    "add centered": lambda: summed(3, 130, bias=False, center=True),
+    "add one": lambda: summed(1, 3, 1, eps=0.1),
+    "add many rows": lambda: summed(1, 18, 520),
+    "gate": lambda: gated(2, 3, 51, groups=3),
+    "gate centered": lambda: gated(7, 34, groups=2, center=True),
+    "gate behind": lambda: gated(2, 9, 17, norm_before_gate=True),
+    "gate behind, centered": lambda: gated(1, 2, 66, groups=2, bias=False, center=True, norm_before_gate=True),
+    "no gate": lambda: gated(5, 100, bias=False, gate=False),
     "scan packed wide": lambda: line(1, 9, 35, packed=[2, 0, 7], reverse=True),
 }
 EMPTY = {
@@ -158,6 +182,8 @@ EMPTY = {
     "diagonal": lambda: diagonal(2, 0, 3, 5),
 }
 STRIDED = {
+    "add": ("x", "residual"),
+    "gate": ("x", "z"),
     "conv": ("x",),
     "scan": ("a", "b"),
     "selective": ("u", "delta", "z", "B", "C"),
@@ -177,9 +203,13 @@ COMPILED = {
     "dual chunked, packed": lambda: dual(1, 200, 2, 64, 128, packed=[150, 50], skip="channels", gated=False),
     "dual runs": lambda: dual(1, 128, 4, 64, 128, ids=[[0] * 50 + [1] * 78]),
     "diagonal": lambda: diagonal(4, 64, 64, 32),
+    "add": lambda: summed(4, 128, 768),
+    "add centered": lambda: summed(4, 128, 2048, center=True),
+    "gate": lambda: gated(4, 128, 1536, bias=False),
+    "gate groups": lambda: gated(4, 128, 4096, groups=8, norm_before_gate=True),
     "diagonal chunked, packed": lambda: diagonal(1, 39, 16, 32, packed=[30, 9]),
 }
-CONVERTED = ("conv", "conv packed", "scan", "scan packed", "selective", "diagonal")
+CONVERTED = ("add", "gate", "conv", "conv packed", "scan", "scan packed", "selective", "diagonal")
 # In the interpreter float64 shows the mathematics, and bfloat16, in some cases, the conversions.
 DTYPES = {
     torch.float64: CASES,

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from dualform.core.dplr import DiscreteDPLR
 from dualform.core.packing import from_lengths
+from dualform.ops.add_norm import add_norm
 from dualform.ops.attention import Past, attention
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
+from dualform.ops.gated_norm import gated_norm
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.linear_scan import linear_scan
@@ -150,6 +152,11 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
 
     def long(taps: int) -> dict[str, Tensor]:
         return {"u": normal(3, length, 5), "k": normal(5, taps), "D": normal(5)}
+
+    def rows_of(width: int, *beside: str) -> dict[str, Tensor]:
+        """Of one sequence where nothing lies beside x that would tell that rows are missing."""
+        streams = {name: normal(3 if beside else 1, length, width) for name in ("x", *beside)}
+        return {**streams, "weight": normal(width), "bias": normal(width)}
 
     def tokens(batch: int, states: int) -> dict[str, Tensor]:
         named = {"q": (batch, length, 6, 5), "k": (batch, length, 3, 5), "v": (batch, length, 3, 5)}
@@ -292,6 +299,12 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("irregular_scan packed", "irregular_scan", irregular_scan, irregular_selective(1, rows), runs),
         OpCase("dplr_ssm complex", "dplr_ssm", _dplr_ssm, low_rank_ssm(3, 3, 1)),
         OpCase("dplr_ssm complex packed", "dplr_ssm", _dplr_ssm, low_rank_ssm(1, rows, 2), runs),
+        OpCase("add_norm", "add_norm", add_norm, rows_of(5, "residual")),
+        OpCase("add_norm centered", "add_norm", add_norm, rows_of(17, "residual"), {"center": True}),
+        OpCase("gated_norm", "gated_norm", gated_norm, rows_of(6, "z"), {"groups": 2}),
+        OpCase("gated_norm before gate", "gated_norm", gated_norm, rows_of(17, "z"), {"norm_before_gate": True}),
+        OpCase("gated_norm centered", "gated_norm", gated_norm, rows_of(9, "z"), {"groups": 3, "center": True}),
+        OpCase("gated_norm no gate", "gated_norm", gated_norm, rows_of(5), {"center": True}),
         OpCase("fft_conv", "fft_conv", fft_conv, long(length)),
         OpCase("fft_conv short filter", "fft_conv", fft_conv, long(3)),
         OpCase("fft_conv long filter", "fft_conv", fft_conv, long(2 * length + 1)),

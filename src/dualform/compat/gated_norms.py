@@ -1,12 +1,12 @@
 """Norms joined with a gate: ``mamba_ssm.ops.triton.layernorm_gated``."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_tensors
 from dualform.ops.device import explains_device
+from dualform.ops.gated_norm import gated_norm
 
 
 def layernorm_fn(
@@ -46,14 +46,8 @@ def layernorm_fn(
     size = group_size or len(weight)
     if len(weight) % size:
         raise ArgumentError(f"{where}: group_size is {size}, which does not divide D = {len(weight)}")
-    dtype = wide(x, z)
-    y, gate = x.to(dtype), None if z is None else F.silu(z.to(dtype))
-    y = y if gate is None or norm_before_gate else y * gate
-    y = y.unflatten(-1, (-1, size))
-    y = F.rms_norm(y, (size,), eps=eps) if is_rms_norm else F.layer_norm(y, (size,), eps=eps)
-    y = y.flatten(-2) * weight.to(dtype)
-    y = y if bias is None else y + bias.to(dtype)
-    return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
+    groups, center = len(weight) // size, not is_rms_norm
+    return gated_norm(x, weight, bias, z=z, groups=groups, eps=eps, center=center, norm_before_gate=norm_before_gate)
 
 
 def rmsnorm_fn(

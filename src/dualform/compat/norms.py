@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_tensors, wide
+from dualform.ops.add_norm import add_norm
 from dualform.ops.device import explains_device
+from dualform.ops.gated_norm import gated_norm
 
 
 def layer_norm_fn(
@@ -63,31 +65,34 @@ def layer_norm_fn(
         if m is not None and (m.shape != x.shape or m.shape[-1:] != weight.shape):
             want = (*x.shape[:-1], *weight.shape)
             raise ArgumentError(f"{where}: {name} has shape {tuple(m.shape)}, expected {want}")
-    dtype = wide(x, x1, residual)
+    if rowscale is not None and rowscale.shape != x.shape[:-1]:
+        raise ArgumentError(f"{where}: rowscale has shape {tuple(rowscale.shape)}, expected {tuple(x.shape[:-1])}")
+    made, kept = x, torch.float32 if residual_in_fp32 else x.dtype
+    if rowscale is not None or x1 is not None or dropout_p:
+        made = _branches(x, x1, rowscale, dropout_p, wide(x, x1, residual))
+
+    def normed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight = weight.to(wide(weight)) + 1 if zero_centered_weight else weight
+        options = {"eps": eps, "center": not is_rms_norm, "dtype": x.dtype}
+        if residual is None:
+            return gated_norm(made, weight, bias, **options), made.to(kept)
+        return add_norm(made, residual, weight, bias, **options, residual_dtype=residual.dtype)
+
+    y, r = normed(weight, bias)
+    found = [y] if weight1 is None else [y, normed(weight1, bias1)[0]]
+    found += [r] if prenorm else []
+    return y if len(found) == 1 else tuple(found)
+
+
+def _branches(x: Tensor, x1: Tensor | None, rowscale: Tensor | None, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    """``dropout(rowscale x) + dropout(x1)`` in a wide dtype."""
     r = x.to(dtype)
-    if rowscale is not None:
-        if rowscale.shape != x.shape[:-1]:
-            raise ArgumentError(f"{where}: rowscale has shape {tuple(rowscale.shape)}, expected {tuple(x.shape[:-1])}")
-        r = r * rowscale[..., None].to(dtype)
+    r = r if rowscale is None else r * rowscale[..., None].to(dtype)
     r = F.dropout(r, dropout_p) if dropout_p else r
-    if x1 is not None:
-        branch = x1.to(dtype)
-        r = r + (F.dropout(branch, dropout_p) if dropout_p else branch)
-    r = r if residual is None else r + residual.to(dtype)
-    size = r.shape[-1:]
-    normed = F.rms_norm(r, size, eps=eps) if is_rms_norm else F.layer_norm(r, size, eps=eps)
-
-    def scaled(weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = normed * (weight.to(dtype) + 1 if zero_centered_weight else weight.to(dtype))
-        return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
-
-    found = [scaled(weight, bias)]
-    if weight1 is not None:
-        found.append(scaled(weight1, bias1))
-    if prenorm:
-        kept = residual.dtype if residual is not None else (torch.float32 if residual_in_fp32 else x.dtype)
-        found.append(r.to(kept))
-    return found[0] if len(found) == 1 else tuple(found)
+    if x1 is None:
+        return r
+    branch = x1.to(dtype)
+    return r + (F.dropout(branch, dropout_p) if dropout_p else branch)
 
 
 def rms_norm_fn(

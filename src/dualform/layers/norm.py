@@ -1,4 +1,6 @@
-"""RMS normalisation and a gate in one module, which Mamba-2 has before its output projection."""
+"""The norms of blocks and layers: RMS norm, alone, of a residual stream that is added to, and with a gate."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,56 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
 from dualform.core.shapes import wide
+from dualform.ops.add_norm import add_norm
+from dualform.ops.gated_norm import gated_norm
+from dualform.ops.normalize import seen_through
+
+_SMALL_ON_CPU, _SMALL = 2**13, 2**20  # numbers; below, the norm of PyTorch takes less time than a call of ours
+
+
+class RMSNorm(nn.RMSNorm):
+    """``rms(x) * weight``, where ``rms(v) = v / sqrt(mean(v^2) + eps)``, in the dtype of the weight.
+
+    It is computed in float32 or wider, and rounded once.
+
+    Args:
+        width: the size of the last axis.
+        eps: added to the mean square.
+    """
+
+    eps: Any
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__(width, eps=eps)
+
+    def forward(self, x: Float[Tensor, "... D"], stream: Float[Tensor, "... D"] | None = None) -> Any:
+        """The norm of x; where a residual stream is given, the norm of ``stream + x``, and that sum.
+
+        The sum has the wider of their dtypes.
+        """
+        weight = self.weight
+        if _plain(x):
+            x = x if stream is None else stream + x
+            y = _rms(x, weight, self.eps)
+            return y if stream is None else (y, x)
+        if stream is None:
+            return gated_norm(x, weight, eps=self.eps, dtype=weight.dtype)
+        dtype = torch.promote_types(x.dtype, stream.dtype)
+        return add_norm(x, stream, weight, eps=self.eps, dtype=weight.dtype, residual_dtype=dtype)
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether PyTorch's own norm is preferred: where PyTorch looks into it, or x is small, or a DTensor, say."""
+    if torch.compiler.is_compiling() or x.numel() < (_SMALL_ON_CPU if x.is_cpu else _SMALL):
+        return True
+    return type(x) is not Tensor or seen_through()
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype is torch.float32 and weight.dtype is torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    dtype = wide(x, weight)
+    return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps).to(weight.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -40,11 +92,4 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Float[Tensor, "... D"], z: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Apply the gate ``z`` to ``y``, and normalise."""
-        dtype = wide(y, z)
-        out, gate = y.to(dtype), F.silu(z.to(dtype))
-        out = self._rms(out) * gate if self.norm_before_gate else self._rms(out * gate)
-        return out.to(y.dtype)
-
-    def _rms(self, v: Tensor) -> Tensor:
-        slices = v.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(slices, slices.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(v.dtype)
+        return gated_norm(y, self.weight, z=z, groups=self.groups, eps=self.eps, norm_before_gate=self.norm_before_gate)

@@ -19,6 +19,7 @@ from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_floating, check_tensors, wide
 from dualform.layers.mixer import Mixer, Prepared, Step
+from dualform.layers.norm import RMSNorm
 from dualform.models.block import Block
 from dualform.models.config import ModelConfig
 from dualform.ops.op import backend, forced
@@ -83,7 +84,7 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(
             shared[letter] if letter in shared else self._block(letter) for letter in config.pattern
         )
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         if inputs is None:
             nn.init.normal_(self.embed.weight, std=0.02)
         residual_parts = sum(len(config.parts[letter]) for letter in config.pattern)
@@ -200,7 +201,7 @@ class Backbone(nn.Module):
         return h.to(wide(h))
 
     def _final(self, h: Tensor) -> Tensor:
-        return self.norm(h.to(self._dtype))
+        return self.norm(h)
 
     @property
     def _dtype(self) -> torch.dtype:

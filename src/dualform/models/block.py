@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
 from dualform.layers.mixer import Mixer, PartConfig, Prepared, Step
+from dualform.layers.norm import RMSNorm
 from dualform.layers.part import ELSEWHERE
 
 
@@ -19,7 +20,7 @@ class Block(nn.Module):
     """``x = x + part(norm(x))`` for each part: a Recurrence on features ``(B, T, D)``.
 
     Its state is a tuple with one state per mixer; feed-forwards carry none. The stream ``x`` keeps the dtype it
-    comes in, float32 in a language model; only what a part reads is cast to the dtype of its norm's weight.
+    comes in, float32 in a language model; only what a part reads has the dtype of its norm's weight.
 
     ``intervals`` and ``rate`` go to every mixer, see :class:`~dualform.layers.mixer.Mixer`; a mixer whose ``forward``
     lacks the keyword refuses it.
@@ -33,7 +34,7 @@ class Block(nn.Module):
     def __init__(self, parts: tuple[PartConfig, ...], d_model: int, norm_eps: float = 1e-5):
         super().__init__()
         self.parts = nn.ModuleList(part.build(d_model) for part in parts)
-        self.norms = nn.ModuleList(nn.RMSNorm(d_model, eps=norm_eps) for _ in parts)
+        self.norms = nn.ModuleList(RMSNorm(d_model, norm_eps) for _ in parts)
         self._mixes = tuple(isinstance(part, Mixer) for part in self.parts)
         self._refused = {name: _lacking(self.parts, name) for name in ("intervals", "rate")}
 
@@ -57,15 +58,15 @@ class Block(nn.Module):
         """
         timing = self.timing("Block", intervals=intervals, rate=rate)
         old, new = self._states(state), []
+        made: Tensor | None = None  # by the part before, and not yet added
         for norm, part, mixes in self._sublayers():
-            y = norm(x.to(norm.weight.dtype))
+            y, x = (norm(x), x) if made is None else norm(made, x)
             if mixes:
-                y, left = part(y, old[len(new)], cu_seqlens=cu_seqlens, **timing)
+                made, left = part(y, old[len(new)], cu_seqlens=cu_seqlens, **timing)
                 new.append(left)
             else:
-                y = part(y)
-            x = x + y
-        return x, tuple(new)
+                made = part(y)
+        return x if made is None else x + made, tuple(new)
 
     def step(
         self, x: Tensor, state: State, *, interval: Tensor | None = None, rate: float = 1.0
@@ -86,7 +87,7 @@ class Block(nn.Module):
         timing = self.timing("Block", interval=interval)
         old, new = self._states(state), []
         for norm, part, mixes in self._sublayers():
-            y = norm(x.to(norm.weight.dtype))
+            y = norm(x)
             if mixes:
                 y, left = steps[len(new)](y, old[len(new)], **timing)
                 new.append(left)
@@ -132,9 +133,9 @@ class Block(nn.Module):
     def _mixers(self) -> list[Any]:
         return [part for part in self.parts if isinstance(part, Mixer)]
 
-    def _sublayers(self) -> Iterator[tuple[nn.RMSNorm, Any, bool]]:
+    def _sublayers(self) -> Iterator[tuple[RMSNorm, Any, bool]]:
         """Norm, part, and whether the part is a mixer."""
-        return zip(cast("list[nn.RMSNorm]", list(self.norms)), self.parts, self._mixes, strict=True)
+        return zip(cast("list[RMSNorm]", list(self.norms)), self.parts, self._mixes, strict=True)
 
     def _states(self, state: State | None) -> tuple[State | None, ...]:
         mixers = sum(self._mixes)

@@ -4,12 +4,14 @@ from importlib import import_module
 
 import torch
 
+from dualform.ops.add_norm import add_norm
 from dualform.ops.attention import attention
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
+from dualform.ops.gated_norm import gated_norm
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.linear_scan import linear_scan
@@ -23,9 +25,9 @@ from dualform.ops.vandermonde import vandermonde_kernel
 
 for _name in ("selective_scan_chunked", "ssd_chunked"):
     import_module(f"dualform.ops.{_name}")
-for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "ssd", "step"):
+for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.triton.{_name}")
-for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "selective_scan", "ssd", "step"):
+for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.native.{_name}")
 if torch.version.cuda:
     for _name in ("causal_conv1d", "diagonal_ssm", "selective_scan"):
@@ -38,6 +40,7 @@ __all__ = [
     "Backend",
     "Op",
     "SlowBackendWarning",
+    "add_norm",
     "attention",
     "backend",
     "cauchy_kernel",
@@ -46,6 +49,7 @@ __all__ = [
     "diagonal_ssm",
     "dplr_ssm",
     "fft_conv",
+    "gated_norm",
     "irregular_scan",
     "irregular_ssm",
     "linear_scan",

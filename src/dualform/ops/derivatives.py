@@ -21,6 +21,16 @@ def as_grad(g: Tensor, of: Tensor) -> Tensor:
     return lay(g.to(of.dtype).resolve_conj(), time_last(of))
 
 
+def unshared(found: list[Tensor]) -> list[Tensor]:
+    """Gradients in memory of their own, which compilers rely on: two arguments may have the same."""
+    return [m.clone() if any(m is other for other in found[:i]) else m for i, m in enumerate(found)]
+
+
+def outline(m: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, in the memory of one number."""
+    return m.new_empty(()).expand(m.shape)
+
+
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward mode runs: it derives what it sees, and not by our rules."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

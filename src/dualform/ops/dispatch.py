@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _KEYS = torch._C.DispatchKey
 _LAZY = (_KEYS.Conjugate, _KEYS.Negative)
@@ -27,6 +28,15 @@ def ordinary_dispatch() -> Iterator[None]:
     finally:
         for key in hidden:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+
+
+def distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, no tensor twice: compilers do not differentiate by one that a function is given two times."""
+    found: list[Any] = []
+    for m in args:
+        again = isinstance(m, Tensor) and any(m is other for other in found)
+        found.append(m.view_as(m) if again else m)
+    return tuple(found)
 
 
 def exactly(device: str) -> AbstractContextManager[object]:

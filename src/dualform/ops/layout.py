@@ -2,7 +2,8 @@
 
 The rule of all ops and backends: an output lies as the input that it is made of, ``y`` as ``u``, and a gradient lies as
 its tensor. A tensor ``(B, T, ...)`` is contiguous, or time is its innermost axis, as in a transposed ``(B, D, T)``; any
-other is taken for a contiguous one. The gradient of an output comes to a backend as that output lies.
+other is taken for a contiguous one. The norms read rows of features, and what they make is contiguous. The gradient of
+an output comes to a backend as that output lies.
 """
 
 from torch import Tensor

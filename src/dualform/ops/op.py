@@ -9,7 +9,7 @@ and goes straight to the backend.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_type_hints
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
-from dualform.ops.derivatives import as_grad, floats, once, refuse_transforms
-from dualform.ops.dispatch import exactly, on_device, ordinary_dispatch
+from dualform.ops.derivatives import as_grad, floats, once, outline, refuse_transforms, unshared
+from dualform.ops.dispatch import distinct, exactly, on_device, ordinary_dispatch
 from dualform.ops.layout import empty_like, lay, time_last
 
 Arguments = TypeVar("Arguments", bound=tuple)
@@ -38,6 +38,7 @@ _SCHEMA = {
     bool: "bool",
     int: "SymInt",
     float: "float",
+    torch.dtype: "ScalarType",
     Packing | None: "Tensor?",  # see Packing.as_tensor
 }
 _PLAIN = {Tensor, nn.Parameter}
@@ -51,7 +52,7 @@ def _none(a: Any) -> None:
     return None
 
 
-def _nothing_saved(a: Any) -> list[Tensor]:
+def _nothing(a: Any) -> list[Any]:
     return []
 
 
@@ -78,17 +79,19 @@ class Backend(Generic[Arguments]):
             can.
         plain: the outputs of an eager call in operations that PyTorch records and differentiates by itself, or None
             where the backward should rather compute anew; see :mod:`dualform.ops.rerun` and :mod:`dualform.ops.spans`.
+        unread: the tensors of which the backward reads shape and dtype only: an eager call does not keep their memory.
     """
 
     name: str
     forward: Callable[[Arguments], list[Tensor]]
     backward: Callable[[list[Tensor], list[Tensor], Arguments], dict[str, Tensor]] | None = None
     infer: Callable[[Arguments], list[Tensor]] | None = None
-    saved: Callable[[Arguments], list[Tensor]] = _nothing_saved
+    saved: Callable[[Arguments], list[Tensor]] = _nothing
     devices: tuple[str, ...] = ()
     refuses: Callable[[Arguments], str | None] = _none
     missing: Callable[[], str] = _here
     plain: Callable[[Arguments], tuple[Tensor, ...] | None] = _none
+    unread: Callable[[Arguments], Sequence[str]] = _nothing
 
     def runs_on(self, device: str) -> bool:
         """Whether this backend is meant for a device type."""
@@ -101,8 +104,8 @@ class Op(Generic[Arguments]):
     Args:
         name: ``dualform::name``.
         arguments: the record, a NamedTuple whose annotations give the operator its schema: ``Tensor``,
-            ``Tensor | None``, ``Packing | None``, bool, int or float. A field ``out_state`` is memory for the state
-            that comes out; only direct calls give it to a backend, which may write there, and return it, or not.
+            ``Tensor | None``, ``Packing | None``, bool, int, float or a dtype. A field ``out_state`` is memory for the
+            state that comes out; only direct calls give it to a backend, which may write there, and return it, or not.
         reference: the definition, in plain PyTorch and the letters of its paper: ``(a) -> outputs``.
         fake: the outputs, empty.
         check: raises for a record whose shapes, dtypes or devices do not fit together. Public functions check what
@@ -156,7 +159,7 @@ class Op(Generic[Arguments]):
         direct = _direct(self.name, tensors) and self._borders_are_known(a)
         if not direct:
             if wanted:
-                return self._function.apply(_forced, *_distinct(self._flat(a)))
+                return self._function.apply(_forced, *distinct(self._flat(a)))
             return tuple(self._forward(_forced, False, *self._flat(a)))
         backend = self.choose(_forced, a, wanted)
         with on_device(tensors[0].device):
@@ -259,7 +262,7 @@ class Op(Generic[Arguments]):
         a, wrong = self._checked(args)
         self._check_backward(grads, kept, a)
         with on_device(args[0].device), ordinary_dispatch():
-            return _blank(wrong, self._gradients(self.choose(forced, a, True), grads, kept, a))
+            return _blank(wrong, unshared(self._gradients(self.choose(forced, a, True), grads, kept, a)))
 
     def _gradients(
         self, backend: Backend[Arguments], grads: list[Tensor], kept: list[Tensor], a: Arguments
@@ -342,15 +345,6 @@ def _direct(name: str, tensors: list[Tensor]) -> bool:
     )
 
 
-def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, no tensor twice: compilers do not differentiate by one that a function is given two times."""
-    found: list[Any] = []
-    for m in args:
-        again = isinstance(m, Tensor) and any(m is other for other in found)
-        found.append(m.view_as(m) if again else m)
-    return tuple(found)
-
-
 def _warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
@@ -363,15 +357,21 @@ def _function(op: Op[Any]) -> type[torch.autograd.Function]:
 
         @staticmethod
         def forward(ctx: Any, by: Any, *args: Any) -> Any:
+            unread: list[str] = []
             if isinstance(by, Backend):
+                a = op.arguments(*args)
+                unread = [f for f in by.unread(a) if not time_last(getattr(a, f))]
                 with on_device(args[0].device):
-                    results = by.forward(op.arguments(*args))
+                    results = by.forward(a)
             else:
                 results = op._forward(by, True, *args)
             kept = [results[i] for i in op.keeps] + results[op.outputs :]
             ctx.by, ctx.kept, ctx.last = by, len(kept), [time_last(y) for y in results[: op.outputs]]
-            ctx.others = tuple(None if isinstance(m, Tensor) else (m,) for m in args)
-            ctx.save_for_backward(*kept, *(m for m in args if isinstance(m, Tensor)))
+            named = list(zip(op.fields, args, strict=True))
+            ctx.others = tuple(
+                (outline(m),) if f in unread else None if isinstance(m, Tensor) else (m,) for f, m in named
+            )
+            ctx.save_for_backward(*kept, *(m for f, m in named if isinstance(m, Tensor) and f not in unread))
             return tuple(results[: op.outputs])
 
         @staticmethod
@@ -387,7 +387,7 @@ def _function(op: Op[Any]) -> type[torch.autograd.Function]:
                         found = op._gradients(ctx.by, full, kept, op.arguments(*args))
                 else:
                     found = op._backward(ctx.by, full, kept, *args)
-            given = iter(once(op.name, tuple(found), *grads, *tensors))
+            given = iter(once(op.name, tuple(found), *grads, *saved))
             return (None, *(next(given) if isinstance(m, Tensor) and floats(m) else None for m in args))
 
     OpFunction.__name__ = OpFunction.__qualname__ = op.name

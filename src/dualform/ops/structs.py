@@ -5,7 +5,7 @@ the types and names of the fields in the order of the C source, which a test com
 """
 
 from collections.abc import Callable
-from struct import Struct
+from struct import Struct, pack, unpack
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,7 @@ def _address(tensor: Tensor) -> int:
 
 INT64 = Kind("int64", 1, lambda value: value)
 FLAG = Kind("int64", 1, bool)  # 0 or 1, whatever came
+DOUBLE = Kind("double", 1, lambda value: unpack("q", pack("d", value))[0])
 POINTER = Kind("pointer", 1, _address)  # to the first number of a contiguous tensor
 
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
-from dualform.ops.structs import FLAG, INT64, POINTER, Kind, Structure
+from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 9  # DUALFORM_VERSION
+VERSION = 10  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
@@ -146,4 +146,17 @@ CONV_UPDATE = Structure(
     (POINTER, "h weight bias"),
     (STEP, "y"),
     (POINTER, "next"),
+)
+
+NORM = Structure(
+    "Norm",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (INT64, "rows width groups"),
+    (FLAG, "center norm_before_gate"),
+    (DOUBLE, "eps"),
+    (STEP, "x residual z"),
+    (POINTER, "weight bias"),
+    (STEP, "y r dy dr dx dresidual dz"),
+    (POINTER, "dweight dbias"),
 )

@@ -1,0 +1,164 @@
+"""Norms with a residual or a gate: a program holds some rows of one slice in registers, and reads everything once.
+
+The backward computes the statistics anew. A program runs through every ``programs``-th tile of rows of its slice, and
+adds up its part of the gradients of weight and bias on the way.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _tile(tile, slice, rows, S, R: tl.constexpr, BS: tl.constexpr):
+    """Rows and columns of a tile, and which of them there are."""
+    row, at = tile.to(tl.int64) * R + tl.arange(0, R), tl.arange(0, BS)
+    return row[:, None], (slice * S + at)[None, :], (row < rows)[:, None] & (at < S)[None, :]
+
+
+@triton.jit
+def _rows(ptr, row, column, mask, stride, dtype: tl.constexpr):
+    return tl.load(ptr + row * stride + column, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def _entries(ptr, column, last, dtype: tl.constexpr):
+    """The weight or bias of a slice, (1, BS)."""
+    return tl.load(ptr + column, mask=column < last, other=0.0).to(dtype)
+
+
+@triton.jit
+def _centered(v, mask, S, EPS: tl.constexpr, CENTER: tl.constexpr):
+    """v, with CENTER minus its mean, and what it is multiplied by, (R, 1)."""
+    if CENTER:
+        v = tl.where(mask, v - tl.sum(v, 1)[:, None] / S, 0.0)
+    return v, 1 / tl.sqrt(tl.sum(v * v, 1)[:, None] / S + EPS)
+
+
+@triton.jit
+def forward(
+    x_ptr,
+    residual_ptr,
+    z_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    r_ptr,
+    rows,
+    S,
+    slices,
+    stride_x,
+    stride_residual,
+    stride_z,
+    EPS: tl.constexpr,
+    CENTER: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    WIDE: tl.constexpr,
+    R: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """A program is ``R`` rows of one slice of ``S`` features. The gate is ``BEFORE`` the norm or ``AFTER`` it."""
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    slice = tl.program_id(0) % slices
+    row, column, mask = _tile(tl.program_id(0) // slices, slice, rows, S, R, BS)
+    to, last = row * (S * slices) + column, slice * S + S
+    v = _rows(x_ptr, row, column, mask, stride_x, dtype)
+    if residual_ptr is not None:
+        v += _rows(residual_ptr, row, column, mask, stride_residual, dtype)
+        tl.store(r_ptr + to, v.to(r_ptr.dtype.element_ty), mask=mask)
+    if z_ptr is not None:
+        z = _rows(z_ptr, row, column, mask, stride_z, dtype)
+        gate = z * _sigmoid(z)
+    if BEFORE:
+        v *= gate
+    v, scale = _centered(v, mask, S, EPS, CENTER)
+    y = v * scale * _entries(weight_ptr, column, last, dtype)
+    if bias_ptr is not None:
+        y += _entries(bias_ptr, column, last, dtype)
+    if AFTER:
+        y *= gate
+    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward(
+    x_ptr,
+    residual_ptr,
+    z_ptr,
+    weight_ptr,
+    bias_ptr,
+    dy_ptr,
+    dr_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dz_ptr,
+    partial_ptr,
+    rows,
+    S,
+    slices,
+    stride_x,
+    stride_residual,
+    stride_z,
+    programs,
+    EPS: tl.constexpr,
+    CENTER: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    WIDE: tl.constexpr,
+    R: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Of each slice, ``programs`` programs; their sums go to ``partial``, (2, programs, slices S)."""
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    slice, program = tl.program_id(0) % slices, tl.program_id(0) // slices
+    D, at = S * slices, tl.arange(0, BS)
+    entry, last = (slice * S + at)[None, :], slice * S + S
+    weight = _entries(weight_ptr, entry, last, dtype)
+    if bias_ptr is not None:
+        bias = _entries(bias_ptr, entry, last, dtype)
+    dweight, dbias = tl.zeros((BS,), dtype), tl.zeros((BS,), dtype)
+    for tile in range(program, tl.cdiv(rows, R), programs):
+        row, column, mask = _tile(tl.cast(tile, tl.int64), slice, rows, S, R, BS)
+        to = row * D + column
+        x = _rows(x_ptr, row, column, mask, stride_x, dtype)
+        d = tl.load(dy_ptr + to, mask=mask, other=0.0).to(dtype)
+        v = x
+        if residual_ptr is not None:
+            v += _rows(residual_ptr, row, column, mask, stride_residual, dtype)
+        if z_ptr is not None:
+            z = _rows(z_ptr, row, column, mask, stride_z, dtype)
+            sigmoid = _sigmoid(z)
+            gate, slope = z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
+        if BEFORE:
+            v *= gate
+        v, scale = _centered(v, mask, S, EPS, CENTER)
+        n = v * scale
+        if AFTER:
+            u = n * weight
+            if bias_ptr is not None:
+                u += bias
+            tl.store(dz_ptr + to, (d * u * slope).to(dz_ptr.dtype.element_ty), mask=mask)
+            d *= gate
+        dweight += tl.sum(d * n, 0)
+        dbias += tl.sum(d, 0)
+        d *= weight
+        dv = d - n * (tl.sum(d * n, 1)[:, None] / S)
+        if CENTER:
+            dv -= tl.sum(d, 1)[:, None] / S
+        dv *= scale
+        if BEFORE:
+            tl.store(dz_ptr + to, (dv * x * slope).to(dz_ptr.dtype.element_ty), mask=mask)
+            dv *= gate
+        if dr_ptr is not None:
+            dv += tl.load(dr_ptr + to, mask=mask, other=0.0).to(dtype)
+        tl.store(dx_ptr + to, dv.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + to, dv.to(dresidual_ptr.dtype.element_ty), mask=mask)
+    to_sums = partial_ptr + program.to(tl.int64) * D + slice * S + at
+    tl.store(to_sums, dweight, mask=at < S)
+    tl.store(to_sums + programs.to(tl.int64) * D, dbias, mask=at < S)
