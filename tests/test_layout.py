@@ -22,6 +22,7 @@ NAMES = [
     "causal_conv1d width 1",
     "causal_conv1d wide",
     "causal_conv1d packed",
+    "causal_conv1d seq_idx",
 ]
 TIMED = ("u", "delta", "B", "C", "z", "x")
 TURNED = {"all": TIMED, "u, B": ("u", "B"), "delta, C, z": ("delta", "C", "z")}
