@@ -461,6 +461,26 @@ def test_dual_scan(marked, full, by_channel):
     same(got, (y, final), x, dt, A, *maps, h0, skip, z, bias)
 
 
+@pytest.mark.gpu
+def test_runs_of_a_split_scan_take_no_synchronisation():
+    zxbcdt = torch.randn(2, 70, 2 * 32 + 2 * 16 + 2, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids = (torch.arange(70, device="cuda", dtype=torch.int32) // 9 % 3).expand(2, 70)
+    conv, one = torch.randn(64, 4, device="cuda", dtype=torch.bfloat16), torch.ones(2, device="cuda")
+
+    def run():
+        y = mamba_split_conv1d_scan_combined(zxbcdt, conv, None, one, -one, one, 64, seq_idx=ids, headdim=16)
+        assert isinstance(y, torch.Tensor)
+        torch.autograd.grad(y.float().sum(), zxbcdt)
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_dual_scan_of_sequences_laid_end_to_end():
     x, dt, A, maps = (
         real(1, T, 4, 3),

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dualform.compat.conv import causal_conv1d_fn
 from dualform.compat.gated_norms import rmsnorm_fn
-from dualform.compat.layout import Runs
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import sequence_ids
 from dualform.core.shapes import check_tensors
+from dualform.ops.runs import check_ids
 from dualform.ops.ssd import ssd
 
 _WHERE, _SPLIT = "mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"
@@ -69,24 +69,19 @@ def mamba_chunk_scan_combined(
     if return_varlen_states and cu_seqlens is None:
         raise ArgumentError(f"{_WHERE}: return_varlen_states without cu_seqlens", hint="give the borders of sequences")
     check_tensors(_WHERE, A=(A, "H"), x=(x, "B T H P"), dt=(dt, "B T H"), B=(B, "B T G N"), C=(C, "B T G N"))
-    batch, length, heads, width = x.shape
     if initial_states is not None:
-        shape = (batch, heads, width, B.shape[3])
+        shape = (x.shape[0], *x.shape[2:], B.shape[3])
         check_tensors(_WHERE, initial_states=(initial_states, " ".join(map(str, shape))))
     options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
-    if seq_idx is None and cu_seqlens is None:
-        y, final = ssd(x, dt, A, B, C, D, z, initial_state=initial_states, **options)
+    if cu_seqlens is None:
+        if seq_idx is not None:
+            check_ids(_WHERE, seq_idx, x, None)
+        y, final = ssd(x, dt, A, B, C, D, z, initial_state=initial_states, seq_idx=seq_idx, **options)
         return (y, final) if return_final_states else y
-    runs = _runs(x, seq_idx, cu_seqlens)
-    x, dt, B, C = (runs.line(m) for m in (x, dt, B, C))
-    z, h0 = None if z is None else runs.line(z), runs.initial(initial_states)
-    y, ends = ssd(x, dt, A, B, C, D, z, initial_state=h0, cu_seqlens=runs.cu_seqlens, **options)
-    found = [y.view(batch, length, heads, width)]
-    if return_final_states:
-        found.append(ends[runs.last])
-    if return_varlen_states:
-        found.append(ends)
-    return tuple(found) if len(found) > 1 else found[0]
+    h0 = _of_sequences(x, cu_seqlens, initial_states)
+    y, ends = ssd(x, dt, A, B, C, D, z, initial_state=h0, cu_seqlens=cu_seqlens, **options)
+    found = [y, *([ends[-1:]] if return_final_states else []), *([ends] if return_varlen_states else [])]
+    return tuple(found) if len(found) > 1 else y
 
 
 def mamba_split_conv1d_scan_combined(
@@ -236,15 +231,13 @@ def split_scan(
     return (torch.cat([F.silu(gate) * value, y], -1) if beside else y), states
 
 
-def _runs(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Runs:
-    if cu_seqlens is None:
-        assert seq_idx is not None
-        return Runs.of(_WHERE, seq_idx, x)
+def _of_sequences(x: Tensor, cu_seqlens: Tensor, state: Tensor | None) -> Tensor | None:
+    """The state ``(1, H, P, N)`` of a row of sequences as that of its first, the others beginning with zeros."""
     check_tensors(_WHERE, cu_seqlens=(cu_seqlens, "*"))
     if x.shape[0] != 1:
         raise ArgumentError(
             f"{_WHERE}: with cu_seqlens the batch axis must be 1, got {x.shape[0]}",
             hint="lay the sequences end to end on the time axis, or give seq_idx alone",
         )
-    zero = cu_seqlens.new_zeros(1, dtype=torch.int64)
-    return Runs(cu_seqlens, zero, zero + cu_seqlens.shape[0] - 2)
+    others = max(0, cu_seqlens.shape[0] - 2)
+    return None if state is None else torch.cat([state, state.new_zeros(others, *state.shape[1:])])
