@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 10  // of this interface
+#define DUALFORM_VERSION 11  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -166,16 +166,18 @@ typedef struct {
 } CausalConv1d;
 
 // One step of SelectiveScan: h' = exp(dt A) h + dt x B, y = (C h' + D x) silu(z) with dt = softplus(dt + dt_bias).
-// Views are (rows, 1, ...).
+// Views are (rows, 1, ...). Row i of x has row `reads[i]` of h, which has `h_rows`, and row `writes[i]` of next, which
+// has `next_rows`; where a pointer is null, row i. A negative index is padding: y is zero there, and so is row i of
+// next where `writes` is null. Indices that are not below the number of rows are refused. h and next may be the same.
 typedef struct {
   int64_t threads;
-  int64_t dtype;  // of the state, A, D and dt_bias
+  int64_t dtype;  // that is computed in: of A, D and dt_bias
   int64_t rows, width, states, groups_b, groups_c;
   int64_t per;       // how many neighbouring channels share a step size
   int64_t matrix;    // whether A is (D, N); otherwise it is (D / per), one rate for each step size
   int64_t softplus;  // whether there is one
   int64_t gated;     // whether there is a z
-  const void* h;     // (rows, D, N)
+  View h;            // (h_rows, 1, D, N)
   View x;            // (rows, 1, D)
   View dt;           // (rows, 1, D / per)
   const void* a;
@@ -184,21 +186,38 @@ typedef struct {
   View z;               // (rows, 1, D)
   const void* dt_bias;  // (D / per), or null
   View y;               // (rows, 1, D)
-  void* next;           // (rows, D, N)
+  View next;            // (next_rows, 1, D, N)
+  int64_t h_rows, next_rows;
+  const int64_t* reads;   // (rows), or null
+  const int64_t* writes;  // (rows), or null
 } SelectiveUpdate;
 
-// One step of CausalConv1d, with SiLU or without.
+// A tensor (rows, D, S) with any strides.
+typedef struct {
+  void* data;
+  int64_t row, channel, slot;  // strides
+  int64_t dtype;
+} Inputs;
+
+// T steps of CausalConv1d, with SiLU or without, from a state of the last S inputs, S at least W - 1: oldest first, or
+// with `seen` in a ring, where the input after `seen[i]` others goes to slot `seen[i]` mod S. `renewed` slots of next
+// are written, those of the newest inputs: all S of them, or, where next is h itself, as many as there are new inputs.
+// Rows are found as those of SelectiveUpdate.
 typedef struct {
   int64_t threads;
-  int64_t dtype;  // of the state and the weights
-  int64_t rows, width, taps;
+  int64_t dtype;  // that is computed in: of the weights
+  int64_t rows, length, width, taps, size, renewed;
   int64_t silu;
-  View x;              // (rows, 1, D)
-  const void* h;       // (rows, D, W - 1)
+  View x;              // (rows, T, D)
+  Inputs h;            // (h_rows, D, S)
   const void* weight;  // (D, W)
   const void* bias;    // (D), or null
-  View y;              // (rows, 1, D)
-  void* next;          // (rows, D, W - 1)
+  View y;              // (rows, T, D)
+  Inputs next;         // (next_rows, D, S)
+  int64_t h_rows, next_rows;
+  const int64_t* reads;   // (rows), or null
+  const int64_t* writes;  // (rows), or null
+  const int64_t* seen;    // (rows), or null
 } ConvUpdate;
 
 // y = norm(v) weight + bias over each of G slices of a row, where norm(v) = c / sqrt(mean(c^2) + eps) with c = v, or

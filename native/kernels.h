@@ -18,7 +18,7 @@ struct Kernels {
   int64_t (*causal_conv1d[2])(const CausalConv1d&, const Task&);
   int64_t (*causal_conv1d_backward[2])(const CausalConv1d&, const Task&, const Parts&);
   int64_t (*selective_update[2])(const SelectiveUpdate&, int64_t row, int64_t first, int64_t end, void* memory);
-  int64_t (*conv_update[2])(const ConvUpdate&, int64_t row, void* memory);
+  int64_t (*conv_update[2])(const ConvUpdate&, int64_t row, int64_t first, int64_t end, void* memory);
   int64_t (*norm[2])(const Norm&, int64_t first, int64_t end, void* memory);
   int64_t (*norm_backward[2])(const Norm&, int64_t first, int64_t end, void* dweight, void* dbias, void* memory);
   void (*add_groups[2])(const Groups&, int64_t row);

@@ -33,9 +33,10 @@ const Kernels* find(const char* name) {
 
 const Kernels* kernels = find("");
 
-constexpr int64_t WIDEST_SHARE = 64;         // slices: what a tile reads and writes of them stays in a core's cache
-constexpr int64_t WIDEST_TIMED_SHARE = 16;   // where time is contiguous: every channel lies on a page of its own
-constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications: waking a thread takes about as long
+constexpr int64_t WIDEST_SHARE = 64;           // slices: what a tile reads and writes of them stays in a core's cache
+constexpr int64_t WIDEST_TIMED_SHARE = 16;     // where time is contiguous: every channel lies on a page of its own
+constexpr int64_t SCRATCH_OF_STEPS = 1 << 16;  // numbers that the steps of a convolution hold at a time, if it can be
+constexpr int64_t WORTH_A_THREAD = 1 << 15;    // multiplications: waking a thread takes about as long
 
 int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -243,6 +244,19 @@ void check_map(const SelectiveScan& s, int64_t groups, int64_t constant, const V
     check_timed({&map});
 }
 
+// Run kernel(row, first, end, memory) for every row and at least `parts` parts of its channels, which are multiples of
+// `per`.
+template <class K>
+void by_rows(int64_t wanted, int64_t work, int64_t rows, int64_t parts, int64_t width, int64_t per, const K& kernel) {
+  const int64_t threads = threads_for(wanted, work), sizes = width / per;
+  if (threads > 1) parts = std::max(parts, over(4 * threads, rows));
+  parts = std::min(sizes, parts);
+  in_scratch(threads, rows * parts, [&](int64_t i, void* memory) {
+    const int64_t part = i % parts, first = sizes * part / parts * per, end = sizes * (part + 1) / parts * per;
+    return kernel(i / parts, first, end, memory);
+  });
+}
+
 // Each of these checks one structure; false where there is nothing to compute.
 
 bool check(const SelectiveScan& s) {
@@ -290,12 +304,27 @@ bool check(const CausalConv1d& s) {
   return true;
 }
 
+// Each of `rows` indices is a row of a table of `table` rows, or negative; without indices the table has those rows.
+void check_rows(const int64_t* indices, int64_t rows, int64_t table) {
+  if (!indices) return require(rows <= table);
+  for (int64_t i = 0; i < rows; i++) require(indices[i] < table);
+}
+
+// A row that is padding for reading is none that is written.
+template <class S>
+void check_tables(const S& s) {
+  require(s.h_rows >= 0 && s.next_rows >= 0);
+  check_rows(s.reads, s.rows, s.h_rows), check_rows(s.writes, s.rows, s.next_rows);
+  for (int64_t i = 0; s.writes && i < s.rows; i++) require((s.reads ? s.reads[i] < 0 : false) == (s.writes[i] < 0));
+}
+
 bool check(const SelectiveUpdate& s) {
   check_state_dtype(s.dtype);
   require(s.states >= 0);
   if (!check_sizes({s.rows, s.width})) return false;
   check_groups(s.groups_b, s.width), check_groups(s.groups_c, s.width), check_groups(s.per, s.width);
-  if (s.states > 0) check_pointers({s.h, s.a, s.next}), check_views({&s.b, &s.c});
+  check_tables(s);
+  if (s.states > 0) check_pointers({s.a}), check_views({&s.h, &s.next, &s.b, &s.c});
   check_views({&s.x, &s.dt, &s.y});
   if (s.gated) check_views({&s.z});
   return true;
@@ -303,10 +332,12 @@ bool check(const SelectiveUpdate& s) {
 
 bool check(const ConvUpdate& s) {
   check_state_dtype(s.dtype);
-  require(s.taps > 0);
-  if (!check_sizes({s.rows, s.width})) return false;
+  require(s.taps > 0 && s.size >= s.taps - 1 && s.renewed >= 0 && s.renewed <= s.size && (s.size > 0 || !s.seen));
+  if (!check_sizes({s.rows, s.length, s.width})) return false;
+  check_tables(s);
   check_views({&s.x, &s.y}), check_pointers({s.weight});
-  if (s.taps > 1) check_pointers({s.h, s.next});
+  for (const Inputs* m : {&s.h, &s.next})
+    require(s.size == 0 || (m->data && m->dtype >= FLOAT32 && m->dtype <= FLOAT16));
   return true;
 }
 
@@ -507,14 +538,9 @@ EXPORT int dualform_causal_conv1d_backward(const CausalConv1d* s) {
 EXPORT int dualform_selective_update(const SelectiveUpdate* s) {
   return guarded([&] {
     if (!check(*s)) return;
-    int64_t threads = threads_for(s->threads, s->rows * s->width * s->states);
-    int64_t sizes = s->width / s->per, parts = std::min(sizes, over(4 * threads, s->rows));
-    if (threads == 1) parts = 1;
     auto kernel = kernels->selective_update[s->dtype];
-    in_scratch(threads, s->rows * parts, [&](int64_t i, void* memory) {
-      int64_t part = i % parts, first = sizes * part / parts * s->per, end = sizes * (part + 1) / parts * s->per;
-      return kernel(*s, i / parts, first, end, memory);
-    });
+    by_rows(s->threads, s->rows * s->width * s->states, s->rows, 1, s->width, s->per,
+            [&](auto... task) { return kernel(*s, task...); });
   });
 }
 
@@ -522,8 +548,9 @@ EXPORT int dualform_conv_update(const ConvUpdate* s) {
   return guarded([&] {
     if (!check(*s)) return;
     auto kernel = kernels->conv_update[s->dtype];
-    in_scratch(threads_for(s->threads, s->rows * s->width * s->taps), s->rows,
-               [&](int64_t i, void* memory) { return kernel(*s, i, memory); });
+    const int64_t parts = over(s->length * s->width, SCRATCH_OF_STEPS);
+    by_rows(s->threads, s->rows * s->length * s->width * s->taps, s->rows, parts, s->width, 1,
+            [&](auto... task) { return kernel(*s, task...); });
   });
 }
 

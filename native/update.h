@@ -1,11 +1,27 @@
-// One step of a selective recurrence, and one of a short convolution, which streaming runs for every token. States are
-// read and written once, and the pointwise work around them is done in the same pass.
+// One step of a selective recurrence, and some of a short convolution, which streaming runs for every token. States are
+// read and written once, in their own dtype, and the pointwise work around them is done in the same pass.
 #pragma once
 
 #include "tile.h"
 
 namespace DUALFORM_ISA {
 namespace update {
+
+// The row of a table that row i of x has.
+INLINE int64_t row_of(const int64_t* indices, int64_t i) { return indices ? indices[i] : i; }
+
+// Zeros instead of `count` numbers of a row.
+template <class T>
+INLINE void clear(const View& v, int64_t row, int64_t first, int64_t count, T* scratch) {
+  for (int64_t end = first + count; first < end; first += LANES<T>) {
+    const Window w = {row, 0, 1, first, least(LANES<T>, end - first), LANES<T>};
+    store(scratch, vec<T>{});
+    write(v, w, Rows<T>{scratch, LANES<T>});
+  }
+}
+
+// How many channels of a state are converted at a time, where it has another dtype than what is computed.
+constexpr int64_t BLOCK = 16;
 
 // The rates, states and maps of some neighbouring channels that share their B and C.
 template <class T>
@@ -53,9 +69,18 @@ int64_t selective(const SelectiveUpdate& s, int64_t row, int64_t first, int64_t 
   T *x = arena.take<T>(width), *y = arena.take<T>(width), *z = arena.take<T>(width);
   T *dt = arena.take<T>(wide), *log_decay = arena.take<T>(wide);
   T *b = arena.take<T>(s.groups_b * N), *c = arena.take<T>(s.groups_c * N);
+  const bool converted = s.h.dtype != DTYPE<T> || s.next.dtype != DTYPE<T>;
+  T* held = arena.take<T>(most(L, converted ? BLOCK * N : 0));
   if (!memory) return arena.used();
 
+  const int64_t from = row_of(s.reads, row), to = row_of(s.writes, row);
   const Window all = {row, 0, 1, first, end - first, width};
+  if (from < 0) {
+    clear(s.y, row, first, end - first, held);
+    if (!s.writes) clear(s.next, row, first * N, (end - first) * N, held);
+    end_stream();
+    return 0;
+  }
   copy(s.x, all, x);
   copy(s.dt, {row, 0, 1, first / s.per, sizes, wide}, dt);
   copy(s.b, {row, 0, 1, 0, s.groups_b * N, s.groups_b * N}, b);
@@ -70,18 +95,23 @@ int64_t selective(const SelectiveUpdate& s, int64_t row, int64_t first, int64_t 
   }
 
   const int64_t each_b = s.width / s.groups_b, each_c = s.width / s.groups_c;
-  for (int64_t d = first, next; d < end; d = next) {  // those of one group of B and of C, and of one rate
+  if (N == 0) memset(y, 0, sizeof(T) * width);
+  for (int64_t d = N > 0 ? first : end, next; d < end; d = next) {  // those of one group of B and of C, and of one rate
     const int64_t group_b = d / each_b, group_c = d / each_c, size = d / s.per;
     next = least(end, least((group_b + 1) * each_b, (group_c + 1) * each_c));
     if (!s.matrix) next = least(next, (size + 1) * s.per);
-    States<T> of = {A + (s.matrix ? d * N : size), b + group_b * N, c + group_c * N,
-                    static_cast<const T*>(s.h) + (row * s.width + d) * N,
-                    static_cast<T*>(s.next) + (row * s.width + d) * N};
+    if (converted) next = least(next, d + BLOCK);
+    const Window before = {from, 0, 1, d * N, (next - d) * N, (next - d) * N};
+    const Window after = {to, 0, 1, before.first, before.count, before.width};
+    Rows<T> h = target(s.next, after, held);
+    States<T> of = {A + (s.matrix ? d * N : size), b + group_b * N, c + group_c * N, read(s.h, before, held).data,
+                    h.data};
     const int64_t at = size - first / s.per;
     if (s.matrix)
       step<T, true>(of, log_decay + at, dt + at, x + d - first, y + d - first, N, next - d);
     else
       step<T, false>(of, log_decay + at, dt + at, x + d - first, y + d - first, N, next - d);
+    write(s.next, after, h);
   }
 
   if (s.gated) copy(s.z, all, z);
@@ -97,29 +127,109 @@ int64_t selective(const SelectiveUpdate& s, int64_t row, int64_t first, int64_t 
   return 0;
 }
 
+// f(pointer) with the type of the numbers behind it.
+template <class F>
+INLINE void typed(const Inputs& m, F f) {
+  if (m.dtype == FLOAT32) f(static_cast<float*>(m.data));
+  if (m.dtype == FLOAT64) f(static_cast<double*>(m.data));
+  if (m.dtype == BFLOAT16) f(static_cast<bfloat16*>(m.data));
+  if (m.dtype == FLOAT16) f(static_cast<float16*>(m.data));
+}
+
+// `count` slots of the channels [first, end) from slot `slot` on, round the ring of `size` where it ends: to lines of
+// `width` numbers, one for each slot, and back.
 template <class T>
-int64_t conv(const ConvUpdate& s, int64_t row, void* memory) {
+INLINE void read_slots(const Inputs& m, int64_t row, int64_t first, int64_t end, int64_t slot, int64_t count,
+                       int64_t size, T* lines, int64_t width) {
+  typed(m, [&](const auto* from) {
+    for (int64_t i = 0; i < count; i++, lines += width) {
+      const auto* at = from + row * m.row + first * m.channel + (slot + i) % size * m.slot;
+      for (int64_t d = 0; d < end - first; d++) lines[d] = number(at[d * m.channel]);
+    }
+  });
+}
+template <class T>
+INLINE void write_slots(const Inputs& m, int64_t row, int64_t first, int64_t end, int64_t slot, int64_t count,
+                        int64_t size, const T* lines, int64_t width) {
+  typed(m, [&](auto* to) {
+    for (int64_t i = 0; i < count; i++, lines += width) {
+      auto* at = to + row * m.row + first * m.channel + (slot + i) % size * m.slot;
+      for (int64_t d = 0; d < end - first; d++) put(at + d * m.channel, lines[d]);
+    }
+  });
+}
+
+// One step of a state that is not a ring, of the dtype that is computed in, whose slots lie side by side.
+template <class T>
+INLINE bool is_plain(const ConvUpdate& s) {
+  return s.length == 1 && !s.seen && s.renewed == s.size && s.h.dtype == DTYPE<T> && s.next.dtype == DTYPE<T> &&
+         s.h.slot == 1 && s.next.slot == 1;
+}
+template <class T>
+INLINE void plain(const ConvUpdate& s, int64_t from, int64_t to, int64_t first, int64_t count, const T* x, T* y) {
+  const int64_t size = s.size, skipped = size - (s.taps - 1);  // inputs that the convolution does not see any more
+  const T *weight = static_cast<const T*>(s.weight) + first * s.taps, *bias = static_cast<const T*>(s.bias);
+  const T* h = static_cast<const T*>(s.h.data) + from * s.h.row + first * s.h.channel;
+  T* next = static_cast<T*>(s.next.data) + to * s.next.row + first * s.next.channel;
+  for (int64_t d = 0; d < count; d++, weight += s.taps, h += s.h.channel, next += s.next.channel) {
+    T sum = bias ? bias[first + d] : T(0);
+    for (int64_t j = 0; j < size; j++) {
+      if (j >= skipped) sum += weight[j - skipped] * h[j];
+      next[j] = j + 1 < size ? h[j + 1] : x[d];
+    }
+    y[d] = sum + weight[s.taps - 1] * x[d];
+  }
+}
+
+// Channels [first, end) of one row. There is a line for every input: those that the state holds, then the new ones.
+template <class T>
+int64_t conv(const ConvUpdate& s, int64_t row, int64_t first, int64_t end, void* memory) {
   constexpr int L = LANES<T>;
-  const int64_t D = s.width, back = s.taps - 1, width = up(D, L);
+  const int64_t back = s.taps - 1, steps = s.length, count = end - first, width = up(count, L), size = s.size;
+  const int64_t held = most(back, s.renewed - steps);
   Arena arena(memory);
-  T *x = arena.take<T>(width), *y = arena.take<T>(width);
+  T *lines = arena.take<T>((held + steps) * width), *y = arena.take<T>(steps * width);
+  T* weight = arena.take<T>((s.taps + 1) * width);
   if (!memory) return arena.used();
 
-  const Window all = {row, 0, 1, 0, D, width};
+  const int64_t from = row_of(s.reads, row), to = row_of(s.writes, row);
+  const Window all = {row, 0, steps, first, count, width};
+  if (from < 0) {
+    memset(y, 0, sizeof(T) * steps * width);
+    write(s.y, all, Rows<T>{y, width});
+    for (int64_t i = 0; i < size && !s.writes; i++) write_slots(s.next, row, first, end, i, 1, size, y, width);
+    end_stream();
+    return 0;
+  }
+  T *x = lines + held * width, *bias = weight + s.taps * width;
   copy(s.x, all, x);
-  const T *weight = static_cast<const T*>(s.weight), *bias = static_cast<const T*>(s.bias);
-  const T* h = static_cast<const T*>(s.h) + row * D * back;
-  T* next = static_cast<T*>(s.next) + row * D * back;
-  for (int64_t d = 0; d < D; d++, weight += s.taps, h += back, next += back) {
-    T sum = bias ? bias[d] : T(0);
-    for (int64_t j = 0; j < back; j++) {
-      sum += weight[j] * h[j];
-      next[j] = j + 1 < back ? h[j + 1] : x[d];
+  if (is_plain<T>(s) && size > 0) {
+    plain(s, from, to, first, count, x, y);
+  } else {
+    const int64_t place = s.seen ? (s.seen[row] % size + size) % size : 0;  // the slot of the next input
+    if (held > 0) read_slots(s.h, from, first, end, place + size - held, held, size, lines, width);
+    for (int64_t j = 0; j <= s.taps; j++)
+      for (int64_t d = count; d < width; d++) weight[j * width + d] = 0;
+    for (int64_t j = 0; j < held; j++)
+      for (int64_t d = count; d < width; d++) lines[j * width + d] = 0;
+    for (int64_t j = 0; j < s.taps; j++)
+      for (int64_t d = 0; d < count; d++)
+        weight[j * width + d] = static_cast<const T*>(s.weight)[(first + d) * s.taps + j];
+    for (int64_t d = 0; d < count; d++) bias[d] = s.bias ? static_cast<const T*>(s.bias)[first + d] : T(0);
+    for (int64_t t = 0; t < steps; t++)
+      for (int64_t i = 0; i < width; i += L) {
+        vec<T> sum = load(bias + i);
+        for (int64_t j = 0; j < s.taps; j++)
+          sum = fma(load(weight + j * width + i), load(lines + (held - back + t + j) * width + i), sum);
+        store(y + t * width + i, sum);
+      }
+    if (s.renewed > 0) {
+      const int64_t oldest = s.seen ? (place + steps) % size + size - s.renewed : 0;
+      write_slots(s.next, to, first, end, oldest, s.renewed, size, x + (steps - s.renewed) * width, width);
     }
-    y[d] = sum + weight[back] * x[d];
   }
   if (s.silu)
-    for (int64_t i = 0; i < width; i += L) store(y + i, silu<T>(load_some(y + i, D - i)));
+    for (int64_t i = 0; i < steps * width; i += L) store(y + i, silu<T>(load(y + i)));
   write(s.y, all, Rows<T>{y, width});
   end_stream();
   return 0;

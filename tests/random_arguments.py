@@ -60,6 +60,15 @@ class Draw:
         kind = self.one(torch.int32, torch.int64)
         return self.maybe(lambda: torch.randint(-1, 2, (batch, length), generator=self.generator, dtype=kind))
 
+    def rows(self, batch: int) -> Tensor | None:
+        """For each row of a batch a row of a table of two more, no row twice, or -1; or None."""
+        found = [self.one(i, i, -1) for i in self.random.sample(range(batch + 2), batch)]
+        return self.maybe(lambda: torch.tensor(found, dtype=self.one(torch.int32, torch.int64)))
+
+    def table(self, batch: int, rows: Tensor | None) -> int:
+        """How many rows a state has."""
+        return batch if rows is None else batch + 2
+
     def dividing(self, size: int) -> int:
         return self.random.choice([n for n in (1, 2, 3, size) if n and size % n == 0] or [1])
 
@@ -93,7 +102,8 @@ def selective_state_update(draw: Draw) -> Arguments:
     inner = (draw.one(1, 2, 6), draw.one(1, 5, 16)) if by_head else (draw.one(1, 3, 8, 17, 64),)
     one = (inner[0], 1) if by_head and draw.chance(0.7) else inner
     rates = (*one, 1) if by_head and one != inner else (*inner, states)
-    state = draw.normal(batch, *inner, states, dtype=draw.real)
+    rows = draw.rows(batch)
+    state = draw.normal(draw.table(batch, rows), *inner, states, dtype=draw.one(draw.real, draw.dtype))
     return {
         "state": state,
         "x": draw.normal(batch, *inner),
@@ -105,7 +115,8 @@ def selective_state_update(draw: Draw) -> Arguments:
         "z": draw.maybe(lambda: draw.normal(batch, *inner)),
         "dt_bias": draw.maybe(lambda: draw.normal(*one)),
         "dt_softplus": draw.chance(0.5),
-        "out_state": draw.maybe(lambda: draw.one(state, torch.empty_like(state)), 0.2),
+        "out_state": draw.maybe(lambda: draw.one(state, torch.zeros_like(state)), 0.2),
+        "rows": rows,
     }
 
 
@@ -174,14 +185,18 @@ def causal_conv1d(draw: Draw) -> Arguments:
 
 def causal_conv1d_update(draw: Draw) -> Arguments:
     batch, width, taps = draw.one(0, 1, 3), draw.one(1, 3, 8, 17, 64), draw.one(1, 2, 4, 6)
-    state = draw.normal(batch, width, taps - 1, dtype=draw.real)
+    rows, steps, size = draw.rows(batch), draw.one((), (), (0,), (1,), (2,), (9,)), taps - 1 + draw.one(0, 0, 1, 5)
+    state = draw.normal(draw.table(batch, rows), width, size, dtype=draw.one(draw.real, draw.dtype))
+    seen = torch.tensor([draw.random.randint(0, 20) for _ in range(batch)], dtype=draw.one(torch.int32, torch.int64))
     return {
-        "x": draw.normal(batch, width),
+        "x": draw.normal(batch, *steps, width),
         "state": state,
         "weight": draw.normal(width, taps),
         "bias": draw.maybe(lambda: draw.normal(width)),
         "activation": draw.one(None, "silu"),
-        "out_state": draw.maybe(lambda: draw.one(state, torch.empty_like(state)), 0.2),
+        "out_state": draw.maybe(lambda: draw.one(state, torch.zeros_like(state)), 0.2),
+        "rows": rows,
+        "cache_seqlens": draw.maybe(lambda: seen) if size > 0 else None,
     }
 
 
@@ -470,6 +485,9 @@ def spoiled(arguments: Arguments, draw: Draw) -> Arguments:
         value = arguments[name]
         if name in ("cu_seqlens", "packing") and isinstance(value, Tensor):
             arguments[name] = spoiled_borders(value, draw)
+        elif name == "rows" and isinstance(value, Tensor) and len(value) and draw.chance(0.5):
+            arguments[name] = value.clone()
+            arguments[name][draw.random.randrange(len(value))] = draw.one(len(value) + 2, 10**6, 2**31 - 1)
         elif isinstance(value, Tensor):
             arguments[name] = spoiled_tensor(value, draw)
         elif isinstance(value, bool):

@@ -43,7 +43,7 @@ def test_saved_states_that_a_kernel_did_not_save_are_refused(wrong):
 def test_an_operator_writes_to_none_of_its_arguments():
     x, state, weight = torch.randn(2, 3), torch.zeros(2, 3, 3), torch.randn(3, 4)
     with pytest.raises(ArgumentError, match="out_state was given") as raised:
-        dualform.causal_conv1d_update("", False, x, state, weight, None, False, torch.zeros(1))
+        dualform.causal_conv1d_update("", False, x, state, weight, None, False, torch.zeros(1), None, None)
     assert "dualform.ops.causal_conv1d_update" in str(raised.value)
 
 

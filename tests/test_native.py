@@ -600,6 +600,11 @@ def test_kernels_refuse_what_they_cannot_run(op, kernel_calls, monkeypatch):
         wrong += [{one: None} for one in names & {"h", "h0", "u", "x", "a", "b", "weight", "dy", "dh", "dfinal"}]
         if op == "norm":
             wrong += [{"residual": fields["x"]}, {"rows": -1}]
+        if op == "steps":
+            wrong += [{table: 0} for table in ("h_rows", "next_rows")]
+            wrong += [{rows: torch.tensor([row])} for rows, row in (("reads", 1), ("writes", 2**40), ("writes", -1))]
+            wrong += [{"reads": torch.tensor([-1]), "writes": torch.tensor([0])}]
+            wrong += [{"size": 0}, {"renewed": 2}, {"renewed": -1}] if "size" in names else []
         if op == "linear_scan":
             wrong.append({"complex": True, "width": 3})
         if "sequences" in names:

@@ -105,7 +105,7 @@ BAD_STEPS = {
     "bias": (lambda: causal_conv1d_update(r(2, 8), r(2, 8, 3), r(8, 4), r(7)), "bias has shape .*axis 0 is 7, not 8"),
     "state": (
         lambda: causal_conv1d_update(r(2, 8), r(2, 8, 2), r(8, 4)),
-        r"state is \(2, 8, 2\), expected \(2, 8, 3\)",
+        "state holds 2 inputs, expected at least 3: weight has 4 taps",
     ),
     "out_state": (
         lambda: causal_conv1d_update(r(2, 8), r(2, 8, 3), r(8, 4), out_state=r(2, 8, 4)),

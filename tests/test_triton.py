@@ -402,13 +402,25 @@ STEPS = {
         },
         None,
     ),
+    "ring rows": (
+        causal_conv1d_update,
+        {"x": (3, 2, 5), "state": (4, 5, 4), "weight": (5, 4), "rows": (3,), "cache_seqlens": (3,)},
+        "silu",
+    ),
+    "channels rows": (
+        selective_state_update,
+        {"state": (4, 6, 5), "x": (3, 6), "dt": (3, 6), "A": (6, 5), "B": (3, 3, 5), "C": (3, 2, 5), "rows": (3,)},
+        None,
+    ),
 }
+INDICES = {"rows": [2, -1, 0], "cache_seqlens": [3, 1, 9]}
 
 
 def step_tensors(name, device, dtype):
     _, shapes, _ = STEPS[name]
     generator = torch.Generator().manual_seed(0)
     tensors = {k: torch.randn(shape, generator=generator).to(device, dtype) for k, shape in shapes.items()}
+    tensors |= {k: torch.tensor(v, device=device) for k, v in INDICES.items() if k in shapes}
     if dtype == torch.bfloat16:
         tensors |= {k: v.float() for k, v in tensors.items() if k in ("state", "A")}
     return tensors
@@ -440,7 +452,7 @@ def test_steps_are_the_definition(name, poison):
 
 @runs
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [name for name in STEPS if "rows" not in name])
 def test_steps_write_their_state_in_place(name, state, poison):
     """In the memory that is given, which may be that of the state or lie in a wider table; rounded once."""
     tensors = step_tensors(name, DEVICE, torch.float32)
@@ -457,6 +469,30 @@ def test_steps_write_their_state_in_place(name, state, poison):
         torch.testing.assert_close(got, y)
         torch.testing.assert_close(found, after.to(state), rtol=2**-7 if state == torch.bfloat16 else 1.3e-6, atol=1e-5)
     assert (table[1::2] == 7).all()
+
+
+@runs
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["ring rows", "channels rows"])
+def test_steps_write_rows_of_a_table(name, state, poison):
+    """In place; rows that nothing names keep their bits, and an index beyond the table gives NaN and writes nothing."""
+    tensors = step_tensors(name, DEVICE, torch.float32)
+    table = tensors["state"].to(state)
+    want, got = (torch.cat([table, torch.full_like(table[:1], 7.0)])[: len(table)] for _ in range(2))
+    with backend("reference"):
+        y, _ = step(name, tensors | {"state": want}, out_state=want)
+    with backend("triton"):
+        found, _ = step(name, tensors | {"state": got}, out_state=got)
+    torch.testing.assert_close(found, y)
+    torch.testing.assert_close(got, want, rtol=2**-7 if state == torch.bfloat16 else 1.3e-6, atol=1e-5)
+    assert torch.equal(got[[1, 3]], table[[1, 3]]) and not found[1].any()
+    a, op = step_record(name, DEVICE, torch.float32)
+    beyond, kept = a.rows.clone(), got[2].clone()
+    beyond[0] = 4
+    found, _ = triton_backend(op).forward(a._replace(state=got, out_state=got, rows=beyond))
+    assert found[0].isnan().all() and found[2].isfinite().all() and torch.equal(got[2], kept)
+    found, after = triton_backend(op).forward(a._replace(rows=beyond))
+    assert found[0].isnan().all() and after[0].isnan().all() and not after[1].any() and after[2].isfinite().all()
 
 
 @runs

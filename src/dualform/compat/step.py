@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualform.compat import rows
 from dualform.core.errors import ArgumentError
-from dualform.core.shapes import check_tensors
 from dualform.ops.op import backend
 from dualform.ops.selective_scan import selective_state_update as update
 
@@ -55,14 +53,8 @@ def selective_state_update(
     if state.dim() == 4 and all(m is None or _one_per_head(m) for m in (dt, D, dt_bias)) and _one_per_head(A, 2):
         dt, A = dt[..., :1], A[..., :1, :1]
         D, dt_bias = (m if m is None else m[..., :1] for m in (D, dt_bias))
-    rest = (x, dt, A, B, C, D, z)
-    if state_batch_indices is None:
-        return update(state, *rest, dt_bias=dt_bias, dt_softplus=dt_softplus, out_state=state)[0]
-    check_tensors(_WHERE, x=(x, "B ..."), state=(state, "R ..."), state_batch_indices=(state_batch_indices, "B"))
-    picked, there = rows.pick(state, state_batch_indices)
-    y, after = update(picked, *rest, dt_bias=dt_bias, dt_softplus=dt_softplus)
-    rows.write(state, state_batch_indices, after)
-    return y.masked_fill(~there.view(-1, *[1] * (y.dim() - 1)), 0)
+    more = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "rows": state_batch_indices}
+    return update(state, x, dt, A, B, C, D, z, **more, out_state=state)[0]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from dualform.core.shapes import check_real, check_tensors, once_per_shape, wide
 from dualform.ops.banded import Banded
 from dualform.ops.layout import empty_like, lay, time_last
 from dualform.ops.op import Backend, Op
+from dualform.ops.rows import blank, check_indices, check_rows, pick
 from dualform.ops.runs import as_ids, check_ids, reach
 from dualform.ops.state import check_dtype, check_out_state, check_state, give_state, initial, unless_complex
 
@@ -89,54 +90,90 @@ def causal_conv1d_update(
     *,
     activation: str | None = None,
     out_state: Tensor | None = None,
+    rows: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of :func:`causal_conv1d`.
+    """One step of :func:`causal_conv1d`, or several.
+
+    A state of any floating dtype is read as it is; the step is computed in float32 or wider.
 
     Args:
-        x: ``(B, D)``.
-        state: ``(B, D, W-1)``, the inputs before this one, oldest first.
+        x: ``(B, D)`` for one step, or ``(B, T, D)`` for T.
+        state: ``(B, D, S)``, the last S inputs before these, oldest first, S at least W-1; with ``rows`` a table
+            ``(R, D, S)``.
         weight: ``(D, W)``.
         bias: ``(D,)``.
         activation: None, or "silu".
-        out_state: memory for the next state, of its shape; it may be ``state`` itself. It is written in its own dtype,
-            rounded once, and returned. Refused while gradients are recorded.
+        out_state: memory for the next state, of the shape of ``state``; it may be ``state`` itself. It is written in
+            its own dtype, rounded once, and returned. Refused while gradients are recorded.
+        rows: ``(B,)``, int32 or int64, the row of ``state``, and of ``out_state``, for each row of x; a negative one is
+            padding. The rules are those of :func:`~dualform.ops.selective_scan.selective_state_update`.
+        cache_seqlens: ``(B,)``, int32 or int64, how many inputs came before, for each row of x. The state is then a
+            ring: input number i lies in slot ``i mod S``, and the next one goes to slot ``cache_seqlens mod S``.
 
     Returns:
-        y ``(B, D)`` in the dtype of x, and the next state, float32 or wider, or ``out_state``.
+        y, of the shape and dtype of x, and the next state: ``out_state``, or one for each row of x, float32 or wider.
 
     Raises:
-        ArgumentError: for shapes, dtypes, devices or an activation that does not fit.
+        ArgumentError: for shapes, dtypes, devices, rows or an activation that does not fit.
     """
     _check_inputs(_STEP, "B D", x, weight, bias, activation)
-    check_state(_STEP, "state", state, None, x, (weight.shape[0], weight.shape[1] - 1))
-    check_real(_STEP, state=state)
+    _check_step(x, state, weight, rows, cache_seqlens)
+    check_rows(_STEP, rows, state)
     check_out_state(_STEP, out_state, state, x, weight, bias)
-    state = state.to(wide(x, state, weight, bias))
-    y, after = conv_update_op(ConvUpdate(x, state, weight, bias, _ACTIVATIONS[activation], out_state))
-    return y, give_state(after, out_state)
+    y, after = conv_update_op(
+        ConvUpdate(x, state, weight, bias, _ACTIVATIONS[activation], out_state, rows, cache_seqlens)
+    )
+    return y, give_state(after, out_state, rows)
 
 
 class ConvUpdate(NamedTuple):
-    """The arguments of one step, as in :func:`causal_conv1d_update`."""
+    """The arguments of one step or several, as in :func:`causal_conv1d_update`."""
 
-    x: Tensor  # (B, D)
-    state: Tensor  # (B, D, W-1)
+    x: Tensor  # (B, D) or (B, T, D)
+    state: Tensor  # (R, D, S), of any floating dtype
     weight: Tensor  # (D, W)
     bias: Tensor | None  # (D,)
     silu: bool
     out_state: Tensor | None
+    rows: Tensor | None  # (B,); without it R is B
+    cache_seqlens: Tensor | None  # (B,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of what is computed."""
+        return wide(self.x, self.state, self.weight, self.bias)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return 1 if self.x.dim() == 2 else self.x.shape[1]
 
 
 @once_per_shape
 def _check_inputs(
     where: str, axes: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> None:
+    axes = "B T D" if where == _STEP and isinstance(x, Tensor) and x.dim() == 3 else axes
     check_tensors(where, x=(x, axes), weight=(weight, "D W"), bias=(bias, "? D"))
     check_real(where, x=x, weight=weight, bias=bias)
     if activation not in _ACTIVATIONS:
         raise ArgumentError(f"{where}: activation is {activation!r}, expected None or 'silu'")
     if weight.shape[1] < 1:
         raise ArgumentError(f"{where}: weight has no columns, expected a width of at least 1")
+
+
+@once_per_shape
+def _check_step(x: Tensor, state: Tensor, weight: Tensor, rows: Tensor | None, cache_seqlens: Tensor | None) -> None:
+    like = {"x": (x, "B ..."), "rows": (rows, "? B"), "cache_seqlens": (cache_seqlens, "? B")}
+    check_tensors(_STEP, state=(state, f"{'B' if rows is None else 'R'} {weight.shape[0]} S"), **like)
+    check_indices(_STEP, rows=rows, cache_seqlens=cache_seqlens)
+    check_real(_STEP, state=state)
+    size, taps = state.shape[2], weight.shape[1]
+    if size < taps - 1:
+        raise ArgumentError(f"{_STEP}: state holds {size} inputs, expected at least {taps - 1}: weight has {taps} taps")
+    if cache_seqlens is not None and size == 0:
+        raise ArgumentError(f"{_STEP}: state holds 0 inputs, expected at least 1: with cache_seqlens it is a ring")
 
 
 def _check(a: CausalConv1d) -> None:
@@ -152,9 +189,8 @@ def _check(a: CausalConv1d) -> None:
 
 def _check_update(a: ConvUpdate) -> None:
     _check_inputs(_STEP, "B D", a.x, a.weight, a.bias)
-    check_state(_STEP, "the state", a.state, None, a.x, (a.weight.shape[0], a.weight.shape[1] - 1))
-    check_real(_STEP, state=a.state)
-    check_dtype(_STEP, a.state.dtype)
+    _check_step(a.x, a.state, a.weight, a.rows, a.cache_seqlens)
+    check_rows(_STEP, a.rows, a.state)
 
 
 def _reference(a: CausalConv1d) -> tuple[Tensor, Tensor]:
@@ -188,10 +224,25 @@ def _reference_of_runs(a: CausalConv1d, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _update(a: ConvUpdate) -> tuple[Tensor, Tensor]:
-    window = torch.cat([a.state, a.x[..., None].to(a.state.dtype)], -1)
-    y = (window * a.weight).sum(-1)
-    y = y if a.bias is None else y + a.bias
-    return (F.silu(y) if a.silu else y).to(a.x.dtype), window[..., 1:].contiguous()
+    steps, size, taps, dtype = a.steps, a.state.shape[2], a.weight.shape[1], a.dtype
+    x = a.x if a.x.dim() == 3 else a.x[:, None]
+    past = _turned(pick(a.state, a.rows).to(dtype), a.cache_seqlens)
+    line = torch.cat([past, x.transpose(1, 2).to(dtype)], -1)  # (B, D, S + T), oldest first
+    windows = torch.stack([line.narrow(-1, size - (taps - 1) + j, steps) for j in range(taps)], -1)
+    y = (windows * a.weight[:, None]).sum(-1)
+    y = y if a.bias is None else y + a.bias[:, None]
+    y = (F.silu(y) if a.silu else y).to(a.x.dtype).transpose(1, 2).reshape(a.x.shape)
+    ends = None if a.cache_seqlens is None else -(a.cache_seqlens + steps)
+    after = _turned(line[..., steps:], ends).contiguous()
+    return lay(blank(y, a.rows, a.state), time_last(a.x)), blank(after, a.rows, a.state)
+
+
+def _turned(state: Tensor, by: Tensor | None) -> Tensor:
+    """A ring ``(B, D, S)`` turned by ``(B,)`` slots: what lies in slot ``by mod S`` comes first."""
+    if by is None:
+        return state
+    slots = (by.long()[:, None] + torch.arange(state.shape[2], device=by.device)) % state.shape[2]
+    return state.gather(2, slots[:, None].expand_as(state))
 
 
 class _Line:
@@ -302,7 +353,7 @@ def _fake(a: CausalConv1d) -> list[Tensor]:
 
 
 def _fake_update(a: ConvUpdate) -> list[Tensor]:
-    return [a.x.new_empty(a.x.shape), a.state.new_empty(a.state.shape)]
+    return [empty_like(a.x), a.state.new_empty((a.x.shape[0], *a.state.shape[1:]), dtype=a.dtype)]
 
 
 causal_conv1d_op = Op(_WHERE, CausalConv1d, _reference, fake=_fake, check=_check)

@@ -6,7 +6,10 @@ other is taken for a contiguous one. The norms read rows of features, and what t
 an output comes to a backend as that output lies.
 """
 
+import torch
 from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def time_last(x: Tensor) -> bool:
@@ -61,3 +64,31 @@ def inner_contiguous(tensor: Tensor, inner: int = 1) -> Tensor:
             return tensor.contiguous()
         stride *= tensor.shape[axis]
     return tensor
+
+
+def next_state(
+    memory: Tensor | None, state: Tensor, rows: int, dtype: torch.dtype, inner: int = 0
+) -> tuple[Tensor, bool]:
+    """Where a kernel that reads ``state`` writes the next one, number by number, and whether that is the caller's.
+
+    The caller's memory has the rows of ``state``; new memory has one for each of ``rows`` rows of x. It is new where
+    there is none of the caller's, or its last ``inner`` axes are not contiguous, or two entries of it are one, as in
+    what was expanded, or no kernel knows its dtype, or it shares a storage with the state but is another view of it.
+    """
+    if memory is not None and _writable(memory, state, inner):
+        return memory, True
+    return state.new_empty((rows, *state.shape[1:]), dtype=dtype), False
+
+
+def _writable(memory: Tensor, state: Tensor, inner: int) -> bool:
+    if memory.dtype not in _FLOATS or (inner and inner_contiguous(memory, inner) is not memory):
+        return False
+    extent = 1
+    for stride, size in () if memory.is_contiguous() else sorted(zip(memory.stride(), memory.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False
+        extent += stride * max(size - 1, 0)
+    if memory is state:
+        return True
+    like, found = ((m.data_ptr(), m.stride(), m.dtype) for m in (memory, state))
+    return like == found or memory.untyped_storage().data_ptr() != state.untyped_storage().data_ptr()

@@ -21,6 +21,7 @@ from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
 from dualform.ops.derivatives import as_grad, floats, once, outline, refuse_transforms, unshared
 from dualform.ops.dispatch import distinct, exactly, on_device, ordinary_dispatch
+from dualform.ops.in_place import writing
 from dualform.ops.layout import empty_like, lay, time_last
 
 Arguments = TypeVar("Arguments", bound=tuple)
@@ -105,7 +106,8 @@ class Op(Generic[Arguments]):
         name: ``dualform::name``.
         arguments: the record, a NamedTuple whose annotations give the operator its schema: ``Tensor``,
             ``Tensor | None``, ``Packing | None``, bool, int, float or a dtype. A field ``out_state`` is memory for the
-            state that comes out; only direct calls give it to a backend, which may write there, and return it, or not.
+            state that comes out: a backend may write there, and return it, or not. In a compiled program the operator
+            ``name_`` writes there, see :mod:`dualform.ops.in_place`.
         reference: the definition, in plain PyTorch and the letters of its paper: ``(a) -> outputs``.
         fake: the outputs, empty.
         check: raises for a record whose shapes, dtypes or devices do not fit together. Public functions check what
@@ -144,6 +146,7 @@ class Op(Generic[Arguments]):
         torch.library.register_fake(f"dualform::{name}_backward", self._fake_backward, lib=_LIB)
         self._forward = getattr(torch.ops.dualform, name).default
         self._backward = getattr(torch.ops.dualform, f"{name}_backward").default
+        self._write: Callable[..., Any] = _none if self._buffer is None else writing(self, _LIB, schema)
         self._function = _function(self)
         if stepwise:
             self.add(Backend("torch", lambda a: list(reference(a))))
@@ -160,6 +163,8 @@ class Op(Generic[Arguments]):
         if not direct:
             if wanted:
                 return self._function.apply(_forced, *distinct(self._flat(a)))
+            if self._buffer is not None and a[self._buffer] is not None:
+                return self._write(_forced, *a), a[self._buffer]
             return tuple(self._forward(_forced, False, *self._flat(a)))
         backend = self.choose(_forced, a, wanted)
         with on_device(tensors[0].device):

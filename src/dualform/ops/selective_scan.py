@@ -11,6 +11,7 @@ from dualform.core.packing import Borders, Packing, each_alone
 from dualform.core.shapes import check_floating, check_real, check_tensors, once_per_shape, wide
 from dualform.ops.layout import empty_like, lay, time_last
 from dualform.ops.op import Op
+from dualform.ops.rows import blank, check_indices, check_rows, pick
 from dualform.ops.state import check_dtype, check_out_state, check_state, give_state, initial, unless_complex
 
 _WHERE, _STEP = "selective_scan", "selective_state_update"
@@ -181,11 +182,14 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     out_state: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of the selective recurrence; the streaming form of :func:`selective_scan` and of ``ssd``.
 
+    A state of any floating dtype is read as it is; the step is computed in float32 or wider.
+
     Args:
-        state: ``(B, D, N)``, or ``(B, H, P, N)`` by heads.
+        state: ``(B, D, N)``, or ``(B, H, P, N)`` by heads; with ``rows`` a table of states ``(R, ...)``.
         x: ``(B, D)`` or ``(B, H, P)``.
         dt: as x, or broadcastable to it, such as ``(B, H, 1)``; before bias and softplus.
         A: ``(D, N)`` or ``(H, P, N)``, or broadcastable to it, such as ``(H, 1, 1)``; real.
@@ -195,31 +199,37 @@ def selective_state_update(
         z: as x, gate.
         dt_bias: added to dt; broadcastable to it.
         dt_softplus: whether dt passes through softplus.
-        out_state: memory for the next state, of its shape; it may be ``state`` itself. It is written in its own dtype,
-            rounded once, and returned. Refused while gradients are recorded.
+        out_state: memory for the next state, of the shape of ``state``; it may be ``state`` itself. It is written in
+            its own dtype, rounded once, and returned. Refused while gradients are recorded.
+        rows: ``(B,)``, int32 or int64, the row of ``state``, and of ``out_state``, for each row of x. A negative one is
+            padding: y and the next state are zero there, and ``out_state`` is not written. They are read on the device,
+            without a synchronisation. An index beyond the table is refused on a CPU; elsewhere it makes y and the next
+            state NaN, and touches no memory. Where an index occurs twice, one of its next states is kept, and which one
+            is not defined.
 
     Returns:
-        y in the dtype of x, and the next state, float32 or wider, or ``out_state``.
+        y in the dtype of x, and the next state: ``out_state``, or one for each row of x, float32 or wider.
 
     Raises:
-        ArgumentError: for shapes, dtypes or devices that do not fit together.
+        ArgumentError: for shapes, dtypes, devices or rows that do not fit together.
 
     References:
         Gu & Dao (2023), arXiv:2312.00752, equation 2 with the discretisation of section 3.2.
     """
-    _check_step(state, x, dt, A, B, C, D, z, dt_bias)
+    _check_step(state, x, dt, A, B, C, D, z, dt_bias, rows)
+    check_rows(_STEP, rows, state)
     check_out_state(_STEP, out_state, state, x, dt, A, B, C, D, z, dt_bias)
     dtype = wide(state, x, dt, A, B, C, D, z, dt_bias)
     y, after = selective_update_op(
-        SelectiveUpdate(state.to(dtype), x, dt, A.to(dtype), B, C, D, z, dt_bias, dt_softplus, out_state)
+        SelectiveUpdate(state, x, dt, A.to(dtype), B, C, D, z, dt_bias, dt_softplus, out_state, rows)
     )
-    return y, give_state(after, out_state)
+    return y, give_state(after, out_state, rows)
 
 
 class SelectiveUpdate(NamedTuple):
-    """The arguments of one step, as in :func:`selective_state_update`; A and the state have one dtype."""
+    """The arguments of one step, as in :func:`selective_state_update`; A has the dtype that is computed in."""
 
-    state: Tensor  # (B, D, N) or (B, H, P, N)
+    state: Tensor  # (R, D, N) or (R, H, P, N), of any floating dtype
     x: Tensor  # (B, D) or (B, H, P)
     dt: Tensor  # as x, or broadcastable to it
     A: Tensor  # (D, N) or (H, P, N), or broadcastable to it
@@ -230,6 +240,7 @@ class SelectiveUpdate(NamedTuple):
     dt_bias: Tensor | None
     dt_softplus: bool
     out_state: Tensor | None
+    rows: Tensor | None  # (B,); without it R is B
 
     @property
     def by_head(self) -> bool | None:
@@ -269,11 +280,13 @@ def _check_step(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    rows: Tensor | None,
 ) -> None:
-    inner = "B D" if isinstance(state, Tensor) and state.dim() == 3 else "B H P"
+    inner = "D" if isinstance(state, Tensor) and state.dim() == 3 else "H P"
+    table, inner = f"{'B' if rows is None else 'R'} {inner} N", f"B {inner}"
     sizes = check_tensors(
         _STEP,
-        state=(state, f"{inner} N"),
+        state=(state, table),
         x=(x, inner),
         dt=(dt, "* ..."),
         A=(A, "* ..."),
@@ -282,7 +295,9 @@ def _check_step(
         D=(D, "? * ..."),
         z=(z, f"? {inner}"),
         dt_bias=(dt_bias, "? * ..."),
+        rows=(rows, "? B"),
     )
+    check_indices(_STEP, rows=rows)
     check_real(_STEP, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     heads = sizes["D" if inner == "B D" else "H"]
     for name, m in (("B", B), ("C", C)):
@@ -302,12 +317,15 @@ def _expands(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _check_update(a: SelectiveUpdate) -> None:
-    _check_step(a.state, a.x, a.dt, a.A, a.B, a.C, a.D, a.z, a.dt_bias)
-    check_dtype(_STEP, a.state.dtype, A=a.A)
+    _check_step(a.state, a.x, a.dt, a.A, a.B, a.C, a.D, a.z, a.dt_bias, a.rows)
+    check_rows(_STEP, a.rows, a.state)
+    expected = wide(*(m for m in a if isinstance(m, Tensor) and m.is_floating_point()))
+    if a.A.dtype != expected:
+        raise ArgumentError(f"{_STEP}: A is {a.A.dtype}, expected {expected}, the dtype of what is computed")
 
 
 def _update(a: SelectiveUpdate) -> tuple[Tensor, Tensor]:
-    state, dtype = a.state, a.state.dtype
+    state, dtype = pick(a.state, a.rows), a.A.dtype
     x = a.x.to(dtype)
     dt = a.dt.to(dtype) if a.dt_bias is None else a.dt.to(dtype) + a.dt_bias
     dt = F.softplus(dt) if a.dt_softplus else dt
@@ -318,11 +336,11 @@ def _update(a: SelectiveUpdate) -> tuple[Tensor, Tensor]:
     y = (state * C).sum(-1)
     y = y if a.D is None else y + a.D * x
     y = y if a.z is None else y * F.silu(a.z.to(dtype))
-    return y.to(a.x.dtype), state
+    return blank(y.to(a.x.dtype), a.rows, a.state), blank(state, a.rows, a.state)
 
 
 def _fake_update(a: SelectiveUpdate) -> list[Tensor]:
-    return [a.x.new_empty(a.x.shape), a.state.new_empty(a.state.shape)]
+    return [a.x.new_empty(a.x.shape), a.A.new_empty((a.x.shape[0], *a.state.shape[1:]))]
 
 
 selective_update_op = Op(

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import Packing
+from dualform.ops.rows import put
 
 
 def initial(
@@ -69,9 +70,14 @@ def check_dtype(where: str, dtype: torch.dtype, **tensors: Tensor) -> None:
             raise ArgumentError(f"{where}: {name} is {tensor.dtype}, expected {dtype}, the dtype of the state")
 
 
-def give_state(state: Tensor, out_state: Tensor | None) -> Tensor:
-    """The state that an update returns: written to the caller's memory where there is some, rounded to its dtype."""
-    return state if out_state is None or out_state is state else out_state.copy_(state)
+def give_state(state: Tensor, out_state: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    """The state that an update returns: written to the caller's memory where there is some, rounded to its dtype.
+
+    With ``rows``, which are those of the caller's memory that are written.
+    """
+    if out_state is None or out_state is state:
+        return state
+    return out_state.copy_(state) if rows is None else put(out_state, rows, state)
 
 
 def check_out_state(where: str, out_state: Tensor | None, state: Tensor, *recorded: Tensor | None) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dualform.ops.causal_conv1d import ConvUpdate, conv_update_op
+from dualform.ops.layout import lay, next_state, time_last
 from dualform.ops.native import library
 from dualform.ops.native.library import readable
 from dualform.ops.native.structs import CONV_UPDATE, DTYPES, SELECTIVE_UPDATE
@@ -12,16 +13,17 @@ from dualform.ops.selective_scan import SelectiveUpdate, selective_update_op
 
 
 def _selective(a: SelectiveUpdate) -> list[Tensor]:
-    shape, dtype, inner, by_head = a.state.shape, a.state.dtype, a.x.shape, a.by_head
-    state, x, dt, B, C = a.state.contiguous(), _rows(a.x), _rows(a.dt), _rows(a.B), _rows(a.C)
-    y, after = torch.empty(inner, dtype=a.x.dtype), _after(a.out_state, state)
+    shape, dtype, inner, by_head = a.state.shape, a.A.dtype, a.x.shape, a.by_head
+    state, x, dt, B, C = _rows(a.state), _rows(a.x), _rows(a.dt), _rows(a.B), _rows(a.C)
+    y, rows = torch.empty(inner, dtype=a.x.dtype), _int64(a.rows)
+    after, given = next_state(a.out_state, a.state, inner[0], dtype, len(shape) - 1)
     if y.numel() > 0:
         library.call(
             "selective_update",
             SELECTIVE_UPDATE,
             dtype=dtype,
-            rows=shape[0],
-            width=inner.numel() // shape[0],
+            rows=inner[0],
+            width=inner.numel() // inner[0],
             states=shape[-1],
             groups_b=B.shape[1],
             groups_c=C.shape[1],
@@ -40,41 +42,58 @@ def _selective(a: SelectiveUpdate) -> list[Tensor]:
             dt_bias=_like(a.dt_bias, dt, dtype),
             y=y,
             next=after,
+            h_rows=state.shape[0],
+            next_rows=after.shape[0],
+            reads=rows,
+            writes=rows if given else None,
         )
     return [y, after]
 
 
 def _conv(a: ConvUpdate) -> list[Tensor]:
-    dtype, state = a.state.dtype, a.state.contiguous()
-    y, after = torch.empty(a.x.shape, dtype=a.x.dtype), _after(a.out_state, state)
-    if y.numel() > 0:
-        library.call(
-            "conv_update",
-            CONV_UPDATE,
-            dtype=dtype,
-            rows=len(y),
-            width=a.weight.shape[0],
-            taps=a.weight.shape[1],
-            silu=a.silu,
-            x=_rows(a.x),
-            h=state,
-            weight=a.weight.to(dtype).contiguous(),
-            bias=None if a.bias is None else a.bias.to(dtype).contiguous(),
-            y=y,
-            next=after,
-        )
-    return [y, after]
+    dtype, state, steps, size = a.dtype, a.state, a.steps, a.state.shape[2]
+    if state.dtype not in DTYPES:
+        state = state.to(dtype)
+    y, rows = torch.empty(a.x.shape, dtype=a.x.dtype), _int64(a.rows)
+    after, given = next_state(a.out_state, a.state, y.shape[0], dtype)
+    if y.numel() == 0:
+        return list(conv_update_op.reference(a))
+    library.call(
+        "conv_update",
+        CONV_UPDATE,
+        dtype=dtype,
+        rows=y.shape[0],
+        length=steps,
+        width=a.weight.shape[0],
+        taps=a.weight.shape[1],
+        size=size,
+        renewed=min(steps, size) if a.cache_seqlens is not None and after is state else size,
+        silu=a.silu,
+        x=readable(a.x),
+        h=state,
+        weight=_dense(a.weight, dtype),
+        bias=_dense(a.bias, dtype),
+        y=y,
+        next=after,
+        h_rows=state.shape[0],
+        next_rows=after.shape[0],
+        reads=rows,
+        writes=rows if given else None,
+        seen=_int64(a.cache_seqlens),
+    )
+    return [lay(y, time_last(a.x)), after]
 
 
-def _after(out_state: Tensor | None, state: Tensor) -> Tensor:
-    """Where the next state goes; a state may be its own successor, as each number is read before it is written."""
-    if out_state is not None and out_state.dtype == state.dtype and out_state.is_contiguous():
-        return out_state
-    return torch.empty_like(state)
+def _int64(indices: Tensor | None) -> Tensor | None:
+    return None if indices is None else indices.to(torch.int64).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dtype in DTYPES and x.is_contiguous() else readable(x, x.dim() - 1)
+
+
+def _dense(m: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return m if m is None or (m.dtype == dtype and m.is_contiguous()) else m.to(dtype).contiguous()
 
 
 def _like(m: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:

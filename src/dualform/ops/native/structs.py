@@ -7,7 +7,7 @@ from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
 from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 10  # DUALFORM_VERSION
+VERSION = 11  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
@@ -23,6 +23,10 @@ def _view_of_step(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), x.stride(0), 0, 1, DTYPES[x.dtype]
 
 
+def _view_of_steps(x: Tensor) -> tuple[int, ...]:
+    return _view_of_step(x) if x.dim() == 2 else (x.data_ptr(), x.stride(0), x.stride(1), 1, DTYPES[x.dtype])
+
+
 def _sequences(of: tuple[Tensor, Packing | None]) -> tuple[int, ...]:
     x, packing = of
     rows, length = x.shape[:2]
@@ -33,6 +37,15 @@ _VIEW = (POINTER, "data"), (INT64, "row time inner dtype")
 DTYPE = Kind("int64", 1, DTYPES.__getitem__)
 # A tensor (B, T, ...) whose axes after time lie like one axis; and one step of it, (B, ...), contiguous.
 VIEW, STEP = Structure("View", *_VIEW, of=_view), Structure("View", *_VIEW, of=_view_of_step)
+# One step (B, D) or some (B, T, D), D contiguous.
+STEPS = Structure("View", *_VIEW, of=_view_of_steps)
+# A tensor (R, D, S) with any strides.
+INPUTS = Structure(
+    "Inputs",
+    (POINTER, "data"),
+    (INT64, "row channel slot dtype"),
+    of=lambda x: (x.data_ptr(), *x.stride(), DTYPES[x.dtype]),
+)
 # A tensor (B, T, ...) and its packing, or None.
 SEQUENCES = Structure("Sequences", (INT64, "rows length count"), (POINTER, "borders"), of=_sequences)
 
@@ -125,27 +138,30 @@ SELECTIVE_UPDATE = Structure(
     (DTYPE, "dtype"),
     (INT64, "rows width states groups_b groups_c per"),
     (FLAG, "matrix softplus gated"),
-    (POINTER, "h"),
-    (STEP, "x dt"),
+    (STEP, "h x dt"),
     (POINTER, "a"),
     (STEP, "b c"),
     (POINTER, "d"),
     (STEP, "z"),
     (POINTER, "dt_bias"),
-    (STEP, "y"),
-    (POINTER, "next"),
+    (STEP, "y next"),
+    (INT64, "h_rows next_rows"),
+    (POINTER, "reads writes"),
 )
 
 CONV_UPDATE = Structure(
     "ConvUpdate",
     (INT64, "threads"),
     (DTYPE, "dtype"),
-    (INT64, "rows width taps"),
+    (INT64, "rows length width taps size renewed"),
     (FLAG, "silu"),
-    (STEP, "x"),
-    (POINTER, "h weight bias"),
-    (STEP, "y"),
-    (POINTER, "next"),
+    (STEPS, "x"),
+    (INPUTS, "h"),
+    (POINTER, "weight bias"),
+    (STEPS, "y"),
+    (INPUTS, "next"),
+    (INT64, "h_rows next_rows"),
+    (POINTER, "reads writes seen"),
 )
 
 NORM = Structure(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dualform.ops.causal_conv1d import ConvUpdate, conv_update_op
-from dualform.ops.layout import inner_contiguous
+from dualform.ops.layout import inner_contiguous, lay, next_state, time_last
 from dualform.ops.selective_scan import SelectiveUpdate, selective_update_op
 from dualform.ops.triton.support import add_backend, blocks, kernels, power_of_two
 
@@ -14,7 +14,8 @@ _ELEMENTS = 1024  # of the states of a program
 
 def _selective(a: SelectiveUpdate) -> list[Tensor]:
     inner, by_head = a.x.shape, a.by_head
-    y, after = a.x.new_empty(inner), _next_state(a.state, a.out_state)
+    after, given = next_state(a.out_state, a.state, inner[0], a.A.dtype, a.state.dim() - 1)
+    y = a.x.new_empty(inner)
     if y.numel() == 0:
         return [y, after]
     rows, states, per_head = inner[0], a.state.shape[-1], inner[2] if by_head else 1
@@ -25,10 +26,10 @@ def _selective(a: SelectiveUpdate) -> list[Tensor]:
     padded = power_of_two(states)
     channels = min(max(1, _ELEMENTS // padded), power_of_two(width))
     kernels("step").selective_state_update[(rows * blocks(width, channels),)](
-        state, x, dt, A, B, C, D, z, bias, y, after, width, per_head, per_skip,
+        state, x, dt, A, B, C, D, z, bias, y, after, _contiguous(a.rows), len(state), width, per_head, per_skip,
         width // B.shape[1], width // C.shape[1], state.stride(0), x.stride(0), dt.stride(0),
         0 if z is None else z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1), after.stride(0),
-        SOFTPLUS=a.dt_softplus, BY_HEAD=by_head, N=states, NP=padded, BD=channels,
+        SOFTPLUS=a.dt_softplus, BY_HEAD=by_head, TABLE=given, N=states, NP=padded, BD=channels,
     )  # fmt: skip
     return [y, after]
 
@@ -40,25 +41,25 @@ def _refuses(a: SelectiveUpdate) -> str | None:
 
 
 def _convolve(a: ConvUpdate) -> list[Tensor]:
-    y, after = a.x.new_empty(a.x.shape), _next_state(a.state, a.out_state)
+    after, given = next_state(a.out_state, a.state, len(a.x), a.dtype)
+    y, state, steps, size = a.x.new_empty(a.x.shape), a.state, a.steps, a.state.shape[2]
     if y.numel() == 0:
-        return [y, after]
-    (rows, width), taps = a.x.shape, a.weight.shape[1]
-    x, state, weight = _row(a.x), _row(a.state), a.weight.contiguous()
-    bias = None if a.bias is None else a.bias.contiguous()
+        return list(conv_update_op.reference(a))
+    x, weight = inner_contiguous(a.x), a.weight.contiguous()
+    rows, width, taps = len(x), *weight.shape
     channels = min(256, power_of_two(width))
     kernels("step").causal_conv1d_update[(rows * blocks(width, channels),)](
-        x, state, weight, bias, y, after, width, x.stride(0), state.stride(0), after.stride(0),
-        SILU=a.silu, W=taps, BD=channels,
+        x, state, weight, _contiguous(a.bias), y, after, _contiguous(a.rows), _contiguous(a.cache_seqlens),
+        width, steps, size, len(state),
+        x.stride(0), x.stride(-2), *state.stride(), *after.stride(),
+        SILU=a.silu, W=taps, BD=channels, DOUBLE=a.dtype == torch.float64, TABLE=given,
+        RENEW=given and a.cache_seqlens is not None and after is state,
     )  # fmt: skip
-    return [y, after]
+    return [lay(y, time_last(a.x)), after]
 
 
-def _next_state(state: Tensor, out_state: Tensor | None) -> Tensor:
-    """The caller's memory for the next state, where a kernel can write to it, or new memory."""
-    if out_state is not None and inner_contiguous(out_state, out_state.dim() - 1) is out_state:
-        return out_state
-    return state.new_empty(state.shape, dtype=torch.promote_types(state.dtype, torch.float32))
+def _contiguous(m: Tensor | None) -> Tensor | None:
+    return None if m is None else m.contiguous()
 
 
 def _row(x: Tensor) -> Tensor:

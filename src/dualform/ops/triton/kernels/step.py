@@ -7,6 +7,14 @@ from dualform.ops.triton.kernels.pointwise import silu, softplus
 
 
 @triton.jit
+def _row(rows_ptr, b, R):
+    """The row of a table of ``R`` that row b of x has, or 0; whether it has one; and what its results are otherwise."""
+    row = tl.load(rows_ptr + b).to(tl.int64)
+    there = (row >= 0) & (row < R)
+    return tl.where(there, row, 0), there, tl.where(row < 0, 0.0, float("nan"))
+
+
+@triton.jit
 def causal_conv1d_update(
     x_ptr,
     state_ptr,
@@ -14,35 +22,90 @@ def causal_conv1d_update(
     bias_ptr,
     y_ptr,
     after_ptr,
+    rows_ptr,
+    seen_ptr,
     D,
+    T,
+    S,
+    R,
+    stride_x_row,
     stride_x,
+    stride_state_row,
     stride_state,
+    stride_slot,
+    stride_after_row,
     stride_after,
+    stride_after_slot,
     SILU: tl.constexpr,
     W: tl.constexpr,
     BD: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    TABLE: tl.constexpr,
+    RENEW: tl.constexpr,
 ):
-    """``BD`` channels of a row: the output, and the last W-1 inputs, which may lie where those before did."""
-    dtype: tl.constexpr = tl.float64 if state_ptr.dtype.element_ty == tl.float64 else tl.float32
+    """``T`` steps of ``BD`` channels of a row: the outputs, and the last S inputs, which may lie where they did.
+
+    Rows are found by ``rows_ptr``, if there is one, in the state and, with ``TABLE``, in what comes after. ``RENEW``
+    writes the new inputs alone, into a ring that holds the others already.
+    """
+    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     blocks = tl.cdiv(D, BD)
     d, b = tl.program_id(0) % blocks * BD + tl.arange(0, BD), (tl.program_id(0) // blocks).to(tl.int64)
     mask, column = d < D, d.to(tl.int64)
-    state_ptr += b * stride_state + column * (W - 1)
-    after_ptr += b * stride_after + column * (W - 1)
-    window = ()
-    for j in tl.static_range(W - 1):
-        window = window + (tl.load(state_ptr + j, mask=mask, other=0.0).to(dtype),)
-    window = window + (tl.load(x_ptr + b * stride_x + d, mask=mask, other=0.0).to(dtype),)
-    y = tl.zeros((BD,), dtype)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + d, mask=mask, other=0.0).to(dtype)
+    row, read, write = b, mask, mask
+    if rows_ptr is not None:
+        row, there, blank = _row(rows_ptr, b, R)
+        read = mask & there
+    after_row = b
+    if TABLE:
+        after_row, write = row, read
+    place = 0  # the slot of the next input
+    if seen_ptr is not None:
+        place = ((tl.load(seen_ptr + b) % S + S) % S).to(tl.int32)
+    state_ptr += row * stride_state_row + column * stride_state
+    after_ptr += after_row * stride_after_row + column * stride_after
+    x_ptr += b * stride_x_row + d
+    y_ptr += b * T * D + d
+
+    w = ()
     for j in tl.static_range(W):
-        y += tl.load(weight_ptr + column * W + j, mask=mask, other=0.0).to(dtype) * window[j]
+        w = w + (tl.load(weight_ptr + column * W + j, mask=mask, other=0.0).to(dtype),)
+    before = ()
     for j in tl.static_range(W - 1):
-        tl.store(after_ptr + j, window[j + 1].to(after_ptr.dtype.element_ty), mask=mask)
-    if SILU:
-        y = silu(y)
-    tl.store(y_ptr + b * D + d, y.to(y_ptr.dtype.element_ty), mask=mask)
+        slot = (place + S - (W - 1) + j) % S
+        before = before + (tl.load(state_ptr + slot * stride_slot, mask=read, other=0.0).to(dtype),)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(dtype)
+    else:
+        bias = tl.zeros((BD,), dtype)
+    for t in range(T):
+        x = tl.load(x_ptr + tl.cast(t, tl.int64) * stride_x, mask=mask, other=0.0).to(dtype)
+        y = bias + w[W - 1] * x
+        for j in tl.static_range(W - 1):
+            y += w[j] * before[j]
+        if W > 1:
+            before = before[1:] + (x,)
+        if SILU:
+            y = silu(y)
+        if rows_ptr is not None:
+            y = tl.where(there, y, blank.to(dtype))
+        tl.store(y_ptr + tl.cast(t, tl.int64) * D, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+    first = tl.maximum(0, T - S) if RENEW else 0
+    for i in range(first, T if RENEW else S):
+        # What is written to a slot is an input of the S of the state, oldest first, and the T that are new.
+        if RENEW:
+            slot, at = (place + i) % S, S + i
+        elif seen_ptr is not None:
+            slot, at = i, ((i - place - T) % S + S) % S + T
+        else:
+            slot, at = i, i + T
+        old = tl.load(state_ptr + (place + at) % S * stride_slot, mask=read & (at < S), other=0.0).to(dtype)
+        new = tl.load(x_ptr + tl.cast(at - S, tl.int64) * stride_x, mask=mask & (at >= S), other=0.0).to(dtype)
+        value = tl.where(at < S, old, new)
+        if rows_ptr is not None:
+            value = tl.where(there, value, blank.to(dtype))
+        tl.store(after_ptr + slot * stride_after_slot, value.to(after_ptr.dtype.element_ty), mask=write)
 
 
 @triton.jit
@@ -58,6 +121,8 @@ def selective_state_update(
     bias_ptr,
     y_ptr,
     after_ptr,
+    rows_ptr,
+    R,
     width,
     per_head,
     per_skip,
@@ -74,6 +139,7 @@ def selective_state_update(
     stride_after,
     SOFTPLUS: tl.constexpr,
     BY_HEAD: tl.constexpr,
+    TABLE: tl.constexpr,
     N: tl.constexpr,
     NP: tl.constexpr,
     BD: tl.constexpr,
@@ -81,13 +147,20 @@ def selective_state_update(
     """``BD`` channels of a row; the next states may lie where those before did.
 
     ``per_head`` neighbouring channels share a step size and, ``BY_HEAD``, a rate; ``per_skip`` an entry of D; ``per_b``
-    and ``per_c`` a group of B and of C.
+    and ``per_c`` a group of B and of C. Rows are found as those of the convolution.
     """
-    dtype: tl.constexpr = tl.float64 if state_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = A_ptr.dtype.element_ty
     blocks = tl.cdiv(width, BD)
     d, b = tl.program_id(0) % blocks * BD + tl.arange(0, BD), (tl.program_id(0) // blocks).to(tl.int64)
     n, mask = tl.arange(0, NP)[None, :], d < width
-    there, at = mask[:, None] & (n < N), d[:, None].to(tl.int64) * N + n
+    inside, at = mask[:, None] & (n < N), d[:, None].to(tl.int64) * N + n
+    row, read, write = b, inside, inside
+    if rows_ptr is not None:
+        row, there, blank = _row(rows_ptr, b, R)
+        read = inside & there
+    after_row = b
+    if TABLE:
+        after_row, write = row, read
     x = tl.load(x_ptr + b * stride_x + d, mask=mask, other=0.0).to(dtype)
     dt = tl.load(dt_ptr + b * stride_dt + d // per_head, mask=mask, other=0.0).to(dtype)
     if bias_ptr is not None:
@@ -97,15 +170,19 @@ def selective_state_update(
     if BY_HEAD:
         rates = tl.load(A_ptr + d // per_head, mask=mask, other=0.0)[:, None]
     else:
-        rates = tl.load(A_ptr + at, mask=there, other=0.0)
-    into = tl.load(B_ptr + b * stride_b + (d // per_b)[:, None] * stride_b_group + n, mask=there, other=0.0).to(dtype)
-    out = tl.load(C_ptr + b * stride_c + (d // per_c)[:, None] * stride_c_group + n, mask=there, other=0.0).to(dtype)
-    before = tl.load(state_ptr + b * stride_state + at, mask=there, other=0.0).to(dtype)
+        rates = tl.load(A_ptr + at, mask=inside, other=0.0)
+    into = tl.load(B_ptr + b * stride_b + (d // per_b)[:, None] * stride_b_group + n, mask=inside, other=0.0).to(dtype)
+    out = tl.load(C_ptr + b * stride_c + (d // per_c)[:, None] * stride_c_group + n, mask=inside, other=0.0).to(dtype)
+    before = tl.load(state_ptr + row * stride_state + at, mask=read, other=0.0).to(dtype)
     h = tl.exp(dt[:, None] * rates.to(dtype)) * before + (dt * x)[:, None] * into
-    tl.store(after_ptr + b * stride_after + at, h.to(after_ptr.dtype.element_ty), mask=there)
     y = tl.sum(h * out, 1)
+    if rows_ptr is not None:
+        h = tl.where(there, h, blank.to(dtype))
+    tl.store(after_ptr + after_row * stride_after + at, h.to(after_ptr.dtype.element_ty), mask=write)
     if D_ptr is not None:
         y += tl.load(D_ptr + d // per_skip, mask=mask, other=0.0).to(dtype) * x
     if z_ptr is not None:
         y *= silu(tl.load(z_ptr + b * stride_z + d, mask=mask, other=0.0).to(dtype))
+    if rows_ptr is not None:
+        y = tl.where(there, y, blank.to(dtype))
     tl.store(y_ptr + b * width + d, y.to(y_ptr.dtype.element_ty), mask=mask)
