@@ -60,7 +60,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         kind = recipe.device.partition(":")[0]
         raise ConfigError(
             f"recipe: device is {recipe.device!r}, one for {processes} processes",
-            hint=f"--set device={kind}: each its own",
+            hint=f"each takes its own with --set device={kind}",
         )
     return accelerator
 
