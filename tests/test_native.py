@@ -570,6 +570,19 @@ def kernel_calls(monkeypatch) -> list[tuple[str, Structure, dict[str, Any]]]:
     return made
 
 
+@pytest.mark.parametrize("case", ["scan time last", "scan both constant", "conv time last", "conv odd"])
+def test_nothing_is_copied_on_the_way_to_a_kernel_and_back(case, kernel_calls):
+    """Kernels are given the tensors of the caller, and their outputs and gradients are what it gets."""
+    op, make = CASES[case]
+    args = make()
+    found = evaluate(op, args, "native", weights_for(op, args))
+    (_, _, forward), (_, _, backward) = kernel_calls
+    made = {m.data_ptr() for call in (forward, backward) for m in call.values() if isinstance(m, Tensor)}
+    for name, m in zip(OPS[op].fields, args, strict=False):
+        assert not differentiable(m) or m.data_ptr() in made, name
+    assert all(y.data_ptr() in made for y in found)
+
+
 BAD_BORDERS = [[0, 5, 3, 7], [0, 9], [1, 7], [-4, 7], [0, 2**60, 7], [0, -(2**60), 7]]
 
 
