@@ -46,7 +46,7 @@ struct Map {
   const bool constant;
   const int64_t states, size;  // size: numbers of one slice
   T* const numbers;            // of one group in a tile, (steps, padded N); or constant, (slices, padded N, lanes)
-  T* const sums;               // of one group in a tile, (steps, padded N / Q, lanes); or as the numbers
+  T* const sums;               // of one group in a tile, (steps, padded N / Q, lanes); or as the numbers; or null
 
   Map(const View& v, bool constant, int64_t states, const Share& share, bool differentiate, Arena& arena)
       : view(v),
@@ -54,9 +54,7 @@ struct Map {
         states(states),
         size(padded(states) * LANES<T>),
         numbers(arena.take<T>(constant ? share.count * size : TILE * padded(states))),
-        sums(arena.take<T>(!differentiate ? 0
-                           : constant     ? share.count * size
-                                          : TILE * size / Q<T>)) {}
+        sums(differentiate ? arena.take<T>(constant ? share.count * size : TILE * size / Q<T>) : nullptr) {}
 
   // Before the first tile: constants are read, and their sums begin.
   void start(const Share& share) const {
