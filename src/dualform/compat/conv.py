@@ -50,9 +50,9 @@ def causal_conv1d_fn(
                 hint="dualform.ops.causal_conv1d takes and returns one state per sequence, with cu_seqlens",
             )
         y, _ = causal_conv1d(time_second(x), weight, bias, activation=activation, seq_idx=seq_idx)
-        return time_last(y)
+        return time_last(y, x)
     y, final = causal_conv1d(time_second(x), weight, bias, activation=activation, initial_state=initial_states)
-    y = time_last(y)
+    y = time_last(y, x)
     if not return_final_states:
         return y
     if final_states_out is None:

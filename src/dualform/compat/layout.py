@@ -44,9 +44,13 @@ def time_second(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def time_last(y: Tensor) -> Tensor:
-    """``(B, T, D)`` -> ``(B, D, T)``, a view; contiguous where y was made of a contiguous ``(B, D, T)``."""
-    return y.transpose(1, 2)
+def time_last(y: Tensor, like: Tensor) -> Tensor:
+    """``(B, T, D)`` -> ``(B, D, T)``, contiguous where ``like`` is: callers take views of the result.
+
+    Scans and convolutions of whole sequences return it so; only that of a few steps is copied here.
+    """
+    y = y.transpose(1, 2)
+    return y.contiguous() if like.is_contiguous() else y
 
 
 def to_the_end(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -65,7 +65,7 @@ def selective_scan_fn(
         delta_bias=delta_bias,
         delta_softplus=delta_softplus,
     )
-    y = time_last(y)
+    y = time_last(y, u)
     return (y, final) if return_last_state else y
 
 
