@@ -13,7 +13,7 @@ from dualform.ops.add_norm import add_norm
 from dualform.ops.gated_norm import gated_norm
 from dualform.ops.normalize import seen_through
 
-_SMALL_ON_CPU, _SMALL = 2**13, 2**20  # numbers; below, the norm of PyTorch takes less time than a call of ours
+_SMALL_ON_CPU, _SMALL = 2**16, 2**20  # numbers; below, the norm of PyTorch takes less time than a call of ours
 
 
 class RMSNorm(nn.RMSNorm):
