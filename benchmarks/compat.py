@@ -129,8 +129,11 @@ def norm() -> Case:
         "residual": normal(16384, 2048, dtype=torch.float32),
         "prenorm": True,
     }
-    home = "mamba_ssm.ops.triton.layer_norm"
-    return Case(given, lambda **rest: None, dict, home, "rms_norm_fn", "norms")
+
+    def ours(prenorm: bool, **rest: Any) -> Any:
+        return ops.add_norm(**rest)
+
+    return Case(given, ours, dict, "mamba_ssm.ops.triton.layer_norm", "rms_norm_fn", "norms")
 
 
 def gated() -> Case:
@@ -143,7 +146,7 @@ def gated() -> Case:
         "norm_before_gate": False,
     }
     home = "mamba_ssm.ops.triton.layernorm_gated"
-    return Case(given, lambda **rest: None, dict, home, "rmsnorm_fn", "gated_norms")
+    return Case(given, ops.gated_norm, dict, home, "rmsnorm_fn", "gated_norms")
 
 
 CASES = {"scan": scan, "conv": convolution, "ssd": dual, "step": step, "norm": norm, "gated norm": gated}

@@ -258,6 +258,7 @@ def test_compiled_and_exported_for_every_length() -> None:
         (lambda x: add_norm(x, x, x[0, :5]), r"add_norm: x has shape \(2, 6\), expected \(2, 5\)"),
         (lambda x: add_norm(x, None, x[0]), "add_norm: residual is NoneType"),
         (lambda x: add_norm(x, x, x[0], eps=-1.0), r"add_norm: eps is -1\.0, expected"),
+        (lambda x: add_norm(x, x, x[0], eps=x[0, :1]), r"add_norm: eps is tensor.*, expected"),
         (lambda x: add_norm(x, x, x[0], dtype=torch.int32), r"add_norm: dtype is torch\.int32, expected a floating"),
         (lambda x: gated_norm(x, x[0], groups=4), "gated_norm: groups is 4, which does not divide D = 6"),
         (lambda x: gated_norm(x, x[0], z=x[:, :3]), r"gated_norm: z has shape \(2, 3\), expected \(2, 6\)"),

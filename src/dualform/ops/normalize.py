@@ -64,9 +64,9 @@ def check_norm(where: str, eps: float, **dtypes: torch.dtype) -> None:
     """What the shapes of tensors do not say.
 
     Raises:
-        ArgumentError: for an eps below 0, or an output whose dtype is not floating.
+        ArgumentError: for an eps that is no number or below 0, or an output whose dtype is not floating.
     """
-    if not eps >= 0:
+    if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ArgumentError(f"{where}: eps is {eps}, expected a small number that is not negative")
     for name, dtype in dtypes.items():
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
