@@ -259,7 +259,7 @@ def _irregular() -> list[Case]:
 
 def _models() -> list[Case]:
     mlp = MLPConfig(d_hidden=13)
-    mamba2 = Mamba2Config(d_state=5, d_head=3, expand=1, groups=2)
+    mamba2 = Mamba2Config(d_state=5, d_head=3, d_inner=12, groups=2, norm_eps=1e-3)
     zamba = ModelConfig(
         vocab_size=11,
         d_model=6,
@@ -271,7 +271,7 @@ def _models() -> list[Case]:
         vocab_size=7,
         d_model=9,
         parts={
-            "M": (MambaConfig(d_state=5), mlp),
+            "M": (MambaConfig(d_state=5, d_inner=7), mlp),
             "L": (LSTMConfig(hidden=5),),
             "D": (S4DConfig(d_state=6),),
             "W": (AttentionConfig(heads=3, window=5), mlp),

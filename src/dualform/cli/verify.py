@@ -144,8 +144,9 @@ def _file(path: Path) -> Row:
 
 
 def _check_model(folder: Path) -> None:
+    from dualform.models.saving.described import read_config
     from dualform.models.saving.files import TOKENIZER_FILE, current
-    from dualform.models.saving.model import check_tensors, read_config
+    from dualform.models.saving.model import check_tensors
     from dualform.models.tokenizer import load_tokenizer
 
     check_tensors(folder)

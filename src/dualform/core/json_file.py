@@ -23,19 +23,26 @@ DEEPEST = 32
 """Levels of nesting; the deepest that the library writes has six."""
 
 
-def read_json(path: str | os.PathLike[str], *, error: type[DualformError] = CheckpointError, hint: str = "") -> Any:
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    error: type[DualformError] = CheckpointError,
+    hint: str = "",
+    infinite: bool = False,
+) -> Any:
     """The value that a JSON file holds.
 
     Args:
         path: of the file.
         error: the class of what is raised.
         hint: the remedy where the file cannot be read or is no JSON.
+        infinite: whether ``Infinity`` and ``-Infinity`` are numbers, as Python's own writer has them.
 
     Raises:
         DualformError: names the file and says why it cannot be read, or where it stops being JSON.
     """
     try:
-        return parse_json(read_text(path))
+        return parse_json(read_text(path), infinite=infinite)
     except OSError as wrong:
         raise error(f"{path}: cannot be read: {wrong.strerror or wrong}", hint=hint) from wrong
     except ValueError as wrong:
@@ -73,14 +80,15 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
         raise ValueError(f"byte {wrong.start} is not UTF-8") from None
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+def parse_json(text: str | bytes, *, infinite: bool = False) -> Any:
+    """The value of a JSON text; ``infinite`` as for :func:`read_json`.
 
     Raises:
         ValueError: in words that follow the name of the file.
     """
     try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once)
+        constant = _infinity if infinite else _no_constant
+        value = json.loads(text, parse_constant=constant, parse_float=_finite, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} levels deep") from None
     except UnicodeDecodeError as wrong:
@@ -151,6 +159,10 @@ def kind_of(value: Any) -> str:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _infinity(name: str) -> float:
+    return _no_constant(name) if name == "NaN" else float(name)
 
 
 def _finite(text: str) -> float:

@@ -28,6 +28,7 @@ class MambaConfig:
         d_state: N, states per channel.
         d_conv: W, width of the short convolution.
         expand: channels of the scan per feature of the model.
+        d_inner: D, the channels of the scan, in place of ``expand``; None is ``expand * d_model``.
         dt_rank: width of the bottleneck that makes the step; None is ``ceil(d_model / 16)``.
         bias: whether the projections in and out have a bias.
         conv_bias: whether the convolution has one.
@@ -38,6 +39,7 @@ class MambaConfig:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
+    d_inner: int | None = None
     dt_rank: int | None = None
     bias: bool = False
     conv_bias: bool = True
@@ -67,7 +69,7 @@ class Mamba(Mixer):
     ``a = exp(dt A)``. The convolution counts samples, not time.
 
     Shapes:
-        ``(B, T, d_model) -> (B, T, d_model)``; inside, D = expand * d_model channels with N states each.
+        ``(B, T, d_model) -> (B, T, d_model)``; inside, D channels with N states each.
 
     References:
         Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2.
@@ -84,8 +86,9 @@ class Mamba(Mixer):
         super().__init__()
         c, self.config, self.d_model = config, config, d_model
         check_sizes("mamba", d_model=d_model, d_state=c.d_state, d_conv=c.d_conv, expand=c.expand)
-        self.d_inner, self.dt_rank = c.expand * d_model, c.dt_rank or math.ceil(d_model / 16)
-        check_sizes("mamba", dt_rank=self.dt_rank)
+        self.d_inner = c.expand * d_model if c.d_inner is None else c.d_inner
+        self.dt_rank = math.ceil(d_model / 16) if c.dt_rank is None else c.dt_rank
+        check_sizes("mamba", d_inner=self.d_inner, dt_rank=self.dt_rank)
         check_steps("mamba", c)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=c.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, c.d_conv).uniform_(-1, 1) / math.sqrt(c.d_conv))

@@ -31,24 +31,28 @@ class Mamba2Config:
         d_head: P, channels of a head, which share one decay.
         d_conv: W, width of the short convolution.
         expand: channels of the scan per feature of the model.
+        d_inner: H P, the channels of the scan, in place of ``expand``; None is ``expand * d_model``.
         groups: G, pairs of input and output maps, each shared by heads / groups heads.
         bias: whether the projections in and out have a bias.
         conv_bias: whether the convolution has one.
         dt_min: smallest initial step.
         dt_max: largest initial step.
         dt_limit: bounds that hold throughout, after softplus.
+        norm_eps: epsilon of the gated norm before the projection out.
     """
 
     d_state: int = 128
     d_head: int = 64
     d_conv: int = 4
     expand: int = 2
+    d_inner: int | None = None
     groups: int = 1
     bias: bool = False
     conv_bias: bool = True
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_limit: tuple[float, float] = (0.0, math.inf)
+    norm_eps: float = 1e-5
 
     def build(self, d_model: int) -> "Mamba2":
         """The layer, freshly initialised."""
@@ -92,7 +96,7 @@ class Mamba2(Mixer):
     def __init__(self, config: Mamba2Config, d_model: int):
         super().__init__()
         c, self.config = config, config
-        self.d_model, self.d_inner = d_model, c.expand * d_model
+        self.d_model, self.d_inner = d_model, c.expand * d_model if c.d_inner is None else c.d_inner
         check_sizes(
             "mamba2",
             d_model=d_model,
@@ -100,11 +104,15 @@ class Mamba2(Mixer):
             d_head=c.d_head,
             d_conv=c.d_conv,
             expand=c.expand,
+            d_inner=self.d_inner,
             groups=c.groups,
         )
+        if not 0 < c.norm_eps < math.inf:
+            raise ConfigError(f"mamba2: norm_eps is {c.norm_eps}, expected a small positive number")
         if self.d_inner % c.d_head:
+            width = "expand * d_model" if c.d_inner is None else "d_inner"
             raise ConfigError(
-                f"mamba2: expand * d_model = {self.d_inner} is not a multiple of d_head = {c.d_head}",
+                f"mamba2: {width} = {self.d_inner} is not a multiple of d_head = {c.d_head}",
                 hint=f"set d_head to a divisor of {self.d_inner}",
             )
         check_steps("mamba2", c)
@@ -123,7 +131,7 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(initial_step(self.heads, c.dt_min, c.dt_max))
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = GatedRMSNorm(self.d_inner, groups=c.groups)
+        self.norm = GatedRMSNorm(self.d_inner, c.groups, c.norm_eps)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=c.bias)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> Mamba2State:

@@ -25,11 +25,12 @@ from torch import Tensor
 from dualform.core.errors import CheckpointError, ConfigError
 from dualform.core.json_file import entry, read_table, to_json
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.described import read_config
 from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, creating
 from dualform.models.saving.folder import MODEL, STEP, checkpoint_name, checkpoints
 from dualform.models.saving.incoming import incoming, remove_stale
 from dualform.models.saving.manifest import MANIFEST_FILE
-from dualform.models.saving.model import read_config, read_tensors
+from dualform.models.saving.model import read_tensors
 from dualform.models.saving.verify import check_files
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.commands import beginning, elsewhere, resuming

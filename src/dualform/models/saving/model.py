@@ -6,34 +6,29 @@ names share are stored under the first.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dualform import __version__
 from dualform.core.calls import explained
-from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
-from dualform.core.json_file import entry, read_json, to_json
-from dualform.core.options import brief
+from dualform.core.errors import ArgumentError, CheckpointError
+from dualform.core.json_file import to_json
 from dualform.core.shapes import dtype_of
 from dualform.models.backbone import Backbone
-from dualform.models.config import ModelConfig
-from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
 from dualform.models.lm import LanguageModel
-from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, current, replacing
+from dualform.models.saving.described import POOLED, described, described_as
+from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, replacing
 from dualform.models.saving.folder import model_folder
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.verify import check_files, manifest_of
+from dualform.models.saving.weights import Stored, each_tensor, found_files, own_files, stored_tensors
+from dualform.models.tables.layout import SAME, Change, Layout, Place
 from dualform.ops.device import usable_device
 
-FORMAT = 1
 _OF_A_LAYER = (
     "of a layer: safetensors.torch.save_file(layer.state_dict(), 'layer.safetensors'), and into another one "
     "safetensors.torch.load_model(layer, 'layer.safetensors')"
@@ -41,7 +36,7 @@ _OF_A_LAYER = (
 _OTHER_MODEL = f"{CONFIG_FILE} beside it describes another model"
 Folder = str | os.PathLike[str]
 Model = TypeVar("Model", bound=Backbone)
-_POOLED: dict[str, type[PooledModel]] = {kind.__name__: kind for kind in (SequenceClassifier, SequenceRegressor)}
+_FILLS = ("normal_", "uniform_", "kaiming_uniform_")
 
 
 @runtime_checkable
@@ -54,31 +49,42 @@ class SavedTokenizer(Protocol):
 
 
 @explained
-def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = None) -> None:
+def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = None, *, layout: str = "dualform") -> None:
     """Write a model to a folder: ``config.json``, ``model.safetensors`` and, if given, ``tokenizer.json``.
 
     ``manifest.json`` lists their sizes and digests, which :func:`load` compares. The files replace those of the same
     name all at once: a full disk or a kill leaves what was saved there before. Without a tokenizer, one that is there
     stays.
 
+    Args:
+        model: a language model, classifier or regressor.
+        folder: where to; it need not be there.
+        tokenizer: of the model.
+        layout: how the files are written: ``"dualform"``, ``"hf"`` for transformers, or ``"mamba_ssm"``. The last two
+            take language models that those libraries have; :func:`load` reads all three.
+
     Raises:
-        ArgumentError: for what is none of the library's models, such as a layer; says how to save that.
+        ArgumentError: for what is none of the library's models, such as a layer; says how to save that. Also for a
+            layout that is not one of these.
+        ConfigError: for a model that the layout does not have; says what it lacks. Nothing is written.
         CheckpointError: when the disk refuses.
     """
     if not isinstance(model, Backbone):
-        kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *_POOLED.values()))
+        kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *POOLED.values()))
         raise ArgumentError(f"save: model is {type(model).__name__}, expected one of {kinds}", hint=_OF_A_LAYER)
+    described_as(model, layout)
     with replacing(folder) as new:
-        write(model, new, tokenizer)
+        write(model, new, tokenizer, layout)
 
 
-def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None) -> None:
+def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None, layout: str = "dualform") -> None:
     """Write the files of :func:`save` into a folder that its caller makes complete, such as one by ``replacing``."""
-    about: dict[str, Any] = {"format": FORMAT, "library": f"dualform {__version__}", "model": model.config.to_dict()}
-    if isinstance(model, PooledModel):
-        about["head"] = model.head_options()
+    about, table = described_as(model, layout)
     text = tokenizer.to_json() if tokenizer is not None else None
-    tensors = {name: t.detach().cpu().contiguous() for name, t in unique_tensors(model).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in unique_tensors(model).items():
+        there, change = Place(name, SAME) if table is None else table.place(model.config, name)
+        tensors[there] = change.there(tensor.detach()).cpu().contiguous()
     (folder / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if text is not None:
@@ -112,38 +118,43 @@ def load(
     kind: type[Any] | None = None,
     verify: bool = False,
 ) -> Any:
-    """Read the model that :func:`save` wrote: a language model, classifier or regressor, whichever it is.
+    """Read a model from a folder: a language model, classifier or regressor, whichever :func:`save` wrote there.
 
+    Models of transformers and of mamba-ssm are read, too, as language models: those whose architecture is in the
+    tables. Their weights may be in one safetensors file, in several with an index, or in ``pytorch_model.bin``.
     The global random generators are left as they are.
 
     Args:
-        folder: where it was saved; of a training run, the run's model or else its newest checkpoint.
+        folder: where it was saved; of a training run, the run's model or else its newest checkpoint. Its
+            ``config.json`` says what it is.
         device: where to put it.
-        dtype: of its floating tensors, such as ``"bfloat16"``; None keeps what was saved.
+        dtype: of its floating tensors, such as ``"bfloat16"``; None keeps what was saved. Each tensor is read, put on
+            the device and given its dtype before the next one is read.
         kind: a class it must be of, such as ``LanguageModel``; None takes any.
         verify: whether to read all files once more and compare their digests with those that were saved. Without it
             sizes alone are compared, and a byte that changed inside of a tensor is not noticed.
 
     Raises:
-        CheckpointError: for a missing folder or file, one of another size than was saved, a model of another kind, a
-            tensor too many, too few or of another shape; with ``verify`` also for a damaged file, or a folder
-            without digests; names it.
-        ConfigError: for a config with an unknown or missing key; names it.
+        CheckpointError: for a missing folder or file, one of another size than was saved, a model of another kind, an
+            architecture that is in no table, a tensor too many, too few or of another shape; with ``verify`` also for
+            a damaged file, or a folder without digests; names it.
+        ConfigError: for a config with an unknown or missing key, or an option that no layer here has; names it.
         ArgumentError: for a device that is not there, or a dtype that is not floating.
     """
     device = usable_device(device, f"load: device {str(device)!r}", numbers=False)
     dtype = None if dtype is None else dtype_of("load", dtype)
     folder = model_folder(folder)
-    found, config, head = _described(folder)
-    if kind is not None and not issubclass(found, kind):
-        raise CheckpointError(f"{folder}: a {found.__name__}, expected a {kind.__name__}")
+    found = described(folder)
+    if kind is not None and not issubclass(found.kind, kind):
+        raise CheckpointError(f"{folder}: a {found.kind.__name__}, expected a {kind.__name__}")
     if verify and manifest_of(folder) is None:
         hint = "load it without verify, or save it again: that writes them"
         raise CheckpointError(f"{folder}: no {MANIFEST_FILE}, so there are no digests to verify", hint=hint)
     with torch.device("meta"):  # where sizes that no file confirms take no memory
-        tensors = read_tensors(folder, _built(folder, found, config, head), verify=verify)
+        like = found.build()
+    tensors = read_tensors(folder, like, layout=found.layout, device=device, dtype=dtype, verify=verify)
     with torch.random.fork_rng(devices=[]), _Blank():
-        model = _built(folder, found, config, head)
+        model = found.build()
     model.load_state_dict(tensors, strict=False, assign=True)
     return model.to(device=device, dtype=dtype)
 
@@ -152,40 +163,49 @@ def shape(folder: Folder) -> Backbone:
     """The model of a folder on the meta device, without its weights, whatever its kind; it costs no memory.
 
     Raises:
-        CheckpointError: for a folder without a model of this library.
+        CheckpointError: for a folder without a model that can be read.
         ConfigError: for a config with an unknown or missing key; names it.
     """
-    folder = model_folder(folder)
     with torch.device("meta"):
-        return _built(folder, *_described(folder))
+        return described(model_folder(folder)).build()
 
 
-def read_config(folder: Folder) -> ModelConfig:
-    """The config of a saved model.
-
-    Raises:
-        CheckpointError: when there is no model of this library in the folder.
-        ConfigError: when its config has an unknown or missing key.
-    """
-    path, about = _read_about(folder)
-    try:
-        return ModelConfig.from_dict(about["model"])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def read_tensors(folder: Folder, model: nn.Module, *, verify: bool = False) -> dict[str, Tensor]:
+def read_tensors(
+    folder: Folder,
+    model: nn.Module,
+    *,
+    layout: Layout | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+) -> dict[str, Tensor]:
     """The tensors of a saved model by name, exactly those of ``model``.
 
-    The sizes of all files of the folder are compared with its manifest, and with ``verify`` their digests.
+    Each is read, put on the device and given its dtype before the next one is read. The sizes of all files of the
+    folder are compared with its manifest, and with ``verify`` their digests.
+
+    Args:
+        folder: where it was saved.
+        model: what the tensors are for; it may be on the meta device.
+        layout: of another library; None is this one's.
+        device: None is the CPU.
+        dtype: of floating tensors; None keeps what was saved.
+        verify: whether to compare digests.
 
     Raises:
         CheckpointError: for a file that is missing, truncated or damaged, or a tensor too many, too few or of another
             shape.
     """
-    with _weights(folder, model) as (file, names):
-        check_files(folder, digests=verify)
-        return {name: file.get_tensor(name).clone() for name in names}  # owned: the file may change
+    places = _places(folder, model, layout)
+    check_files(folder, digests=verify)
+    here = {there: (name, change) for name, (_, there, change) in places.items()}
+    tensors: dict[str, Tensor] = {}
+    for there, tensor in each_tensor({there: stored for stored, there, _ in places.values()}):
+        name, change = here[there]
+        wanted = dtype if tensor.is_floating_point() else None
+        tensors[name] = change.here(tensor).to(device, wanted, copy=True).contiguous()  # owned: the file may change
+        del tensor
+    return tensors
 
 
 def check_tensors(folder: Folder) -> None:
@@ -195,26 +215,26 @@ def check_tensors(folder: Folder) -> None:
         CheckpointError: as :func:`read_tensors`.
         ConfigError: for a config with an unknown or missing key; names it.
     """
-    with _weights(folder, shape(folder)):
-        pass
+    found = described(folder)
+    with torch.device("meta"):
+        _places(folder, found.build(), found.layout)
 
 
-@contextmanager
-def _weights(folder: Folder, model: nn.Module) -> Iterator[tuple[Any, list[str]]]:
-    """The open file of weights, once it is known to hold the tensors of ``model``, and their names."""
-    path = current(folder, WEIGHTS_FILE)
-    if not path.exists():
-        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}", hint=f"{CONFIG_FILE} is there; copy the weights too")
-    expected = unique_tensors(model)
-    try:
-        with safe_open(path, framework="pt") as file:
-            _check_names(path, expected, set(file.keys()))
-            for name, tensor in expected.items():
-                _check_tensor(path, name, tensor, file.get_slice(name))
-            yield file, list(expected)
-    except (OSError, SafetensorError) as error:
-        hint = "the file is truncated or no safetensors file; copy or save it again"
-        raise CheckpointError(f"{path}: cannot be read: {error}", hint=hint) from error
+def _places(folder: Folder, model: nn.Module, layout: Layout | None) -> dict[str, tuple[Stored, str, Change]]:
+    """Where each tensor of a model is stored, under which name, and how its shape differs, once all is known to fit."""
+    expected, spare = unique_tensors(model), set[str]()
+    places = {name: Place(name, SAME) for name in expected}
+    if layout is not None and isinstance(model, Backbone):
+        places = {name: layout.place(model.config, name) for name in expected}
+        spare = layout.spare(model.config)
+    files = own_files(folder) if layout is None else found_files(folder)
+    stored = stored_tensors(files)
+    where = files.listing or files.paths[0]
+    _check_names(where, [place.name for place in places.values()], stored.keys() - spare)
+    for name, (there, change) in places.items():
+        like = change.there(torch.empty_like(expected[name], device="meta"))
+        _check_tensor(there, like, stored[there])
+    return {name: (stored[there], there, change) for name, (there, change) in places.items()}
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -224,87 +244,27 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in tensors if not (id(t) in seen or seen.add(id(t)))}
 
 
-def _described(folder: Folder) -> tuple[type[Backbone], ModelConfig, dict[str, Any]]:
-    """Class, config, and the options of the head."""
-    path, about = _read_about(folder)
-    config, head = read_config(folder), about.get("head")
-    if head is None:
-        return LanguageModel, config, {}
-    if not isinstance(head, dict):
-        raise CheckpointError(f"{path}: head is {brief(head)}, expected a table of options")
-    name = head.pop("kind", None)
-    if not isinstance(name, str) or name not in _POOLED:
-        raise CheckpointError(f"{folder}: unknown kind of model {brief(name)}", hint=f"known: {', '.join(_POOLED)}")
-    return _POOLED[name], config, head
-
-
-def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
-    """The path of ``config.json`` and what it holds."""
-    path = current(_existing(folder), CONFIG_FILE)
-    if not path.exists():
-        raise CheckpointError(
-            f"{folder}: no {CONFIG_FILE}", hint="give a folder written by save, or that of a training run"
-        )
-    about = read_json(path, hint="copy the folder again, or save the model again")
-    if not isinstance(about, dict) or "format" not in about or "model" not in about:
-        foreign = isinstance(about, dict) and about.get("model_type")
-        raise CheckpointError(
-            f"{path}: not a config of this library" + (f", but of a {brief(foreign)} model" if foreign else ""),
-            hint="checkpoints of other libraries cannot be read yet; give a folder written by save",
-        )
-    if about["format"] != FORMAT:
-        library = about.get("library", "an unknown version")
-        raise CheckpointError(
-            f"{path}: format {brief(about['format'])} of {library if isinstance(library, str) else brief(library)}, "
-            f"expected {FORMAT}",
-            hint=f"this is dualform {__version__}; upgrade it",
-        )
-    return path, about
-
-
-def _built(folder: Folder, kind: type[Any], config: ModelConfig, head: dict[str, Any]) -> Backbone:
-    path = current(folder, CONFIG_FILE)
-    try:
-        if not issubclass(kind, PooledModel):
-            return kind(config)
-        types = {"outputs": int, "inputs": int | None, "pooling": str}
-        outputs, inputs, pooling = (entry(head, name, of, f"{path}: head") for name, of in types.items())
-        return kind(config, outputs, inputs=inputs, pooling=pooling)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _existing(folder: Folder) -> Path:
-    path = Path(folder)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=f"try {path.parent}")
-    hint = "give a folder written by save, or that of a training run"
-    if len(path.parts) == 2 and not path.is_absolute():
-        hint += "; models on the Hugging Face Hub cannot be read yet"
-    raise CheckpointError(f"{folder}: no such folder", hint=hint)
-
-
-def _check_names(path: Path, expected: dict[str, Tensor], found: set[str]) -> None:
-    missing, extra = [name for name in expected if name not in found], sorted(found - expected.keys())
+def _check_names(path: Path, expected: list[str], found: set[str]) -> None:
+    missing, extra = [name for name in expected if name not in found], sorted(found.difference(expected))
     sides = [(missing, "missing"), (extra, "too many")]
     if problems := [f"{len(names)} {what}, first {names[0]!r}" for names, what in sides if names]:
         raise CheckpointError(f"{path}: tensors: {'; '.join(problems)}", hint=_OTHER_MODEL)
 
 
-def _check_tensor(path: Path, name: str, expected: Tensor, found: Any) -> None:
-    shape, dtype = tuple(found.get_shape()), found.get_dtype()
-    if shape != tuple(expected.shape):
-        raise CheckpointError(f"{path}: {name} has shape {shape}, expected {tuple(expected.shape)}", hint=_OTHER_MODEL)
-    if dtype.startswith(("F", "BF")) != expected.is_floating_point() or dtype.startswith("C") != expected.is_complex():
-        raise CheckpointError(f"{path}: {name} is {dtype}, expected {expected.dtype} or alike", hint=_OTHER_MODEL)
+def _check_tensor(name: str, expected: Tensor, found: Stored) -> None:
+    if found.shape != (shape := tuple(expected.shape)):
+        raise CheckpointError(f"{found.path}: {name} has shape {found.shape}, expected {shape}", hint=_OTHER_MODEL)
+    if (found.floating, found.complex) != (expected.is_floating_point(), expected.is_complex()):
+        raise CheckpointError(
+            f"{found.path}: {name} is {found.dtype}, expected {expected.dtype} or alike", hint=_OTHER_MODEL
+        )
 
 
 class _Blank(TorchFunctionMode):
-    """Leaves out the random fills of a new model, whose values a checkpoint replaces."""
+    """Leaves out the random fills of a new model, whose values a checkpoint replaces; so its memory is not touched."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):  # of torch.nn.init and Tensor
+        name = getattr(func, "__name__", "")  # of torch.nn.init, and of Tensor
+        if name in _FILLS or (name == "div_" and isinstance(args[0], nn.Parameter)):
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))

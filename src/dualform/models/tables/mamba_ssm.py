@@ -1,8 +1,7 @@
-"""The names and sizes of mamba-ssm in this library's terms."""
+"""The models of mamba-ssm: names of tensors, and options by the keys of its ``config.json``."""
 
-import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,40 +13,167 @@ from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mixer import PartConfig
 from dualform.layers.mlp import MLPConfig
-from dualform.models.config import ModelConfig
+from dualform.models.config import DEEPEST, ModelConfig
+from dualform.models.lm import LanguageModel
+from dualform.models.tables.layout import GATE_LAST, MAMBA, MAMBA2, SAME, Layout, Options, PartNames, Place, rank
 
-MIXER = {"conv1d.weight": "conv_weight", "conv1d.bias": "conv_bias", "dt_proj.bias": "dt_bias"}
-"""Parameters of Mamba and Mamba2 that have another name here; the others keep theirs."""
-ATTENTION = {"in_proj.weight": "qkv_proj.weight", "in_proj.bias": "qkv_proj.bias"}
-"""Those of attention."""
-MODEL = (
-    (r"backbone\.embedding\.", "embed."),
-    (r"backbone\.norm_f\.", "norm."),
-    (r"backbone\.layers\.(\d+)\.norm\.", r"blocks.\1.norms.0."),
-    (r"backbone\.layers\.(\d+)\.norm2\.", r"blocks.\1.norms.1."),
-    (r"backbone\.layers\.(\d+)\.mixer\.", r"blocks.\1.parts.0."),
-    (r"backbone\.layers\.(\d+)\.mlp\.fc1\.", r"blocks.\1.parts.1.gate_up_proj."),
-    (r"backbone\.layers\.(\d+)\.mlp\.fc2\.", r"blocks.\1.parts.1.down_proj."),
-    (r"lm_head\.", "head."),
+
+class _Sizes(NamedTuple):
+    """What a config here says in another way."""
+
+    layers: int
+    multiple: int
+    hidden: int | None
+    rms: bool
+    mixer: dict[str, Any]
+    attention: dict[str, Any]
+    attends: tuple[int, ...]
+
+
+_MODEL = Options(
+    ModelConfig,
+    {
+        "d_model": ("d_model", 2560),
+        "vocab_size": ("vocab_size", 50277),
+        "tie_embeddings": ("tie_embeddings", True),
+    },
 )
-"""What names of a language model begin with, there and here."""
-
-_SAME = {name: name for name in ("d_state", "d_conv", "expand", "dt_min", "dt_max", "bias", "conv_bias")}
+_SIZES = Options(
+    _Sizes,
+    {
+        "n_layer": ("layers", 64),
+        "pad_vocab_size_multiple": ("multiple", 8),
+        "d_intermediate": ("hidden", None),
+        "rms_norm": ("rms", True),
+        "ssm_cfg": ("mixer", {}),
+        "attn_cfg": ("attention", {}),
+        "attn_layer_idx": ("attends", ()),
+    },
+)
+_SAME = {
+    "d_conv": ("d_conv", 4),
+    "dt_min": ("dt_min", 1e-3),
+    "dt_max": ("dt_max", 1e-1),
+    "bias": ("bias", False),
+    "conv_bias": ("conv_bias", True),
+}
+_MIXERS = {
+    "Mamba1": Options(MambaConfig, {**_SAME, "d_state": ("d_state", 16), "dt_rank": ("dt_rank", "auto")}),
+    "Mamba2": Options(
+        Mamba2Config,
+        {
+            **_SAME,
+            "d_state": ("d_state", 128),
+            "headdim": ("d_head", 64),
+            "ngroups": ("groups", 1),
+            "dt_limit": ("dt_limit", (0.0, float("inf"))),
+        },
+    ),
+}
+_ATTENTION = Options(
+    AttentionConfig,
+    {
+        "num_heads": ("heads", None),
+        "num_heads_kv": ("kv_heads", None),
+        "head_dim": ("d_head", None),
+        "rotary_emb_base": ("rope", 10000.0),
+        "qkv_proj_bias": ("bias", True),
+    },
+)
 _START = {"dt_init", "dt_scale", "dt_init_floor", "conv_init", "A_init_range"}  # of fresh parameters only
-_SPEED = {"use_fast_path", "use_mem_eff_path", "chunk_size", "layer", "sequence_parallel", "process_group"}
-_MAMBA = {**_SAME, "dt_rank": "dt_rank"}
-_MAMBA2 = {**_SAME, "headdim": "d_head", "ngroups": "groups", "dt_limit": "dt_limit"}
-_ONLY2 = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
-_ATTENTION = {"num_heads": "heads", "num_heads_kv": "kv_heads", "head_dim": "d_head", "rotary_emb_base": "rope"}
-_ONLY = {"causal": True, "d_conv": 0, "mlp_dim": 0, "rotary_emb_interleaved": False, "softmax_scale": None}
+_SPEED = {"use_fast_path", "use_mem_eff_path", "chunk_size", "layer", "sequence_parallel", "process_group", "expand"}
+_ONLY = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
+_ONLY_ATTENTION = {
+    "causal": True,
+    "d_conv": 0,
+    "mlp_dim": 0,
+    "rotary_emb_interleaved": False,
+    "softmax_scale": None,
+}
+_MLP_MULTIPLE = 128  # of the inner width of a feed-forward, which is rounded up to it
 
 
-def mixer_tensors(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a Mamba or Mamba2, under this library's names and in its shapes."""
-    found = {MIXER.get(name, name): tensor for name, tensor in given.items()}
-    if "conv_weight" in found:
-        found["conv_weight"] = found["conv_weight"].squeeze(1)  # (D, 1, W)
-    return found
+def read_config(table: Mapping[str, Any], where: str = "mamba_ssm: ") -> ModelConfig:
+    """The config of the ``LanguageModel`` that a ``MambaConfig`` of mamba-ssm, as a dict, describes.
+
+    Raises:
+        ConfigError: for an option that no layer of this library has, or a value that none can have; names it.
+    """
+    model = _MODEL.read(table, where)
+    sizes = _Sizes(**_SIZES.read({**table, "d_intermediate": table.get("d_intermediate") or None}, where))
+    if not sizes.rms:
+        raise ConfigError(f"{where}rms_norm is False, and LanguageModel has no norm with a mean")
+    if sizes.layers > DEEPEST:
+        raise ConfigError(f"{where}n_layer is {sizes.layers:,}, expected at most {DEEPEST:,}")
+    if wrong := [i for i in sizes.attends if i not in range(sizes.layers)]:
+        raise ConfigError(f"{where}attn_layer_idx has {wrong[0]}, expected 0 to {sizes.layers - 1}")
+    beside: tuple[PartConfig, ...] = ()
+    if sizes.hidden:
+        beside = (MLPConfig(d_hidden=-(-sizes.hidden // _MLP_MULTIPLE) * _MLP_MULTIPLE),)
+    parts: dict[str, tuple[PartConfig, ...]] = {"M": (_read_mixer(sizes.mixer, model["d_model"], where), *beside)}
+    if sizes.attends:
+        parts["A"] = (_read_attention(sizes.attention, model["d_model"], where), *beside)
+    model["vocab_size"] = -(-model["vocab_size"] // sizes.multiple) * sizes.multiple
+    attends = set(sizes.attends)
+    pattern = "".join("A" if i in attends else "M" for i in range(sizes.layers))
+    return ModelConfig(parts={letter: parts[letter] for letter in parts if letter in pattern}, pattern=pattern, **model)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of :func:`read_config`.
+
+    Raises:
+        ConfigError: for a model that mamba-ssm does not have; says what it lacks.
+    """
+    mixers = {config.parts[letter][0] for letter in config.pattern}
+    beside = {config.parts[letter][1:] for letter in config.pattern}
+    ours = {part for part in mixers if isinstance(part, MambaConfig | Mamba2Config)}
+    attention = {part for part in mixers if isinstance(part, AttentionConfig)}
+    hidden = _hidden(beside.copy().pop(), config.d_model)
+    if config.shared or len(ours) > 1 or len(attention) > 1 or len(beside) > 1 or mixers - ours - attention:
+        raise _lacks("blocks that are shared, or that are neither one kind of Mamba nor attention")
+    if config.norm_eps != 1e-5:
+        raise _lacks(f"a norm_eps of {config.norm_eps}, where its own is 1e-05")
+    sizes = {
+        "n_layer": len(config.pattern),
+        "d_intermediate": hidden,
+        "ssm_cfg": _written_mixer(ours.pop(), config.d_model) if ours else {},
+        "attn_layer_idx": [
+            i for i, letter in enumerate(config.pattern) if isinstance(config.parts[letter][0], AttentionConfig)
+        ],
+        "attn_cfg": _written_attention(attention.pop(), config.d_model) if attention else {},
+        "pad_vocab_size_multiple": 1 if config.vocab_size % 8 else 8,
+    }
+    return {**_MODEL.write(config), **sizes, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+
+
+MAMBA_SSM = Layout(
+    name="mamba_ssm",
+    outside={"embed": "backbone.embedding.", "norm": "backbone.norm_f.", "head": "lm_head."},
+    block="backbone.layers.{}.",
+    norms=("norm.", "norm2."),
+    parts={
+        MambaConfig: MAMBA,
+        Mamba2Config: MAMBA2,
+        AttentionConfig: PartNames(
+            "mixer.",
+            {
+                "qkv_proj.weight": Place("in_proj.weight", SAME),
+                "qkv_proj.bias": Place("in_proj.bias", SAME),
+            },
+        ),
+        MLPConfig: PartNames(
+            "mlp.",
+            {
+                "gate_up_proj.weight": Place("fc1.weight", GATE_LAST),
+                "down_proj.weight": Place("fc2.weight", SAME),
+            },
+        ),
+    },
+    read=read_config,
+    write=write_config,
+)
+"""The layout of mamba-ssm."""
 
 
 def model_tensors(given: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -55,84 +181,89 @@ def model_tensors(given: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
 
     Args:
         given: its state dict.
-        config: of :func:`model_config`.
+        config: of :func:`read_config`.
     """
-    found: dict[str, Tensor] = {}
-    for name, tensor in given.items():
-        for pattern, here in MODEL:
-            if match := re.match(pattern, name):
-                found[match.expand(here) + name[match.end() :]] = tensor
-                break
-        else:
-            found[name] = tensor
-    if config.tie_embeddings:
-        found.pop("head.weight", None)
-    for i, letter in enumerate(config.pattern):
-        prefix = f"blocks.{i}.parts.0."
-        own = {name.removeprefix(prefix): found.pop(name) for name in list(found) if name.startswith(prefix)}
-        attends = isinstance(config.parts[letter][0], AttentionConfig)
-        own = {ATTENTION.get(name, name): m for name, m in own.items()} if attends else mixer_tensors(own)
-        found.update({prefix + name: tensor for name, tensor in own.items()})
-        for kind in ("weight", "bias"):
-            name = f"blocks.{i}.parts.1.gate_up_proj.{kind}"
-            if name in found:
-                up, gate = found[name].chunk(2)  # there the gate comes last
-                found[name] = torch.cat([gate, up])
+    with torch.device("meta"):
+        places = {name: MAMBA_SSM.place(config, name) for name in LanguageModel(config).state_dict()}
+    return {name: change.here(given[there]) for name, (there, change) in places.items()}
+
+
+def _read_mixer(given: Mapping[str, Any], width: int, where: str) -> PartConfig:
+    where = f"{where}ssm_cfg"
+    layer, expand = given.get("layer", "Mamba1"), given.get("expand", 2)
+    if not isinstance(layer, str) or layer not in _MIXERS:
+        raise ConfigError(f"{where} has the layer {brief(layer)}, expected {' or '.join(_MIXERS)}")
+    options = _MIXERS[layer]
+    _check(given, options, _ONLY if layer == "Mamba2" else {}, where)
+    if isinstance(expand, bool) or not isinstance(expand, int | float) or not 1 <= expand * width < 2**63:
+        raise ConfigError(f"{where} has expand = {brief(expand)}, expected a positive number")
+    found, channels = options.read(given, f"{where}: "), int(expand * width)
+    found |= {"d_inner": channels} if channels % width else {"expand": channels // width}
+    if found.get("dt_rank") == rank(width):
+        found["dt_rank"] = None
+    return options.cls(**found)
+
+
+def _written_mixer(part: MambaConfig | Mamba2Config, width: int) -> dict[str, Any]:
+    channels = part.expand * width if part.d_inner is None else part.d_inner
+    expand = channels / width if channels % width else channels // width
+    if int(expand * width) != channels:
+        raise _lacks(f"a mixer with d_inner = {channels}")
+    if isinstance(part, MambaConfig):
+        rate = "auto" if part.dt_rank is None else part.dt_rank
+        return {"layer": "Mamba1", "expand": expand, **_MIXERS["Mamba1"].write(part), "dt_rank": rate}
+    if part.norm_eps != 1e-5:
+        raise _lacks(f"a mixer with a norm_eps of {part.norm_eps}")
+    found = {"layer": "Mamba2", "expand": expand, **_MIXERS["Mamba2"].write(part)}
+    if part.dt_limit == Mamba2Config.dt_limit:
+        del found["dt_limit"]  # its end is infinite, which not every reader of JSON takes
     return found
 
 
-def model_config(about: Mapping[str, Any]) -> ModelConfig:
-    """The config of the ``LanguageModel`` that a ``MambaConfig``, as a dict, describes.
-
-    Raises:
-        ConfigError: for an option that no layer of this library has; names it.
-    """
-    if not about.get("rms_norm", True):
-        raise ConfigError("mamba_ssm: rms_norm is False, and LanguageModel has no norm with a mean")
-    ssm, width = about.get("ssm_cfg") or {}, about["d_model"]
-    two = ssm.get("layer", "Mamba1") == "Mamba2"
-    mixer: PartConfig
-    if two:
-        mixer = Mamba2Config(**_options("ssm_cfg", ssm, _MAMBA2, _ONLY2))
-    else:
-        options = _options("ssm_cfg", ssm, _MAMBA, {})
-        mixer = MambaConfig(**{k: v for k, v in options.items() if (k, v) != ("dt_rank", "auto")})
-    inner = about.get("d_intermediate", 0)
-    beside = (MLPConfig(d_hidden=-(-inner // 128) * 128),) if inner else ()
-    parts: dict[str, tuple[PartConfig, ...]] = {"M": (mixer, *beside)}
-    attends = set(about.get("attn_layer_idx") or ())
-    if attends:
-        parts["A"] = (_attention(about.get("attn_cfg") or {}, width), *beside)
-    multiple = about.get("pad_vocab_size_multiple", 8)
-    return ModelConfig(
-        -(-about["vocab_size"] // multiple) * multiple,
-        width,
-        parts,
-        "".join("A" if i in attends else "M" for i in range(about["n_layer"])),
-        tie_embeddings=about.get("tie_embeddings", True),
-    )
+def _read_attention(given: Mapping[str, Any], width: int, where: str) -> AttentionConfig:
+    where, given = f"{where}attn_cfg", dict(given)
+    rotated, biased = given.pop("rotary_emb_dim", 0), given.pop("out_proj_bias", True)
+    found = _ATTENTION.read(given, f"{where}: ")
+    head = found["d_head"] or width // found["heads"]
+    if biased != found["bias"]:
+        raise ConfigError(f"{where} has one of two biases, and Attention has both or none")
+    if rotated not in (0, head):
+        raise ConfigError(f"{where} has rotary_emb_dim = {brief(rotated)} of {head}; Attention rotates all or none")
+    _check({"causal": False, **given}, _ATTENTION, _ONLY_ATTENTION, where)
+    return AttentionConfig(**{**found, **({} if rotated else {"rope": None})})
 
 
-def _attention(given: Mapping[str, Any], width: int) -> AttentionConfig:
-    given = dict(given)
-    biases = {given.pop("qkv_proj_bias", True), given.pop("out_proj_bias", True)}
-    rotated = given.pop("rotary_emb_dim", 0)
-    head = given.get("head_dim") or width // given["num_heads"]
-    if len(biases) > 1 or rotated not in (0, head):
-        what = "one of two biases" if len(biases) > 1 else f"rotary_emb_dim = {rotated} of {head}"
-        raise ConfigError(f"mamba_ssm: attn_cfg has {what}, which Attention does not have")
-    options = _options("attn_cfg", {"causal": False, **given}, _ATTENTION, _ONLY)
-    return AttentionConfig(**{"rope": 10000.0, **options, **({} if rotated else {"rope": None})}, bias=biases.pop())
+def _written_attention(part: AttentionConfig, width: int) -> dict[str, Any]:
+    if part.window is not None:
+        raise _lacks(f"attention with a window of {part.window}")
+    found = {"causal": True, **_ATTENTION.write(part), "out_proj_bias": part.bias}
+    if part.rope is None:
+        del found["rotary_emb_base"]
+        return found
+    return {**found, "rotary_emb_dim": part.d_head or width // part.heads}
 
 
-def _options(where: str, given: Mapping[str, Any], names: Mapping[str, str], only: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by this library's names; those that it does not have must be at what its layers do."""
-    found = {}
+def _hidden(beside: tuple[PartConfig, ...], width: int) -> int:
+    """The inner width of the feed-forward after a mixer; 0 for none."""
+    if not beside:
+        return 0
+    part = beside[0]
+    if len(beside) > 1 or not isinstance(part, MLPConfig) or part.bias:
+        raise _lacks("a block other than a mixer and a feed-forward without biases")
+    hidden = -(-width // 3) * 8 if part.d_hidden is None else part.d_hidden
+    if hidden % _MLP_MULTIPLE:
+        raise _lacks(f"a feed-forward of inner width {hidden}, no multiple of {_MLP_MULTIPLE}")
+    return hidden
+
+
+def _check(given: Mapping[str, Any], options: Options, only: Mapping[str, Any], where: str) -> None:
+    """That options which the layers here do not have are at what those compute."""
     for name, value in given.items():
-        if name in names:
-            found[names[name]] = tuple(value) if isinstance(value, list) else value
-        elif name in only and value != only[name]:
-            raise ConfigError(f"mamba_ssm: {where} has {name} = {brief(value)}; the layer here has {only[name]!r}")
-        elif name not in only and name not in _START | _SPEED:
-            raise ConfigError(f"mamba_ssm: {where} has {name!r}, which the layer here does not have")
-    return found
+        if name in only and value != only[name]:
+            raise ConfigError(f"{where} has {name} = {brief(value)}; the layer here has {only[name]!r}")
+        if name not in options.keys and name not in only and name not in _START | _SPEED:
+            raise ConfigError(f"{where} has {brief(name)}, which the layer here does not have")
+
+
+def _lacks(what: str) -> ConfigError:
+    return ConfigError(f"model: {what}, which mamba-ssm does not have")

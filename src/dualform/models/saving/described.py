@@ -1,0 +1,140 @@
+"""What ``config.json`` of a folder says the model is, whichever library wrote it; and what to write there."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dualform import __version__
+from dualform.core.errors import CheckpointError, ConfigError
+from dualform.core.json_file import entry, kind_of, read_json
+from dualform.core.options import brief
+from dualform.models.backbone import Backbone
+from dualform.models.config import ModelConfig
+from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
+from dualform.models.lm import LanguageModel
+from dualform.models.saving.files import CONFIG_FILE, current
+from dualform.models.tables.layout import Layout
+from dualform.models.tables.registry import SUPPORTED, layout_of, written_as
+
+FORMAT = 1
+POOLED: dict[str, type[PooledModel]] = {kind.__name__: kind for kind in (SequenceClassifier, SequenceRegressor)}
+Folder = str | os.PathLike[str]
+
+
+class Described(NamedTuple):
+    """A model in a folder, without its weights."""
+
+    path: Path  # of config.json
+    kind: type[Any]
+    config: ModelConfig
+    head: dict[str, Any]  # options of a classifier or regressor
+    layout: Layout | None  # of another library; None for this one's
+
+    def build(self) -> Backbone:
+        """The model.
+
+        Raises:
+            ConfigError: for options that cannot be; names the file.
+        """
+        try:
+            if not issubclass(self.kind, PooledModel):
+                return self.kind(self.config)
+            types = {"outputs": int, "inputs": int | None, "pooling": str}
+            outputs, inputs, pooling = (entry(self.head, name, of, f"{self.path}: head") for name, of in types.items())
+            return self.kind(self.config, outputs, inputs=inputs, pooling=pooling)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from error
+
+
+def described(folder: Folder) -> Described:
+    """The model of a folder.
+
+    Raises:
+        CheckpointError: where there is none that can be read; says which can.
+        ConfigError: when its config has an unknown or missing key, or a value that cannot be; names it.
+    """
+    path, about = _read_about(folder)
+    own = "format" in about and "model" in about
+    layout = None if own else layout_of(about, str(path))
+    try:
+        config = ModelConfig.from_dict(about["model"]) if layout is None else layout.read(about, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    head = about.get("head") if own else None
+    if head is None:
+        return Described(path, LanguageModel, config, {}, layout)
+    if not isinstance(head, dict):
+        raise CheckpointError(f"{path}: head is {brief(head)}, expected a table of options")
+    name = head.pop("kind", None)
+    if not isinstance(name, str) or name not in POOLED:
+        raise CheckpointError(f"{folder}: unknown kind of model {brief(name)}", hint=f"known: {', '.join(POOLED)}")
+    return Described(path, POOLED[name], config, head, None)
+
+
+def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Layout | None]:
+    """What ``config.json`` of a saved model holds, and the layout, None for this library's own.
+
+    Raises:
+        ArgumentError: for a layout that there is not.
+        ConfigError: for a model that the layout does not have; says what it lacks.
+    """
+    written = written_as(model.config, layout)
+    if written is not None:
+        if not isinstance(model, LanguageModel):
+            raise ConfigError(f"save: a {type(model).__name__} as {layout!r}, which takes language models")
+        table, about = written
+        return about if layout != "hf" else {**about, "torch_dtype": _dtype(model)}, table
+    about = {"format": FORMAT, "library": f"dualform {__version__}", "model": model.config.to_dict()}
+    if isinstance(model, PooledModel):
+        about["head"] = model.head_options()
+    return about, None
+
+
+def read_config(folder: Folder) -> ModelConfig:
+    """The config of a saved model.
+
+    Raises:
+        CheckpointError: when there is no model in the folder that can be read.
+        ConfigError: when its config has an unknown or missing key.
+    """
+    return described(folder).config
+
+
+def _dtype(model: Backbone) -> str:
+    return str(model.norm.weight.dtype).removeprefix("torch.")
+
+
+def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
+    """The path of ``config.json`` and what it holds."""
+    path = current(_existing(folder), CONFIG_FILE)
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder}: no {CONFIG_FILE}", hint="give a folder written by save, or that of a training run"
+        )
+    hint = "copy the folder again, or save the model again"
+    about = read_json(path, hint=hint, infinite=True)
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{path}: not a config of this library, but {kind_of(about)}", hint=SUPPORTED)
+    if "format" not in about or "model" not in about:
+        return path, about
+    about = read_json(path, hint=hint)  # where infinities are words
+    if about["format"] != FORMAT:
+        library = about.get("library", "an unknown version")
+        raise CheckpointError(
+            f"{path}: format {brief(about['format'])} of {library if isinstance(library, str) else brief(library)}, "
+            f"expected {FORMAT}",
+            hint=f"this is dualform {__version__}; upgrade it",
+        )
+    return path, about
+
+
+def _existing(folder: Folder) -> Path:
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=f"try {path.parent}")
+    hint = "give a folder written by save, or that of a training run"
+    if len(path.parts) == 2 and not path.is_absolute():
+        hint += "; models on the Hugging Face Hub cannot be read yet"
+    raise CheckpointError(f"{folder}: no such folder", hint=hint)

@@ -1,0 +1,53 @@
+"""Which table reads a folder of another library, by what its ``config.json`` says."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
+from dualform.core.options import brief, suggestion
+from dualform.models.config import ModelConfig
+from dualform.models.tables.hf import HF
+from dualform.models.tables.layout import Layout
+from dualform.models.tables.mamba_ssm import MAMBA_SSM
+
+SUPPORTED = f"folders of dualform, of transformers ({', '.join(HF)}) and of mamba-ssm can be read"
+LAYOUTS = ("dualform", "hf", "mamba_ssm")
+"""What a model can be written as."""
+
+
+def layout_of(about: Mapping[str, Any], where: str) -> Layout:
+    """The layout of a folder whose ``config.json`` holds ``about``.
+
+    Raises:
+        CheckpointError: for an architecture that is not in the tables; names it and those that are.
+    """
+    if "model_type" in about:
+        name = about["model_type"]
+        if not isinstance(name, str) or name not in HF:
+            raise CheckpointError(f"{where}: model_type is {brief(name)}, which is not in the tables", hint=SUPPORTED)
+        return HF[name]
+    if {"d_model", "n_layer"} <= about.keys():
+        return MAMBA_SSM
+    raise CheckpointError(f"{where}: not a config of this library, nor of another one that it knows", hint=SUPPORTED)
+
+
+def written_as(config: ModelConfig, name: str) -> tuple[Layout, dict[str, Any]] | None:
+    """The layout called ``name`` for a model, and its ``config.json``; None for this library's own.
+
+    Raises:
+        ArgumentError: for a name that there is not.
+        ConfigError: for a model that the layout does not have; says what it lacks.
+    """
+    if name not in LAYOUTS:
+        raise ArgumentError(f"save: layout is {brief(name)}", hint=suggestion(str(name), LAYOUTS))
+    if name == "dualform":
+        return None
+    layouts = list(HF.values()) if name == "hf" else [MAMBA_SSM]
+    kind = type(config.parts[config.pattern[0]][0])
+    errors = []
+    for layout in [layout for layout in layouts if kind in layout.parts] or layouts:
+        try:
+            return layout, layout.write(config)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]

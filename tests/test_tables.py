@@ -1,0 +1,223 @@
+"""Models of other libraries in this one: recorded logits, random models of transformers, and the way back."""
+
+import dataclasses
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dualform as df
+from dualform.compat.mixer_seq import MambaLMHeadModel
+from dualform.compat.model_config import MambaConfig as UpstreamConfig
+from dualform.core.errors import ArgumentError, ConfigError
+from dualform.core.laws import LAWS, Trial
+from dualform.layers.attention import AttentionConfig
+from dualform.layers.lstm import LSTMConfig
+from dualform.layers.mamba import MambaConfig
+from dualform.layers.mamba2 import Mamba2Config
+from dualform.layers.mlp import MLPConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+RECORDED = ("lm_mamba", "lm_mamba2")
+recorded = pytest.mark.parametrize("name", RECORDED)
+
+
+def apart(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@recorded
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-6)])
+def test_the_recorded_logits(name, dtype, tolerance):
+    model, want = df.load(GOLDEN / name, dtype=dtype), load_file(GOLDEN / f"{name}.safetensors")
+    with torch.no_grad():
+        logits = model(want["input_ids"])[0]
+    assert logits.dtype == getattr(torch, dtype)
+    assert apart(logits, want["logits" if dtype == "float32" else "logits_f64"]) <= tolerance
+
+
+@recorded
+def test_the_recorded_continuation(name):
+    model, want = df.load(GOLDEN / name), load_file(GOLDEN / f"{name}.safetensors")
+    greedy = df.Sampling(temperature=0)
+    stepped = [list(df.generate(model, row, 16, sampling=greedy)) for row in want["input_ids"]]
+    assert stepped == want["continuation"].tolist()
+    x = want["input_ids"]
+    with torch.no_grad():
+        for _ in range(16):
+            x = torch.cat([x, model(x)[0][:, -1:].argmax(-1)], 1)
+    assert x[:, 13:].tolist() == stepped
+
+
+@recorded
+@pytest.mark.parametrize("law", ["split", "step", "packed", "padded left", "padded right", "padded between", "rows"])
+def test_every_form_is_the_same_function(name, law):
+    model = df.load(GOLDEN / name, dtype="float64")
+    x = torch.randint(97, (4, 12), generator=torch.Generator().manual_seed(1))
+    error = LAWS[law](Trial(model, x, warmup=3))
+    assert error is not None and error.error < 1e-10
+
+
+@recorded
+def test_there_and_back(name, tmp_path):
+    model = df.load(GOLDEN / name)
+    df.save(model, tmp_path / "own")
+    df.save(df.load(tmp_path / "own"), tmp_path / "hf", layout="hf")
+    stored, want = load_file(tmp_path / "hf" / "model.safetensors"), load_file(GOLDEN / name / "model.safetensors")
+    assert stored.keys() == want.keys() and all(torch.equal(stored[key], want[key]) for key in want)
+    about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    first = json.loads((GOLDEN / name / "config.json").read_text())
+    tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}  # which are the tokenizer's here
+    assert {key: about[key] for key in about.keys() & first.keys() - tokens} == {
+        key: first[key] for key in about.keys() & first.keys() - tokens
+    }
+    again = df.load(tmp_path / "hf")
+    assert again.config == model.config and same(again, model)
+
+
+def same(a: Any, b: Any) -> bool:
+    mine, other = a.state_dict(), b.state_dict()
+    return mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+# --- fresh models of transformers, at odd sizes ---
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 3, "conv_kernel": 3, "time_step_rank": 5, "use_bias": True, "tie_word_embeddings": False},
+    "mamba, a width of its own": {"state_size": 5, "intermediate_size": 13, "use_conv_bias": False},
+    "mamba2": {"num_heads": 6, "head_dim": 4, "n_groups": 3, "state_size": 5, "layer_norm_epsilon": 0.5},
+    "mamba2, bounded": {"num_heads": 3, "head_dim": 8, "n_groups": 1, "time_step_limit": (0.02, 0.3), "use_bias": True},
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_random_model_of_transformers(case, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    family = case.split(",")[0]
+    torch.manual_seed(0)
+    options = {"vocab_size": 29, "hidden_size": 12, "num_hidden_layers": 2, "chunk_size": 4, **FAMILIES[case]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels that transformers does not find
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **options))
+        with torch.no_grad():
+            for p in theirs.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+        theirs.eval().save_pretrained(tmp_path / "theirs")
+        x = torch.randint(29, (2, 9))
+        ours = df.load(tmp_path / "theirs")
+        with torch.no_grad():
+            assert apart(ours(x)[0], theirs(x, use_cache=False).logits) < 1e-5
+        df.save(ours, tmp_path / "ours", layout="hf")
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert same(back, theirs)
+    assert df.load(tmp_path / "ours").config == ours.config
+
+
+# --- mamba-ssm ---
+
+SIZES = {"d_model": 8, "n_layer": 3, "vocab_size": 13, "residual_in_fp32": True}
+UPSTREAM = {
+    "mamba": UpstreamConfig(**SIZES, ssm_cfg={"d_state": 3, "dt_rank": 2}),
+    "mamba2": UpstreamConfig(**SIZES, ssm_cfg={"layer": "Mamba2", "d_state": 3, "headdim": 4, "ngroups": 2}),
+    "hybrid": UpstreamConfig(
+        **SIZES,
+        d_intermediate=100,
+        ssm_cfg={"layer": "Mamba2", "d_state": 3, "headdim": 8, "dt_limit": [0.01, 0.1], "bias": True},
+        attn_layer_idx=[1],
+        attn_cfg={"num_heads": 2, "num_heads_kv": 1, "rotary_emb_dim": 4, "causal": True},
+        tie_embeddings=False,
+        pad_vocab_size_multiple=5,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UPSTREAM)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_mamba_ssm(case, file, tmp_path):
+    torch.manual_seed(0)
+    theirs, x = MambaLMHeadModel(UPSTREAM[case]), torch.randint(13, (2, 7))
+    theirs.save_pretrained(tmp_path / "theirs")
+    if file == "pytorch_model.bin":  # as that library writes it: with a tied head
+        (tmp_path / "theirs" / "model.safetensors").unlink()
+        (tmp_path / "theirs" / "manifest.json").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "theirs" / file)
+    ours = df.load(tmp_path / "theirs")
+    assert ours.config.vocab_size == (15 if case == "hybrid" else 16)
+    with torch.no_grad():
+        assert apart(ours(x)[0], theirs(x).logits) < 1e-5
+    df.save(ours, tmp_path / "ours", layout="mamba_ssm")
+    again = df.load(tmp_path / "ours")
+    assert again.config == ours.config and same(again, ours)
+    assert same(MambaLMHeadModel.from_pretrained(tmp_path / "ours"), theirs)
+
+
+def test_the_same_model_in_two_libraries(tmp_path):
+    model = df.load(GOLDEN / "lm_mamba2")
+    df.save(model, tmp_path, layout="mamba_ssm")
+    want = load_file(GOLDEN / "lm_mamba2.safetensors")
+    with torch.no_grad():
+        logits = MambaLMHeadModel.from_pretrained(tmp_path)(want["input_ids"]).logits
+    assert apart(logits[..., :97], want["logits"]) < 1e-5
+
+
+# --- what cannot be written ---
+
+
+def lm(*parts: Any, **options: Any) -> df.LanguageModel:
+    letters = dict(zip("ABC", ((part,) if not isinstance(part, tuple) else part for part in parts), strict=False))
+    return df.LanguageModel(df.ModelConfig(**{"vocab_size": 7, "d_model": 8, "pattern": "".join(letters), **options},
+                                           parts=letters))  # fmt: skip
+
+
+MAMBA2 = Mamba2Config(d_state=3, d_head=4)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "sentence"),
+    [
+        (lm(LSTMConfig(hidden=3)), "hf", "blocks of LSTM, which"),
+        (lm(MambaConfig(), MAMBA2), "hf", "has different blocks"),
+        (lm(MambaConfig(), pattern="AA", shared="A"), "hf", "shares the blocks 'A'"),
+        (lm((MAMBA2, MLPConfig())), "hf", "blocks of Mamba2, MLP"),
+        (lm(dataclasses.replace(MAMBA2, norm_eps=0.1)), "hf", "norm_eps of 0.1 beside one of 1e-05"),
+        (lm(dataclasses.replace(MAMBA2, d_inner=12)), "hf", "d_inner = 12, no multiple of d_model = 8"),
+        (lm(LSTMConfig(hidden=3)), "mamba_ssm", "neither one kind of Mamba nor attention"),
+        (lm(MambaConfig(), norm_eps=1e-6), "mamba_ssm", "norm_eps of 1e-06, where its own is 1e-05"),
+        (lm(dataclasses.replace(MAMBA2, norm_eps=0.1)), "mamba_ssm", "a mixer with a norm_eps of 0.1"),
+        (lm((MAMBA2, MLPConfig(d_hidden=13))), "mamba_ssm", "inner width 13, no multiple of 128"),
+        (lm(AttentionConfig(heads=2, window=3)), "mamba_ssm", "attention with a window of 3"),
+    ],
+)
+def test_a_model_that_another_library_does_not_have(model, layout, sentence, tmp_path):
+    with pytest.raises(ConfigError, match=sentence):
+        df.save(model, tmp_path / "a", layout=layout)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_layout_that_there_is_not(tmp_path):
+    with pytest.raises(ArgumentError, match=r"layout is 'hff'\n.*did you mean 'hf'"):
+        df.save(lm(MambaConfig()), tmp_path / "a", layout="hff")
+    classifier = df.SequenceClassifier(lm(MambaConfig()).config, 2)
+    with pytest.raises(ConfigError, match="SequenceClassifier as 'hf', which takes language models"):
+        df.save(classifier, tmp_path / "a", layout="hf")
+    assert not (tmp_path / "a").exists()
+
+
+# --- options ---
+
+
+def test_options_of_the_layers():
+    assert lm(MambaConfig(d_inner=11)).blocks[0].parts[0].A().shape == (11, 16)
+    two = lm(dataclasses.replace(MAMBA2, d_inner=12, norm_eps=0.25)).blocks[0].parts[0]
+    assert (two.heads, two.norm.eps) == (3, 0.25)
+    with pytest.raises(ConfigError, match="d_inner = 13 is not a multiple of d_head = 4"):
+        lm(dataclasses.replace(MAMBA2, d_inner=13))
+    for config in (MambaConfig(d_inner=0), MambaConfig(dt_rank=0), dataclasses.replace(MAMBA2, norm_eps=math.inf)):
+        with pytest.raises(ConfigError, match=r"(d_inner|dt_rank|norm_eps) is (0|inf), expected a"):
+            lm(config)
