@@ -12,8 +12,7 @@ from dualform.compat.generation import decode
 from dualform.compat.mixer_seq import MambaLMHeadModel, MixerModel, create_block
 from dualform.compat.model_config import MambaConfig
 from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
-from dualform.models.tables.mamba_ssm import model_tensors
-from dualform.models.tables.mamba_ssm import read_config as model_config
+from dualform.models.tables.mamba_ssm import model_config, model_tensors
 
 SIZES = {"d_model": 8, "n_layer": 2, "vocab_size": 13}
 CONFIGS = {

@@ -148,7 +148,9 @@ def test_every_public_name_resolves():
     assert not missing
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "generate", "info", "inspect", "verify", "check", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "generate", "info", "convert", "inspect", "verify", "check", "doctor"]
+)
 def test_help_loads_nothing_heavy(command):
     arguments = ["dualform", *command.split(), "--help"]
     loaded = loaded_after(f"import sys; sys.argv = {arguments}; from dualform.cli.main import main; main()")

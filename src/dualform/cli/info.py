@@ -69,12 +69,17 @@ def _trained(name: str) -> "Backbone":
 
 
 def _weights(name: str) -> dict[str, Any]:
-    """Where the weights of a saved model are, and their bytes; None where they are missing."""
+    """Where the weights of a saved model are, whose layout they have, and their bytes; None where one is missing."""
     from dualform.cli.folders import model_folder
-    from dualform.models.saving.files import WEIGHTS_FILE, current
+    from dualform.models.saving.described import described
+    from dualform.models.saving.files import current
+    from dualform.models.saving.weights import weight_names
 
-    path = current(model_folder(name), WEIGHTS_FILE)
-    return {"path": str(path), "bytes": path.stat().st_size if path.exists() else None}
+    folder = model_folder(name)
+    layout, paths = described(folder).layout, [current(folder, name) for name in weight_names(folder)]
+    size = sum(path.stat().st_size for path in paths) if all(path.exists() for path in paths) else None
+    where = paths[0] if len(paths) == 1 else folder
+    return {"path": str(where), "bytes": size, "layout": "dualform" if layout is None else layout.name}
 
 
 def _history(name: str) -> dict[str, Any] | None:
@@ -108,7 +113,8 @@ def _told(weights: "Mapping[str, Any] | None") -> str:
     if weights is None:
         return "none: a preset is a shape"
     size = weights["bytes"]
-    return "[red]missing[/red]" if size is None else f"{size:,} bytes in {_plain(weights['path'])}"
+    layout = "" if weights["layout"] == "dualform" else f", {weights['layout']}"
+    return "[red]missing[/red]" if size is None else f"{size:,} bytes in {_plain(weights['path'])}{layout}"
 
 
 def _shape(model: "Backbone") -> list[tuple[str, str]]:

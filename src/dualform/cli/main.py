@@ -8,6 +8,7 @@ import typer
 
 from dualform import __version__
 from dualform.cli.check import check
+from dualform.cli.convert import convert
 from dualform.cli.demo import demo
 from dualform.cli.doctor import doctor
 from dualform.cli.errors import sentence
@@ -45,7 +46,7 @@ def _options(
     pass
 
 
-for command in (demo, train, generate, info, inspect, verify, check, doctor):
+for command in (demo, train, generate, info, convert, inspect, verify, check, doctor):
     app.command(epilog=sys.modules[command.__module__].EPILOG, cls=TrainCommand if command is train else None)(command)
 
 

@@ -46,6 +46,19 @@ class Files(NamedTuple):
     listing: Path | None = None
 
 
+def weight_names(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of the files that the weights of a folder of any library are in, whether they are there or not.
+
+    Raises:
+        CheckpointError: for an index that is damaged.
+    """
+    for name in (WEIGHTS_FILE, INDEX_FILE, PYTORCH_FILE, PYTORCH_INDEX_FILE):
+        path = current(folder, name)
+        if path.exists():
+            return sorted({name, *_weight_map(path).values()}) if path.suffix == ".json" else [name]
+    return [WEIGHTS_FILE]
+
+
 def own_files(folder: str | os.PathLike[str]) -> Files:
     """The file with the weights of a folder that this library wrote.
 
@@ -95,14 +108,14 @@ def stored_tensors(files: Files) -> dict[str, Stored]:
 
 
 def each_tensor(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of files in the order of ``places``, each a view of a file that may be closed after it.
+    """Tensors of files, file by file, each a view of a file that may be closed after it.
 
     A caller copies a tensor and lets go of it before the next.
 
     Raises:
         CheckpointError: for a file that cannot be read.
     """
-    waiting = list(places.items())
+    waiting = sorted(places.items(), key=lambda item: item[1].path)
     while waiting:
         path, size = waiting[0][1].path, 0
         with _opened(path) as file:

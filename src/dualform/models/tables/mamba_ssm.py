@@ -93,7 +93,7 @@ _ONLY_ATTENTION = {
 _MLP_MULTIPLE = 128  # of the inner width of a feed-forward, which is rounded up to it
 
 
-def read_config(table: Mapping[str, Any], where: str = "mamba_ssm: ") -> ModelConfig:
+def model_config(table: Mapping[str, Any], where: str = "mamba_ssm: ") -> ModelConfig:
     """The config of the ``LanguageModel`` that a ``MambaConfig`` of mamba-ssm, as a dict, describes.
 
     Raises:
@@ -119,8 +119,8 @@ def read_config(table: Mapping[str, Any], where: str = "mamba_ssm: ") -> ModelCo
     return ModelConfig(parts={letter: parts[letter] for letter in parts if letter in pattern}, pattern=pattern, **model)
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_config`.
+def upstream_config(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of :func:`model_config`.
 
     Raises:
         ConfigError: for a model that mamba-ssm does not have; says what it lacks.
@@ -170,10 +170,17 @@ MAMBA_SSM = Layout(
             },
         ),
     },
-    read=read_config,
-    write=write_config,
+    read=model_config,
+    write=upstream_config,
 )
 """The layout of mamba-ssm."""
+
+
+def mixer_tensors(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a Mamba or Mamba2, under this library's names and in its shapes."""
+    here = {place.name: Place(name, place.change) for name, place in MAMBA.names.items()}
+    places = {there: here.get(there, Place(there, SAME)) for there in given}
+    return {places[there].name: places[there].change.here(tensor) for there, tensor in given.items()}
 
 
 def model_tensors(given: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -181,7 +188,7 @@ def model_tensors(given: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
 
     Args:
         given: its state dict.
-        config: of :func:`read_config`.
+        config: of :func:`model_config`.
     """
     with torch.device("meta"):
         places = {name: MAMBA_SSM.place(config, name) for name in LanguageModel(config).state_dict()}

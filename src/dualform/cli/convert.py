@@ -1,0 +1,78 @@
+"""``dualform convert``: a model in the layout of another library, or one of another library in this one's."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.status import Status
+
+EPILOG = """[bold]Examples[/bold]
+  dualform convert mamba-130m-hf models/mamba-130m        from transformers or mamba-ssm
+  dualform convert runs/notes notes-hf --to hf            for transformers
+  dualform convert big small --dtype bfloat16             the same layout, in half the bytes"""
+
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+"""Files that say how a model is used; they are copied as they are."""
+
+
+class To(StrEnum):
+    """The layouts: those of ``dualform.models.tables.registry.LAYOUTS``, which would load torch."""
+
+    dualform = "dualform"
+    hf = "hf"
+    mamba_ssm = "mamba_ssm"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a model, or of a training run.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that is not there yet.")],
+    to: Annotated[To, typer.Option(help="Whose layout: this library's, that of transformers, or of mamba-ssm.")] = (
+        To.dualform
+    ),
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights, such as bfloat16; without it they keep theirs.")
+    ] = None,
+) -> None:
+    """Write a model in another layout, with its tokenizer.
+
+    The target appears when it is complete, or not at all.
+    """
+    from dualform.cli.folders import model_folder
+    from dualform.core.errors import CheckpointError
+    from dualform.models.saving.described import described_as
+    from dualform.models.saving.files import creating
+    from dualform.models.saving.model import load, shape, write
+
+    folder = model_folder(source)
+    if target.exists():
+        raise CheckpointError(f"{target}: is there already", hint="give a folder that is not there yet")
+    described_as(shape(folder), to)  # refused before anything is read
+    with _told(f"reading {folder}"):
+        model = load(folder, dtype=dtype)
+    with _told(f"writing {target}"), creating(target) as new:
+        write(model, new, layout=to)
+        for path in _beside(folder):
+            (new / path.name).write_bytes(path.read_bytes())
+    size = sum(path.stat().st_size for path in target.iterdir())
+    typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
+
+
+def _beside(folder: Path) -> "Iterator[Path]":
+    from dualform.models.saving.files import current
+
+    return (path for name in _BESIDE if (path := current(folder, name)).is_file())
+
+
+def _told(what: str) -> "Status":
+    """A line on a terminal that moves while something takes its time."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from dualform.cli.text import printable
+
+    return Console(stderr=True).status(escape(printable(what)))

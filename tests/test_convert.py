@@ -1,0 +1,104 @@
+"""``dualform convert``, and what the other commands say of folders of other libraries."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+
+from dualform.cli import main as cli
+from dualform.cli.convert import To
+from dualform.layers.lstm import LSTMConfig
+from dualform.models.config import ModelConfig
+from dualform.models.lm import LanguageModel
+from dualform.models.saving.model import load
+from dualform.models.tables.registry import LAYOUTS
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def dualform(monkeypatch, capsys):
+    """Run a command in this process: ``(exit code, standard output, standard error)``."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["dualform", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "160")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """With a tokenizer whose tokens are single letters."""
+    place = tmp_path / "there"
+    shutil.copytree(GOLDEN / "lm_mamba", place)
+    Tokenizer(models.WordLevel({chr(32 + i): i for i in range(97)}, " ")).save(str(place / "tokenizer.json"))
+    return place
+
+
+def test_the_layouts_are_those_of_the_tables():
+    assert tuple(To) == LAYOUTS
+
+
+def test_there_and_back(dualform, folder, tmp_path):
+    for source, target, to in (("there", "own", "dualform"), ("own", "ssm", "mamba_ssm"), ("ssm", "hf", "hf")):
+        code, out, err = dualform("convert", tmp_path / source, tmp_path / target, "--to", to)
+        assert (code, err) == (0, "") and "29,536 parameters" in out and f"layout of {to}" in out
+    got, want = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "there"))
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes()
+    assert dualform("verify", tmp_path / "hf")[0] == 0
+
+
+def test_another_dtype(dualform, folder, tmp_path):
+    assert dualform("convert", folder, tmp_path / "half", "--to", "hf", "--dtype", "bfloat16")[0] == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {p.dtype for p in load(tmp_path / "half").parameters()} == {torch.bfloat16}
+
+
+def test_what_is_refused_leaves_nothing(dualform, folder, tmp_path):
+    LanguageModel(ModelConfig(7, 8, {"L": (LSTMConfig(hidden=3),)}, "L")).save(tmp_path / "lstm")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for args, sentence in (
+        ((folder, folder), "is there already"),
+        ((folder, tmp_path / "a", "--dtype", "int8"), "dtype"),
+        ((tmp_path / "lstm", tmp_path / "a", "--to", "hf"), "blocks of LSTM, which"),
+        ((tmp_path / "nowhere", tmp_path / "a"), "nowhere: no such folder"),
+    ):
+        code, out, err = dualform("convert", *args)
+        assert (code, out) == (2, "") and sentence in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_other_commands_know_the_folder(dualform, folder):
+    code, out, _ = dualform("info", folder)
+    assert code == 0 and "mamba of transformers" in out and "29,536" in out
+    code, out, _ = dualform("info", folder, "--json")
+    size = (folder / "model.safetensors").stat().st_size
+    weights = {"path": str(folder / "model.safetensors"), "bytes": size, "layout": "mamba of transformers"}
+    assert json.loads(out)["weights"] == weights
+    code, out, _ = dualform("generate", folder, "a", "-n", "3", "-t", "0")
+    assert code == 0 and out
+    code, out, _ = dualform("verify", folder)
+    assert code == 0 and "3 no digest" in out
+
+
+def test_a_missing_shard_is_named(dualform, folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    places = {**dict.fromkeys(tensors, "a.safetensors"), "lm_head.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    code, out, _ = dualform("verify", folder)
+    assert code == 2 and "b.safetensors  missing" in out
+    assert dualform("info", folder, "--json")[1].count('"bytes": null') == 1
