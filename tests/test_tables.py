@@ -24,7 +24,7 @@ from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-RECORDED = ("lm_mamba", "lm_mamba2")
+RECORDED = ("lm_mamba", "lm_mamba2", "lm_falcon_mamba")
 recorded = pytest.mark.parametrize("name", RECORDED)
 
 
@@ -91,6 +91,7 @@ def same(a: Any, b: Any) -> bool:
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 3, "conv_kernel": 3, "time_step_rank": 5, "use_bias": True, "tie_word_embeddings": False},
     "mamba, a width of its own": {"state_size": 5, "intermediate_size": 13, "use_conv_bias": False},
+    "falcon_mamba": {"state_size": 3, "time_step_rank": 2, "intermediate_size": 13, "mixer_rms_eps": 0.25},
     "mamba2": {"num_heads": 6, "head_dim": 4, "n_groups": 3, "state_size": 5, "layer_norm_epsilon": 0.5},
     "mamba2, bounded": {"num_heads": 3, "head_dim": 8, "n_groups": 1, "time_step_limit": (0.02, 0.3), "use_bias": True},
 }
@@ -187,6 +188,7 @@ MAMBA2 = Mamba2Config(d_state=3, d_head=4)
         (lm((MAMBA2, MLPConfig())), "hf", "blocks of Mamba2, MLP"),
         (lm(dataclasses.replace(MAMBA2, norm_eps=0.1)), "hf", "norm_eps of 0.1 beside one of 1e-05"),
         (lm(dataclasses.replace(MAMBA2, d_inner=12)), "hf", "d_inner = 12, no multiple of d_model = 8"),
+        (lm(MambaConfig(norm_maps=0.1)), "mamba_ssm", "a mixer with norm_maps = 0.1"),
         (lm(LSTMConfig(hidden=3)), "mamba_ssm", "neither one kind of Mamba nor attention"),
         (lm(MambaConfig(), norm_eps=1e-6), "mamba_ssm", "norm_eps of 1e-06, where its own is 1e-05"),
         (lm(dataclasses.replace(MAMBA2, norm_eps=0.1)), "mamba_ssm", "a mixer with a norm_eps of 0.1"),
@@ -218,6 +220,7 @@ def test_options_of_the_layers():
     assert (two.heads, two.norm.eps) == (3, 0.25)
     with pytest.raises(ConfigError, match="d_inner = 13 is not a multiple of d_head = 4"):
         lm(dataclasses.replace(MAMBA2, d_inner=13))
-    for config in (MambaConfig(d_inner=0), MambaConfig(dt_rank=0), dataclasses.replace(MAMBA2, norm_eps=math.inf)):
-        with pytest.raises(ConfigError, match=r"(d_inner|dt_rank|norm_eps) is (0|inf), expected a"):
+    bad = (MambaConfig(d_inner=0), MambaConfig(dt_rank=0), MambaConfig(norm_maps=0.0))
+    for config in (*bad, dataclasses.replace(MAMBA2, norm_eps=math.inf)):
+        with pytest.raises(ConfigError, match=r"(d_inner|dt_rank|norm_maps|norm_eps) is (0|0.0|inf), expected a"):
             lm(config)

@@ -271,7 +271,7 @@ def _models() -> list[Case]:
         vocab_size=7,
         d_model=9,
         parts={
-            "M": (MambaConfig(d_state=5, d_inner=7), mlp),
+            "M": (MambaConfig(d_state=5, d_inner=7, norm_maps=1e-4), mlp),
             "L": (LSTMConfig(hidden=5),),
             "D": (S4DConfig(d_state=6),),
             "W": (AttentionConfig(heads=3, window=5), mlp),

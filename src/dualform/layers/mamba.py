@@ -34,6 +34,8 @@ class MambaConfig:
         conv_bias: whether the convolution has one.
         dt_min: smallest initial step.
         dt_max: largest initial step.
+        norm_maps: epsilon of RMS norms, without weights, of B, of C and of the bottleneck of the step, as Falcon-Mamba
+            has them; None for no such norms.
     """
 
     d_state: int = 16
@@ -45,6 +47,7 @@ class MambaConfig:
     conv_bias: bool = True
     dt_min: float = 1e-3
     dt_max: float = 1e-1
+    norm_maps: float | None = None
 
     def build(self, d_model: int) -> "Mamba":
         """The layer, freshly initialised."""
@@ -72,7 +75,8 @@ class Mamba(Mixer):
         ``(B, T, d_model) -> (B, T, d_model)``; inside, D channels with N states each.
 
     References:
-        Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2.
+        Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2; the norms of the maps, Zuo et al. (2024),
+        arXiv:2410.05355, section 3.1.
     """
 
     continuous: ClassVar[bool] = True
@@ -90,6 +94,8 @@ class Mamba(Mixer):
         self.dt_rank = math.ceil(d_model / 16) if c.dt_rank is None else c.dt_rank
         check_sizes("mamba", d_inner=self.d_inner, dt_rank=self.dt_rank)
         check_steps("mamba", c)
+        if c.norm_maps is not None and not 0 < c.norm_maps < math.inf:
+            raise ConfigError(f"mamba: norm_maps is {c.norm_maps}, expected a small positive number, or none")
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=c.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, c.d_conv).uniform_(-1, 1) / math.sqrt(c.d_conv))
         self.conv_bias = (
@@ -183,7 +189,13 @@ class Mamba(Mixer):
 
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, B, C = self.x_proj(x).split([self.dt_rank, self.config.d_state, self.config.d_state], -1)
+        if (eps := self.config.norm_maps) is not None:
+            low, B, C = (_rms(m, eps) for m in (low, B, C))
         return self.dt_proj(low), B, C
+
+
+def _rms(m: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(m.to(wide(m)), m.shape[-1:], eps=eps).to(m.dtype)
 
 
 def initial_step(size: int, smallest: float, largest: float, floor: float = 1e-4) -> Tensor:

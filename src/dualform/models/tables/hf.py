@@ -36,6 +36,7 @@ _MIXER = {
     "time_step_max": ("dt_max", 1e-1),
 }
 _MAMBA = {**_MIXER, "time_step_rank": ("dt_rank", "auto"), "intermediate_size": ("d_inner", None)}
+_FALCON = {**_MAMBA, "mixer_rms_eps": ("norm_maps", 1e-6)}
 _MODEL2 = {
     **_MODEL,
     "hidden_size": ("d_model", 4096),
@@ -104,6 +105,8 @@ class _Family:
             raise self._lacks("blocks of " + ", ".join(type(part).__name__.removesuffix("Config") for part in parts))
         part: Any = parts[0]
         width = config.d_model
+        if (getattr(part, "norm_maps", None) is not None) != ("mixer_rms_eps" in self.mixer.keys):
+            raise self._lacks(f"norm_maps = {part.norm_maps}")
         channels = part.expand * width if part.d_inner is None else part.d_inner
         model, mixer = self.model.write(config), self.mixer.write(part)
         if any(model[key] != mixer[key] for key in model.keys() & mixer.keys()):
@@ -139,6 +142,15 @@ HF: dict[str, Layout] = {
             MAMBA,
             Options(ModelConfig, _MODEL),
             Options(MambaConfig, _MAMBA),
+            Options(_Sizes, _SIZES),
+        ),
+        _Family(
+            "falcon_mamba",
+            "FalconMambaForCausalLM",
+            MambaConfig,
+            MAMBA,
+            Options(ModelConfig, _MODEL),
+            Options(MambaConfig, _FALCON),
             Options(_Sizes, _SIZES),
         ),
         _Family(

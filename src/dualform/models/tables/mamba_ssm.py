@@ -217,6 +217,8 @@ def _written_mixer(part: MambaConfig | Mamba2Config, width: int) -> dict[str, An
     if int(expand * width) != channels:
         raise _lacks(f"a mixer with d_inner = {channels}")
     if isinstance(part, MambaConfig):
+        if part.norm_maps is not None:
+            raise _lacks(f"a mixer with norm_maps = {part.norm_maps}")
         rate = "auto" if part.dt_rank is None else part.dt_rank
         return {"layer": "Mamba1", "expand": expand, **_MIXERS["Mamba1"].write(part), "dt_rank": rate}
     if part.norm_eps != 1e-5:
