@@ -1,8 +1,11 @@
 """What every test gets: a seed, few threads, and, where asked for, poisoned memory."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up while tests run; read when the library is imported
 
 import pytest
 import torch

@@ -181,11 +181,15 @@ def test_a_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
         MambaLMHeadModel.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="is a pickle, which can run code"):
+    torch.save({"a": print}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"bin: .*more than tensors, which could run code"):
         MambaLMHeadModel.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"no such folder\n.*snapshot_download\('state-spaces/mamba-130m'\)"):
-        MambaLMHeadModel.from_pretrained("state-spaces/mamba-130m")
+    (folder / "config.json").write_text(json.dumps(about))
+    torch.save(MambaLMHeadModel(CONFIGS["mamba"]).state_dict(), folder / "pytorch_model.bin")
+    MambaLMHeadModel.from_pretrained(folder)
+    for name in ("nowhere", str(tmp_path / "nowhere")):
+        with pytest.raises(CheckpointError, match=r"no such folder\n.*owner/name"):
+            MambaLMHeadModel.from_pretrained(name)
 
 
 @pytest.mark.parametrize(

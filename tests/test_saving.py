@@ -257,7 +257,7 @@ def test_no_folder(tmp_path, saved, monkeypatch):
     refused(tmp_path / "nowhere", "nowhere: no such folder")
     refused(saved / "config.json", r"a file, expected the folder(.|\n)*try .*model")
     monkeypatch.chdir(tmp_path)
-    refused("state-spaces/mamba-130m", r"no such folder\n.*Hugging Face Hub cannot be read yet")
+    refused("nobody/nothing", r"nobody/nothing: no such folder here, and not loaded from the Hugging Face Hub")
 
 
 def test_no_config(saved):

@@ -12,12 +12,9 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 EPILOG = """[bold]Examples[/bold]
-  dualform convert mamba-130m-hf models/mamba-130m        from transformers or mamba-ssm
-  dualform convert runs/notes notes-hf --to hf            for transformers
-  dualform convert big small --dtype bfloat16             the same layout, in half the bytes"""
-
-_BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-"""Files that say how a model is used; they are copied as they are."""
+  dualform convert state-spaces/mamba-130m-hf mamba-130m    from the Hugging Face Hub
+  dualform convert runs/notes notes-hf --to hf              for transformers
+  dualform convert mamba-130m half --dtype bfloat16         in half the bytes"""
 
 
 class To(StrEnum):
@@ -29,7 +26,9 @@ class To(StrEnum):
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a model, or of a training run.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder of a model or a training run, or a name of the Hub.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that is not there yet.")],
     to: Annotated[To, typer.Option(help="Whose layout: this library's, that of transformers, or of mamba-ssm.")] = (
         To.dualform
@@ -63,9 +62,11 @@ def convert(
 
 
 def _beside(folder: Path) -> "Iterator[Path]":
+    """Files that say how a model is used; they are copied as they are."""
     from dualform.models.saving.files import current
+    from dualform.models.saving.hub import BESIDE
 
-    return (path for name in _BESIDE if (path := current(folder, name)).is_file())
+    return (path for name in BESIDE if (path := current(folder, name)).is_file())
 
 
 def _told(what: str) -> "Status":

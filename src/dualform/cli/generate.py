@@ -26,7 +26,12 @@ EPILOG = """[bold]Examples[/bold]
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model or of a training run.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder of a saved model or a training run, or a name of the Hugging Face Hub."
+        ),
+    ],
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="[PROMPT]", help="Text to continue; '-', or nothing in a pipe, reads standard input."),

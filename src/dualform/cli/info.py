@@ -24,7 +24,10 @@ _NEAR, _FAR = 2**14, 2**15  # context lengths between which the growth of a stat
 
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A preset, or the folder of a saved model or a training run.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A preset, a name of the Hub, or the folder of a saved model or a training run."
+        ),
     ],
     as_json: Annotated[
         bool,

@@ -134,7 +134,7 @@ def _existing(folder: Folder) -> Path:
         return path
     if path.exists():
         raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=f"try {path.parent}")
-    hint = "give a folder written by save, or that of a training run"
-    if len(path.parts) == 2 and not path.is_absolute():
-        hint += "; models on the Hugging Face Hub cannot be read yet"
-    raise CheckpointError(f"{folder}: no such folder", hint=hint)
+    raise CheckpointError(
+        f"{folder}: no such folder",
+        hint="give a folder written by save, that of a training run, or a name of the Hugging Face Hub, owner/name",
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dualform.core.errors import CheckpointError
 from dualform.models.saving.files import CONFIG_FILE, current
+from dualform.models.saving.hub import hub_name, snapshot
 
 RECIPE_FILE, MODEL, BEST, CHECKPOINTS = "recipe.json", "model", "best", "checkpoints"
 EVALUATION_FILE = "evaluation.json"  # in BEST, beside the model
@@ -23,11 +24,14 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder with the weights: itself, or, in a training run, its ``model/``, else its newest checkpoint's.
 
     A run's ``best/`` is a saved model, too, and is taken only by its own name. A folder that is neither is given back
-    as it is.
+    as it is. The name of a model of the Hugging Face Hub, ``owner/name``, is that of its folder in the Hub's cache,
+    downloaded if need be; a folder here comes first.
 
     Raises:
-        CheckpointError: for a run that has saved nothing yet.
+        CheckpointError: for a run that has saved nothing yet, or a name that the Hub does not give.
     """
+    if name := hub_name(folder):
+        return snapshot(name)
     path = Path(folder)
     saved = [place / MODEL for place in reversed(checkpoints(path / CHECKPOINTS))]
     for place in (path, path / MODEL, *saved):

@@ -121,7 +121,8 @@ def load(
     """Read a model from a folder: a language model, classifier or regressor, whichever :func:`save` wrote there.
 
     Models of transformers and of mamba-ssm are read, too, as language models: those whose architecture is in the
-    tables. Their weights may be in one safetensors file, in several with an index, or in ``pytorch_model.bin``.
+    tables. Their weights may be in one safetensors file, in several with an index, or in ``pytorch_model.bin``. A name
+    of the Hugging Face Hub, ``owner/name``, is downloaded to the Hub's cache.
     The global random generators are left as they are.
 
     Args:
