@@ -10,12 +10,15 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 
 import dualform as df
 from dualform.compat.mixer_seq import MambaLMHeadModel
 from dualform.core.errors import CheckpointError
 from dualform.models.saving.hub import hub_name, snapshot
 from dualform.models.saving.model import shape
+from dualform.train.recipe import Data, Recipe
+from dualform.train.setup import build_model
 
 GOLDEN = Path(__file__).parent / "golden"
 NAME = "somebody/mamba-tiny"
@@ -86,6 +89,20 @@ def test_the_names_of_mamba_ssm(hub):
     with torch.no_grad():
         logits = model(want["input_ids"]).logits
     torch.testing.assert_close(logits[..., :97], want["logits_f64"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_begins_with_it(hub):
+    there, _, _ = hub
+    letters = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(97)}, " "))
+    letters.save("letters.json")
+    given = Recipe(model=NAME, steps=1, data=Data(tokenizer="letters.json"))
+    model, _ = build_model(given)  # a repository without a tokenizer takes the one that is given
+    assert model.parameter_count() == 29536
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        build_model(Recipe(model=NAME, steps=1))
+    snapshot.cache_clear()
+    letters.save(str(there / "tokenizer.json"))
+    assert build_model(Recipe(model=NAME, steps=1))[1].encode("!") == [1]
 
 
 @pytest.mark.parametrize("name", ["mamba", "a/b/c", "/a/b", "./b", "../b", "a/", "~/b", "a b/c", "C:\\a/b"])

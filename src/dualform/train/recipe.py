@@ -117,7 +117,8 @@ class Recipe:
     a run is complete on a slow machine, too.
 
     Args:
-        model: the name of a preset, a folder with a saved model to go on from, or a table of a ModelConfig's keys.
+        model: the name of a preset, a folder with a saved model to go on from, its name on the Hugging
+            Face Hub, ``owner/name``, or a table of a ModelConfig's keys.
         out: the run's folder.
         steps: optimiser steps, in all.
         minutes: minutes of training, in all; those before a resume count.

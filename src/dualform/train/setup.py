@@ -21,6 +21,7 @@ from dualform.models.lm import LanguageModel
 from dualform.models.presets import PRESETS, preset
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.folder import CHECKPOINTS, checkpoints, model_folder
+from dualform.models.saving.hub import hub_name
 from dualform.models.saving.model import load
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
 from dualform.ops.device import chosen_device
@@ -148,9 +149,10 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
     """
     torch.manual_seed(recipe.seed)
     given, tokenizer = recipe.model, None
-    if isinstance(given, str) and given not in PRESETS and Path(given).is_dir():
+    if isinstance(given, str) and given not in PRESETS and (Path(given).is_dir() or hub_name(given)):
         model = load(given, dtype=torch.float32, kind=LanguageModel)
-        tokenizer = load_tokenizer(model_folder(given), model.config.vocab_size)
+        if not recipe.data.tokenizer:
+            tokenizer = load_tokenizer(model_folder(given), model.config.vocab_size)
     else:
         model = LanguageModel(ModelConfig.from_dict(given) if isinstance(given, dict) else preset(given))
     if recipe.data.tokenizer:
