@@ -135,7 +135,6 @@ def test_a_known_packing_is_not_read_again(case: Case, monkeypatch: pytest.Monke
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @one_of_each
 def test_nothing_waits_for_a_gpu(case: Case):
     trial = case.trial(9, device="cuda", dtype=torch.float32)

@@ -536,12 +536,7 @@ def test_kernels_compile_for(target, monkeypatch):
             a, op = step_record(name, "cpu", torch.bfloat16)
             triton_backend(op).forward(a)
         for make in COMPILED.values():
-            given = make()
-            a, op = record_of(given), OPS[given.op]
-            found = triton_backend(op)
-            results = found.forward(a)
-            kept = [results[i] for i in op.keeps] + results[op.outputs :]
-            found.backward([torch.empty_like(y) for y in results[: op.outputs]], kept, a)
+            compile_both_directions(make())
     names = {name for name, _ in kernels}
     assert names >= {
         "forward",
@@ -556,6 +551,30 @@ def test_kernels_compile_for(target, monkeypatch):
         used = resources(kernel)
         print(target, name, used)  # seen with pytest -s
         assert used["spilled"] <= 64, f"{name} puts registers into memory: {used}"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+def test_kernels_compile_for_sizes_of_one():
+    """Triton makes a constant of an argument that is 1, and a constant has no methods."""
+    from triton_targets import TARGETS, compiled
+
+    smallest = (
+        conv(1, 1, 1, 2), line(1, 1, 1), line(1, 1, 1, complex=True), selective(1, 1, 1, 1), diagonal(1, 1, 1, 1),
+        dual(1, 1, 1, 1, 1), dual(1, 1, 1, 1, 1, packed=[1]), summed(1, 1, bias=False), gated(1, 1),
+        gated(1, 1, norm_before_gate=True),
+    )  # fmt: skip
+    with compiled(TARGETS["NVIDIA Hopper"]) as kernels:
+        for given in smallest:
+            compile_both_directions(given)
+    assert {name for name, _ in kernels} >= {"forward", "backward"}
+
+
+def compile_both_directions(given: OpCase) -> None:
+    a, op = record_of(given), OPS[given.op]
+    found = triton_backend(op)
+    results = found.forward(a)
+    kept = [results[i] for i in op.keeps] + results[op.outputs :]
+    found.backward([torch.empty_like(y) for y in results[: op.outputs]], kept, a)
 
 
 def record_of(given: OpCase, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"):

@@ -67,12 +67,12 @@ def _backward(
     threads = power_of_two(options["R"] * options["BS"]) // _EACH
     wanted = processors(x) * max(1, 2 * _THREADS // max(32, threads))
     programs = max(1, min(blocks(len(x), options["R"]), wanted // slices))
-    partial = x.new_empty(2, programs, len(a.weight), dtype=a.inside)
+    sums = x.new_empty(2, programs, len(a.weight), dtype=a.inside)
     kernels("norm").backward[(programs * slices,)](
-        x, residual, z, a.weight.contiguous(), _contiguous(a.bias), *beside, partial, len(x), size, slices,
+        x, residual, z, a.weight.contiguous(), _contiguous(a.bias), *beside, *sums, len(x), size, slices,
         x.stride(0), _stride(residual), _stride(z), programs, **options,
     )  # fmt: skip
-    dweight, dbias = partial.sum(1)
+    dweight, dbias = sums.sum(1)
     return {"weight": dweight, "bias": dbias}
 
 
@@ -81,7 +81,7 @@ def _options(a: AddNorm | GatedNorm) -> dict[str, Any]:
     size, _ = _slices(a)
     padded = power_of_two(size)
     rows = max(1, _ELEMENTS // padded)
-    behind = None if isinstance(a, AddNorm) or a.z is None else a.norm_before_gate
+    behind = None if isinstance(a, AddNorm) or a.z is None else bool(a.norm_before_gate)
     return {
         "EPS": a.eps,
         "CENTER": a.center,

@@ -97,7 +97,8 @@ def backward(
     dx_ptr,
     dresidual_ptr,
     dz_ptr,
-    partial_ptr,
+    dweight_ptr,
+    dbias_ptr,
     rows,
     S,
     slices,
@@ -113,7 +114,7 @@ def backward(
     R: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Of each slice, ``programs`` programs; their sums go to ``partial``, (2, programs, slices S)."""
+    """Of each slice, ``programs`` programs; the sums of each go to dweight and dbias, (programs, slices S)."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     slice, program = tl.program_id(0) % slices, tl.program_id(0) // slices
     D, at = S * slices, tl.arange(0, BS)
@@ -159,6 +160,6 @@ def backward(
         tl.store(dx_ptr + to, dv.to(dx_ptr.dtype.element_ty), mask=mask)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + to, dv.to(dresidual_ptr.dtype.element_ty), mask=mask)
-    to_sums = partial_ptr + program.to(tl.int64) * D + slice * S + at
-    tl.store(to_sums, dweight, mask=at < S)
-    tl.store(to_sums + programs.to(tl.int64) * D, dbias, mask=at < S)
+    to = program.to(tl.int64) * D + slice * S + at
+    tl.store(dweight_ptr + to, dweight, mask=at < S)
+    tl.store(dbias_ptr + to, dbias, mask=at < S)
