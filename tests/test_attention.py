@@ -244,6 +244,8 @@ def test_compiles_to_one_graph() -> None:
         (AttentionConfig(heads=2, window=0), 8, "window is 0"),
         (AttentionConfig(heads=2, d_head=0), 8, "d_head is 0"),
         (AttentionConfig(heads=2, rope=0.0), 8, "rope is 0"),
+        (AttentionConfig(heads=2, d_rope=5), 8, "d_rope is 5, expected 1 to d_head = 4"),
+        (AttentionConfig(heads=2, d_conv=-1), 8, "d_conv is -1"),
     ],
 )
 def test_a_config_that_cannot_be_built(config: AttentionConfig, d_model: int, words: str) -> None:
@@ -255,7 +257,7 @@ def test_wrong_tensors_are_named() -> None:
     layer = AttentionConfig(heads=2, window=3).build(4)
     with pytest.raises(ArgumentError, match="x has shape"):
         layer(torch.randn(2, 3, 5))
-    with pytest.raises(ArgumentError, match=r"state\.k has shape"):
+    with pytest.raises(ArgumentError, match="state has 3 rows, expected 2"):
         layer(torch.randn(2, 3, 4), layer.init_state(3))
     with pytest.raises(ArgumentError, match=r"state\.k has shape"):
         layer(torch.randn(2, 3, 4), AttentionConfig(heads=2, window=4).build(4).init_state(2))

@@ -198,8 +198,11 @@ def test_a_folder(tmp_path):
         ({"rms_norm": False}, "rms_norm is False"),
         ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "ssm_cfg has rmsnorm = False; the layer here has True"),
         ({"ssm_cfg": {"bimamba_type": "v2"}}, "ssm_cfg has 'bimamba_type', which the layer here does not have"),
-        ({"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2, "d_conv": 4, "causal": True}}, "attn_cfg has d_conv = 4"),
-        ({"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2, "rotary_emb_dim": 2}}, "rotary_emb_dim = 2 of 4"),
+        (
+            {"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2, "mlp_dim": 4, "causal": True}},
+            "attn_cfg has mlp_dim = 4",
+        ),
+        ({"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2, "rotary_emb_dim": 6}}, "rotary_emb_dim = 6 of 4"),
         ({"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2}}, "attn_cfg has causal = False"),
     ],
 )

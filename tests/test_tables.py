@@ -135,6 +135,20 @@ UPSTREAM = {
         tie_embeddings=False,
         pad_vocab_size_multiple=5,
     ),
+    "mamba2attn": UpstreamConfig(
+        **SIZES,
+        ssm_cfg={"layer": "Mamba2", "d_state": 3, "headdim": 8},
+        attn_layer_idx=[0, 2],
+        attn_cfg={
+            "causal": True,
+            "d_conv": 4,
+            "head_dim": 6,
+            "num_heads": 3,
+            "out_proj_bias": False,
+            "qkv_proj_bias": False,
+            "rotary_emb_dim": 2,
+        },
+    ),
 }
 
 

@@ -215,6 +215,7 @@ def _mixers() -> list[Case]:
         mixer_case("", AttentionConfig(heads=1), 1),
         mixer_case("grouped", AttentionConfig(heads=3, kv_heads=1, rope=None, bias=True), 3),
         mixer_case("window", AttentionConfig(heads=6, kv_heads=2, d_head=5, window=7), 17),
+        mixer_case("conv", AttentionConfig(heads=2, kv_heads=1, d_head=4, d_rope=2, d_conv=3), 1),
         mixer_case("", LSTMConfig(), 1),
         mixer_case("", LSTMConfig(hidden=5, layers=2), 3),
         mixer_case("", LSTMConfig(), 17),

@@ -1,6 +1,7 @@
 """Causal attention as a Recurrence: its state is the keys and values that later tokens may still see."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,12 @@ from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing, readable
 from dualform.core.ring import blank_where_full, held, write
-from dualform.core.shapes import check_tensors, larger
+from dualform.core.shapes import check_tensors, larger, wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer, check_kind
 from dualform.layers.rotary import rotate
 from dualform.ops.attention import Past, attention, causal, over
+from dualform.ops.causal_conv1d import causal_conv1d
 
 
 @options
@@ -29,6 +31,8 @@ class AttentionConfig:
         window: a token sees itself and the ``window - 1`` before it; None is all of them.
         rope: base of the rotary embedding; None for no positions at all.
         bias: whether the projections have one.
+        d_rope: leading features of a head that are rotated; None is all of them.
+        d_conv: W, width of a short convolution, with a bias, over queries, keys and values; 0 for none.
     """
 
     heads: int = 8
@@ -37,6 +41,8 @@ class AttentionConfig:
     window: int | None = None
     rope: float | None = 10000.0
     bias: bool = False
+    d_rope: int | None = None
+    d_conv: int = 0
 
     def build(self, d_model: int) -> "Attention":
         """The layer, freshly initialised."""
@@ -61,11 +67,20 @@ class AttentionState(NamedTuple):
     length: Tensor  # (B,) int64, tokens each row has seen
 
 
+@state_class
+class ConvAttentionState(NamedTuple):
+    """Of attention with a convolution in front."""
+
+    conv: Tensor  # (B, (heads + 2 H) P, W-1), the last inputs of the convolution
+    cache: AttentionState
+
+
 class Attention(Mixer):
     """``y_t = W_out concat_h sum_{s <= t} softmax_s(q_t . k_s / sqrt(P)) v_s``, rotary, grouped-query, windowed.
 
     The state keeps the dtype it comes with: new keys and values are cast to it before anything reads them.
     Where no gradient is recorded, a step writes into the state that it is given, if that has memory of its own.
+    With ``d_conv`` a causal convolution runs over q, k and v before the rotation, as in the hybrids of mamba-ssm.
 
     Raises:
         ConfigError: when ``heads`` does not divide ``d_model`` and no ``d_head`` is given, when ``kv_heads`` does
@@ -95,44 +110,72 @@ class Attention(Mixer):
         d_head = d_model // config.heads if config.d_head is None else config.d_head
         if d_head < 1:
             raise ConfigError(f"attention: d_head is {d_head}, expected at least 1")
+        if config.d_rope is not None and not 0 < config.d_rope <= d_head:
+            raise ConfigError(f"attention: d_rope is {config.d_rope}, expected 1 to d_head = {d_head}")
+        if config.d_conv < 0:
+            raise ConfigError(f"attention: d_conv is {config.d_conv}, expected at least 0")
         if config.rope is not None and config.rope <= 0:
             raise ConfigError(
                 f"attention: rope is {config.rope}, expected a base above 0", hint="leave it out, or set it to None"
             )
         self.d_model, self.heads, self.kv_heads, self.d_head = d_model, config.heads, kv_heads, d_head
-        self.window, self.rope = config.window, config.rope
-        self.qkv_proj = nn.Linear(d_model, (config.heads + 2 * kv_heads) * d_head, bias=config.bias)
+        self.window, self.rope, self.d_rope = config.window, config.rope, config.d_rope or d_head
+        width, self.d_conv = (config.heads + 2 * kv_heads) * d_head, config.d_conv
+        self.qkv_proj = nn.Linear(d_model, width, bias=config.bias)
+        if self.d_conv:
+            scale = math.sqrt(self.d_conv)
+            self.conv_weight = nn.Parameter(torch.empty(width, self.d_conv).uniform_(-1, 1) / scale)
+            self.conv_bias = nn.Parameter(torch.empty(width).uniform_(-1, 1) / scale)
         self.out_proj = nn.Linear(config.heads * d_head, d_model, bias=config.bias)
         self.like: Tensor  # device and dtype, whatever wraps the maps
         self.register_buffer("like", torch.empty(0), persistent=False)
 
-    def init_state(self, batch: int, *, max_len: int = 0) -> AttentionState:
-        """An empty cache: room for ``max_len`` tokens, or for the window."""
-        return self._empty(self.like, batch, max_len)
+    def init_state(self, batch: int, *, max_len: int = 0) -> Any:
+        """An empty cache, with room for ``max_len`` tokens or for the window; before it zeros for a convolution."""
+        cache = self._empty(self.like, batch, max_len)
+        if not self.d_conv:
+            return cache
+        conv = self.like.new_zeros(batch, self.conv_weight.shape[0], self.d_conv - 1, dtype=wide(self.like))
+        return ConvAttentionState(conv, cache)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: AttentionState | None = None, *, cu_seqlens: Borders = None
-    ) -> tuple[Float[Tensor, "B T D"], AttentionState]:
+        self, x: Float[Tensor, "B T D"], state: Any = None, *, cu_seqlens: Borders = None
+    ) -> tuple[Float[Tensor, "B T D"], Any]:
         """The whole sequence. Memory grows with T, not with T squared, whatever the window, packing or state."""
         check_tensors("attention", x=(x, f"B T {self.d_model}"))
         packing = Packing.of("attention", cu_seqlens, x)
-        rows = x.shape[0] if packing is None else packing.rows
+        conv = None
+        if self.d_conv and state is not None:
+            check_kind("attention", state, ConvAttentionState)
+            conv, state = state
         self._check_state(x, state, packing)
-        if x.numel() == 0:
-            y = x.new_zeros(*x.shape[:2], self.heads * self.d_head)
-            return self.out_proj(y), self._empty(x, rows) if state is None else state
+        qkv = self.qkv_proj(x)
+        if not self.d_conv:
+            return self._attend(qkv, state, packing)
+        qkv, conv = causal_conv1d(qkv, self.conv_weight, self.conv_bias, initial_state=conv, cu_seqlens=packing)
+        y, cache = self._attend(qkv, state, packing)
+        return y, ConvAttentionState(conv, cache)
+
+    def _attend(
+        self, qkv: Tensor, state: AttentionState | None, packing: Packing | None
+    ) -> tuple[Tensor, AttentionState]:
+        """Queries, keys and values ``(B, T, ...)``, before the rotation, to outputs."""
+        rows = qkv.shape[0] if packing is None else packing.rows
+        if qkv.numel() == 0:
+            y = qkv.new_zeros(*qkv.shape[:2], self.heads * self.d_head)
+            return self.out_proj(y), self._empty(qkv, rows) if state is None else state
         common = None if packing is None else packing.common
         if common is not None:  # a batch
-            y, state = self._run(x.view(rows, common, -1), state, None)
-            return y.reshape(x.shape), state
-        return self._run(x, state, packing)
+            y, state = self._run(qkv.view(rows, common, -1), state, None)
+            return y.reshape(*qkv.shape[:2], -1), state
+        return self._run(qkv, state, packing)
 
-    def _run(self, x: Tensor, state: AttentionState | None, packing: Packing | None) -> tuple[Tensor, AttentionState]:
-        new = _layout(x, packing)
-        q, k, v = self._project(x, new.at if state is None else state.length[new.row] + new.at)
+    def _run(self, qkv: Tensor, state: AttentionState | None, packing: Packing | None) -> tuple[Tensor, AttentionState]:
+        new = _layout(qkv, packing)
+        q, k, v = self._heads(qkv, new.at if state is None else state.length[new.row] + new.at)
         if state is not None:
             k, v = k.to(state.k.dtype), v.to(state.v.dtype)
-        if state is not None and packing is None and x.shape[1] == 1:
+        if state is not None and packing is None and qkv.shape[1] == 1:
             y, after = self._decode(q, k, v, state, new)
         else:
             y, after = self._prefill(q, k, v, state, new)
@@ -170,10 +213,12 @@ class Attention(Mixer):
             return y, _turn(before, k, v, new)
         return y, self._put(_grow(before, slots.end), k, v, new)
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.d_head))
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 2)
-        qk = qk if self.rope is None else rotate(qk, positions, self.rope)
+    def _heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, keys and values of all heads, rotated."""
+        qk, v = qkv.unflatten(-1, (-1, self.d_head)).split([self.heads + self.kv_heads, self.kv_heads], 2)
+        if self.rope is not None:
+            turned = rotate(qk[..., : self.d_rope], positions, self.rope)
+            qk = turned if self.d_rope == self.d_head else torch.cat([turned, qk[..., self.d_rope :]], -1)
         q, k = qk.split([self.heads, self.kv_heads], 2)
         return q, k.contiguous(), v.contiguous()
 

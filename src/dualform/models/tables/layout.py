@@ -60,7 +60,7 @@ class Options(NamedTuple):
             value = decoded(table.get(key, default))
             if not fits(value, hints[field]):
                 raise ConfigError(f"{where}{key} is {brief(value)}, expected {shown(hints[field])}")
-            if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < 2**63:
+            if key in table and type(value) is int and not 0 < value < 2**63:
                 raise ConfigError(f"{where}{key} is {brief(value)}, expected a positive number of 64 bits")
             found[field] = value
         return found

@@ -15,7 +15,7 @@ from dualform.layers.mixer import PartConfig
 from dualform.layers.mlp import MLPConfig
 from dualform.models.config import DEEPEST, ModelConfig
 from dualform.models.lm import LanguageModel
-from dualform.models.tables.layout import GATE_LAST, MAMBA, MAMBA2, SAME, Layout, Options, PartNames, Place, rank
+from dualform.models.tables.layout import CONV, GATE_LAST, MAMBA, MAMBA2, SAME, Layout, Options, PartNames, Place, rank
 
 
 class _Sizes(NamedTuple):
@@ -78,6 +78,7 @@ _ATTENTION = Options(
         "head_dim": ("d_head", None),
         "rotary_emb_base": ("rope", 10000.0),
         "qkv_proj_bias": ("bias", True),
+        "d_conv": ("d_conv", 0),
     },
 )
 _START = {"dt_init", "dt_scale", "dt_init_floor", "conv_init", "A_init_range"}  # of fresh parameters only
@@ -85,7 +86,6 @@ _SPEED = {"use_fast_path", "use_mem_eff_path", "chunk_size", "layer", "sequence_
 _ONLY = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
 _ONLY_ATTENTION = {
     "causal": True,
-    "d_conv": 0,
     "mlp_dim": 0,
     "rotary_emb_interleaved": False,
     "softmax_scale": None,
@@ -160,6 +160,7 @@ MAMBA_SSM = Layout(
             {
                 "qkv_proj.weight": Place("in_proj.weight", SAME),
                 "qkv_proj.bias": Place("in_proj.bias", SAME),
+                **CONV,
             },
         ),
         MLPConfig: PartNames(
@@ -232,14 +233,17 @@ def _written_mixer(part: MambaConfig | Mamba2Config, width: int) -> dict[str, An
 def _read_attention(given: Mapping[str, Any], width: int, where: str) -> AttentionConfig:
     where, given = f"{where}attn_cfg", dict(given)
     rotated, biased = given.pop("rotary_emb_dim", 0), given.pop("out_proj_bias", True)
+    if given.get("d_conv") == 0:
+        del given["d_conv"]
     found = _ATTENTION.read(given, f"{where}: ")
     head = found["d_head"] or width // found["heads"]
     if biased != found["bias"]:
         raise ConfigError(f"{where} has one of two biases, and Attention has both or none")
-    if rotated not in (0, head):
-        raise ConfigError(f"{where} has rotary_emb_dim = {brief(rotated)} of {head}; Attention rotates all or none")
+    if type(rotated) is not int or rotated % 2 or not 0 <= rotated <= head:
+        raise ConfigError(f"{where} has rotary_emb_dim = {brief(rotated)} of {head}, expected an even number of those")
     _check({"causal": False, **given}, _ATTENTION, _ONLY_ATTENTION, where)
-    return AttentionConfig(**{**found, **({} if rotated else {"rope": None})})
+    turned: dict[str, Any] = {"rope": None} if not rotated else {} if rotated == head else {"d_rope": rotated}
+    return AttentionConfig(**{**found, **turned})
 
 
 def _written_attention(part: AttentionConfig, width: int) -> dict[str, Any]:
@@ -249,7 +253,7 @@ def _written_attention(part: AttentionConfig, width: int) -> dict[str, Any]:
     if part.rope is None:
         del found["rotary_emb_base"]
         return found
-    return {**found, "rotary_emb_dim": part.d_head or width // part.heads}
+    return {**found, "rotary_emb_dim": part.d_rope or part.d_head or width // part.heads}
 
 
 def _hidden(beside: tuple[PartConfig, ...], width: int) -> int:
