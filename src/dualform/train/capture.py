@@ -13,7 +13,7 @@ from dualform.ops.op import SlowBackendWarning
 
 
 def capture(
-    objective: nn.Module, model: LanguageModel, sample: Tensor, bfloat16: bool
+    objective: nn.Module, model: LanguageModel, sample: Tensor, bfloat16: bool, portions: int = 1
 ) -> tuple[Callable[[Tensor], Tensor], bool]:
     """The objective as two CUDA graphs, for inputs of one shape; where that fails, unchanged and with a warning.
 
@@ -25,6 +25,7 @@ def capture(
         model: the one inside.
         sample: windows of the shape of all to come.
         bfloat16: whether to run under autocast.
+        portions: calls whose gradients are to add up.
 
     Returns:
         What to call, and whether it was captured.
@@ -35,6 +36,9 @@ def capture(
         with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             graphed = torch.cuda.make_graphed_callables(objective, (sample,), allow_unused_input=True)
         _expect_gradients_from_graphs()
+        if portions > 1:
+            for parameter in model.parameters():
+                _own_gradient(parameter)
         return cast("Callable[[Tensor], Tensor]", graphed), True
     except Exception as error:
         torch.cuda.synchronize()
@@ -48,6 +52,16 @@ def capture(
         for block in model.blocks:
             block._compiled_call_impl = None
         return objective, False
+
+
+def _own_gradient(parameter: nn.Parameter) -> None:
+    """Keep the memory of a graph out of ``parameter.grad``.
+
+    A replay returns its gradients in the same memory every time, and PyTorch takes a first gradient as it is: the next
+    portion of a step would write over it, and then be added to itself.
+    """
+    if parameter.requires_grad:
+        parameter.register_hook(lambda gradient: gradient.clone() if parameter.grad is None else None)
 
 
 def _expect_gradients_from_graphs() -> None:

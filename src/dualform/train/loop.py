@@ -175,7 +175,8 @@ class _Run:
             self.report.say(f"{what}; the first step may take a minute")
         if graphs:
             sample = next(iter(self.dataset.windows(self.recipe.data, self.recipe.seed, 0))).to(self.device)
-            self.objective, self.captured = capture(self.wrapped, self.model, sample, self.bfloat16)
+            portions = self.recipe.data.accumulate
+            self.objective, self.captured = capture(self.wrapped, self.model, sample, self.bfloat16, portions)
 
     def _loop(self, interrupts: Interrupts) -> int:
         """Steps until the end of the run, or until a signal, which it returns."""
