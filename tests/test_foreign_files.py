@@ -95,7 +95,7 @@ from pathlib import Path
 from dualform.models.saving import model as saving, weights
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-peak, plain, weights.SPAN = [0], saving.each_tensor, 2**21
+peak, plain, weights.SPAN = [0], saving.each_tensor, 2**20
 def watched(places):
     for pair in plain(places):
         yield pair

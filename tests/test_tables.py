@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dualform as df
@@ -22,6 +23,7 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
+from dualform.models.saving.weights import INDEX_FILE
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = ("lm_mamba", "lm_mamba2", "lm_falcon_mamba")
@@ -109,7 +111,8 @@ def test_a_random_model_of_transformers(case, tmp_path):
         with torch.no_grad():
             for p in theirs.parameters():
                 p.add_(0.2 * torch.randn_like(p))
-        theirs.eval().save_pretrained(tmp_path / "theirs")
+        theirs.eval().save_pretrained(tmp_path / "theirs", max_shard_size="8KB" if case == "mamba2" else "1GB")
+        assert (tmp_path / "theirs" / INDEX_FILE).exists() == (case == "mamba2")
         x = torch.randint(29, (2, 9))
         ours = df.load(tmp_path / "theirs")
         with torch.no_grad():
@@ -118,6 +121,18 @@ def test_a_random_model_of_transformers(case, tmp_path):
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert same(back, theirs)
     assert df.load(tmp_path / "ours").config == ours.config
+
+
+def test_a_file_of_two_dtypes(tmp_path):
+    """Decays and skips are often kept in float32 beside weights in bfloat16."""
+    tensors = load_file(GOLDEN / "lm_mamba2" / "model.safetensors")
+    kept = ("A_log", "D", "dt_bias")
+    shutil.copy(GOLDEN / "lm_mamba2" / "config.json", tmp_path)
+    save_file({k: t if k.endswith(kept) else t.bfloat16() for k, t in tensors.items()}, tmp_path / "model.safetensors")
+    model, x = df.load(tmp_path), torch.randint(97, (2, 9))
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    with torch.no_grad():
+        assert apart(model(x)[0], df.load(tmp_path, dtype="float32")(x)[0]) < 0.03
 
 
 # --- mamba-ssm ---

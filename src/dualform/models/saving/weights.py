@@ -1,7 +1,7 @@
 """Weights in files: one of safetensors, several with an index, or PyTorch's own; read one tensor at a time.
 
-A file is mapped into memory and opened anew after every :data:`SPAN` bytes, so that what was read does not stay in
-memory beside its copy. A file of PyTorch is a pickle: it is read only where there is no other, and with
+A file is mapped into memory and opened anew after a share of its bytes was read, so that what was read does not stay
+in memory beside its copy. A file of PyTorch is a pickle: it is read only where there is no other, and with
 ``weights_only=True``, which builds tensors and nothing else.
 """
 
@@ -23,8 +23,9 @@ from dualform.models.saving.files import WEIGHTS_FILE, current
 INDEX_FILE = "model.safetensors.index.json"
 PYTORCH_FILE = "pytorch_model.bin"
 PYTORCH_INDEX_FILE = "pytorch_model.bin.index.json"
-SPAN = 2**26
-"""Bytes that are read before a file is opened anew."""
+SPAN = 2**22
+"""The fewest bytes that are read before a file is opened anew; of a large file it is this share:"""
+SHARE = 1 / 32
 _COPY = "the files do not belong together; copy the folder again"
 _AGAIN = "the file is truncated or no {} file; copy or save it again"
 
@@ -119,7 +120,8 @@ def each_tensor(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     while waiting:
         path, size = waiting[0][1].path, 0
         with _opened(path) as file:
-            while waiting and waiting[0][1].path == path and size < SPAN:
+            span = max(SPAN, int(SHARE * path.stat().st_size))
+            while waiting and waiting[0][1].path == path and size < span:
                 name = waiting.pop(0)[0]
                 tensor = file.get_tensor(name)
                 size += tensor.nbytes
