@@ -168,8 +168,7 @@ def measure(name: str, run: Callable[..., Any], given: dict[str, Any], gradients
 
     row: dict[str, Any] = {"case": name, "forward ms": on_gpu(forward)}
     if gradients:
-        first = outputs(run(**given))[:1]
-        weights = [torch.randn_like(y) for y in first]
+        weights = [torch.randn_like(y) for y in outputs(run(**given))[:1]]  # no graph of this stream may stay
         row["forward + backward ms"] = on_gpu(
             lambda: torch.autograd.grad(outputs(run(**given))[:1], leaves, weights, allow_unused=True)
         )
