@@ -134,6 +134,7 @@ def test_a_known_packing_is_not_read_again(case: Case, monkeypatch: pytest.Monke
     assert not asked
 
 
+@pytest.mark.filterwarnings("ignore::dualform.ops.op.SlowBackendWarning")  # of float32, which some kernels refuse
 @pytest.mark.gpu
 @one_of_each
 def test_nothing_waits_for_a_gpu(case: Case):

@@ -9,7 +9,7 @@ import dualform as df
 from dualform import Packing
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import clamped
-from dualform.ops import backend, linear_scan, selective_scan, ssd
+from dualform.ops import backend, causal_conv1d, linear_scan, selective_scan, ssd
 
 BORDERS = torch.tensor([0, 3, 3, 8])
 X = torch.zeros(1, 8, 2)
@@ -112,6 +112,36 @@ def test_outputs_are_nan_where_borders_were_wrong(monkeypatch):
 
 def _on_device_only(borders):
     return Packing(torch.tensor(borders), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["linear_scan", "selective_scan", "ssd", "causal_conv1d"])
+def test_a_captured_graph_whose_borders_become_wrong_gives_nan(name):
+    """No address outside of the tensors, no loop without end; with good borders it is right again."""
+    u, taps = torch.rand(1, 64, 8, device="cuda", dtype=torch.bfloat16), torch.rand(8, 4, device="cuda")
+    A, B, borders = -taps, u[:, :, None, :4], torch.tensor([0, 20, 64], device="cuda")
+    x, dt = u[:, :, None], u[:, :, :1]
+    calls = {
+        "linear_scan": lambda: linear_scan(u.float(), u.float(), cu_seqlens=borders),
+        "selective_scan": lambda: selective_scan(u, u, A, B, B, cu_seqlens=borders),
+        "ssd": lambda: ssd(x, dt, A[:1, 0], B, B, cu_seqlens=borders),
+        "causal_conv1d": lambda: causal_conv1d(u, taps, cu_seqlens=borders),
+    }
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        want, _ = calls[name]()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = calls[name]()
+    for wrong in ([0, 20, 10], [0, 10**9, 64], [-5, 20, 64], [64, 0, 0], [0, 20, 64]):
+        borders.copy_(torch.tensor(wrong))
+        graph.replay()
+        torch.cuda.synchronize()
+        if wrong == [0, 20, 64]:
+            torch.testing.assert_close(y, want)
+        else:
+            assert y.isnan().all(), wrong
 
 
 def test_a_backend_that_needs_the_lengths_says_so():
