@@ -83,6 +83,11 @@ def test_the_model_does_not_depend_on_the_file(folder):
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+def test_another_name_of_the_activation(folder):
+    edit(folder, hidden_act="swish")
+    assert shape(folder).config == shape(GOLDEN / "lm_mamba2").config
+
+
 def test_infinity_in_a_config(folder):
     for infinite in ({"__float__": "Infinity"}, float("inf")):
         edit(folder, time_step_limit=[0.0, infinite])

@@ -24,7 +24,7 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODEL|LAYER",
-            help="The folder of a saved model or a training run, a preset, a layer such as s4d, or hippo:MEASURE.",
+            help="The folder or Hub name of a model, a training run, a preset, a layer such as s4d, or hippo:MEASURE.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the pictures go.")] = Path("pictures"),
@@ -49,8 +49,9 @@ def _model(what: str) -> "nn.Module | None":
     """The model of a folder or a preset; None for anything else."""
     from dualform.models.lm import LanguageModel
     from dualform.models.presets import PRESETS
+    from dualform.models.saving.hub import hub_name
 
-    if Path(what).is_dir():
+    if Path(what).is_dir() or hub_name(what):
         return _load(what)
     return LanguageModel(PRESETS[what]) if what in PRESETS else None
 

@@ -51,8 +51,8 @@ _MAMBA2 = {
     "time_step_limit": ("dt_limit", (0.0, math.inf)),
     "layer_norm_epsilon": ("norm_eps", 1e-5),
 }
-_ONLY = {"hidden_act": "silu", "quantization_config": None}
-"""Keys that change what is computed, and the one value that the layers here compute."""
+_ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "quantization_config": (None,)}
+"""Keys that change what is computed, and the values, of one meaning, that the layers here compute."""
 _SILENT = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 """Keys whose defaults there would be taken for this model's; the tokens are the tokenizer's here."""
 
@@ -81,8 +81,8 @@ class _Family:
         )
 
     def read(self, table: Mapping[str, Any], where: str) -> ModelConfig:
-        for key, value in _ONLY.items():
-            if table.get(key, value) != value:
+        for key, values in _ONLY.items():
+            if table.get(key, values[0]) not in values:
                 raise ConfigError(f"{where}{key} is {brief(table[key])}, which the layers here do not have")
         model, mixer, sizes = (o.read(table, where) for o in (self.model, self.mixer, self.sizes))
         if sizes["layers"] > DEEPEST:
