@@ -339,7 +339,7 @@ def test_wrong_tensors_are_named() -> None:
     with pytest.raises(ArgumentError, match="x has shape"):
         layer(torch.randn(2, 5, 4))
     state = layer.init_state(2)
-    with pytest.raises(ArgumentError, match=r"state\.past has shape"):
+    with pytest.raises(ArgumentError, match="state has 1 rows, expected 2"):
         layer(torch.randn(2, 5, 3), HyenaState(state.conv, state.past[:1], state.length))
-    with pytest.raises(ArgumentError, match=r"state\.conv has shape"):
+    with pytest.raises(ArgumentError, match="state has 1 rows, expected 2"):
         HyenaModalConfig().build(3)(torch.randn(2, 5, 3), HyenaModalConfig().build(3).init_state(1))

@@ -155,7 +155,7 @@ def test_a_state_of_another_layer_is_named(kind: str) -> None:
     layer, x = build(kind), samples(2)
     with pytest.raises(ArgumentError, match="state is"):
         layer.step(x, (torch.zeros(2), torch.zeros(2), torch.zeros(2)))
-    with pytest.raises(ArgumentError, match="has shape"):
+    with pytest.raises(ArgumentError, match="state has 3 rows, expected 2"):
         layer.step(x, layer.init_state(3))
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from dualform.core.deviation import Worst, worst
+from dualform.ops.add_norm import add_norm
 from dualform.ops.causal_conv1d import causal_conv1d
 from dualform.ops.diagonal_ssm import diagonal_ssm
+from dualform.ops.gated_norm import gated_norm
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.selective_scan import selective_scan
 from dualform.ops.ssd import ssd
@@ -27,11 +29,12 @@ class LongCase:
 
     Args:
         op: its name.
-        function: the public function; it returns y and the final state.
+        function: the public function; it returns y and the final state, zeros where it has none.
         varying: names of arguments with a time axis, and their axes after it; y has those of the first.
         constant: makes the other tensors, float32.
         options: the other arguments.
         positive: those among the varying that lie between 0 and 1.
+        stateless: whether steps do not depend on each other, so that the initial state has no gradient.
     """
 
     op: str
@@ -40,6 +43,7 @@ class LongCase:
     constant: Callable[[], dict[str, Tensor]] = dict
     options: dict[str, Any] = field(default_factory=dict)
     positive: tuple[str, ...] = ()
+    stateless: bool = False
 
     def bytes(self, dtype: torch.dtype, elements: int = ELEMENTS) -> int:
         """Memory that it takes: inputs, outputs, gradients and the pieces beside the whole, with some to spare."""
@@ -62,6 +66,20 @@ def _heads() -> dict[str, Tensor]:
 def _modes() -> dict[str, Tensor]:
     poles = torch.complex(-torch.rand(WIDTH, 4, dtype=torch.float64) - 0.01, 6 * torch.rand(WIDTH, 4).double())
     return {"Abar": (0.1 * poles).exp().to(torch.complex64), "CB": torch.randn(WIDTH, 4, dtype=torch.complex64)}
+
+
+def _summed(initial_state: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor]:
+    y, _ = add_norm(**given)
+    return y, 0 * y[:, -1:, :1]
+
+
+def _gated(initial_state: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor]:
+    y = gated_norm(**given)
+    return y, 0 * y[:, -1:, :1]
+
+
+def _norm() -> dict[str, Tensor]:
+    return {"weight": torch.randn(WIDTH), "bias": torch.randn(WIDTH)}
 
 
 CASES = (
@@ -88,6 +106,8 @@ CASES = (
         {"activation": "silu"},
     ),
     LongCase("diagonal_ssm", diagonal_ssm, {"u": (WIDTH,)}, _modes),
+    LongCase("add_norm", _summed, {"x": (WIDTH,), "residual": (WIDTH,)}, _norm, stateless=True),
+    LongCase("gated_norm", _gated, {"x": (WIDTH,), "z": (WIDTH,)}, _norm, stateless=True),
 )
 
 
@@ -144,7 +164,9 @@ def _gradients(
     out = case.function(**leaves, initial_state=start, **case.options)
     wanted = [*leaves.values(), *([] if start is None else [start])]
     pulled = [(out[0], dy), *([] if dfinal is None else [(out[1], dfinal)])]
-    found = torch.autograd.grad([y for y, _ in pulled], wanted, [g for _, g in pulled])
+    found = torch.autograd.grad(
+        [y for y, _ in pulled], wanted, [g for _, g in pulled], materialize_grads=case.stateless
+    )
     return dict(zip(leaves, found, strict=False)), None if start is None else found[-1]
 
 
