@@ -11,7 +11,7 @@ from dualform.compat.references import (
     rms_norm_ref,
     ssd_chunk_scan_combined_ref,
 )
-from dualform.compat.ssd import mamba_split_conv1d_scan_combined
+from dualform.compat.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from dualform.core.errors import ArgumentError
 
 
@@ -64,3 +64,14 @@ def test_what_lies_behind_the_last_border_is_padding():
     torch.testing.assert_close(causal_conv1d_varlen_states(x, torch.tensor([0, 1, 6]), 3), want)
     with pytest.raises(ArgumentError, match="must rise from 0"):
         causal_conv1d_varlen_states(x, torch.tensor([0, 1, 10]), 3)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_scan_ends_where_its_last_sequence_does(begins):
+    x, dt, A, B = r(1, 9, 4, 3), r(1, 9, 4).abs(), -r(4).abs(), r(1, 9, 2, 5)
+    options = {"return_final_states": True, "return_varlen_states": True}
+    options |= {"cu_seqlens": torch.tensor([0, 2, 6]), "initial_states": r(1, 4, 3, 5) if begins else None}
+    want = mamba_chunk_scan_combined(*(m[:, :6] for m in (x, dt)), A, *(m[:, :6] for m in (B, B)), 4, **options)
+    y, *states = mamba_chunk_scan_combined(x, dt, A, B, B, 4, **options)
+    for got, exact in zip((y[:, :6], *states), want, strict=True):
+        torch.testing.assert_close(got, exact)

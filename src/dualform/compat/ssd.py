@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dualform.compat.conv import causal_conv1d_fn
 from dualform.compat.gated_norms import rmsnorm_fn
+from dualform.compat.layout import to_the_end
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import sequence_ids
 from dualform.core.shapes import check_tensors
@@ -50,7 +51,8 @@ def mamba_chunk_scan_combined(
         dt_bias: ``(H,)``.
         initial_states: ``(B, H, P, N)``, zero by default; with several sequences in a row, that of the first.
         seq_idx: ``(B, T)``, the sequence of each step: runs of equal ids do not see each other.
-        cu_seqlens: ``(n + 1,)``, borders of the sequences of a single row, instead of ``seq_idx`` or beside it.
+        cu_seqlens: ``(n + 1,)``, borders of the sequences of a single row, instead of ``seq_idx`` or beside it; what
+            lies behind the last one is padding.
         dt_softplus: whether dt passes through softplus.
         dt_limit: smallest and largest step.
         return_final_states: whether the states after the last step of each row are returned, too.
@@ -78,8 +80,11 @@ def mamba_chunk_scan_combined(
             check_ids(_WHERE, seq_idx, x, None)
         y, final = ssd(x, dt, A, B, C, D, z, initial_state=initial_states, seq_idx=seq_idx, **options)
         return (y, final) if return_final_states else y
-    h0 = _of_sequences(x, cu_seqlens, initial_states)
-    y, ends = ssd(x, dt, A, B, C, D, z, initial_state=h0, cu_seqlens=cu_seqlens, **options)
+    check_tensors(_WHERE, cu_seqlens=(cu_seqlens, "*"))
+    borders = to_the_end(cu_seqlens, x.shape[1])
+    h0 = _of_sequences(x, borders, initial_states)
+    y, ends = ssd(x, dt, A, B, C, D, z, initial_state=h0, cu_seqlens=borders, **options)
+    ends = ends[:-1]
     found = [y, *([ends[-1:]] if return_final_states else []), *([ends] if return_varlen_states else [])]
     return tuple(found) if len(found) > 1 else y
 
@@ -233,7 +238,6 @@ def split_scan(
 
 def _of_sequences(x: Tensor, cu_seqlens: Tensor, state: Tensor | None) -> Tensor | None:
     """The state ``(1, H, P, N)`` of a row of sequences as that of its first, the others beginning with zeros."""
-    check_tensors(_WHERE, cu_seqlens=(cu_seqlens, "*"))
     if x.shape[0] != 1:
         raise ArgumentError(
             f"{_WHERE}: with cu_seqlens the batch axis must be 1, got {x.shape[0]}",
