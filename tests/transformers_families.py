@@ -7,7 +7,8 @@
 Without it transformers takes its slow path, in plain PyTorch. Compared are the loss, logits, all gradients, evaluation
 with a padded row, and greedily generated tokens, in float32 on a CPU, and the seconds of a training step. Bamba also
 runs packed with ``seq_idx``, against its sequences alone. falcon_mamba differs in training, in mamba-ssm as well: the
-fused layer does not normalise dt, B and C, as its slow path does.
+fused layer does not normalise dt, B and C, as its slow path does. So do mamba2, bamba and granitemoehybrid of
+transformers before 5.23 with several groups: their slow path takes the gated norm over all groups at once.
 """
 
 import argparse
