@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualform.compat.plain import plain
 from dualform.compat.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from dualform.core.shapes import wide
 from dualform.ops.op import backend
@@ -62,21 +63,7 @@ def mamba_chunk_scan(
     return y
 
 
-def ssd_chunk_scan_combined_ref(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-) -> Tensor:
-    """:func:`mamba_chunk_scan` as a plain loop."""
-    with backend("reference"):
-        return mamba_chunk_scan(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus)
+ssd_chunk_scan_combined_ref = plain(mamba_chunk_scan, "ssd_chunk_scan_combined_ref")
 
 
 def mamba_split_conv1d_scan_ref(

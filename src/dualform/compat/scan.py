@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dualform.compat.layout import check_layout, time_last, time_second
+from dualform.compat.plain import plain
 from dualform.core.errors import ArgumentError
-from dualform.ops.op import backend
 from dualform.ops.selective_scan import selective_scan
 
 _WHERE = "selective_scan_fn"
@@ -69,21 +69,7 @@ def selective_scan_fn(
     return (y, final) if return_last_state else y
 
 
-def selective_scan_ref(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`selective_scan_fn` as a plain loop."""
-    with backend("reference"):
-        return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+selective_scan_ref = plain(selective_scan_fn, "selective_scan_ref")
 
 
 def _map(name: str, m: Tensor, u: Tensor, A: Tensor) -> Tensor:
