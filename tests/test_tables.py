@@ -222,6 +222,7 @@ MAMBA2 = Mamba2Config(d_state=3, d_head=4)
         (lm(MambaConfig(), norm_eps=1e-6), "mamba_ssm", "norm_eps of 1e-06, where its own is 1e-05"),
         (lm(dataclasses.replace(MAMBA2, norm_eps=0.1)), "mamba_ssm", "a mixer with a norm_eps of 0.1"),
         (lm((MAMBA2, MLPConfig(d_hidden=13))), "mamba_ssm", "inner width 13, no multiple of 128"),
+        (lm((MAMBA2, MLPConfig(d_hidden=128, activation="gelu"))), "mamba_ssm", "other than a mixer and a SwiGLU"),
         (lm(AttentionConfig(heads=2, window=3)), "mamba_ssm", "attention with a window of 3"),
     ],
 )

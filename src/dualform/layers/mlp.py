@@ -1,13 +1,13 @@
-"""SwiGLU, the feed-forward layer of most language models. It maps every step by itself, and so has no state."""
+"""The feed-forward layers of language models. They map every step by itself, and so have no state."""
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
+from dualform.layers.activation import activation
 from dualform.layers.part import Part
 
 
@@ -16,13 +16,17 @@ class MLPConfig:
     """The options of an :class:`MLP`.
 
     Args:
-        d_hidden: the inner width. None is ``8/3 d_model`` rounded up to a multiple of 8; the three matrices then have
-            together as many entries as the two of an MLP without a gate and with inner width ``4 d_model``.
+        d_hidden: the inner width. None is ``4 d_model``, or with a gate ``8/3 d_model`` rounded up to a multiple of 8:
+            the matrices then have together as many entries, with a gate or without.
         bias: whether a bias is added after each matrix.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2``.
+        gated: whether the activation is that of a gate.
     """
 
     d_hidden: int | None = None
     bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
 
     def build(self, d_model: int) -> "MLP":
         """The layer for inputs of ``d_model`` features, with random weights."""
@@ -30,28 +34,46 @@ class MLPConfig:
 
 
 class MLP(Part):
-    """``y = W_down (silu(W_gate x) * W_up x)``, ``(..., D) -> (..., D)``.
+    """``y = W_down (f(W_gate x) * W_up x)``, or without a gate ``W_down f(W_up x)``; ``(..., D) -> (..., D)``.
 
-    ``W_gate`` and ``W_up`` are the two halves of one matrix, ``gate_up_proj``.
+    With a gate, ``W_gate`` and ``W_up`` are the two halves of one matrix, ``gate_up_proj``. The default, a gate and
+    SiLU, is called SwiGLU.
 
     Raises:
-        ConfigError: for an inner width below 1.
+        ConfigError: for an inner width below 1, or an activation that does not exist.
 
     References:
-        Shazeer (2020), arXiv:2002.05202, equation 6 (FFN_SwiGLU).
+        Shazeer (2020), arXiv:2002.05202, equations 1 to 6.
     """
 
     residual: ClassVar[tuple[str, ...]] = ("down_proj.weight",)
 
     def __init__(self, config: MLPConfig, d_model: int):
         super().__init__()
-        d_hidden = -(-d_model // 3) * 8 if config.d_hidden is None else config.d_hidden
-        if d_hidden < 1:
-            raise ConfigError(f"mlp: d_hidden is {d_hidden}, expected at least 1")
-        self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=config.bias)
+        d_hidden = hidden_width("mlp", config.d_hidden, d_model, gated=config.gated)
+        self.gated, self.activation = config.gated, activation("mlp", config.activation)
+        if config.gated:
+            self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=config.bias)
+        else:
+            self.up_proj = nn.Linear(d_model, d_hidden, bias=config.bias)
         self.down_proj = nn.Linear(d_hidden, d_model, bias=config.bias)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The outputs for ``x``; every step is mapped by itself."""
+        if not self.gated:
+            return self.down_proj(self.activation(self.up_proj(x)))
         gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
+
+
+def hidden_width(where: str, d_hidden: int | None, d_model: int, *, gated: bool) -> int:
+    """The inner width of a feed-forward, by default that of :class:`MLPConfig`.
+
+    Raises:
+        ConfigError: for a width below 1.
+    """
+    if d_hidden is None:
+        return -(-d_model // 3) * 8 if gated else 4 * d_model
+    if d_hidden < 1:
+        raise ConfigError(f"{where}: d_hidden is {d_hidden}, expected at least 1")
+    return d_hidden

@@ -261,8 +261,8 @@ def _hidden(beside: tuple[PartConfig, ...], width: int) -> int:
     if not beside:
         return 0
     part = beside[0]
-    if len(beside) > 1 or not isinstance(part, MLPConfig) or part.bias:
-        raise _lacks("a block other than a mixer and a feed-forward without biases")
+    if len(beside) > 1 or not isinstance(part, MLPConfig) or part != MLPConfig(part.d_hidden):
+        raise _lacks("a block other than a mixer and a SwiGLU without biases")
     hidden = -(-width // 3) * 8 if part.d_hidden is None else part.d_hidden
     if hidden % _MLP_MULTIPLE:
         raise _lacks(f"a feed-forward of inner width {hidden}, no multiple of {_MLP_MULTIPLE}")
