@@ -141,6 +141,52 @@ def ssd(draw: Draw) -> Arguments:
     }
 
 
+def _gated(draw: Draw, *keys: str) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    heads, states, width = draw.one(1, 2, 6), draw.one(0, 1, 5, 16), draw.one(0, 1, 3, 20)
+    return {
+        **{key: 0.3 * draw.normal(batch, length, heads, states) for key in keys},
+        "v": draw.normal(batch, length, heads, width),
+        "log_decay": -draw.one(0.01, 1.0, 100.0) * draw.uniform(batch, length, heads, states),
+        "initial_state": draw.state(batch, cu_seqlens, heads, states, width),
+        "cu_seqlens": cu_seqlens,
+        "chunk": draw.one(None, 1, 16, 64),
+    }
+
+
+def _gated_update(draw: Draw, *keys: str) -> Arguments:
+    heads, states, width = draw.one(1, 2, 6), draw.one(0, 1, 5, 16), draw.one(0, 1, 3, 20)
+    batch = draw.one(0, 1, 3)
+    rows = draw.rows(batch)
+    state = draw.normal(draw.table(batch, rows), heads, states, width, dtype=draw.one(draw.dtype, draw.real))
+    return {
+        "state": state,
+        **{key: draw.normal(batch, heads, states) for key in keys},
+        "v": draw.normal(batch, heads, width),
+        "log_decay": -draw.uniform(batch, heads, states),
+        "out_state": draw.maybe(lambda: draw.one(state, torch.zeros_like(state)), 0.2),
+        "rows": rows,
+    }
+
+
+def gated_linear_attention(draw: Draw) -> Arguments:
+    found = _gated(draw, "q", "k")
+    return {**found, "bonus": draw.maybe(lambda: draw.normal(*found["q"].shape[2:]))}
+
+
+def gated_linear_attention_update(draw: Draw) -> Arguments:
+    found = _gated_update(draw, "q", "k")
+    return {**found, "bonus": draw.maybe(lambda: draw.normal(*found["q"].shape[1:]))}
+
+
+def wkv7(draw: Draw) -> Arguments:
+    return _gated(draw, "r", "k", "a", "b")
+
+
+def wkv7_update(draw: Draw) -> Arguments:
+    return _gated_update(draw, "r", "k", "a", "b")
+
+
 def linear_scan(draw: Draw) -> Arguments:
     batch, length, cu_seqlens = draw.batch()
     shape = draw.one((), (1,), (7,), (3, 5), (33,))
@@ -381,6 +427,10 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         selective_scan,
         selective_state_update,
         ssd,
+        gated_linear_attention,
+        gated_linear_attention_update,
+        wkv7,
+        wkv7_update,
         linear_scan,
         diagonal_ssm,
         causal_conv1d,
@@ -401,6 +451,9 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
 }
 # Those without kernels.
 PORTABLE = {
+    "gated_linear_attention",
+    "gated_linear_attention_update",
+    "wkv7_update",
     "fft_conv",
     "cauchy_kernel",
     "vandermonde_kernel",

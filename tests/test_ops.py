@@ -33,6 +33,7 @@ def short_spans(monkeypatch):
     monkeypatch.setattr(sys.modules["dualform.ops.selective_scan_chunked"], "_CPU_SPAN", 200)
     monkeypatch.setattr(sys.modules["dualform.ops.selective_scan_chunked"], "_SAVE_EVERY", 2)
     monkeypatch.setattr(sys.modules["dualform.ops.ssd_chunked"], "_SPAN_ELEMENTS", 2000)
+    monkeypatch.setattr(sys.modules["dualform.ops.spans"], "_CPU_ELEMENTS", 200)
 
 
 def results(case: OpCase, name: str, dtype: torch.dtype = torch.float64):

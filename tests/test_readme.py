@@ -171,14 +171,15 @@ def test_the_table_names_every_mixer_and_no_other():
     assert sorted(code_words(row[0])[0] for row in table_rows("mixer")) == sorted(MIXERS)
 
 
-SHARED = {"_update": "step", "_norm": "norm"}  # ops with these endings have their kernels in one file
+STEPS = dict.fromkeys(("selective_state_update", "causal_conv1d_update"), "step.py")
+SHARED = {**STEPS, **dict.fromkeys(("add_norm", "gated_norm"), "norm.py")}  # ops that have their kernels in one file
 
 
 def test_the_table_names_every_op_and_its_backends():
     from dualform.ops import OPS
 
     def backends(op: str) -> list[str]:  # those of other machines, too
-        file = next((f"{file}.py" for end, file in SHARED.items() if op.endswith(end)), f"{op}.py")
+        file = SHARED.get(op, f"{op}.py")
         folders = [name for name in ("native", "triton", "cuda") if (OPS_FOLDER / name / file).exists()]
         return sorted(["reference", "torch", *folders])
 

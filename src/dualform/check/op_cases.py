@@ -16,6 +16,7 @@ from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
+from dualform.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from dualform.ops.gated_norm import gated_norm
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
@@ -26,6 +27,7 @@ from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
+from dualform.ops.wkv7 import wkv7, wkv7_update
 
 _STAY_WIDE = (
     "A",
@@ -246,6 +248,20 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
             "dt_bias": normal(*head),
         }
 
+    def gated(batch: int | None, states: int, bonus: bool = False) -> dict[str, Tensor]:
+        """One step where there is no batch of sequences."""
+        first = (states,) if batch is None else (batch, length)
+        found = {"state" if batch is None else "initial_state": normal(states, 3, 5, 7)}
+        found |= {"q": normal(*first, 3, 5), "k": normal(*first, 3, 5), "v": normal(*first, 3, 7)}
+        return {**found, "log_decay": decay(*first, 3, 5), **({"bonus": normal(3, 5)} if bonus else {})}
+
+    def generalised(batch: int | None, states: int) -> dict[str, Tensor]:
+        """A rank of one beside the decays, of keys of length 1."""
+        found = gated(batch, states)
+        key = torch.nn.functional.normalize(normal(*found["k"].shape), dim=-1)
+        found["r"] = found.pop("q")
+        return {**found, "a": -key, "b": key * torch.rand(*key.shape, generator=generator)}
+
     window = {"x": normal(3, 5), "state": normal(3, 5, 3), "weight": normal(5, 4), "bias": normal(5)}
     by_state, by_head = update((24,), (24,), 5), update((6, 7), (6, 1), 1)
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
@@ -274,6 +290,13 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),
         OpCase("ssd packed", "ssd", ssd, dual(1, rows), {**soft2, **runs, "chunk": 13}),
         OpCase("ssd seq_idx", "ssd", ssd, dual(3, 3), {**soft2, "seq_idx": ids}),
+        OpCase("gla", "gated_linear_attention", gated_linear_attention, gated(3, 3), {"chunk": 16}),
+        OpCase("gla packed", "gated_linear_attention", gated_linear_attention, gated(1, rows, True), runs),
+        OpCase("gla step", "gated_linear_attention_update", gated_linear_attention_update, gated(None, 3)),
+        OpCase("gla bonus step", "gated_linear_attention_update", gated_linear_attention_update, gated(None, 3, True)),
+        OpCase("wkv7", "wkv7", wkv7, generalised(3, 3), {"chunk": 16}),
+        OpCase("wkv7 packed", "wkv7", wkv7, generalised(1, rows), runs),
+        OpCase("wkv7 step", "wkv7_update", wkv7_update, generalised(None, 3)),
         OpCase("attention", "attention", _attention, tokens(4, 4), seen),
         OpCase("attention window", "attention", _attention, tokens(4, 4), {**seen, "window": 4}),
         OpCase("attention packed", "attention", _attention, tokens(1, rows), {**seen, **runs}),

@@ -4,6 +4,7 @@ A chunk is K consecutive steps of one sequence; the last of a sequence may be sh
 Within a chunk one matrix product maps inputs to outputs; between chunks only states pass on.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -83,6 +84,25 @@ class Chunks:
         """The inverse of :meth:`cut`."""
         line = x.flatten(0, 2)
         return (line if self.places is None else line[self.places[0]]).unflatten(0, self.shape)
+
+    def carry(self, step: Callable[[int, Tensor], Tensor], h0: Tensor) -> tuple[Tensor, Tensor]:
+        """The states that enter every chunk, ``(B, M / B, ...)``, and those that leave the last chunk of a sequence.
+
+        Args:
+            step: ``(s, h)``, the number of a chunk in its row and the states ``(B, ...)`` that enter it, to those that
+                leave it.
+            h0: ``(rows, ...)``, the states that enter the first chunk of a sequence; one without steps keeps it.
+        """
+        h, entered, final = h0[:0], [], list(h0.split(1)) if self.packed else [h0]
+        for s in range(self.in_row):
+            h = h0[self.starts[s]] if s in self.starts else h
+            entered.append(h)
+            h = step(s, h)
+            if s in self.stops:
+                final[self.stops[s].start or 0] = h
+        if not entered:
+            return h0.new_empty(self.shape[0], 0, *h0.shape[1:]), h0.clone()
+        return torch.stack(entered, 1), torch.cat(final)
 
     def left(self, x: Tensor) -> Tensor:
         """``(B, T, D)`` -> ``(D, M, K)``; in a short chunk steps first, zeros last."""

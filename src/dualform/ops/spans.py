@@ -115,8 +115,8 @@ class Spanned(Generic[Arguments]):
             for total, g in zip(dtables, rest[len(leaves) :], strict=True):
                 total += g
         pairs = [(m, g) for m, g in zip(tables, dtables, strict=True) if m.requires_grad]
-        roots, into_roots = zip(*pairs, strict=True)
-        led = torch.autograd.grad(roots, list(weights.values()), into_roots, materialize_grads=True)
+        roots, into_roots = zip(*pairs, strict=True) if pairs else ((), ())
+        led = torch.autograd.grad(roots, list(weights.values()), into_roots, materialize_grads=True) if pairs else ()
         return {**found, **dict(zip(weights, led, strict=True)), "h0": dh}
 
     def _inputs(self, a: Any, span: _Span) -> dict[str, Tensor]:
