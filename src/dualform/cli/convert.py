@@ -43,9 +43,11 @@ def convert(
     """
     from dualform.cli.folders import model_folder
     from dualform.core.errors import CheckpointError
+    from dualform.core.json_file import to_json
     from dualform.models.saving.described import described_as
-    from dualform.models.saving.files import creating
+    from dualform.models.saving.files import GENERATION_FILE, creating
     from dualform.models.saving.model import load, shape, write
+    from dualform.models.usage import read_ends
 
     folder = model_folder(source)
     if target.exists():
@@ -57,6 +59,8 @@ def convert(
         write(model, new, layout=to)
         for path in _beside(folder):
             (new / path.name).write_bytes(path.read_bytes())
+        if not (new / GENERATION_FILE).exists() and (ends := read_ends(folder, model.config.vocab_size)):
+            (new / GENERATION_FILE).write_text(to_json({"eos_token_id": ends}), encoding="utf-8")
     size = sum(path.stat().st_size for path in target.iterdir())
     typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
 

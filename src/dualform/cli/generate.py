@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dualform.cli.text import Until, output, printable, read_prompt
+from dualform.core.errors import ArgumentError
 from dualform.generation.options import Sampling
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _DEFAULT = Sampling()
 EPILOG = """[bold]Examples[/bold]
   dualform generate runs/demo "import "                stream to the terminal
   head notes.py | dualform generate runs/demo > more   new text alone in a pipe
+  dualform generate OWNER/NAME "Who was Kalman?"       the answer of a chat model of the Hub
   dualform generate runs/demo "def " --state a.state   keep the state, and ...
   dualform generate runs/demo --state a.state          ... go on where it ended"""
 
@@ -58,31 +60,58 @@ def generate(
         int | None, typer.Option(help="Of the random draws; default 0, or the stream of the state.", show_default=False)
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before. Repeatable.", show_default=False)] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after a token with which the model ends a text.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, where the model has a chat template, too.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="What a conversation begins with, for a chat template.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
 ) -> None:
     """Continue a text, streaming to standard output. Everything else goes to standard error.
 
+    Where the model has a chat template, the prompt is a message, and what comes out is the answer to it.
     The prompt is text throughout: the name of a special token in it, such as <|endoftext|>, is not that token.
     """
     output()
     resume = state is not None and state.exists()
     text = read_prompt(prompt, required=not resume)
 
-    from dualform.cli.folders import load_model
+    from dualform.cli.folders import load_model, model_folder
     from dualform.generation.engine import generate as engine
     from dualform.generation.session import WINDOW, Session
+    from dualform.models.usage import read_usage
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     lm, tokenizer = load_model(model, device)
+    usage = read_usage(model_folder(model), tokenizer, lm.config.vocab_size)
+    template = None if raw else usage.template
+    if system is not None and (template is None or resume):
+        why = "the conversation has begun" if template is not None else "there is no chat template"
+        raise ArgumentError(f"--system is given, and {why}", hint="leave it out")
     session = Session.load(state, lm) if state is not None and resume else None
+    ends = () if ignore_eos else usage.ends
+    if session is not None and not text and int(session.history[0, -1]) in ends:
+        raise ArgumentError(f"{state}: the model has ended its text", hint="give a prompt, or --ignore-eos to go on")
     decoder = tokenizer.stream()
     before = ""
     if session is not None and not text and int(session.generated):
         last = session.history[0, -min(WINDOW, int(session.generated)) :].tolist()
         before = "".join(map(decoder.push, last))  # what the last run left unfinished, a character or a stop, ends here
-    tokens = [*(tokenizer.begin if session is None else ()), *tokenizer.encode(text)]
-    generation = engine(lm, tokens, max_tokens, sampling=sampling, seed=seed, state=session)
-    count, rate, interrupted = _stream(generation, decoder, Until(stop or [], before), finish=state is None)
+    if template is None or not text:
+        tokens = [*(tokenizer.begin if session is None else ()), *tokenizer.encode(text)]
+    elif session is None:
+        opening = [] if system is None else [{"role": "system", "content": system}]
+        tokens = template.encode(tokenizer, [*opening, {"role": "user", "content": text}])
+    else:
+        last = int(session.history[0, -1])
+        tokens = template.encode_next(tokenizer, {"role": "user", "content": text}, last=last)
+    generation = engine(lm, tokens, max_tokens, sampling=sampling, seed=seed, state=session, stop=ends)
+    until = Until(stop or [], before)
+    count, rate, interrupted = _stream(generation, decoder, until, ends, finish=state is None)
     if state is not None:
         generation.state.save(state, lm)
     if sys.stderr.isatty():
@@ -92,12 +121,16 @@ def generate(
         raise typer.Exit(130)
 
 
-def _stream(generation: "Generation", decoder: "TextStream", until: Until, *, finish: bool) -> tuple[int, float, bool]:
+def _stream(
+    generation: "Generation", decoder: "TextStream", until: Until, ends: Collection[int], *, finish: bool
+) -> tuple[int, float, bool]:
     """Print text as it becomes certain; the number of tokens, tokens a second, and whether Ctrl-C ended it."""
     times: list[float] = []
     with _interrupt(times) as interrupted:
         for token in generation:
             times.append(time.perf_counter())
+            if token in ends:
+                break
             _write(until.push(decoder.push(token)))
             if until.found or interrupted:
                 break

@@ -25,6 +25,8 @@ except ImportError:  # Windows
     fcntl = None
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"  # of a model
+GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"  # of how it is used
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _COMMITTED = ".committed"
 _FULL = "free some space or choose another folder; what was saved there still loads"
 

@@ -6,11 +6,24 @@ from functools import cache
 from pathlib import Path
 
 from dualform.core.errors import CheckpointError
-from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE
+from dualform.models.saving.files import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+)
 from dualform.models.saving.weights import INDEX_FILE, PYTORCH_FILE, PYTORCH_INDEX_FILE
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-BESIDE = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+BESIDE = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
+    GENERATION_FILE,
+    CHAT_TEMPLATE_FILE,
+)
 """Files that say how a model is used."""
 _FILES = [CONFIG_FILE, *BESIDE, "manifest.json", WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors"]
 _PICKLES = [PYTORCH_FILE, PYTORCH_INDEX_FILE, "pytorch_model-*.bin"]
