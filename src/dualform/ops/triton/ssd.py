@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.core.packing import Packing
 from dualform.ops.layout import inner_contiguous
 from dualform.ops.ssd import SSD, ssd_op
 from dualform.ops.triton.support import (
@@ -18,6 +17,7 @@ from dualform.ops.triton.support import (
     power_of_two,
     processors,
     shared_memory,
+    table_of_chunks,
     warps,
 )
 
@@ -52,20 +52,6 @@ def _slots(a: SSD) -> int:
     return blocks(length, chunk) if a.packing is None else length // chunk + a.packing.rows
 
 
-def _table(packing: Packing, slots: int, chunk: int) -> Tensor:
-    """Begin, end, sequence, and first + 2 last of every chunk, ``(slots, 4)``; those that are not needed are empty."""
-    cu_seqlens = packing.cu_seqlens
-    begins, counts = cu_seqlens[:-1], -(-cu_seqlens.diff() // chunk)
-    ends, ids = counts.cumsum(0), torch.arange(slots, device=cu_seqlens.device)
-    row = torch.searchsorted(ends, ids, right=True)
-    used, row = row < packing.rows, row.clamp_(max=packing.rows - 1)
-    index = ids - (ends - counts)[row]
-    begin = begins[row] + index * chunk
-    end = torch.minimum(begin + chunk, cu_seqlens[1:][row])
-    flags = (index == 0) + 2 * (index == counts[row] - 1)
-    return (torch.stack((begin, end, row, flags), 1) * used[:, None]).contiguous()
-
-
 class _Plan:
     """How a call is cut, and what all of its kernels are told."""
 
@@ -78,7 +64,7 @@ class _Plan:
         (self.batch, self.length, self.heads, self.width), (self.groups, self.states) = a.x.shape, a.B.shape[2:]
         chunk, self.ahead = _chunk(a)
         self.slots = _slots(a)
-        self.table = None if a.packing is None else _table(a.packing, self.slots, chunk)
+        self.table = None if a.packing is None else table_of_chunks(a.packing, self.slots, chunk)
         self.ids = None if a.ids is None else a.ids.contiguous()
         self.per_group, fill = self.heads // self.groups, 2 * processors(a.x)
         self.programs = self.batch * self.heads * blocks(self.states, _STATES)

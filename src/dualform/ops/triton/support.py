@@ -67,6 +67,20 @@ def owners(packing: Packing | None, length: int) -> Tensor | None:
     return None if packing is None else packing.sequence_ids(length).to(torch.int32)
 
 
+def table_of_chunks(packing: Packing, slots: int, chunk: int) -> Tensor:
+    """Begin, end, sequence, and first + 2 last of every chunk, ``(slots, 4)``; those that are not needed are empty."""
+    cu_seqlens = packing.cu_seqlens
+    begins, counts = cu_seqlens[:-1], -(-cu_seqlens.diff() // chunk)
+    ends, ids = counts.cumsum(0), torch.arange(slots, device=cu_seqlens.device)
+    row = torch.searchsorted(ends, ids, right=True)
+    used, row = row < packing.rows, row.clamp_(max=packing.rows - 1)
+    index = ids - (ends - counts)[row]
+    begin = begins[row] + index * chunk
+    end = torch.minimum(begin + chunk, cu_seqlens[1:][row])
+    flags = (index == 0) + 2 * (index == counts[row] - 1)
+    return (torch.stack((begin, end, row, flags), 1) * used[:, None]).contiguous()
+
+
 def blocks(size: int, block: int) -> int:
     """How many blocks cover ``size``."""
     return -(-size // block)

@@ -10,20 +10,8 @@ ones of its sequence; it never reaches another sequence or row, nor an earlier c
 import triton
 import triton.language as tl
 
+from dualform.ops.triton.kernels.chunks import chunk, load_state, read, states_at, write
 from dualform.ops.triton.kernels.pointwise import silu
-
-
-@triton.jit
-def _chunk(table_ptr, c, b, length, Q: tl.constexpr):
-    """Where chunk c lies, its sequence, and whether it is the first and the last one of that."""
-    begin = c * Q
-    end, row = tl.minimum(begin + Q, length), b
-    first, last = c == 0, end == length
-    if table_ptr is not None:
-        begin, end = tl.load(table_ptr + 4 * c), tl.load(table_ptr + 4 * c + 1)
-        row, flags = tl.load(table_ptr + 4 * c + 2), tl.load(table_ptr + 4 * c + 3)
-        first, last = flags % 2 == 1, flags // 2 == 1
-    return begin, end, row, first, last
 
 
 @triton.jit
@@ -70,15 +58,6 @@ def _add(ids_ptr, at, x, there):
 
 
 @triton.jit
-def _read(tensor, b, begin, first, size: tl.constexpr, inside, width):
-    """Steps from ``begin`` of a tensor, ``width`` columns from ``first``; in 32 bits within a chunk."""
-    base = tensor[0] + tl.cast(b, tl.int64) * tensor[1] + tl.cast(begin, tl.int64) * tensor[2] + first
-    column = tl.arange(0, size)
-    at = tl.arange(0, inside.shape[0])[:, None] * tl.cast(tensor[2], tl.int32) + column[None, :]
-    return tl.load(base + at, mask=inside[:, None] & (column < width)[None, :], other=0.0)
-
-
-@triton.jit
 def _steps(dt, A_ptr, b, begin, h, inside, dtype: tl.constexpr):
     """dt, the sums of dt A up to every step, and all of it, in units of log2.
 
@@ -100,20 +79,6 @@ def _mask(total, inside, dtype: tl.constexpr):
     log = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     t = tl.arange(0, inside.shape[0])
     return tl.exp2(tl.where((t[:, None] >= t[None, :]) & inside[None, :], log, float("-inf")))
-
-
-@triton.jit
-def _state(ptr, row, heads, h, p, n, P: tl.constexpr, N: tl.constexpr):
-    """The states of a head ``(P, N)``: pointers and mask."""
-    base = ptr + (tl.cast(row, tl.int64) * heads + h) * P * N
-    return base + (p[:, None] * N + n[None, :]), (p[:, None] < P) & (n[None, :] < N)
-
-
-@triton.jit
-def _load_state(ptr, row, heads, h, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, NP: tl.constexpr):
-    """All states of a head."""
-    at, there = _state(ptr, row, heads, h, tl.arange(0, BP), tl.arange(0, NP), P, N)
-    return tl.load(at, mask=there, other=0.0)
 
 
 @triton.jit
@@ -156,19 +121,19 @@ def states(
     p, n = tl.arange(0, BP), block * BN + tl.arange(0, BN)
     state = tl.zeros((BP, BN), dtype)
     if entering_ptr is not None:
-        at, there = _state(entering_ptr, b * spans + span, heads, h, p, n, P, N)
+        at, there = states_at(entering_ptr, b * spans + span, heads, h, p, n, P, N)
         state = tl.load(at, mask=there, other=0.0)
     forgets, logs = span < 0, tl.zeros((), tl.float64)
     for k in range(span * steps, tl.minimum(slots, (span + 1) * steps)):
         c = slots - 1 - k if BACKWARD else k
-        begin, end, row, first, last = _chunk(table_ptr, c, b, length, Q)
+        begin, end, row, first, last = chunk(table_ptr, c, b, length, Q)
         starts = last if BACKWARD else first
         if starts:
-            at, there = _state(start_ptr, row, heads, h, p, n, P, N)
+            at, there = states_at(start_ptr, row, heads, h, p, n, P, N)
             state = tl.load(at, mask=there, other=0.0)
             forgets = starts
         if saved_ptr is not None:
-            at, there = _state(saved_ptr, b * slots + c, heads, h, p, n, P, N)
+            at, there = states_at(saved_ptr, b * slots + c, heads, h, p, n, P, N)
             tl.store(at, state.to(saved_ptr.dtype.element_ty), mask=there)
         inside = begin + tl.arange(0, Q) < end
         number, first_run, last_run = _runs(ids_ptr, b, begin, inside, length)
@@ -179,8 +144,8 @@ def states(
             mine = _of_run(ids_ptr, number, run, inside)
             if not BACKWARD:
                 state = _if_only(ids_ptr, run == 0, state)
-            given = _read(x, b, begin, h * P, BP, mine, P)
-            map = _read(maps, b, begin, h // per_group * N + block * BN, BN, mine, N - block * BN)
+            given = read(x, b, begin, h * P, BP, mine, P)
+            map = read(maps, b, begin, h // per_group * N + block * BN, BN, mine, N - block * BN)
             of, total, whole = _steps(dt, A_ptr, b, begin, h, mine, dtype)
             weight = tl.exp2(total.to(dtype)) if BACKWARD else tl.exp2((whole - total).to(dtype)) * of
             weighted = (map.to(dtype) * weight[:, None]).to(map.dtype)
@@ -190,13 +155,13 @@ def states(
                 state = _if_only(ids_ptr, run == 0, state)
         if saved_ptr is not None:
             stops = first if BACKWARD else last
-            at, there = _state(final_ptr, row, heads, h, p, n, P, N)
+            at, there = states_at(final_ptr, row, heads, h, p, n, P, N)
             tl.store(at, state, mask=there & stops)
     if saved_ptr is None:
         decay = tl.where(forgets, 0.0, tl.exp2(logs.to(dtype)))
-        at, there = _state(decay_ptr, b * spans + span, heads, h, p, n, P, N)
+        at, there = states_at(decay_ptr, b * spans + span, heads, h, p, n, P, N)
         tl.store(at, tl.zeros((BP, BN), dtype) + decay, mask=there)
-        at, there = _state(state_ptr, b * spans + span, heads, h, p, n, P, N)
+        at, there = states_at(state_ptr, b * spans + span, heads, h, p, n, P, N)
         tl.store(at, state, mask=there)
 
 
@@ -206,7 +171,7 @@ def _place(table_ptr, length, heads, per_group, slots, parts, Q: tl.constexpr):
     part, rest = tl.program_id(0) % parts, tl.program_id(0) // parts
     group, rest = rest % (heads // per_group), rest // (heads // per_group)
     c, b = rest % slots, rest // slots
-    begin, end, _row, _first, _last = _chunk(table_ptr, c, b, length, Q)
+    begin, end, _row, _first, _last = chunk(table_ptr, c, b, length, Q)
     first, last = group * per_group + per_group * part // parts, group * per_group + per_group * (part + 1) // parts
     return part, group, c, b, begin, begin + tl.arange(0, Q) < end, first, last
 
@@ -214,17 +179,9 @@ def _place(table_ptr, length, heads, per_group, slots, parts, Q: tl.constexpr):
 @triton.jit
 def _products(B, C, b, begin, group, inside, N: tl.constexpr, NP: tl.constexpr):
     """B, C, and ``C B^T``, of a chunk."""
-    of_b = _read(B, b, begin, group * N, NP, inside, N)
-    of_c = _read(C, b, begin, group * N, NP, inside, N)
+    of_b = read(B, b, begin, group * N, NP, inside, N)
+    of_c = read(C, b, begin, group * N, NP, inside, N)
     return of_b, of_c, tl.dot(of_c, tl.trans(of_b))
-
-
-@triton.jit
-def _write(ptr, first, stride, x, inside, width: tl.constexpr):
-    """Steps of a chunk to rows ``stride`` apart, the first number of which is ``first``."""
-    column = tl.arange(0, x.shape[1])
-    at = tl.arange(0, x.shape[0])[:, None] * stride + column[None, :]
-    tl.store(ptr + first + at, x.to(ptr.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
 
 
 @triton.jit
@@ -232,7 +189,7 @@ def _write_map(ptr, x, part, b, begin, group, inside, length, groups, slots, par
     """What some heads have found for B or C, to ``(parts, B, T, G, N)``."""
     rows = tl.num_programs(0) // (parts * groups * slots)
     step = (tl.cast(part, tl.int64) * rows + b) * length + begin
-    _write(ptr, (step * groups + group) * N, groups * N, x, inside, N)
+    write(ptr, (step * groups + group) * N, groups * N, x, inside, N)
 
 
 @triton.jit
@@ -275,12 +232,12 @@ def outputs(
         of_b, of_c, products = _products(B, C, b, begin, group, mine, N, NP)
         for h in range(first, last):
             of, total, whole = _steps(dt, A_ptr, b, begin, h, mine, dtype)
-            given = _read(x, b, begin, h * P, BP, mine, P)
+            given = read(x, b, begin, h * P, BP, mine, P)
             gate = given
             if z is not None:
-                gate = _read(z, b, begin, h * P, BP, mine, P)
+                gate = read(z, b, begin, h * P, BP, mine, P)
             weights = (products * _mask(total, mine, dtype) * of[None, :]).to(given.dtype)
-            state = _load_state(saved_ptr, b * slots + c, heads, h, P, N, BP, NP)
+            state = load_state(saved_ptr, b * slots + c, heads, h, P, N, BP, NP)
             state = _if_only(ids_ptr, run == (last_run if BACKWARD else 0), state)
             if BACKWARD:
                 y = tl.dot(of_b, tl.trans(state)) * (tl.exp2((whole - total).to(dtype)) * of)[:, None]
@@ -296,10 +253,10 @@ def outputs(
                     y += given.to(dtype) * tl.load(D_ptr + h * P + p, mask=p < P, other=0.0).to(dtype)[None, :]
             step = (tl.cast(b, tl.int64) * length + begin) * heads + h
             if gated_ptr is not None:
-                _write(gated_ptr, step * P, heads * P, y, mine, P)
+                write(gated_ptr, step * P, heads * P, y, mine, P)
             if z is not None:
                 y *= silu(gate.to(dtype))
-            _write(y_ptr, step * P, heads * P, y, mine, P)
+            write(y_ptr, step * P, heads * P, y, mine, P)
 
 
 @triton.jit
@@ -358,11 +315,11 @@ def gradients_c(
     number, first_run, last_run = _runs(ids_ptr, b, begin, inside, length)
     for run in range(first_run, last_run + 1):
         mine = _of_run(ids_ptr, number, run, inside)
-        of_c = _read(C, b, begin, group * N, NP, mine, N)
+        of_c = read(C, b, begin, group * N, NP, mine, N)
         dc, dproducts = tl.zeros((Q, NP), dtype), tl.zeros((Q, Q), dtype)
         for h in range(first, last):
             of, total, whole = _steps(dt, A_ptr, b, begin, h, mine, dtype)
-            given, pulled = _read(x, b, begin, h * P, BP, mine, P), _read(dy, b, begin, h * P, BP, mine, P)
+            given, pulled = read(x, b, begin, h * P, BP, mine, P), read(dy, b, begin, h * P, BP, mine, P)
             if dD_ptr is not None:
                 skipped, p = tl.sum(pulled.to(dtype) * given.to(dtype), 0), tl.arange(0, BP)
                 at = (tl.cast(b, tl.int64) * slots + c) * heads + h
@@ -372,17 +329,17 @@ def gradients_c(
                     _add(ids_ptr, dD_ptr + at * P + p, skipped, p < P)
             dweights = tl.dot(pulled, tl.trans(given))
             dproducts += dweights * _mask(total, mine, dtype) * of[None, :]
-            state = _if_only(ids_ptr, run == 0, _load_state(entering_ptr, b * slots + c, heads, h, P, N, BP, NP))
+            state = _if_only(ids_ptr, run == 0, load_state(entering_ptr, b * slots + c, heads, h, P, N, BP, NP))
             found = tl.dot(pulled, state) * tl.exp2(total.to(dtype))[:, None]
             dc += found
             dlog = tl.sum(found * of_c.to(dtype), 1)
-            leaving = _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
+            leaving = load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
             carried = tl.sum(state.to(dtype) * leaving.to(dtype)) * tl.exp2(whole.to(dtype))
             carried = _if_only(ids_ptr, last_run == 0, carried)
             ends = tl.arange(0, Q) == tl.sum(mine.to(tl.int32), 0) - 1
             step = (tl.cast(b, tl.int64) * length + begin) * heads + h
             tl.store(dlog_ptr + step + tl.arange(0, Q) * heads, dlog + tl.where(ends, carried, 0.0), mask=mine)
-        of_b = _read(B, b, begin, group * N, NP, mine, N)
+        of_b = read(B, b, begin, group * N, NP, mine, N)
         dc += tl.dot(dproducts.to(of_b.dtype), of_b)
         _write_map(dC_ptr, dc, part, b, begin, group, mine, length, heads // per_group, slots, parts, N)
 
@@ -427,7 +384,7 @@ def gradients(
         db, dproducts = tl.zeros((Q, NP), dtype), tl.zeros((Q, Q), dtype)
         for h in range(first, last):
             of, total, whole = _steps(dt, A_ptr, b, begin, h, mine, dtype)
-            given, pulled = _read(x, b, begin, h * P, BP, mine, P), _read(dy, b, begin, h * P, BP, mine, P)
+            given, pulled = read(x, b, begin, h * P, BP, mine, P), read(dy, b, begin, h * P, BP, mine, P)
 
             # Within the chunk.
             dweights = tl.dot(pulled, tl.trans(given)) * _mask(total, mine, dtype)
@@ -439,9 +396,7 @@ def gradients(
             dlog = tl.sum(pairs, 1) - tl.sum(pairs, 0)
 
             # Through the state that leaves.
-            leaving = _if_only(
-                ids_ptr, run == last_run, _load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP)
-            )
+            leaving = _if_only(ids_ptr, run == last_run, load_state(leaving_ptr, b * slots + c, heads, h, P, N, BP, NP))
             until = tl.exp2((whole - total).to(dtype))
             found = tl.dot(given, leaving) * until[:, None]
             db += found * of[:, None]
@@ -456,6 +411,6 @@ def gradients(
             ddt += dlog * tl.load(A_ptr + h).to(dtype)
             tl.store(ddt_ptr + step + t * heads, ddt.to(ddt_ptr.dtype.element_ty), mask=mine)
             _add(ids_ptr, dA_ptr + (tl.cast(b, tl.int64) * slots + c) * heads + h, tl.sum(dlog * of, 0), None)
-        of_c = _read(C, b, begin, group * N, NP, mine, N)  # again, so that no register holds it meanwhile
+        of_c = read(C, b, begin, group * N, NP, mine, N)  # again, so that no register holds it meanwhile
         db += tl.dot(tl.trans(dproducts).to(of_c.dtype), of_c)
         _write_map(dB_ptr, db, part, b, begin, group, mine, length, heads // per_group, slots, parts, N)
