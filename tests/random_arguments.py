@@ -187,6 +187,22 @@ def wkv7_update(draw: Draw) -> Arguments:
     return _gated_update(draw, "r", "k", "a", "b")
 
 
+def _decays(draw: Draw, found: Arguments) -> Arguments:
+    """Shared keys, and decays of each key channel, of each head, or none, in place of those drawn before."""
+    decay, groups = found["log_decay"], draw.dividing(found["v"].shape[-2])
+    shared = {key: found[key][..., :groups, :] for key in ("q", "k")}
+    found |= {**shared, "log_decay": draw.one(decay, decay.mean(-1) if decay.shape[-1] else None, None)}
+    return {**found, "beta": draw.uniform(*found["v"].shape[:-1]), "scale": draw.one(1.0, 0.3)}
+
+
+def gated_delta_rule(draw: Draw) -> Arguments:
+    return _decays(draw, _gated(draw, "q", "k"))
+
+
+def gated_delta_rule_update(draw: Draw) -> Arguments:
+    return _decays(draw, _gated_update(draw, "q", "k"))
+
+
 def linear_scan(draw: Draw) -> Arguments:
     batch, length, cu_seqlens = draw.batch()
     shape = draw.one((), (1,), (7,), (3, 5), (33,))
@@ -427,6 +443,8 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         selective_scan,
         selective_state_update,
         ssd,
+        gated_delta_rule,
+        gated_delta_rule_update,
         gated_linear_attention,
         gated_linear_attention_update,
         wkv7,
@@ -451,6 +469,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
 }
 # Those without kernels.
 PORTABLE = {
+    "gated_delta_rule_update",
     "gated_linear_attention",
     "gated_linear_attention_update",
     "wkv7_update",

@@ -23,7 +23,8 @@ CHUNK = {"ssd": 64, "ssd chunk 7": 7, "ssd packed": 13, "ssd seq_idx": 64}
 PORTABLE_CHUNK = {
     **dict.fromkeys(("causal_conv1d wide", "causal_conv1d wide packed"), LENGTH),
     **dict.fromkeys(("dplr_ssm complex", "dplr_ssm complex packed", "gla packed", "wkv7 packed"), 64),
-    **dict.fromkeys(("gla", "wkv7"), 16),
+    **dict.fromkeys(("delta decay", "delta packed", "delta channels packed"), 64),
+    **dict.fromkeys(("gla", "wkv7", "delta", "delta channels"), 16),
 }
 BORDERS = torch.tensor([0, 20, 20, 61, LENGTH])
 

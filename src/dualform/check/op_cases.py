@@ -16,6 +16,7 @@ from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
+from dualform.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from dualform.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from dualform.ops.gated_norm import gated_norm
 from dualform.ops.irregular_scan import irregular_scan
@@ -262,6 +263,14 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         found["r"] = found.pop("q")
         return {**found, "a": -key, "b": key * torch.rand(*key.shape, generator=generator)}
 
+    def replacing(batch: int | None, states: int, decays: int | None) -> dict[str, Tensor]:
+        """Keys of length 1 and half as many heads of them; no decays, one of each head, or one of each channel."""
+        first = (states,) if batch is None else (batch, length)
+        found = {"state" if batch is None else "initial_state": normal(states, 4, 5, 7), "v": normal(*first, 4, 7)}
+        found |= {"q": normal(*first, 2, 5), "k": torch.nn.functional.normalize(normal(*first, 2, 5), dim=-1)}
+        found["beta"] = 2 * torch.rand(*first, 4, generator=generator, dtype=torch.float64)
+        return found if decays is None else {**found, "log_decay": decay(*first, 4, *(5,) * decays)}
+
     window = {"x": normal(3, 5), "state": normal(3, 5, 3), "weight": normal(5, 4), "bias": normal(5)}
     by_state, by_head = update((24,), (24,), 5), update((6, 7), (6, 1), 1)
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
@@ -297,6 +306,13 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("wkv7", "wkv7", wkv7, generalised(3, 3), {"chunk": 16}),
         OpCase("wkv7 packed", "wkv7", wkv7, generalised(1, rows), runs),
         OpCase("wkv7 step", "wkv7_update", wkv7_update, generalised(None, 3)),
+        OpCase("delta", "gated_delta_rule", gated_delta_rule, replacing(3, 3, None), {"chunk": 16}),
+        OpCase("delta decay", "gated_delta_rule", gated_delta_rule, replacing(3, 3, 0), {"scale": 0.5}),
+        OpCase("delta packed", "gated_delta_rule", gated_delta_rule, replacing(1, rows, 0), runs),
+        OpCase("delta channels", "gated_delta_rule", gated_delta_rule, replacing(3, 3, 1), {"chunk": 16}),
+        OpCase("delta channels packed", "gated_delta_rule", gated_delta_rule, replacing(1, rows, 1), runs),
+        OpCase("delta step", "gated_delta_rule_update", gated_delta_rule_update, replacing(None, 3, 0)),
+        OpCase("delta channels step", "gated_delta_rule_update", gated_delta_rule_update, replacing(None, 3, 1)),
         OpCase("attention", "attention", _attention, tokens(4, 4), seen),
         OpCase("attention window", "attention", _attention, tokens(4, 4), {**seen, "window": 4}),
         OpCase("attention packed", "attention", _attention, tokens(1, rows), {**seen, **runs}),

@@ -11,6 +11,7 @@ from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
+from dualform.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from dualform.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from dualform.ops.gated_norm import gated_norm
 from dualform.ops.irregular_scan import irregular_scan
@@ -25,7 +26,13 @@ from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 from dualform.ops.wkv7 import wkv7, wkv7_update
 
-for _name in ("gated_linear_attention_chunked", "selective_scan_chunked", "ssd_chunked", "wkv7_chunked"):
+for _name in (
+    "gated_delta_rule_chunked",
+    "gated_linear_attention_chunked",
+    "selective_scan_chunked",
+    "ssd_chunked",
+    "wkv7_chunked",
+):
     import_module(f"dualform.ops.{_name}")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.triton.{_name}")
@@ -51,6 +58,8 @@ __all__ = [
     "diagonal_ssm",
     "dplr_ssm",
     "fft_conv",
+    "gated_delta_rule",
+    "gated_delta_rule_update",
     "gated_linear_attention",
     "gated_linear_attention_update",
     "gated_norm",
