@@ -13,9 +13,9 @@ import dualform
 from dualform.check.cases import CASES
 from dualform.core.errors import ConfigError
 from dualform.core.tree import leaves
+from dualform.layers.block import Block
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.registry import FEEDFORWARDS, MIXERS
-from dualform.models.block import Block
 
 KINDS = {**MIXERS, **FEEDFORWARDS}
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -163,10 +163,18 @@ def _print_table(title: str, rows: list[tuple[str, str]]) -> None:
 def _described(part: Any) -> str:
     from dataclasses import fields
 
+    from dualform.layers.block import COMPOSED
     from dualform.layers.registry import kind_of
 
-    options = ", ".join(f"{f.name}={value}" for f in fields(part) if (value := getattr(part, f.name)) is not None)
-    return f"[bold]{kind_of(type(part)) or type(part).__name__}[/bold] [dim]{_plain(options)}[/dim]"
+    composed, inside, options = isinstance(part, COMPOSED), [], []
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if composed and f.name in ("part", "parts"):
+            inside = [value] if f.name == "part" else list(value)
+        elif value is not None if not composed else value != f.default:
+            options.append(f"{f.name}={value}")
+    kind = f"[bold]{kind_of(type(part)) or type(part).__name__}[/bold] [dim]{_plain(', '.join(options))}[/dim]"
+    return "\n".join([kind, *("  " + line for p in inside for line in _described(p).split("\n"))])
 
 
 def _plain(text: str) -> str:

@@ -10,6 +10,8 @@ from dualform.core.lazy import lazy
 
 if TYPE_CHECKING:
     from dualform.layers.attention import Attention, AttentionConfig
+    from dualform.layers.block import Block, ChainConfig, ParallelConfig, SublayerConfig
+    from dualform.layers.context import Context
     from dualform.layers.dss import DSS, DSSConfig
     from dualform.layers.h3 import H3, H3Config
     from dualform.layers.hyena import Hyena, HyenaConfig
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from dualform.layers.mixer import Hint, Mixer
     from dualform.layers.mlp import MLP, MLPConfig
     from dualform.layers.part import Part
+    from dualform.layers.recall import Recall, RecallConfig
     from dualform.layers.registry import FEEDFORWARDS, MIXERS
     from dualform.layers.s4 import S4, S4Config
     from dualform.layers.s4d import S4D, S4DConfig
@@ -39,6 +42,9 @@ __all__ = [
     "S5",
     "Attention",
     "AttentionConfig",
+    "Block",
+    "ChainConfig",
+    "Context",
     "DSSConfig",
     "H3Config",
     "Hint",
@@ -54,14 +60,21 @@ __all__ = [
     "Mamba2Config",
     "MambaConfig",
     "Mixer",
+    "ParallelConfig",
     "Part",
+    "Recall",
+    "RecallConfig",
     "S4Config",
     "S4DConfig",
     "S5Config",
+    "SublayerConfig",
 ]
 
 _HOME = {
     "Attention": "attention",
+    "Block": "block",
+    "ChainConfig": "block",
+    "Context": "context",
     "DSS": "dss",
     "FEEDFORWARDS": "registry",
     "H3": "h3",
@@ -75,10 +88,13 @@ _HOME = {
     "Mamba": "mamba",
     "Mamba2": "mamba2",
     "Mixer": "mixer",
+    "ParallelConfig": "block",
     "Part": "part",
+    "Recall": "recall",
     "S4": "s4",
     "S4D": "s4d",
     "S5": "s5",
+    "SublayerConfig": "block",
 }
 _HOME |= {f"{name}Config": home for name, home in _HOME.items() if f"{name}Config" in __all__}
 

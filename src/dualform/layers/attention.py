@@ -33,6 +33,7 @@ class AttentionConfig:
         bias: whether the projections have one.
         d_rope: leading features of a head that are rotated; None is all of them.
         d_conv: W, width of a short convolution, with a bias, over queries, keys and values; 0 for none.
+        d_out: width of the output; None is ``d_model``.
     """
 
     heads: int = 8
@@ -43,6 +44,7 @@ class AttentionConfig:
     bias: bool = False
     d_rope: int | None = None
     d_conv: int = 0
+    d_out: int | None = None
 
     def build(self, d_model: int) -> "Attention":
         """The layer, freshly initialised."""
@@ -112,6 +114,8 @@ class Attention(Mixer):
             raise ConfigError(f"attention: d_head is {d_head}, expected at least 1")
         if config.d_rope is not None and not 0 < config.d_rope <= d_head:
             raise ConfigError(f"attention: d_rope is {config.d_rope}, expected 1 to d_head = {d_head}")
+        if config.d_out is not None and config.d_out < 1:
+            raise ConfigError(f"attention: d_out is {config.d_out}, expected at least 1")
         if config.d_conv < 0:
             raise ConfigError(f"attention: d_conv is {config.d_conv}, expected at least 0")
         if config.rope is not None and config.rope <= 0:
@@ -126,9 +130,15 @@ class Attention(Mixer):
             scale = math.sqrt(self.d_conv)
             self.conv_weight = nn.Parameter(torch.empty(width, self.d_conv).uniform_(-1, 1) / scale)
             self.conv_bias = nn.Parameter(torch.empty(width).uniform_(-1, 1) / scale)
-        self.out_proj = nn.Linear(config.heads * d_head, d_model, bias=config.bias)
+        d_out = d_model if config.d_out is None else config.d_out
+        self.out_proj = nn.Linear(config.heads * d_head, d_out, bias=config.bias)
         self.like: Tensor  # device and dtype, whatever wraps the maps
         self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def adapted(self) -> tuple[str, tuple[int, ...]]:
+        """The map that low-rank matrices of a shared block are added to, and the rows of each of its pieces."""
+        width = self.kv_heads * self.d_head
+        return "qkv_proj", (self.heads * self.d_head, width, width)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> Any:
         """An empty cache, with room for ``max_len`` tokens or for the window; before it zeros for a convolution."""

@@ -65,6 +65,11 @@ class MLP(Part):
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(self.activation(gate) * up)
 
+    def adapted(self) -> tuple[str, tuple[int, ...]]:
+        """The map that low-rank matrices of a shared block are added to, and the rows of each of its pieces."""
+        name = "gate_up_proj" if self.gated else "up_proj"
+        return name, (getattr(self, name).out_features,)
+
 
 def hidden_width(where: str, d_hidden: int | None, d_model: int, *, gated: bool) -> int:
     """The inner width of a feed-forward, by default that of :class:`MLPConfig`.

@@ -8,6 +8,7 @@ from typing import Any
 
 from dualform.core.errors import ConfigError
 from dualform.layers.attention import AttentionConfig
+from dualform.layers.block import ChainConfig, ParallelConfig, SublayerConfig
 from dualform.layers.dss import DSSConfig
 from dualform.layers.h3 import H3Config
 from dualform.layers.hyena import HyenaConfig
@@ -17,6 +18,7 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.recall import RecallConfig
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
@@ -117,18 +119,26 @@ MIXERS = Registry(
     },
 )
 FEEDFORWARDS = Registry("dualform.feedforwards", {"mlp": MLPConfig})
+COMPOSITES: dict[str, type[Any]] = {
+    "sublayer": SublayerConfig,
+    "chain": ChainConfig,
+    "parallel": ParallelConfig,
+    "recall": RecallConfig,
+}
+"""What blocks are put together with."""
 
 
 def kinds() -> list[str]:
     """The names of all sub-layers."""
-    return [*MIXERS, *FEEDFORWARDS]
+    return [*MIXERS, *FEEDFORWARDS, *COMPOSITES]
 
 
 def config_of(kind: str) -> type[Any]:
     """The config of one of :func:`kinds`."""
-    return MIXERS[kind] if kind in MIXERS else FEEDFORWARDS[kind]
+    return MIXERS[kind] if kind in MIXERS else COMPOSITES[kind] if kind in COMPOSITES else FEEDFORWARDS[kind]
 
 
 def kind_of(config: type[Any]) -> str | None:
     """The name of a config's class; None where it has none."""
-    return MIXERS.name_of(config) or FEEDFORWARDS.name_of(config)
+    composite = next((name for name, known in COMPOSITES.items() if known is config), None)
+    return composite or MIXERS.name_of(config) or FEEDFORWARDS.name_of(config)

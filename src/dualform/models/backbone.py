@@ -18,9 +18,11 @@ from dualform.core.options import brief
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_floating, check_tensors, wide
-from dualform.layers.mixer import Mixer, Prepared, Step
-from dualform.layers.norm import RMSNorm
-from dualform.models.block import Block
+from dualform.layers.block import Block
+from dualform.layers.context import EMBEDDING, Context, Told
+from dualform.layers.low_rank import another_use
+from dualform.layers.mixer import Prepared, Step
+from dualform.layers.norms import make_norm
 from dualform.models.config import ModelConfig
 from dualform.ops.op import backend, forced
 
@@ -38,10 +40,11 @@ ELSEWHERE = {
 
 @explained(elsewhere=ELSEWHERE)
 class Backbone(nn.Module):
-    """Tokens ``(B, T)`` or features ``(B, T, inputs)`` -> ``(B, T, D)``: entrance, blocks, RMS norm.
+    """Tokens ``(B, T)`` or features ``(B, T, inputs)`` -> ``(B, T, D)``: entrance, blocks, norm.
 
     The state is a tuple with the state of each block. The blocks of a shared letter are one module, with a state per
-    use. The residual stream is float32 or wider whatever the dtype of the weights, as Mamba's ``residual_in_fp32``.
+    use; only low-rank matrices, where its config has them, are each use's own. The residual stream is float32 or wider
+    whatever the dtype of the weights, as Mamba's ``residual_in_fp32``.
 
     Initialised as Mamba: the embedding normal with deviation 0.02, biases of linear maps zero, what each sub-layer
     adds to the stream divided by the root of their number; everything else is the layers' own. The map of features
@@ -77,18 +80,28 @@ class Backbone(nn.Module):
     def _build(self, config: ModelConfig, inputs: int | None) -> None:
         """Make and initialise every module."""
         shared = {letter: self._block(letter) for letter in config.shared}
+        first = list(shared.values())
         if inputs is None:
             self.embed = nn.Embedding(config.vocab_size, config.d_model)
         else:
             self.embed = nn.Linear(inputs, config.d_model)
-        self.blocks = nn.ModuleList(
-            shared[letter] if letter in shared else self._block(letter) for letter in config.pattern
-        )
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if config.embed_norm is not None:
+            self.embed_norm = make_norm(config.embed_norm, config.d_model, config.norm_eps)
+        used: set[str] = set()
+        blocks: list[nn.Module] = []
+        for letter in config.pattern:
+            if letter not in shared:
+                first.append(self._block(letter))
+                blocks.append(first[-1])
+            else:
+                blocks.append(another_use(shared[letter]) if letter in used else shared[letter])
+                used.add(letter)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm: Any = make_norm(config.norm, config.d_model, config.norm_eps)
         if inputs is None:
             nn.init.normal_(self.embed.weight, std=0.02)
         residual_parts = sum(len(config.parts[letter]) for letter in config.pattern)
-        for block in dict.fromkeys(self._stack()):  # a shared block once
+        for block in first:
             block.initialise(residual_parts)
 
     def _block(self, letter: str) -> Block:
@@ -101,7 +114,7 @@ class Backbone(nn.Module):
     @property
     def causal(self) -> bool:
         """Whether no output depends on a later input: true unless a mixer is bidirectional."""
-        return all(part.causal for block in self._stack() for part in block.parts if isinstance(part, Mixer))
+        return all(block.causal for block in self._stack())
 
     def features(
         self,
@@ -126,6 +139,22 @@ class Backbone(nn.Module):
             ArgumentError: names the argument, what came and what was expected; also for intervals or a rate that a
                 mixer does not take.
         """
+        given = {"cu_seqlens": cu_seqlens, "intervals": intervals, "rate": rate}
+        h, state, _ = self._features(x, state, given)
+        return h, state
+
+    def _features(
+        self, x: Tensor, state: State | None, given: dict[str, Any], counted: Tensor | None = None
+    ) -> tuple[Tensor, State, list[Tensor]]:
+        """:meth:`features`, and the losses that parts have beside them while the model trains.
+
+        Args:
+            x: as there.
+            state: as there.
+            given: the other arguments there.
+            counted: ``(B, T)``, the elements that are no padding; None where all are.
+        """
+        cu_seqlens, intervals, rate = given["cu_seqlens"], given["intervals"], given["rate"]
         self._check_inputs(x, "B T")
         self._check_timing(intervals=intervals, rate=rate)
         if intervals is not None:
@@ -134,10 +163,11 @@ class Backbone(nn.Module):
         rows = x.shape[0] if packing is None else packing.rows
         options = {"cu_seqlens": packing, "intervals": intervals, "rate": rate}
         h, new = self._embed(x), []
+        context = Context({EMBEDDING: h}, collects=self.training and torch.is_grad_enabled(), counted=counted)
         for block, old in zip(self._stack(), self._states(state, rows), strict=True):
-            h, left = self._run(block, h, old, options)
+            h, left = self._run(block, h, old, options, context)
             new.append(left)
-        return self._final(h), tuple(new)
+        return self._final(h), tuple(new), context.losses
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """:func:`dualform.save`, for :func:`dualform.load` to read."""
@@ -173,8 +203,9 @@ class Backbone(nn.Module):
         if interval is not None:
             check_tensors(self._name, x=(x, "B ..."), interval=(interval, "B"))
         h, new = self._embed(x), []
+        context = Context({EMBEDDING: h[:, None]})
         for step, old in zip(steps, self._states(state, x.shape[0]), strict=True):
-            h, left = step(h, old, interval=interval)
+            h, left = step(h, old, interval=interval, context=context)
             new.append(left)
         return self._final(h), tuple(new)
 
@@ -182,23 +213,34 @@ class Backbone(nn.Module):
         for letter, block in dict(zip(self.config.pattern, self._stack(), strict=True)).items():
             block.timing(f"{self._name}: part {letter!r}", rate=rate, **times)
 
-    def _run(self, block: Block, h: Tensor, state: State | None, options: dict[str, Any]) -> tuple[Tensor, State]:
+    def _run(
+        self, block: Block, h: Tensor, state: State | None, options: dict[str, Any], context: Context
+    ) -> tuple[Tensor, State]:
         if not (self.recompute and torch.is_grad_enabled()):
-            return block(h, state, **options)
+            return block(h, state, **options, context=context)
         name = forced()  # the second run must choose the backends of the first
 
-        def run(h: Tensor, state: State | None) -> tuple[Tensor, State]:
+        def run(h: Tensor, state: State | None, values: dict[str, Tensor]) -> tuple[Tensor, State, Told]:
+            inner = context.within(values)  # which a second run may tell once more
             with backend(name):
-                return block(h, state, **options)
+                h, state = block(h, state, **options, context=inner)
+            return h, state, inner.told()
 
-        return checkpoint(run, h, state, use_reentrant=False)  # random numbers are drawn alike, too
+        # random numbers are drawn alike, too
+        h, state, told = checkpoint(run, h, state, context.values if block.in_context else {}, use_reentrant=False)
+        if block.in_context:
+            context.hear(told)
+        return h, state
 
     def _stack(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
     def _embed(self, x: Tensor) -> Tensor:
         h = self.embed(x if self.inputs is None else x.to(self._dtype))
-        return h.to(wide(h))
+        h = h.to(wide(h))
+        if self.config.embed_scale != 1:
+            h = self.config.embed_scale * h
+        return h if self.config.embed_norm is None else self.embed_norm(h).to(h.dtype)
 
     def _final(self, h: Tensor) -> Tensor:
         return self.norm(h)

@@ -1,17 +1,23 @@
 """What a model is made of. A hybrid is a string: one letter per block."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field, fields, is_dataclass
 from typing import Any
 
 from dualform.core.errors import ConfigError
 from dualform.core.options import brief, check_keys, check_types, joined, options, suggestion
+from dualform.layers.block import COMPOSED, SublayerConfig, standing
+from dualform.layers.context import EMBEDDING
 from dualform.layers.mixer import PartConfig
+from dualform.layers.norms import check_norm_kind
+from dualform.layers.recall import RecallConfig
 from dualform.layers.registry import config_of, kind_of, kinds
 
 DEEPEST = 10_000
 """Sub-layers of a model; a file that asks for more is damaged."""
+NESTED = 8
+"""Parts inside of parts; no model here comes near."""
 
 
 @options
@@ -19,20 +25,29 @@ class ModelConfig:
     """A model: embedding, one block per letter of ``pattern``, norm, head.
 
     Describes the function, never dtype, device, kernels or parallelism. Jamba's order of layers is
-    ``pattern="MMMMAMMM" * 4``; Zamba's repeated attention block is a letter in ``shared``.
+    ``pattern="MMMMAMMM" * 4``; Zamba's repeated attention block is a letter in ``shared``. A sub-layer is the config of
+    a part, which then has an RMS norm before it and is added to the stream, or a
+    :class:`~dualform.layers.block.SublayerConfig` around one, which says where it differs from that; parts may hold
+    parts.
 
     Args:
         vocab_size: V; 0 where a classifier or regressor reads features and not tokens.
         d_model: D, the width of the residual stream.
-        parts: what each letter is: its sub-layers, in order, each with its own norm and residual connection.
+        parts: what each letter is: its sub-layers, in order.
         pattern: the letters of the blocks, first block first.
-        shared: letters whose every use is the same module; each use keeps its own state.
+        shared: letters whose every use is the same module, but for low-rank matrices; each use keeps its own state.
         tie_embeddings: the head is the transpose of the embedding.
-        norm_eps: epsilon of the RMS norms before every sub-layer and before the head.
+        norm_eps: epsilon of the norms around the sub-layers and before the head.
+        norm: the norm before the head, by its name; see :class:`~dualform.layers.block.SublayerConfig`.
+        embed_norm: that of what enters the first block; None for none.
+        embed_scale: a factor of the embedding.
+        logit_scale: a factor of the logits.
+        logit_cap: c, with which logits are ``c tanh(logits / c)``; None for no such bound.
+        head_bias: whether a head that is not tied has a bias.
 
     Raises:
-        ConfigError: for a letter that is not defined, an empty pattern, a shared letter that is not used, or a size
-            that is out of range.
+        ConfigError: for a letter that is not defined, an empty pattern, a shared letter that is not used, a size
+            that is out of range, or a part that reads what no part before it saves.
     """
 
     vocab_size: int
@@ -42,6 +57,12 @@ class ModelConfig:
     shared: str = ""
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
+    norm: str = "rms"
+    embed_norm: str | None = None
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    head_bias: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("vocab_size", 0), ("d_model", 1)):
@@ -49,6 +70,7 @@ class ModelConfig:
                 raise ConfigError(f"model: {name} is {getattr(self, name)}, expected at least {least}")
         if not 0 < self.norm_eps < math.inf:
             raise ConfigError(f"model: norm_eps is {self.norm_eps}, expected a small positive number")
+        self._check_ends()
         for letter, parts in self.parts.items():
             _check_letter(letter, parts)
         object.__setattr__(self, "parts", {letter: tuple(parts) for letter, parts in self.parts.items()})
@@ -57,13 +79,41 @@ class ModelConfig:
             raise ConfigError("model: pattern is empty", hint=f"one letter per block; {defined}")
         if unknown := sorted(set(self.pattern) - set(self.parts)):
             raise ConfigError(f"model: pattern {brief(self.pattern)} uses {joined(unknown)}", hint=defined)
-        if (depth := sum(len(self.parts[letter]) for letter in self.pattern)) > DEEPEST:
+        sizes = {letter: sum(1 for _ in sublayers(parts)) for letter, parts in self.parts.items()}
+        if (depth := sum(sizes[letter] for letter in self.pattern)) > DEEPEST:
             raise ConfigError(f"model: pattern has {depth:,} sub-layers in all, expected at most {DEEPEST:,}")
         if unused := sorted(set(self.shared) - set(self.pattern)):
             raise ConfigError(
                 f"model: shared names {joined(unused)}, which the pattern {brief(self.pattern)} does not use",
                 hint="shared holds letters of the pattern whose blocks are one module",
             )
+        self._check_names()
+
+    def _check_ends(self) -> None:
+        """What stands before the first block and after the last."""
+        check_norm_kind("model: norm", self.norm)
+        check_norm_kind("model: embed_norm", self.embed_norm)
+        for name in ("embed_scale", "logit_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"model: {name} is {getattr(self, name)}, expected a finite number")
+        if self.logit_cap is not None and not 0 < self.logit_cap < math.inf:
+            raise ConfigError(f"model: logit_cap is {self.logit_cap}, expected a positive number, or none")
+        if self.head_bias and self.tie_embeddings:
+            raise ConfigError("model: head_bias is True, and the head is the embedding", hint="tie_embeddings=False")
+
+    def _check_names(self) -> None:
+        """That what a part reads has a name that some part before it saves."""
+        known = {EMBEDDING}
+        for letter in dict.fromkeys(self.pattern):  # a later use reads what an earlier one could
+            for sub in sublayers(self.parts[letter]):
+                read = sub.part.name if isinstance(sub.part, RecallConfig) else sub.joined
+                if read is not None and read not in known:
+                    raise ConfigError(
+                        f"model: a part of {letter!r} reads {read!r}, which nothing before it saves",
+                        hint=f"there is {joined(sorted(known))}",
+                    )
+                if sub.saved is not None:
+                    known.add(sub.saved)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: tuples become lists, infinities the words ``"inf"`` and ``"-inf"``."""
@@ -85,6 +135,21 @@ class ModelConfig:
             raise ConfigError(f"model: parts is {type(given).__name__}, expected a table from letters to sub-layers")
         values: dict[str, Any] = {name: _decode(value) for name, value in table.items() if name != "parts"}
         return cls(parts={letter: _parts_from_dicts(letter, listed) for letter, listed in given.items()}, **values)
+
+
+def sublayers(parts: Sequence[PartConfig], depth: int = 1) -> Iterator[SublayerConfig]:
+    """All sub-layers of a block in the order in which they run, those inside of a part before it.
+
+    Raises:
+        ConfigError: where parts hold parts too often.
+    """
+    if depth > NESTED:
+        raise ConfigError(f"model: parts hold parts more than {NESTED} times", hint="put fewer chains inside chains")
+    for sub in map(standing, parts):
+        if isinstance(sub.part, COMPOSED):
+            inside = (sub.part,) if isinstance(sub.part, SublayerConfig) else sub.part.parts
+            yield from sublayers(inside, depth + 1)
+        yield sub
 
 
 def _check_letter(letter: Any, parts: Any) -> None:
@@ -116,7 +181,9 @@ def _parts_from_dicts(letter: str, listed: Any) -> tuple[PartConfig, ...]:
     return tuple(_part_from_dict(options, f"parts.{letter}[{i}]") for i, options in enumerate(listed))
 
 
-def _part_from_dict(listed: Any, where: str) -> PartConfig:
+def _part_from_dict(listed: Any, where: str, depth: int = 1) -> PartConfig:
+    if depth > 2 * NESTED:
+        raise ConfigError(f"{where}: parts hold parts more than {NESTED} times")
     if not isinstance(listed, Mapping) or "kind" not in listed:
         raise ConfigError(f"{where}: {brief(listed)} has no kind", hint=f"known: {', '.join(kinds())}")
     given = dict(listed)
@@ -125,14 +192,25 @@ def _part_from_dict(listed: Any, where: str) -> PartConfig:
         raise ConfigError(f"{where}: unknown kind {brief(kind)}", hint=suggestion(str(kind), kinds()))
     config, where = config_of(kind), f"{where} ({kind})"
     check_keys(config, given, where)
-    values = {name: _decode(value) for name, value in given.items()}
+    values = {name: _inside(value, f"{where}.{name}", depth) for name, value in given.items()}
     check_types(config, values, where)
     return config(**values)
+
+
+def _inside(value: Any, where: str, depth: int) -> Any:
+    """The value of an option: another part, several, or something plain."""
+    if isinstance(value, Mapping):
+        return _part_from_dict(value, where, depth + 1)
+    if isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
+        return tuple(_part_from_dict(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value))
+    return _decode(value)
 
 
 def _encode(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_encode(v) for v in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _part_to_dict(value)  # pyright: ignore[reportArgumentType]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):

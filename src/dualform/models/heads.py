@@ -96,12 +96,31 @@ class PooledModel(Backbone):
         Raises:
             ArgumentError: names the argument, what came and what was expected.
         """
+        given = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask, "intervals": intervals, "rate": rate}
+        y, state, _ = self.forward_and_losses(x, state, **given)
+        return y, state
+
+    def forward_and_losses(
+        self,
+        x: Tensor,
+        state: PooledState | None = None,
+        *,
+        cu_seqlens: Borders = None,
+        attention_mask: Tensor | None = None,
+        intervals: Real[Tensor, "B T"] | None = None,
+        rate: float = 1.0,
+    ) -> tuple[Float[Tensor, "B outputs"], Any, list[Tensor]]:
+        """What :meth:`forward` returns, and what parts want added to the loss while the model trains.
+
+        Such as what balances the experts of a router; a list of scalars, empty outside of training.
+        """
         line = lay_out(self._name, x, state, cu_seqlens, attention_mask, intervals)
         x, packing = line.x, line.packing
         self._check_inputs(x, "B T")
         rows = x.shape[0] if packing is None else packing.rows
         old = self._split(line.state, rows)
-        h, blocks = self.features(x, old and old.blocks, cu_seqlens=packing, intervals=line.intervals, rate=rate)
+        given = {"cu_seqlens": packing, "intervals": line.intervals, "rate": rate}
+        h, blocks, losses = self._features(x, old and old.blocks, given, line.counted())
         pooled, seen = old[1:] if old else self._nothing(rows)
         if packing is None:
             lengths, pooled = torch.full_like(seen, h.shape[1]), self._pool(h, pooled)
@@ -109,7 +128,7 @@ class PooledModel(Backbone):
             lengths, pooled = packing.cu_seqlens.diff(), self._pool_packed(h[0], packing, pooled)
         seen = seen + lengths
         y = line.rows(self._read(pooled, seen))
-        return y, line.rows(PooledState(blocks, pooled, seen)) if self.causal else ()
+        return y, line.rows(PooledState(blocks, pooled, seen)) if self.causal else (), losses
 
     def step(
         self,
@@ -230,11 +249,11 @@ class SequenceClassifier(PooledModel):
         Raises:
             ArgumentError: names the argument, what came and what was expected.
         """
-        logits, _ = self.forward(x, **options)
+        logits, _, losses = self.forward_and_losses(x, **options)
         check_tensors(self._name, logits=(logits, "B classes"), labels=(labels, "B"))
         self._check_indices("labels", labels, self.outputs, ignored=IGNORED, hint="classes are numbered from 0")
         total = F.cross_entropy(logits.to(wide(logits)), labels.long(), ignore_index=IGNORED, reduction="sum")
-        return total / (labels != IGNORED).sum().clamp(min=1)
+        return sum(losses, total / (labels != IGNORED).sum().clamp(min=1))
 
 
 @explained(elsewhere=ELSEWHERE)
@@ -265,6 +284,6 @@ class SequenceRegressor(PooledModel):
         Raises:
             ArgumentError: names the argument, what came and what was expected.
         """
-        y, _ = self.forward(x, **options)
+        y, _, losses = self.forward_and_losses(x, **options)
         check_tensors(self._name, outputs=(y, "B outputs"), targets=(targets, "B outputs"))
-        return F.mse_loss(y.to(wide(y)), targets.to(wide(y)))
+        return sum(losses, F.mse_loss(y.to(wide(y)), targets.to(wide(y))))

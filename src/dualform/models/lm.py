@@ -21,7 +21,7 @@ from dualform.models.padding import Line, lay_out
 
 @explained(elsewhere=ELSEWHERE)
 class LanguageModel(Backbone):
-    """Tokens ``(B, T)`` -> logits ``(B, T, V)``: embedding, one block per letter of the pattern, RMS norm, head.
+    """Tokens ``(B, T)`` -> logits ``(B, T, V)``: embedding, one block per letter of the pattern, norm, head.
 
     For the state, the residual stream and the initialisation see :class:`~dualform.models.backbone.Backbone`. Built
     under ``torch.device("meta")`` it costs no memory and can count its parameters.
@@ -37,7 +37,7 @@ class LanguageModel(Backbone):
                 "LanguageModel: a part is bidirectional, and would see the token that it is to predict",
                 hint="bidirectional parts are for SequenceClassifier and SequenceRegressor",
             )
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, config.head_bias)
 
     def forward(
         self,
@@ -65,12 +65,18 @@ class LanguageModel(Backbone):
             ArgumentError: names the argument, what came and what was expected.
         """
         line = lay_out(self._name, tokens, state, cu_seqlens, attention_mask, intervals)
-        h, state = self._features(line, rate)
+        h, state, _ = self._line_features(line, rate)
         return line.unpack(self.logits(h)), line.rows(state)
 
     def logits(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """The head: :meth:`features` to logits."""
-        return F.linear(h, self.embed.weight) if self.head is None else self.head(h)
+        return self._bounded(F.linear(h, self.embed.weight) if self.head is None else self.head(h))
+
+    def _bounded(self, logits: Tensor) -> Tensor:
+        """The factor of the logits, and their bound."""
+        scale, cap = self.config.logit_scale, self.config.logit_cap
+        logits = logits if scale == 1 else scale * logits
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def step(
         self,
@@ -112,6 +118,9 @@ class LanguageModel(Backbone):
     ) -> tuple[Float[Tensor, ""], State]:
         """Mean cross-entropy of the next token, in nats, without holding all logits of a large vocabulary.
 
+        While the model trains (``model.train()``, gradients recorded), losses that parts have beside it are added,
+        such as those that balance the experts of a router.
+
         The state goes on to the next piece of the same sequences; for truncated backpropagation, detached::
 
             loss, state = model.loss_and_state(tokens, targets, state)
@@ -136,7 +145,7 @@ class LanguageModel(Backbone):
             ArgumentError: names the argument, what came and what was expected.
         """
         line = lay_out(self._name, tokens, state, cu_seqlens, attention_mask, intervals)
-        h, state = self._features(line, rate)
+        h, state, losses = self._line_features(line, rate)
         packing = line.packing
         if targets is None:
             targets = F.pad(line.x[:, 1:], (0, 1), value=IGNORED) if line.x.shape[1] else line.x
@@ -149,20 +158,22 @@ class LanguageModel(Backbone):
         if packing is not None:
             ids = packing.sequence_ids(line.x.shape[1])
             targets = targets.masked_fill(F.pad(ids.diff() != 0, (0, 1), value=True), IGNORED)
-        if line.spare and line.packing is not None:
-            inside = torch.arange(line.x.shape[1], device=tokens.device) < line.packing.cu_seqlens[-2]
-            targets = targets.masked_fill(~inside, IGNORED)
-        return self._loss(h.flatten(0, 1), targets.long().flatten()), line.rows(state)
+        if (counted := line.counted()) is not None:
+            targets = targets.masked_fill(~counted, IGNORED)
+        loss = self._loss(h.flatten(0, 1), targets.long().flatten())
+        return sum(losses, loss), line.rows(state)
 
-    def _features(self, line: Line, rate: float) -> tuple[Tensor, State]:
-        return self.features(line.x, line.state, cu_seqlens=line.packing, intervals=line.intervals, rate=rate)
+    def _line_features(self, line: Line, rate: float) -> tuple[Tensor, State, list[Tensor]]:
+        given = {"cu_seqlens": line.packing, "intervals": line.intervals, "rate": rate}
+        return self._features(line.x, line.state, given, line.counted())
 
     def _loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """The mean over the targets that count."""
         count = (targets != IGNORED).sum().clamp(min=1)
-        if self.head is None:
-            return linear_cross_entropy(h, self.embed.weight, targets) / count
-        if type(self.head) is nn.Linear and self.head.bias is None:
-            return linear_cross_entropy(h, self.head.weight, targets) / count
-        logits = self.head(h)  # a wrapper around a linear map: quantised, adapted
+        if self.config.logit_cap is None and (self.head is None or type(self.head) is nn.Linear):
+            head: Any = self.embed if self.head is None else self.head
+            if getattr(head, "bias", None) is None:
+                scale = self.config.logit_scale
+                return linear_cross_entropy(h if scale == 1 else scale * h, head.weight, targets) / count
+        logits = self.logits(h)  # bounded, or of a wrapper around a linear map: quantised, adapted
         return F.cross_entropy(logits.to(wide(logits)), targets, ignore_index=IGNORED, reduction="sum") / count

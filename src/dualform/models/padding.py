@@ -40,6 +40,12 @@ class Line(NamedTuple):
         rows = rows.unflatten(0, self.keep.shape)
         return rows.masked_fill(~self.keep.view(*self.keep.shape, *[1] * (y.dim() - 2)), 0)
 
+    def counted(self) -> Tensor | None:
+        """``(1, T)``, which elements of the line are no padding; None where all are."""
+        if not self.spare or self.packing is None:
+            return None
+        return (torch.arange(self.x.shape[1], device=self.x.device) < self.packing.cu_seqlens[-2])[None]
+
     def rows(self, tree: Tree) -> Tree:
         """What there is for every sequence of the line, without that of the padding."""
         if not self.spare or self.keep is None:
