@@ -116,8 +116,8 @@ MODELS = {
 EVERYTHING = ModelConfig(
     V,
     D,
-    {**LOW_RANKS, "P": (BRANCHES,), "T": (TellerConfig(),)},
-    "TSPH",
+    {**LOW_RANKS, "T": (TellerConfig(),)},
+    "TSH",
     shared="S",
     embed_norm="rms",
     tie_embeddings=False,
