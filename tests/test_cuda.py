@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from containment import check_contained
+from dualform.ops.cuda import compiler
 from dualform.ops.cuda import selective_scan as scan_kernels
 from dualform.ops.layout import time_last
 from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
@@ -12,11 +13,21 @@ from emulation import close, definition, gradients, normal, packing
 
 
 def arguments(
-    batch, length, width, states, groups=(1, 1), dtype=torch.float32, gated=True, softplus=True, borders=None, last=()
+    batch,
+    length,
+    width,
+    states,
+    groups=(1, 1),
+    dtype=torch.float32,
+    gated=True,
+    softplus=True,
+    borders=None,
+    last=(),
+    more=4,
 ):
     """As the kernels take them; halves of one projection, as the layers hand them over.
 
-    ``last`` are the names of those with time innermost; they lie in memory that is four steps longer.
+    ``last`` are the names of those with time innermost; they lie in memory that is ``more`` steps longer.
     """
     rows = batch if borders is None else len(borders) - 1
     u, z = normal(batch, length, 2 * width, dtype=dtype).chunk(2, -1)
@@ -26,12 +37,12 @@ def arguments(
     D, bias = (normal(width), normal(width) - 1) if gated else (None, None)
     h0 = normal(rows, width, states)
     a = SelectiveScan(u, delta, A, B, C, D, z if gated else None, bias, softplus, h0, packing(borders))
-    return a._replace(**{name: turned(getattr(a, name)) for name in last})
+    return a._replace(**{name: turned(getattr(a, name), more) for name in last})
 
 
-def turned(m):
+def turned(m, more=4):
     """Time innermost."""
-    return torch.nn.functional.pad(m.movedim(1, -1), (0, 4), value=torch.nan)[..., :-4].movedim(-1, 1)
+    return torch.nn.functional.pad(m.movedim(1, -1), (0, more), value=torch.nan)[..., :-more].movedim(-1, 1)
 
 
 def reference(a, weights, dtype=torch.float64):
@@ -60,6 +71,9 @@ EACH = ("u", "delta", "B", "C", "z")
 LAST = {
     "odd": (0, dict(batch=2, length=65, width=17, states=5, last=EACH)),
     "bfloat16": (2, dict(batch=1, length=136, width=64, states=16, dtype=torch.bfloat16, last=EACH)),
+    "lines": (1, dict(batch=2, length=200, width=24, states=16, dtype=torch.bfloat16, last=EACH, more=8)),
+    "lines in fours": (1, dict(batch=1, length=140, width=40, states=7, last=("delta", "C", "u"))),
+    "short": (1, dict(batch=2, length=5, width=16, states=16, last=EACH)),
     "mixed": (2, dict(batch=1, length=68, width=20, states=20, dtype=torch.float16, last=("u", "z", "B"))),
     "packed": (3, dict(batch=1, length=150, width=24, states=16, borders=[0, 1, 1, 40, 41, 150], last=EACH)),
 }
@@ -116,6 +130,30 @@ def test_time_may_be_innermost(case, emulated, poison, monkeypatch):
     assert time_last(found[0]) == ("u" in sizes["last"])
 
 
+@pytest.mark.parametrize("shared, steps", [(30, 32), (22, 16)])
+@pytest.mark.parametrize("case", ["lines", "lines in fours"])
+def test_lines_are_shorter_where_memory_is_short(case, shared, steps, emulated, monkeypatch):
+    plan = scan_kernels.Plan(2, 1, 1)
+    monkeypatch.setattr(scan_kernels, "plan_forward", lambda *a: plan)
+    a = arguments(**LAST[case][1])
+    want, _ = scan_kernels._infer(a)
+    monkeypatch.setattr(compiler, "limits", lambda: compiler.Limits(132, shared * 1024))
+    assert scan_kernels.lines(plan, scan_kernels.Inputs(*a))[0] == steps
+    assert torch.equal(scan_kernels._infer(a)[0], want)
+
+
+def test_lines_leave_room_for_the_blocks_there_are(emulated):
+    """A few blocks on each multiprocessor get longer lines than many."""
+    few, many = (arguments(b, 64, 2048, 16, dtype=torch.bfloat16, last=EACH) for b in (5, 16))
+    found = []
+    for a in (few, many):
+        x = scan_kernels.Inputs(*a)
+        plan = scan_kernels.plan_forward(x)
+        steps, size = scan_kernels.lines(plan, x)
+        found.append((steps, scan_kernels.fitting(plan, scan_kernels.forward_shared(plan, x) + size)))
+    assert found == [(32, 2), (16, 3)]
+
+
 @pytest.mark.parametrize("case, plan", [("tiles", PLANS[0]), ("packed", PLANS[1])], ids=str)
 def test_what_is_not_finite_stays_in_its_sequence(case, plan, emulated, poison, monkeypatch):
     channels, forward, teams, warps, span = plan
@@ -169,13 +207,15 @@ def test_slow_states_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("last", [EACH, ("u", "B", "z"), ("delta", "C")], ids=str)
 @pytest.mark.parametrize("length", [197, 1000])
+@pytest.mark.parametrize("warps", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_time_may_be_innermost_on_a_gpu(dtype, length, last):
-    """Aligned for reads of four steps, and not; the numbers are those of the other layout."""
+def test_time_may_be_innermost_on_a_gpu(dtype, warps, length, last, monkeypatch):
+    """Aligned for reads of eight steps, and not; the numbers are those of the other layout."""
     torch.manual_seed(0)
+    monkeypatch.setattr(scan_kernels, "plan_forward", lambda *a: scan_kernels.Plan(2, warps, 1))
     a = arguments(2, length, 72, 16, dtype=dtype)
     a = a._replace(**{f: m.cuda() for f, m in a._asdict().items() if isinstance(m, Tensor)})
-    weights, found = run(a._replace(**{name: turned(getattr(a, name)) for name in last}))
+    weights, found = run(a._replace(**{name: turned(getattr(a, name), 8) for name in last}))
     y, final, *saved = scan_kernels._forward(a)
     want = [y, final, *gradients(selective_scan_op, a, scan_kernels._backward(weights, saved, a))]
     close(found, [m.double() for m in want], 1e-5 if dtype == torch.float32 else 1e-2)

@@ -45,7 +45,7 @@ template <class T>
 DEVICE T* whole(T* p) {
   return p;
 }
-template <int BYTES>
+template <int BYTES, bool WITH_LINE = false>
 DEVICE void copy_async(void* shared, const void* from, bool wanted) {
   emulator::copy({shared, from, BYTES, wanted ? unsigned(BYTES) : 0u});
 }
@@ -69,12 +69,16 @@ DEVICE T* whole(T* p) {
   return p;
 }
 // From memory to shared memory, past all registers: 8 or 16 bytes, or zeros where they are not wanted. A thread closes
-// groups of copies, and waits until no more than LEFT of them are on their way.
-template <int BYTES>
+// groups of copies, and waits until no more than LEFT of them are on their way. WITH_LINE the cache gets all 128 bytes
+// around them.
+template <int BYTES, bool WITH_LINE = false>
 DEVICE void copy_async(void* shared, const void* from, bool wanted) {
   unsigned to;
   asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(to) : "l"(shared));
-  if constexpr (BYTES == 16)
+  if constexpr (WITH_LINE && BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0)
+                 : "memory");
+  else if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
@@ -178,6 +182,18 @@ DEVICE void pack(Four<bfloat16>& f, const float* x) {
 DEVICE void pack(Four<float16>& f, const float* x) {
   UNROLL for (int i = 0; i < 2; i++)
     f.pair[i] = pack_float16(x[2 * i], x[2 * i + 1]);
+}
+
+// One of them, as it is.
+DEVICE float get_one(const Four<float>& f, int i) { return f.one[i]; }
+DEVICE void put_one(Four<float>& f, int i, float x) { f.one[i] = x; }
+template <class T>
+DEVICE T get_one(const Four<T>& f, int i) {
+  return {(unsigned short)(f.pair[i / 2] >> (i % 2 * 16))};
+}
+template <class T>
+DEVICE void put_one(Four<T>& f, int i, T x) {  // where there is zero
+  f.pair[i / 2] |= unsigned(x.bits) << (i % 2 * 16);
 }
 
 // Four neighbours; with `WHOLE` all are there and may be read at once, else the first `count` of them are there.

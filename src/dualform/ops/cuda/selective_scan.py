@@ -44,6 +44,12 @@ class Inputs(SelectiveScan):
         sizes = {False: size, True: self.u.shape[1] if self.packing is None else 1}
         return all(aligned(sizes[last], m) for m, last in tensors if m is not None)
 
+    def together(self, *tensors: tuple[Tensor | None, bool]) -> int:
+        """How many steps are read at once of those with time innermost: 8, 4 or one, as in lines.cuh."""
+        length = 1 if self.packing is not None else self.u.shape[1]
+        last = [m for m, is_last in tensors if is_last and m is not None]
+        return next((many for many in (8, 4) if aligned(length, *last, many=many)), 1)
+
     @property
     def map_dtype(self) -> torch.dtype:
         """Of B and C, as the kernels read them."""
@@ -105,14 +111,38 @@ def plan_forward(x: Inputs) -> Plan:
     if teams > 2 * limits.multiprocessors:
         return Plan(channels, 2 if wide else 3, 4)
     plans = (Plan(channels, warps, 1) for warps in ((8, 4) if wide else (12, 8, 4)))
-    return next(plan for plan in plans if forward_shared(plan, x) <= limits.shared or plan.warps == 4)
+    return next(p for p in plans if p.warps == 4 or fitting(p, forward_shared(p, x) + lines(p, x)[1]))
 
 
 def forward_shared(plan: Plan, x: Inputs) -> int:
-    """Bytes of shared memory of a block."""
+    """Bytes of shared memory of a warp."""
     floats = 2 * (6 * plan.steps * plan.line + 32 + 8 * plan.steps * x.lane_states)
-    of_warp = 4 * (floats + 32 * plan.channels * x.lane_states) + 4 * 32 * 4 * x.u.element_size()
-    return plan.teams * plan.warps * of_warp
+    return 4 * (floats + 32 * plan.channels * x.lane_states) + 4 * 32 * 4 * x.u.element_size()
+
+
+def lines(plan: Plan, x: Inputs) -> tuple[int, int]:
+    """Of tensors with time innermost: steps that pass through shared memory at once, and bytes of them for a warp.
+
+    As many as leave room for the blocks that there are. Warps that take turns at time copy what one takes.
+    """
+    maps = [(4 * x.lane_states, x.map_dtype.itemsize) for m in (x.B, x.C) if time_last(m)]
+    rows = [(plan.line, m.element_size()) for m in (x.u, x.delta, x.z) if m is not None and time_last(m)] + maps
+    output = [(plan.line, x.u.element_size())] if time_last(x.u) else []
+
+    def size(steps: int) -> int:
+        return sum(many * 16 * (steps * item // 16 | 1) for many, item in rows * 2 + output)
+
+    if plan.warps > 1 or not rows:
+        return plan.steps, size(plan.steps)
+    blocks = -(-len(x.h0) * -(-x.u.shape[2] // (plan.teams * plan.line)) // compiler.limits().multiprocessors)
+    of_warp = forward_shared(plan, x)
+    steps = next((steps for steps in (64, 32) if fitting(plan, of_warp + size(steps)) >= min(blocks, plan.blocks)), 16)
+    return steps, size(steps)
+
+
+def fitting(plan: Plan, of_warp: int) -> int:
+    """How many blocks a multiprocessor holds, each of them with so many bytes for each warp and 1 KiB of its own."""
+    return (compiler.limits().shared + 1024) // (plan.teams * plan.warps * of_warp + 1024)
 
 
 def plan_backward(x: Inputs) -> tuple[Plan, int, int]:
@@ -181,13 +211,16 @@ def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
     rows, width = len(x.h0), x.u.shape[2]
     plan = plan_forward(x)
     given, macros = _inputs(x)
+    of_warp, (steps, of_lines) = forward_shared(plan, x), lines(plan, x)
+    plan = plan._replace(blocks=max(1, min(plan.blocks, fitting(plan, of_warp + of_lines))))
+    macros |= {"LINE": steps, "LINE_BYTES": of_lines, "SHARED_BYTES": of_warp}
     compiler.launch(
         "selective_scan_forward.cu",
         "selective_scan_forward",
         macros | plan.macros | {"SAVE": keep},
         rows * -(-width // (plan.teams * plan.line)),
         32 * plan.teams * plan.warps,
-        forward_shared(plan, x),
+        plan.teams * plan.warps * (of_warp + of_lines),
         SCAN.pack(**given, y=_whole(y), final=final, saved=saved[0] if keep else None, lead=TILE, span=TILE),
     )
     return [y, final, *saved]
@@ -287,6 +320,7 @@ def _inputs(x: Inputs, *more: tuple[Tensor, bool]) -> tuple[dict[str, Any], dict
         "MAP": TYPES[B.dtype],
         "INPUT_ALIGNED": x.in_fours(width, *laid.values(), *more),
         "MAP_ALIGNED": x.in_fours(states, *maps.values()),
+        "TOGETHER": x.together(*laid.values(), *maps.values(), *more),
         "GATED": z is not None,
         "SOFTPLUS": x.delta_softplus,
     }
