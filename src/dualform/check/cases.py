@@ -28,6 +28,7 @@ from dualform.layers.registry import MIXERS
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
+from dualform.layers.short_conv import GatedShortConvConfig
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 
@@ -244,6 +245,9 @@ def _mixers() -> list[Case]:
         mixer_case("", HyenaModalConfig(d_state=6), 1),
         mixer_case("order 3", HyenaModalConfig(order=3, d_state=2, d_conv=2, dt_max=0.5), 3),
         mixer_case("", HyenaModalConfig(d_state=4, d_conv=1), 17),
+        mixer_case("", GatedShortConvConfig(), 1),
+        mixer_case("wide", GatedShortConvConfig(d_conv=5, bias=True), 3),
+        mixer_case("no memory", GatedShortConvConfig(d_conv=1), 17),
     ]
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dualform.layers.s4 import S4, S4Config
     from dualform.layers.s4d import S4D, S4DConfig
     from dualform.layers.s5 import S5, S5Config
+    from dualform.layers.short_conv import GatedShortConv, GatedShortConvConfig
 
 __all__ = [
     "DSS",
@@ -46,6 +47,8 @@ __all__ = [
     "ChainConfig",
     "Context",
     "DSSConfig",
+    "GatedShortConv",
+    "GatedShortConvConfig",
     "H3Config",
     "Hint",
     "Hyena",
@@ -77,6 +80,7 @@ _HOME = {
     "Context": "context",
     "DSS": "dss",
     "FEEDFORWARDS": "registry",
+    "GatedShortConv": "short_conv",
     "H3": "h3",
     "Hint": "mixer",
     "Hyena": "hyena",

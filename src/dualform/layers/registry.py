@@ -22,6 +22,7 @@ from dualform.layers.recall import RecallConfig
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
+from dualform.layers.short_conv import GatedShortConvConfig
 
 
 class Registry(MutableMapping[str, type[Any]]):
@@ -116,6 +117,7 @@ MIXERS = Registry(
         "s4": S4Config,
         "s4d": S4DConfig,
         "s5": S5Config,
+        "short_conv": GatedShortConvConfig,
     },
 )
 FEEDFORWARDS = Registry("dualform.feedforwards", {"mlp": MLPConfig})
