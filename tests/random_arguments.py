@@ -403,6 +403,17 @@ def lstm(draw: Draw) -> Arguments:
     }
 
 
+def grouped_linear(draw: Draw) -> Arguments:
+    counts = torch.tensor([draw.one(0, 1, 3, 17) for _ in range(draw.one(1, 2, 5))], dtype=torch.int64)
+    width, ends = draw.one(1, 3, 8), counts.cumsum(0)
+    x = draw.normal(int(ends[-1]), width)
+    return {
+        "x": x,
+        "weight": draw.normal(len(ends), draw.one(1, 5, 16), width, dtype=x.dtype),
+        "ends": ends.to(x.device),
+    }
+
+
 def rows(draw: Draw, width: int) -> tuple[int, ...]:
     return (*draw.one((), (0,), (3,), (2, 5), (1, 40), (2, 1, 3)), width)
 
@@ -465,6 +476,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         attention,
         long_conv,
         lstm,
+        grouped_linear,
     )
 }
 # Those without kernels.
@@ -483,6 +495,7 @@ PORTABLE = {
     "attention",
     "long_conv",
     "lstm",
+    "grouped_linear",
 }
 
 

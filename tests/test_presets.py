@@ -69,7 +69,7 @@ def test_every_preset_of_a_paper_is_tested():
 def test_byte_presets_are_small_and_alike(name):
     torch.manual_seed(0)
     model = LanguageModel(preset(name))
-    assert 450_000 <= model.parameter_count() <= 600_000
+    assert 450_000 <= model.active_parameter_count() <= 600_000
     x = torch.randint(256, (2, 40))
     model.loss(x).backward()
     with torch.no_grad():

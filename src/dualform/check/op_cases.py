@@ -19,6 +19,7 @@ from dualform.ops.fft_conv import fft_conv
 from dualform.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from dualform.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from dualform.ops.gated_norm import gated_norm
+from dualform.ops.grouped_linear import grouped_linear
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.linear_scan import linear_scan
@@ -271,6 +272,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         found["beta"] = 2 * torch.rand(*first, 4, generator=generator, dtype=torch.float64)
         return found if decays is None else {**found, "log_decay": decay(*first, 4, *(5,) * decays)}
 
+    groups = {"x": normal(length, 5), "weight": normal(4, 7, 5)}
     window = {"x": normal(3, 5), "state": normal(3, 5, 3), "weight": normal(5, 4), "bias": normal(5)}
     by_state, by_head = update((24,), (24,), 5), update((6, 7), (6, 1), 1)
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
@@ -351,5 +353,6 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("long_conv packed", "long_conv", long_conv, behind(1, rows, 20), runs),
         OpCase("lstm", "lstm", lstm, gates(3, 3)),
         OpCase("lstm packed", "lstm", lstm, gates(1, rows), runs),
+        OpCase("grouped_linear", "grouped_linear", grouped_linear, groups, {"ends": packed[1:].long()}),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]

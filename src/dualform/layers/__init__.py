@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dualform.layers.mamba2 import Mamba2, Mamba2Config
     from dualform.layers.mixer import Hint, Mixer
     from dualform.layers.mlp import MLP, MLPConfig
+    from dualform.layers.moe import MoE, MoEConfig
     from dualform.layers.part import Part
     from dualform.layers.recall import Recall, RecallConfig
     from dualform.layers.registry import FEEDFORWARDS, MIXERS
@@ -63,6 +64,8 @@ __all__ = [
     "Mamba2Config",
     "MambaConfig",
     "Mixer",
+    "MoE",
+    "MoEConfig",
     "ParallelConfig",
     "Part",
     "Recall",
@@ -93,6 +96,7 @@ _HOME = {
     "Mamba2": "mamba2",
     "Mixer": "mixer",
     "ParallelConfig": "block",
+    "MoE": "moe",
     "Part": "part",
     "Recall": "recall",
     "S4": "s4",

@@ -61,13 +61,15 @@ class Part(nn.Module, metaclass=PartClass):
 
     ``residual`` names the parameters that a model scales at the start to scale what the part adds to the residual
     stream, as ``parameters()`` names them: the weight of its last linear map. Names that a configuration of the part
-    lacks are skipped.
+    lacks are skipped. ``idle`` is how many parameters one element does not use, such as those of experts that it does
+    not go to.
 
     A part that is ``in_context`` is called with ``context=``, see :class:`~dualform.layers.context.Context`.
     """
 
     residual: ClassVar[tuple[str, ...]] = ("out_proj.weight",)
     in_context: bool = False
+    idle: int = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

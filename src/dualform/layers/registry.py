@@ -18,6 +18,7 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.moe import MoEConfig
 from dualform.layers.recall import RecallConfig
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
@@ -120,7 +121,7 @@ MIXERS = Registry(
         "short_conv": GatedShortConvConfig,
     },
 )
-FEEDFORWARDS = Registry("dualform.feedforwards", {"mlp": MLPConfig})
+FEEDFORWARDS = Registry("dualform.feedforwards", {"mlp": MLPConfig, "moe": MoEConfig})
 COMPOSITES: dict[str, type[Any]] = {
     "sublayer": SublayerConfig,
     "chain": ChainConfig,

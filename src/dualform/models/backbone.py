@@ -23,6 +23,7 @@ from dualform.layers.context import EMBEDDING, Context, Told
 from dualform.layers.low_rank import another_use
 from dualform.layers.mixer import Prepared, Step
 from dualform.layers.norms import make_norm
+from dualform.layers.part import Part
 from dualform.models.config import ModelConfig
 from dualform.ops.op import backend, forced
 
@@ -178,6 +179,10 @@ class Backbone(nn.Module):
     def parameter_count(self) -> int:
         """Number of parameters; tied and shared ones count once."""
         return sum(p.numel() for p in self.parameters())
+
+    def active_parameter_count(self) -> int:
+        """Number of parameters that one element uses: all but those of experts that it does not go to."""
+        return self.parameter_count() - sum(part.idle for part in self.modules() if isinstance(part, Part))
 
     def prepare(self, *, rate: float = 1.0) -> Prepared:
         """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""

@@ -9,6 +9,7 @@ from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mixer import PartConfig
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.moe import MoEConfig
 from dualform.layers.s4d import S4DConfig
 from dualform.models.config import ModelConfig
 
@@ -36,8 +37,28 @@ def _mamba2(layers: int, d_model: int) -> ModelConfig:
 
 
 def _bytes(pattern: str, **parts: tuple[PartConfig, ...]) -> ModelConfig:
-    """About half a million parameters."""
+    """About half a million parameters that each byte uses."""
     return ModelConfig(256, 128, parts, pattern)
+
+
+def _moe_mamba() -> ModelConfig:
+    """Pióro et al. (2024), arXiv:2401.04081, section 3.1: layers of Mamba and of one expert for each byte in turn."""
+    return _bytes("ME" * 3, M=(MambaConfig(),), E=(MoEConfig(top_k=1, normalise=False, d_hidden=96),))
+
+
+def _samba() -> ModelConfig:
+    """Ren et al. (2024), arXiv:2406.07522, section 2: Mamba, feed-forward, attention over a window, feed-forward."""
+    mlp = MLPConfig(d_hidden=128)
+    return _bytes("MS" * 2, M=(MambaConfig(), mlp), S=(AttentionConfig(heads=4, window=128), mlp))
+
+
+def _jamba() -> ModelConfig:
+    """Lieber et al. (2024), arXiv:2403.19887, section 3: experts in every second layer, attention without positions.
+
+    Here every fourth layer has attention; in the paper it is every eighth.
+    """
+    mlp, moe = MLPConfig(d_hidden=48), MoEConfig(d_hidden=48, top_k=2, normalise=False)
+    return _bytes("MEAE", M=(MambaConfig(), mlp), E=(MambaConfig(), moe), A=(AttentionConfig(heads=4, rope=None), mlp))
 
 
 _SMALL_MAMBA2 = Mamba2Config(d_state=32, d_head=64)
@@ -58,5 +79,8 @@ PRESETS: dict[str, ModelConfig] = {
     "byte-mamba": _bytes("MMMM", M=(MambaConfig(),)),
     "byte-transformer": _bytes("AAA", A=(AttentionConfig(heads=4), MLPConfig(d_hidden=256))),
     "byte-lstm": _bytes("LLL", L=(LSTMConfig(hidden=144),)),
+    "byte-moe-mamba": _moe_mamba(),
+    "byte-samba": _samba(),
+    "byte-jamba": _jamba(),
     "byte-s4d": _bytes("SSSS", S=(S4DConfig(), MLPConfig(d_hidden=192))),
 }

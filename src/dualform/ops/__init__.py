@@ -14,6 +14,7 @@ from dualform.ops.fft_conv import fft_conv
 from dualform.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from dualform.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from dualform.ops.gated_norm import gated_norm
+from dualform.ops.grouped_linear import grouped_linear
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.linear_scan import linear_scan
@@ -63,6 +64,7 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_update",
     "gated_norm",
+    "grouped_linear",
     "irregular_scan",
     "irregular_ssm",
     "linear_scan",
