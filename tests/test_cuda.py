@@ -24,10 +24,12 @@ def arguments(
     borders=None,
     last=(),
     more=4,
+    constant=(),
 ):
     """As the kernels take them; halves of one projection, as the layers hand them over.
 
-    ``last`` are the names of those with time innermost; they lie in memory that is ``more`` steps longer.
+    ``last`` are the names of those with time innermost; they lie in memory that is ``more`` steps longer. ``constant``
+    are those of B and C that are (D, N).
     """
     rows = batch if borders is None else len(borders) - 1
     u, z = normal(batch, length, 2 * width, dtype=dtype).chunk(2, -1)
@@ -37,6 +39,7 @@ def arguments(
     D, bias = (normal(width), normal(width) - 1) if gated else (None, None)
     h0 = normal(rows, width, states)
     a = SelectiveScan(u, delta, A, B, C, D, z if gated else None, bias, softplus, h0, packing(borders))
+    a = a._replace(**{name: normal(width, states, dtype=dtype) for name in constant})
     return a._replace(**{name: turned(getattr(a, name), more) for name in last})
 
 
@@ -65,6 +68,11 @@ CASES = {
     "groups": dict(batch=2, length=70, width=48, states=8, groups=(3, 1)),
     "groups that cross": dict(batch=1, length=20, width=48, states=8, groups=(2, 3)),
     "packed": dict(batch=1, length=150, width=24, states=16, borders=[0, 1, 1, 40, 41, 150]),
+    "constant": dict(batch=2, length=65, width=17, states=5, constant=("B", "C")),
+    "constant B": dict(batch=2, length=70, width=48, states=16, groups=(1, 3), constant=("B",)),
+    "constant C, packed": dict(
+        batch=1, length=150, width=24, states=8, borders=[0, 1, 1, 40, 41, 150], constant=("C",)
+    ),
     "float16 wide states": dict(batch=1, length=66, width=20, states=20, dtype=torch.float16),
 }
 EACH = ("u", "delta", "B", "C", "z")
@@ -73,6 +81,7 @@ LAST = {
     "bfloat16": (2, dict(batch=1, length=136, width=64, states=16, dtype=torch.bfloat16, last=EACH)),
     "lines": (1, dict(batch=2, length=200, width=24, states=16, dtype=torch.bfloat16, last=EACH, more=8)),
     "lines in fours": (1, dict(batch=1, length=140, width=40, states=7, last=("delta", "C", "u"))),
+    "constant": (1, dict(batch=1, length=72, width=24, states=16, last=("u", "delta", "C", "z"), constant=("B",))),
     "short": (1, dict(batch=2, length=5, width=16, states=16, last=EACH)),
     "mixed": (2, dict(batch=1, length=68, width=20, states=20, dtype=torch.float16, last=("u", "z", "B"))),
     "packed": (3, dict(batch=1, length=150, width=24, states=16, borders=[0, 1, 1, 40, 41, 150], last=EACH)),
@@ -170,6 +179,7 @@ def test_what_it_refuses():
     assert refuses(arguments(1, 2, 16, 0)) == "0 states, expected 1 to 32"  # whose output is the skip, not zero
     assert refuses(arguments(1, 2, 12, 4, groups=(3, 1))) == "groups of 4 channels, not a multiple of 8"
     assert refuses(arguments(1, 2, 48, 4, groups=(2, 3))) is None
+    assert refuses(arguments(1, 2, 12, 4, groups=(3, 1), constant=("B",))) is None
     assert refuses(a._replace(h0=a.h0.double())) == "the state is torch.float64, not float32"
 
 
@@ -219,3 +229,13 @@ def test_time_may_be_innermost_on_a_gpu(dtype, warps, length, last, monkeypatch)
     y, final, *saved = scan_kernels._forward(a)
     want = [y, final, *gradients(selective_scan_op, a, scan_kernels._backward(weights, saved, a))]
     close(found, [m.double() for m in want], 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("constant", [("B",), ("C",), ("B", "C")], ids=str)
+def test_constant_maps_on_a_gpu(constant):
+    torch.manual_seed(0)
+    a = arguments(2, 197, 72, 16, constant=constant)
+    a = a._replace(**{f: m.cuda() for f, m in a._asdict().items() if isinstance(m, Tensor)})
+    weights, found = run(a)
+    close(found, reference(a, weights), 2e-5)

@@ -86,11 +86,6 @@ class SelectiveScan(NamedTuple):
     h0: Tensor  # (rows, D, N)
     packing: Packing | None
 
-    @property
-    def constant(self) -> bool:
-        """Whether B or C is ``(D, N)``, constant over time and batch."""
-        return self.B.dim() == 2 or self.C.dim() == 2
-
     def over_time(self) -> "SelectiveScan":
         """The same with a group for every channel in place of a constant B or C: a view, the same at all times."""
         batch_and_time = self.u.shape[:2]

@@ -23,8 +23,8 @@ constexpr int TILE = 64;                  // steps between the states that the b
 // One scan, forward and backward. A, D, the bias and states are float; y, du and dz are like u, others are float.
 struct Scan {
   int64 rows, length, width, states, groups_b, groups_c;
-  const int64* borders;  // (rows + 1), of sequences packed end to end, or null
-  View u, delta, z, b, c;
+  const int64* borders;            // (rows + 1), of sequences packed end to end, or null
+  View u, delta, z, b, c;          // b and c are (D, N) floats where they are constant
   const float *a, *d, *bias, *h0;  // (D, N), (D), (D), (rows, D, N)
   void* y;                         // (B, T, D), lies as u does
   float* final;                    // (rows, D, N)
@@ -36,12 +36,13 @@ struct Scan {
   float* carry;            // (spans, D, N), the gradient of the state after a span
   float* seconds;          // (spans, D), the sum of dt over a span
   void *du, *ddelta, *dz;  // (B, T, D), each lies as its tensor does; ddelta is like delta
-  float* dmaps;            // (2, blocks of channels, B, T, NP), sums over the channels of a block, to B and to C
+  float* dmaps;            // (1 or 2, blocks of channels, B, T, NP), sums over the channels of a block, to B, then to C
   float *da, *dd, *dbias;  // (spans, D, N), (spans, D), (spans, D)
+  float *db, *dc;          // (spans, D, N), to B and to C where they are constant
   float* dh0;              // (rows, D, N)
   int64 spans;
   void* sums_of_maps[2];  // (B, T, G, N), like B and C
-  float* sums[3];         // (D, N), (D), (D)
+  float* sums[5];         // (D, N), (D), (D), and of a constant B and C (D, N)
 };
 
 // A sequence: where it begins on the time axis of which row of the tensors, and its first tile and span. Spans are in
@@ -96,6 +97,15 @@ DEVICE void store_states(const Scan& p, const Lane& l, float* to, const float* h
     }
   }
 }
+
+// B and C where they are constant over time, (D, N).
+struct Constants {
+  float b[CH * S], c[CH * S];
+  METHOD Constants(const Scan& p, const Lane& l) {
+    if (B_CONSTANT) load_states(p, l, static_cast<const float*>(p.b.data), b);
+    if (C_CONSTANT) load_states(p, l, static_cast<const float*>(p.c.data), c);
+  }
+};
 
 // Rates in units of log2: a step decays by exp2(dt A).
 DEVICE void load_rates(const Scan& p, const Lane& l, float* a) {

@@ -29,8 +29,13 @@ class Inputs(SelectiveScan):
     @property
     def per_group(self) -> int:
         """Channels that share their B and their C: no border between groups of either lies within so many."""
-        width = self.u.shape[2]
-        return gcd(width // self.B.shape[2], width // self.C.shape[2])
+        return gcd(*(self.u.shape[2] // groups for groups in self.groups))
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Of B and of C; one where they are constant over time, and each channel has its own."""
+        of_b, of_c = (1 if m.dim() == 2 else m.shape[2] for m in (self.B, self.C))
+        return of_b, of_c
 
     def in_blocks_of(self, channels: int) -> bool:
         """Whether so many neighbouring channels share their B and their C, and few of the last block are not there."""
@@ -52,8 +57,9 @@ class Inputs(SelectiveScan):
 
     @property
     def map_dtype(self) -> torch.dtype:
-        """Of B and C, as the kernels read them."""
-        both = torch.promote_types(self.B.dtype, self.C.dtype)
+        """Of B and C, as the kernels read them where they are not constant."""
+        over_time = [m.dtype for m in (self.B, self.C) if m.dim() == 4] or [torch.float32]
+        both = torch.promote_types(over_time[0], over_time[-1])
         return both if both in TYPES else torch.float32
 
     @property
@@ -245,22 +251,27 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
     dfinal = grads[1].contiguous()
     given, macros = _inputs(x, (dy, last))
     padded, spans, blocks = 4 * macros["STATES"], x.spans(lead, span), -(-width // (plan.line * plan.warps))
+    constant = {name: m.dim() == 2 for name, m in (("B", x.B), ("C", x.C))}
     found = {"u": empty_like(x.u), "delta": empty_like(x.delta), "h0": dh0}
     dz = None if x.z is None else empty_like(x.u, time_last(x.z))
     partial = {
         "carry": new(spans, width, states),
         "seconds": new(spans, width),
-        "dmaps": new(2, blocks, batch, length, padded),
+        "dmaps": new(2 - sum(constant.values()), blocks, batch, length, padded),
         "da": new(spans, width, states),
         "dd": new(spans, width),
         "dbias": new(spans, width),
+        "db": new(spans, width, states) if constant["B"] else None,
+        "dc": new(spans, width, states) if constant["C"] else None,
     }
-    maps = [empty_like(m.to(x.map_dtype)) for m in (x.B, x.C)]
-    sums = (new(width, states), new(width), new(width))
+    maps = {n: None if constant[n] else empty_like(m.to(x.map_dtype)) for n, m in (("B", x.B), ("C", x.C))}
+    sums = {"A": new(width, states), "D": new(width), "delta_bias": new(width)}
+    constants = {n: new(width, states) if constant[n] else None for n in constant}
     structure = SCAN.pack(
         **given, **partial, saved=kept[0], lead=lead, span=span, dy=dy, dfinal=dfinal, du=_whole(found["u"]),
         ddelta=_whole(found["delta"]), dz=None if dz is None else _whole(dz), dh0=dh0, spans=spans,
-        sums_of_maps=[_whole(m) for m in maps], sums=sums,
+        sums_of_maps=[None if m is None else _whole(m) for m in maps.values()],
+        sums=[*sums.values(), *constants.values()],
     )  # fmt: skip
 
     def launch(kernel: str, grid: int, threads: int, shared: int) -> None:
@@ -272,9 +283,12 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
         launch("selective_scan_join", rows * -(-width * states // 256), 256, 0)
     launch("selective_scan_backward", spans * blocks, 32 * plan.warps, backward_shared(plan, x))
     fours = batch * length * macros["STATES"]
-    sizes = (x.B.shape[2] * fours, x.C.shape[2] * fours, width * states, width, width)
+    sizes = [
+        *(g * fours for g, is_constant in zip(x.groups, constant.values(), strict=True) if not is_constant),
+        *(m.numel() for m in (*sums.values(), *constants.values()) if m is not None),
+    ]
     launch("selective_scan_sums", sum(-(-size // 256) for size in sizes), 256, 0)
-    found |= dict(zip(("B", "C", "A", "D", "delta_bias"), (*maps, *sums), strict=True))
+    found |= sums | {n: m for n, m in (*maps.items(), *constants.items()) if m is not None}
     return found if dz is None else {**found, "z": dz}
 
 
@@ -290,8 +304,9 @@ def _inputs(x: Inputs, *more: tuple[Tensor, bool]) -> tuple[dict[str, Any], dict
     """
     z = None if x.z is None else x.z.to(x.u.dtype)
     laid = {"U": in_place(x.u), "DELTA": in_place(x.delta), "Z": (None, False) if z is None else in_place(z)}
-    maps = {"B": in_place(x.B.to(x.map_dtype), 2), "C": in_place(x.C.to(x.map_dtype), 2)}
+    maps = {name: _map(m, x.map_dtype) for name, m in (("B", x.B), ("C", x.C))}
     (u, _), (delta, _), (z, _), (B, _), (C, _) = *laid.values(), *maps.values()
+    over_time = [m for m in maps.values() if m[0].dim() > 2]
     A, D, bias = (None if m is None else m.float().contiguous() for m in (x.A, x.D, x.delta_bias))
     rows, width, states = x.h0.shape
     given = {
@@ -299,8 +314,8 @@ def _inputs(x: Inputs, *more: tuple[Tensor, bool]) -> tuple[dict[str, Any], dict
         "length": x.u.shape[1],
         "width": width,
         "states": states,
-        "groups_b": x.B.shape[2],
-        "groups_c": x.C.shape[2],
+        "groups_b": x.groups[0],
+        "groups_c": x.groups[1],
         "borders": borders(x.packing),
         "u": u,
         "delta": delta,
@@ -317,20 +332,25 @@ def _inputs(x: Inputs, *more: tuple[Tensor, bool]) -> tuple[dict[str, Any], dict
         "FULL": 4 * x.lane_states == states,
         "INPUT": TYPES[u.dtype],
         "DELTA": TYPES[delta.dtype],
-        "MAP": TYPES[B.dtype],
+        "MAP": TYPES[x.map_dtype],
+        "B_CONSTANT": x.B.dim() == 2,
+        "C_CONSTANT": x.C.dim() == 2,
         "INPUT_ALIGNED": x.in_fours(width, *laid.values(), *more),
-        "MAP_ALIGNED": x.in_fours(states, *maps.values()),
-        "TOGETHER": x.together(*laid.values(), *maps.values(), *more),
+        "MAP_ALIGNED": x.in_fours(states, *over_time),
+        "TOGETHER": x.together(*laid.values(), *over_time, *more),
         "GATED": z is not None,
         "SOFTPLUS": x.delta_softplus,
     }
     return given, macros | {f"{name}_LAST": last for name, (_, last) in (laid | maps).items()}
 
 
+def _map(m: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """B or C as kernels read it, and whether time is innermost; a constant one as floats."""
+    return (m.float().contiguous(), False) if m.dim() == 2 else in_place(m.to(dtype), 2)
+
+
 def _refuses(a: SelectiveScan) -> str | None:
     x = Inputs(*a)
-    if x.constant:
-        return "B or C is constant over time"
     if x.h0.dtype != torch.float32:
         return f"the state is {x.h0.dtype}, not float32"
     if not 0 < x.h0.shape[2] <= 4 * _LANE_STATES[-1]:

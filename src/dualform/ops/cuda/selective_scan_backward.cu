@@ -24,23 +24,24 @@ struct Span {
 };
 
 // Step t of the states, from pairs of dt and dt u, and from (NP) of B.
-DEVICE void advance(const float (*steps)[2], const float* map, const Lane& l, const float* a, float* h) {
+DEVICE void advance(const float (*steps)[2], const float* map, const Lane& l, const Constants& of, const float* a,
+                    float* h) {
   float step[2 * CH], b[S];
   read_floats<2 * CH>(steps[l.group * CH], step);
-  read_floats<S>(map + l.part * S, b);
+  if (!B_CONSTANT) read_floats<S>(map + l.part * S, b);
   UNROLL for (int i = 0; i < CH * S; i++)
-    h[i] = decay_of(step[i / S * 2], a[i]) * h[i] + step[i / S * 2 + 1] * b[i % S];
+    h[i] = decay_of(step[i / S * 2], a[i]) * h[i] + step[i / S * 2 + 1] * (B_CONSTANT ? of.b[i] : b[i % S]);
 }
 
 // What a lane needs of one step.
 struct Step {
-  float dt[2 * CH], dy[CH], b[S], c[S];  // dt and dt u in turn
+  float dt[2 * CH], dy[CH], b[S], c[S];  // dt and dt u in turn; b and c where they are not constant
   METHOD void read(const Pairs& steps, const float (*dys)[WIDTH], const float (*maps)[NP], const Lane& l, int t,
                    int of_tile) {
     read_floats<2 * CH>(steps.two[t][l.group * CH], dt);
     read_floats<CH>(dys[t] + l.group * CH, dy);
-    read_floats<S>(maps[of_tile] + l.part * S, b);
-    read_floats<S>(maps[TILE + of_tile] + l.part * S, c);
+    if (!B_CONSTANT) read_floats<S>(maps[of_tile] + l.part * S, b);
+    if (!C_CONSTANT) read_floats<S>(maps[TILE + of_tile] + l.part * S, c);
   }
 };
 
@@ -77,6 +78,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
   if (l.width <= 0 || span.begin == 0 || span.begin >= span.end) return;
   float a[CH * S], g[CH * S] = {}, total[CH] = {};
   load_rates(p, l, a);
+  const Constants constants(p, l);
   shared.channels.load(p, l);
 
   const Input<INPUT, U_LAST> dys(p.dy, p, l, row);
@@ -89,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
   auto load = [&](int t) {
     dy = dys[t + l.step], delta = deltas[t + l.step];
     if (GATED) z = zs[t + l.step];
-    cs.load(t, c);
+    if (!C_CONSTANT) cs.load(t, c);
   };
   int t0 = span.begin + (span.end - span.begin - 1) / K * K;
   load(t0);
@@ -105,15 +107,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(co
     UNROLL for (int i = 0; i < 4; i++)
       of[i] = before_gate(of[i], gate[i], inside);
     shared.steps.put(l, dt, of);
-    cs.write(l, c, shared.map[0]);
+    if (!C_CONSTANT) cs.write(l, c, shared.map[0]);
     __syncwarp();
     load(t0 > 0 ? t0 - K : 0);
     UNROLL for (int t = K - 1; t >= 0; t--) {
       float step[2 * CH], c[S];
       read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
-      read_floats<S>(&shared.map[t][l.part * S], c);
+      if (!C_CONSTANT) read_floats<S>(&shared.map[t][l.part * S], c);
       UNROLL for (int i = 0; i < CH * S; i++)
-        g[i] = decay_of(step[i / S * 2], a[i]) * (g[i] + step[i / S * 2 + 1] * c[i % S]);
+        g[i] =
+            decay_of(step[i / S * 2], a[i]) * (g[i] + step[i / S * 2 + 1] * (C_CONSTANT ? constants.c[i] : c[i % S]));
       UNROLL for (int ch = 0; ch < CH; ch++)
         total[ch] += step[2 * ch];
     }
@@ -172,7 +175,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   const Row& row = span.row;
   const int64 size = p.width * p.states;
   float a[CH * S], da[CH * S] = {}, g[CH * S];
+  float db[CH * S] = {}, dc[CH * S] = {};  // where B and C are constant
   load_rates(p, l, a);
+  const Constants constants(p, l);
   load_states(p, l, span.end < row.length ? p.carry + span.slot * size : p.dfinal + span.r * size, g);
   // What lanes have found for D and the bias, added to what the span has: every LEVEL steps, as a sum of a thousand
   // numbers, a thousand times, is far more exact than a sum of a million.
@@ -208,7 +213,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   const States<C_LAST> cs(p.c, p, row, first / (p.width / p.groups_c), threadIdx.x);
   const int64 maps_of_block = (p.borders ? 1 : p.rows) * p.length * NP;
   const View sums{p.dmaps + block * maps_of_block, p.length * NP, NP};
-  const Column<float> dbs(sums, row.batch, row.begin, 0), dcs(sums, row.batch, row.begin, blocks * maps_of_block);
+  const Column<float> dbs(sums, row.batch, row.begin, 0),
+      dcs(sums, row.batch, row.begin, B_CONSTANT ? 0 : blocks * maps_of_block);
 
   // K steps to come.
   Four<INPUT> u, dout, z = {};
@@ -285,6 +291,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       const int i = k + threadIdx.x;
       if (K * NP % (32 * WARPS) && i >= K * NP) break;
       UNROLL for (int map = 0; map < 2; map++) {
+        if (map ? C_CONSTANT : B_CONSTANT) continue;
         float sum = 0;
         UNROLL for (int w = 0; w < WARPS; w++)
           sum += found[turn][w][map][i];
@@ -300,8 +307,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     load_steps(begin);
     load_outputs(begin + (subs - 1) * K);
     for (int t = threadIdx.x / S; t < TILE; t += 32 * WARPS / S) {
-      bs.put(bs[begin + t], &maps[t][threadIdx.x % S * 4]);
-      cs.put(cs[begin + t], &maps[TILE + t][threadIdx.x % S * 4]);
+      if (!B_CONSTANT) bs.put(bs[begin + t], &maps[t][threadIdx.x % S * 4]);
+      if (!C_CONSTANT) cs.put(cs[begin + t], &maps[TILE + t][threadIdx.x % S * 4]);
     }
     float h[CH * S];
     load_states(p, l, p.saved + (row.tile + begin / TILE) * size, h);
@@ -317,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       write_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
       begin_steps();
       UNROLL for (int t = 0; t < K; t++) {
-        advance(shared.given[turn].steps.two[t], maps[sub * K + t], l, a, h);
+        advance(shared.given[turn].steps.two[t], maps[sub * K + t], l, constants, a, h);
         if (t % (K / 4) == 0) prepare_steps(true, t / (K / 4));
       }
       shared.given[turn ^ 1].steps.put(l, dt, in);
@@ -350,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         float decay[HELD][CH * S], decayed[HELD][CH * S];  // a_t, and a_t h_{t-1}
         read_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
 #pragma unroll 4
-        for (int t = 0; t < from; t++) advance(given.steps.two[t], maps[sub * K + t], l, a, h);
+        for (int t = 0; t < from; t++) advance(given.steps.two[t], maps[sub * K + t], l, constants, a, h);
         float to_c[HELD * S], to_b[HELD * S];
         Step steps[HELD], again[HELD];  // each read a step before it is needed, ahead of what the last one writes
         auto read = [&](Step& step, int t) { step.read(given.steps, given.dy, maps, l, from + t, sub * K + from + t); };
@@ -363,16 +370,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
             const int ch = i / S, s = i % S;
             decay[t][i] = decay_of(of.dt[2 * ch], a[i]);
             decayed[t][i] = decay[t][i] * h[i];
-            h[i] = decayed[t][i] + of.dt[2 * ch + 1] * of.b[s];
-            y[ch] += h[i] * of.c[s];
-            to_c[t * S + s] = (ch ? to_c[t * S + s] : 0) + h[i] * of.dy[ch];
+            h[i] = decayed[t][i] + of.dt[2 * ch + 1] * (B_CONSTANT ? constants.b[i] : of.b[s]);
+            y[ch] += h[i] * (C_CONSTANT ? constants.c[i] : of.c[s]);
+            float& sum = C_CONSTANT ? dc[i] : to_c[t * S + s];
+            sum = (C_CONSTANT || ch ? sum : 0) + h[i] * of.dy[ch];
           }
           if (GATED) shared.y.put(l, from + t, y);
           if (t < 4 && from == K - HELD) finish(finishing, t);
           if (t == 3 && from == K - HELD) end_finishing(any ? before + l.step : -1);
         }
         read(again[HELD - 1], HELD - 1);
-        sum_channels(to_c, l, &found[turn][warp][1][from * NP]);
+        if (!C_CONSTANT) sum_channels(to_c, l, &found[turn][warp][1][from * NP]);
         if (from == 0) begin_steps(), begin_outputs();
         UNROLL for (int t = HELD - 1; t >= 0; t--) {
           if (t > 0) read(again[t - 1], t - 1);
@@ -380,19 +388,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
           float dx[CH] = {}, dlog[CH] = {};
           UNROLL for (int i = 0; i < CH * S; i++) {
             const int ch = i / S, s = i % S;
-            g[i] += of.dy[ch] * of.c[s];
+            g[i] += of.dy[ch] * (C_CONSTANT ? constants.c[i] : of.c[s]);
             const float through = g[i] * decayed[t][i];
             dlog[ch] += through * a[i];
             da[i] += through * of.dt[2 * ch];
-            dx[ch] += g[i] * of.b[s];
-            to_b[t * S + s] = (ch ? to_b[t * S + s] : 0) + g[i] * of.dt[2 * ch + 1];
+            dx[ch] += g[i] * (B_CONSTANT ? constants.b[i] : of.b[s]);
+            float& sum = B_CONSTANT ? db[i] : to_b[t * S + s];
+            sum = (B_CONSTANT || ch ? sum : 0) + g[i] * of.dt[2 * ch + 1];
             g[i] *= decay[t][i];
           }
           shared.dx.put(l, from + t, dx);
           shared.dlog.put(l, from + t, dlog);
           if (t < 4 && from == 0) prepare_steps(preparing, t), prepare_outputs(preparing, t);
         }
-        sum_channels(to_b, l, &found[turn][warp][0][from * NP]);
+        if (!B_CONSTANT) sum_channels(to_b, l, &found[turn][warp][0][from * NP]);
       }
       end_preparing(other);
       const int next = begin + (sub > 1 ? sub - 2 : 0) * K;
@@ -410,6 +419,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 
   if (span.begin == 0 && row.length > 0) store_states(p, l, p.dh0 + span.r * size, g);
   store_states(p, l, p.da + span.slot * size, da);
+  if (B_CONSTANT) store_states(p, l, p.db + span.slot * size, db);
+  if (C_CONSTANT) store_states(p, l, p.dc + span.slot * size, dc);
 }
 
 // What the blocks of channels have found for B and C, and the spans for A, D and the bias, added up: a thread adds four
@@ -418,11 +429,12 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_sums(const __gr
   const int64 blocks = over(p.width, WARPS * WIDTH), fours = (p.borders ? 1 : p.rows) * p.length * S;
   int64 i = int64(blockIdx.x) * 256 + threadIdx.x;
   UNROLL for (int map = 0; map < 2; map++) {
+    if (map ? C_CONSTANT : B_CONSTANT) continue;
     const int64 groups = map ? p.groups_c : p.groups_b, group = i / fours, at = i % fours,
                 count = p.states - at % S * 4;
     if (group < groups) {
       const int64 each = blocks / groups;
-      const float* from = p.dmaps + ((map * blocks + group * each) * fours + at) * 4;
+      const float* from = p.dmaps + (((B_CONSTANT ? 0 : map) * blocks + group * each) * fours + at) * 4;
       float sum[4] = {}, x[4];
       for (int64 block = 0; block < each; block++) {
         read_floats<4>(from + block * fours * 4, x);
@@ -445,9 +457,10 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_sums(const __gr
     i -= over(groups * fours, 256) * 256;
     if (i < 0) return;
   }
-  const float* const found[] = {p.da, p.dd, p.dbias};
-  UNROLL for (int k = 0; k < 3; k++) {
-    const int64 size = k ? p.width : p.width * p.states;
+  const float* const found[] = {p.da, p.dd, p.dbias, p.db, p.dc};
+  UNROLL for (int k = 0; k < 5; k++) {
+    if (k == 3 && !B_CONSTANT || k == 4 && !C_CONSTANT) continue;
+    const int64 size = k == 1 || k == 2 ? p.width : p.width * p.states;
     if (i < size) {
       float sum = 0;
       for (int64 span = 0; span < p.spans; span++) sum += found[k][span * size + i];

@@ -64,7 +64,7 @@ struct Feed<T, true> {
   METHOD Four<T> get(const Lane& l, int t) const { return lines[line_of(t)].read(l.lane, t % LINE + l.step, l.four); }
 };
 // Likewise B or C of one group, on its way to (K, NP) floats.
-template <bool LAST>
+template <bool LAST, bool CONSTANT>
 struct MapFeed {
   Map<false> map;
   Four<MAP> four[MAPS];
@@ -78,7 +78,7 @@ struct MapFeed {
   METHOD void write(const Lane& l, int, float* to) const { map.write(l, four, to); }
 };
 template <>
-struct MapFeed<true> {
+struct MapFeed<true, false> {
   Rows<MAP, NP> rows;
   Lines<MAP, NP>* lines;
   METHOD MapFeed(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group, Taker& memory)
@@ -95,6 +95,14 @@ struct MapFeed<true> {
       if (K * S % 32 == 0 || step < K) write_floats<4>(to + (i * 32 + l.lane) * 4, x);
     }
   }
+};
+// Or neither, where it is the same at every step.
+template <>
+struct MapFeed<false, true> {
+  METHOD MapFeed(const View&, const Scan&, const Lane&, const Row&, int64, Taker&) {}
+  METHOD void copy(int) {}
+  METHOD void load(int) {}
+  METHOD void write(const Lane&, int, float*) const {}
 };
 // Four channels of the output of one step.
 template <bool LAST>
@@ -121,18 +129,21 @@ struct Drain<true> {
   }
 };
 
-// What a lane needs of one step.
+// What a lane needs of one step, but for what is the same at all.
 struct Step {
   float dt[2 * CH], b[S], c[S];  // dt and dt u in turn
   METHOD void read(const Buffer& from, const Lane& l, int t, bool with_c) {
     read_floats<2 * CH>(from.steps.two[t][l.group * CH], dt);
-    read_floats<S>(&from.maps[0][t][l.part * S], b);
-    if (with_c) read_floats<S>(&from.maps[1][t][l.part * S], c);
+    if (!B_CONSTANT) read_floats<S>(&from.maps[0][t][l.part * S], b);
+    if (with_c && !C_CONSTANT) read_floats<S>(&from.maps[1][t][l.part * S], c);
   }
-  METHOD void output(Buffer& to, const Lane& l, int t, const float* h) const {
+  METHOD float entering(const Constants& of, int i) const {
+    return dt[i / S * 2 + 1] * (B_CONSTANT ? of.b[i] : b[i % S]);
+  }
+  METHOD void output(const Constants& of, Buffer& to, const Lane& l, int t, const float* h) const {
     float y[CH] = {};
     UNROLL for (int i = 0; i < CH * S; i++)
-      y[i / S] += h[i] * c[i % S];
+      y[i / S] += h[i] * (C_CONSTANT ? of.c[i] : c[i % S]);
     to.y.put(l, t, y);
   }
 };
@@ -152,6 +163,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   float a[CH * S], h[CH * S], bias[4], skip[4];
   load_rates(p, l, a);
   load_states(p, l, p.h0 + r * size, h);
+  const Constants constants(p, l);
   load_channels(p.bias, l, bias);
   load_channels(p.d, l, skip);
 
@@ -159,8 +171,8 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   Feed<INPUT, U_LAST> us(p.u, p, l, row, lines);
   Feed<DELTA, DELTA_LAST> deltas(p.delta, p, l, row, lines);
   Feed<INPUT, Z_LAST> zs(p.z, p, l, row, lines);
-  MapFeed<B_LAST> bs(p.b, p, l, row, l.first / (p.width / p.groups_b), lines);
-  MapFeed<C_LAST> cs(p.c, p, l, row, l.first / (p.width / p.groups_c), lines);
+  MapFeed<B_LAST, B_CONSTANT> bs(p.b, p, l, row, l.first / (p.width / p.groups_b), lines);
+  MapFeed<C_LAST, C_CONSTANT> cs(p.c, p, l, row, l.first / (p.width / p.groups_c), lines);
   Drain<U_LAST> ys(p.y, p, l, row, lines);
   auto copy = [&](int t) {
     us.copy(t), deltas.copy(t);
@@ -233,8 +245,8 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
       UNROLL for (int t = 0; t < K; t++) {
         if (t + AHEAD < K) steps[t + AHEAD].read(*now, l, t + AHEAD, true);
         UNROLL for (int i = 0; i < CH * S; i++)
-          h[i] = decay_of(steps[t].dt[i / S * 2], a[i]) * h[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
-        steps[t].output(*now, l, t, h);
+          h[i] = decay_of(steps[t].dt[i / S * 2], a[i]) * h[i] + steps[t].entering(constants, i);
+        steps[t].output(constants, *now, l, t, h);
         if (t % (K / 8) == 0) {
           const int i = t / (K / 8);
           i < 4 ? finish(i) : prepare(after, i - 4);
@@ -247,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
         if (t + AHEAD < K) steps[t + AHEAD].read(*now, l, t + AHEAD, false);
         UNROLL for (int i = 0; i < CH * S; i++) {
           decay[t][i] = decay_of(steps[t].dt[i / S * 2], a[i]);
-          end[i] = decay[t][i] * end[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
+          end[i] = decay[t][i] * end[i] + steps[t].entering(constants, i);
         }
         UNROLL for (int ch = 0; ch < CH; ch++)
           total[ch] += steps[t].dt[2 * ch];
@@ -273,8 +285,8 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
       UNROLL for (int t = 0; t < K; t++) {
         if (t + AHEAD < K) steps[t + AHEAD].read(*now, l, t + AHEAD, true);
         UNROLL for (int i = 0; i < CH * S; i++)
-          h[i] = decay[t][i] * h[i] + steps[t].dt[i / S * 2 + 1] * steps[t].b[i % S];
-        steps[t].output(*now, l, t, h);
+          h[i] = decay[t][i] * h[i] + steps[t].entering(constants, i);
+        steps[t].output(constants, *now, l, t, h);
         if (t % (K / 4) == 0) prepare(after, t / (K / 4));
       }
     }

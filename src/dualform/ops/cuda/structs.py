@@ -35,7 +35,7 @@ SCAN = Structure(
     (POINTER, "a d bias h0 y final saved"),
     (INT64, "lead span"),
     (VIEW, "dy"),
-    (POINTER, "dfinal carry seconds du ddelta dz dmaps da dd dbias dh0"),
+    (POINTER, "dfinal carry seconds du ddelta dz dmaps da dd dbias db dc dh0"),
     (INT64, "spans"),
-    (POINTER, "sums_of_maps[2] sums[3]"),
+    (POINTER, "sums_of_maps[2] sums[5]"),
 )
