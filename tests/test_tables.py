@@ -26,7 +26,14 @@ from dualform.layers.mlp import MLPConfig
 from dualform.models.saving.weights import INDEX_FILE
 
 GOLDEN = Path(__file__).parent / "golden"
-RECORDED = ("lm_mamba", "lm_mamba2", "lm_falcon_mamba")
+RECORDED = {  # how near the logits must be in float32 and in float64
+    "lm_mamba": (1e-5, 1e-6),
+    "lm_mamba2": (1e-5, 1e-6),
+    "lm_falcon_mamba": (1e-5, 2e-6),
+    "lm_bamba": (1e-5, 1e-6),
+    "lm_jamba": (1e-5, 2e-6),
+    "lm_zamba": (2e-5, 4e-6),
+}
 recorded = pytest.mark.parametrize("name", RECORDED)
 
 
@@ -35,13 +42,13 @@ def apart(got: Tensor, want: Tensor) -> float:
 
 
 @recorded
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-6)])
-def test_the_recorded_logits(name, dtype, tolerance):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_recorded_logits(name, dtype):
     model, want = df.load(GOLDEN / name, dtype=dtype), load_file(GOLDEN / f"{name}.safetensors")
     with torch.no_grad():
         logits = model(want["input_ids"])[0]
     assert logits.dtype == getattr(torch, dtype)
-    assert apart(logits, want["logits" if dtype == "float32" else "logits_f64"]) <= tolerance
+    assert apart(logits, want["logits" if dtype == "float32" else "logits_f64"]) <= RECORDED[name][dtype == "float64"]
 
 
 @recorded
@@ -95,6 +102,71 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba, a width of its own": {"state_size": 5, "intermediate_size": 13, "use_conv_bias": False},
     "falcon_mamba": {"state_size": 3, "time_step_rank": 2, "intermediate_size": 13, "mixer_rms_eps": 0.25},
     "mamba2": {"num_heads": 6, "head_dim": 4, "n_groups": 3, "state_size": 5, "layer_norm_epsilon": 0.5},
+    "bamba": {
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [0, 2],
+        "mamba_n_heads": 6,
+        "mamba_d_head": 4,
+        "mamba_n_groups": 3,
+        "mamba_d_state": 5,
+        "intermediate_size": 7,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "mamba_proj_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.7},
+    },
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 0,
+        "expert_layer_period": 3,
+        "expert_layer_offset": 2,
+        "num_experts": 3,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "mamba_d_state": 3,
+        "mamba_dt_rank": 2,
+        "mamba_d_conv": 3,
+        "mamba_proj_bias": True,
+        "mamba_expand": 1,
+        "rms_norm_eps": 0.05,
+    },
+    "jamba, dense": {
+        "num_experts": 1,
+        "attn_layer_period": 9,
+        "attn_layer_offset": 8,
+        "intermediate_size": 7,
+        "mamba_d_state": 2,
+        "tie_word_embeddings": True,
+        "mamba_conv_bias": False,
+    },
+    "zamba": {
+        "num_hidden_layers": 7,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "n_mamba_heads": 3,
+        "mamba_d_state": 3,
+        "intermediate_size": 7,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "mamba_dt_rank": 2,
+        "hidden_act": "relu",
+        "mamba_conv_bias": False,
+    },
+    "zamba, nothing shared": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["hybrid", "mamba", "hybrid", "mamba", "mamba"],
+        "n_mamba_heads": 1,
+        "mamba_d_state": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 5,
+        "tie_word_embeddings": False,
+    },
     "mamba2, bounded": {"num_heads": 3, "head_dim": 8, "n_groups": 1, "time_step_limit": (0.02, 0.3), "use_bias": True},
 }
 
@@ -214,7 +286,11 @@ MAMBA2 = Mamba2Config(d_state=3, d_head=4)
         (lm(LSTMConfig(hidden=3)), "hf", "blocks of LSTM, which"),
         (lm(MambaConfig(), MAMBA2), "hf", "has different blocks"),
         (lm(MambaConfig(), pattern="AA", shared="A"), "hf", "shares the blocks 'A'"),
-        (lm((MAMBA2, MLPConfig())), "hf", "blocks of Mamba2, MLP"),
+        (
+            lm((MAMBA2, MLPConfig(), MLPConfig())),
+            "hf",
+            "block 0: Mamba2, MLP, MLP where it has Mamba2, MLP, which Bamba",
+        ),
         (lm(dataclasses.replace(MAMBA2, norm_eps=0.1)), "hf", "norm_eps of 0.1 beside one of 1e-05"),
         (lm(dataclasses.replace(MAMBA2, d_inner=12)), "hf", "d_inner = 12, no multiple of d_model = 8"),
         (lm(MambaConfig(norm_maps=0.1)), "mamba_ssm", "a mixer with norm_maps = 0.1"),
@@ -250,7 +326,9 @@ def test_options_of_the_layers():
     assert (two.heads, two.norm.eps) == (3, 0.25)
     with pytest.raises(ConfigError, match="d_inner = 13 is not a multiple of d_head = 4"):
         lm(dataclasses.replace(MAMBA2, d_inner=13))
-    bad = (MambaConfig(d_inner=0), MambaConfig(dt_rank=0), MambaConfig(norm_maps=0.0))
+    bad = (MambaConfig(d_inner=0), MambaConfig(dt_rank=0), MambaConfig(norm_maps=0.0), MambaConfig(heads=3))
     for config in (*bad, dataclasses.replace(MAMBA2, norm_eps=math.inf)):
-        with pytest.raises(ConfigError, match=r"(d_inner|dt_rank|norm_maps|norm_eps) is (0|0.0|inf), expected a"):
+        with pytest.raises(
+            ConfigError, match=r"(d_inner|dt_rank|norm_maps|norm_eps|heads) is (0|0.0|3|inf), expected a"
+        ):
             lm(config)

@@ -34,6 +34,7 @@ class AttentionConfig:
         d_rope: leading features of a head that are rotated; None is all of them.
         d_conv: W, width of a short convolution, with a bias, over queries, keys and values; 0 for none.
         d_out: width of the output; None is ``d_model``.
+        scale: factor of the products of queries and keys; None is ``1 / sqrt(P)``.
     """
 
     heads: int = 8
@@ -45,6 +46,7 @@ class AttentionConfig:
     d_rope: int | None = None
     d_conv: int = 0
     d_out: int | None = None
+    scale: float | None = None
 
     def build(self, d_model: int) -> "Attention":
         """The layer, freshly initialised."""
@@ -116,6 +118,8 @@ class Attention(Mixer):
             raise ConfigError(f"attention: d_rope is {config.d_rope}, expected 1 to d_head = {d_head}")
         if config.d_out is not None and config.d_out < 1:
             raise ConfigError(f"attention: d_out is {config.d_out}, expected at least 1")
+        if config.scale is not None and not 0 < config.scale < math.inf:
+            raise ConfigError(f"attention: scale is {config.scale}, expected a positive number, or none")
         if config.d_conv < 0:
             raise ConfigError(f"attention: d_conv is {config.d_conv}, expected at least 0")
         if config.rope is not None and config.rope <= 0:
@@ -124,6 +128,7 @@ class Attention(Mixer):
             )
         self.d_model, self.heads, self.kv_heads, self.d_head = d_model, config.heads, kv_heads, d_head
         self.window, self.rope, self.d_rope = config.window, config.rope, config.d_rope or d_head
+        self.scale = 1.0 if config.scale is None else config.scale * math.sqrt(d_head)  # of queries
         width, self.d_conv = (config.heads + 2 * kv_heads) * d_head, config.d_conv
         self.qkv_proj = nn.Linear(d_model, width, bias=config.bias)
         if self.d_conv:
@@ -230,6 +235,7 @@ class Attention(Mixer):
             turned = rotate(qk[..., : self.d_rope], positions, self.rope)
             qk = turned if self.d_rope == self.d_head else torch.cat([turned, qk[..., self.d_rope :]], -1)
         q, k = qk.split([self.heads, self.kv_heads], 2)
+        q = q if self.scale == 1 else self.scale * q
         return q, k.contiguous(), v.contiguous()
 
     def _empty(self, like: Tensor, rows: int, max_len: int = 0) -> AttentionState:

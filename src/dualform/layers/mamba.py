@@ -1,19 +1,20 @@
 """Mamba: a selective scan between a short convolution and a gate."""
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from dualform.core.errors import ConfigError
+from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
+from dualform.layers.norm import RMSNorm
 from dualform.layers.poles import check_steps
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.irregular_scan import irregular_scan
@@ -34,8 +35,10 @@ class MambaConfig:
         conv_bias: whether the convolution has one.
         dt_min: smallest initial step.
         dt_max: largest initial step.
-        norm_maps: epsilon of RMS norms, without weights, of B, of C and of the bottleneck of the step, as Falcon-Mamba
-            has them; None for no such norms.
+        norm_maps: epsilon of RMS norms of B, of C and of the bottleneck of the step, as Falcon-Mamba has them; None for
+            no such norms.
+        norm_weights: whether those norms have weights, as in Jamba.
+        heads: slices of the channels, each with its own B, C and bottleneck, made of its channels alone, as in Zamba.
     """
 
     d_state: int = 16
@@ -48,6 +51,8 @@ class MambaConfig:
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     norm_maps: float | None = None
+    norm_weights: bool = False
+    heads: int = 1
 
     def build(self, d_model: int) -> "Mamba":
         """The layer, freshly initialised."""
@@ -76,7 +81,8 @@ class Mamba(Mixer):
 
     References:
         Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2; the norms of the maps, Zuo et al. (2024),
-        arXiv:2410.05355, section 3.1.
+        arXiv:2410.05355, section 3.1, and Lieber et al. (2024), arXiv:2403.19887, section 6.4; the heads, Glorioso et
+        al. (2024), arXiv:2405.16712.
     """
 
     continuous: ClassVar[bool] = True
@@ -96,14 +102,19 @@ class Mamba(Mixer):
         check_steps("mamba", c)
         if c.norm_maps is not None and not 0 < c.norm_maps < math.inf:
             raise ConfigError(f"mamba: norm_maps is {c.norm_maps}, expected a small positive number, or none")
+        if c.heads < 1 or self.d_inner % c.heads:
+            raise ConfigError(f"mamba: heads is {c.heads}, expected a divisor of the {self.d_inner} channels")
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=c.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, c.d_conv).uniform_(-1, 1) / math.sqrt(c.d_conv))
         self.conv_bias = (
             nn.Parameter(torch.empty(self.d_inner).uniform_(-1, 1) / math.sqrt(c.d_conv)) if c.conv_bias else None
         )
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * c.d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=False)
+        self.x_proj = _map_of_heads(c.heads, self.d_inner // c.heads, self.dt_rank + 2 * c.d_state)
+        self.dt_proj = _map_of_heads(c.heads, self.dt_rank, self.d_inner // c.heads)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        if c.norm_maps is not None and c.norm_weights:
+            self.dt_norm = RMSNorm(self.dt_rank, c.norm_maps)
+            self.B_norm, self.C_norm = (RMSNorm(c.d_state, c.norm_maps) for _ in "BC")
         self.dt_bias = nn.Parameter(initial_step(self.d_inner, c.dt_min, c.dt_max))
         self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1.0).log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
@@ -138,15 +149,17 @@ class Mamba(Mixer):
         )
         dt, B, C = self._maps(x)
         if intervals is not None:
+            if self.config.heads > 1:
+                raise ArgumentError("mamba: intervals are given, and the layer has several heads", hint="heads=1")
             dt = F.softplus(dt.to(intervals.dtype) + self.dt_bias)
-            y, h = irregular_scan(x, intervals, dt, self.A(), B, C, h, cu_seqlens=packing)
+            y, h = irregular_scan(x, intervals, dt, self.A(), B[..., 0, :], C[..., 0, :], h, cu_seqlens=packing)
             return self.out_proj((y + self.D.to(y.dtype) * x) * F.silu(z)), MambaState(conv, h)
         y, h = selective_scan(
             x,
             dt,
             self.A(),
-            B.unsqueeze(2),
-            C.unsqueeze(2),
+            B,
+            C,
             self.D,
             z,
             delta_bias=self.dt_bias,
@@ -174,8 +187,8 @@ class Mamba(Mixer):
             x,
             dt,
             self.A(),
-            B.unsqueeze(1),
-            C.unsqueeze(1),
+            B,
+            C,
             self.D,
             z,
             dt_bias=self.dt_bias,
@@ -188,10 +201,32 @@ class Mamba(Mixer):
         return -self.A_log.to(wide(self.A_log)).exp()
 
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, B, C = self.x_proj(x).split([self.dt_rank, self.config.d_state, self.config.d_state], -1)
-        if (eps := self.config.norm_maps) is not None:
-            low, B, C = (_rms(m, eps) for m in (low, B, C))
-        return self.dt_proj(low), B, C
+        """The step ``(..., D)``, and B and C ``(..., heads, N)``."""
+        c = self.config
+        maps = self.x_proj(x) if c.heads == 1 else self.x_proj(x.unflatten(-1, (c.heads, -1)))
+        low, B, C = maps.split([self.dt_rank, c.d_state, c.d_state], -1)
+        if c.norm_maps is not None and c.norm_weights:
+            low, B, C = self.dt_norm(low), self.B_norm(B), self.C_norm(C)
+        elif c.norm_maps is not None:
+            low, B, C = (_rms(m, c.norm_maps) for m in (low, B, C))
+        if c.heads == 1:
+            return self.dt_proj(low), B.unsqueeze(-2), C.unsqueeze(-2)
+        return self.dt_proj(low).flatten(-2), B, C
+
+
+class _MapOfHeads(nn.Module):
+    """A map of each head's own, ``(..., H, I) -> (..., H, O)``, without a bias."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, outputs, inputs).uniform_(-1, 1) / math.sqrt(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...hi,hoi->...ho", x, self.weight)
+
+
+def _map_of_heads(heads: int, inputs: int, outputs: int) -> Any:
+    return nn.Linear(inputs, outputs, bias=False) if heads == 1 else _MapOfHeads(heads, inputs, outputs)
 
 
 def _rms(m: Tensor, eps: float) -> Tensor:

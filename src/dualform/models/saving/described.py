@@ -13,8 +13,7 @@ from dualform.models.config import ModelConfig
 from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import CONFIG_FILE, current
-from dualform.models.tables.layout import Layout
-from dualform.models.tables.registry import SUPPORTED, layout_of, written_as
+from dualform.models.tables.registry import SUPPORTED, Table, layout_of, written_as
 
 FORMAT = 1
 POOLED: dict[str, type[PooledModel]] = {kind.__name__: kind for kind in (SequenceClassifier, SequenceRegressor)}
@@ -28,7 +27,7 @@ class Described(NamedTuple):
     kind: type[Any]
     config: ModelConfig
     head: dict[str, Any]  # options of a classifier or regressor
-    layout: Layout | None  # of another library; None for this one's
+    layout: Table | None  # of another library; None for this one's
 
     def build(self) -> Backbone:
         """The model.
@@ -71,7 +70,7 @@ def described(folder: Folder) -> Described:
     return Described(path, POOLED[name], config, head, None)
 
 
-def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Layout | None]:
+def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Table | None]:
     """What ``config.json`` of a saved model holds, and the layout, None for this library's own.
 
     Raises:

@@ -26,7 +26,8 @@ from dualform.models.saving.folder import model_folder
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.verify import check_files, manifest_of
 from dualform.models.saving.weights import Stored, each_tensor, found_files, own_files, stored_tensors
-from dualform.models.tables.layout import SAME, Change, Layout, Place
+from dualform.models.tables.layout import Piece, whole
+from dualform.models.tables.registry import Table
 from dualform.ops.device import usable_device
 
 _OF_A_LAYER = (
@@ -83,8 +84,9 @@ def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None
     text = tokenizer.to_json() if tokenizer is not None else None
     tensors: dict[str, Tensor] = {}
     for name, tensor in unique_tensors(model).items():
-        there, change = Place(name, SAME) if table is None else table.place(model.config, name)
-        tensors[there] = change.there(tensor.detach()).cpu().contiguous()
+        for piece in (Piece(name),) if table is None else table.pieces(model.config, name):
+            stored = piece.change.there(piece.view(tensor.detach())).cpu()
+            tensors[piece.name] = stored.contiguous() if piece.view is whole else stored.clone()
     (folder / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if text is not None:
@@ -175,7 +177,7 @@ def read_tensors(
     folder: Folder,
     model: nn.Module,
     *,
-    layout: Layout | None = None,
+    layout: Table | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
@@ -199,12 +201,18 @@ def read_tensors(
     """
     places = _places(folder, model, layout)
     check_files(folder, digests=verify)
-    here = {there: (name, change) for name, (_, there, change) in places.items()}
+    shapes = {name: tensor.shape for name, tensor in unique_tensors(model).items()}
     tensors: dict[str, Tensor] = {}
-    for there, tensor in each_tensor({there: stored for stored, there, _ in places.values()}):
-        name, change = here[there]
+    for there, tensor in each_tensor({there: stored for there, (stored, _, _) in places.items()}):
+        _, name, piece = places[there]
         wanted = dtype if tensor.is_floating_point() else None
-        tensors[name] = change.here(tensor).to(device, wanted, copy=True).contiguous()  # owned: the file may change
+        if piece.view is whole:
+            found = piece.change.here(tensor)
+            tensors[name] = found.to(device, wanted, copy=True).contiguous()  # owned: the file may change
+        else:
+            if name not in tensors:
+                tensors[name] = torch.empty(shapes[name], dtype=wanted or tensor.dtype, device=device)
+            piece.view(tensors[name]).copy_(piece.change.here(tensor))
         del tensor
     return tensors
 
@@ -221,21 +229,23 @@ def check_tensors(folder: Folder) -> None:
         _places(folder, found.build(), found.layout)
 
 
-def _places(folder: Folder, model: nn.Module, layout: Layout | None) -> dict[str, tuple[Stored, str, Change]]:
-    """Where each tensor of a model is stored, under which name, and how its shape differs, once all is known to fit."""
+def _places(folder: Folder, model: nn.Module, layout: Table | None) -> dict[str, tuple[Stored, str, Piece]]:
+    """By the names in the files: where a tensor is stored, what it is a piece of, and how; once all is known to fit."""
     expected, spare = unique_tensors(model), set[str]()
-    places = {name: Place(name, SAME) for name in expected}
+    places = {name: (name, Piece(name)) for name in expected}
     if layout is not None and isinstance(model, Backbone):
-        places = {name: layout.place(model.config, name) for name in expected}
-        spare = layout.spare(model.config)
+        found = [(name, piece) for name in expected for piece in layout.pieces(model.config, name)]
+        places = {piece.name: (name, piece) for name, piece in found}
+        again = [name for name in model.state_dict() if name not in expected]  # of modules that stand in several places
+        spare = layout.spare(model.config) | {p.name for name in again for p in layout.pieces(model.config, name)}
     files = own_files(folder) if layout is None else found_files(folder)
     stored = stored_tensors(files)
     where = files.listing or files.paths[0]
-    _check_names(where, [place.name for place in places.values()], stored.keys() - spare)
-    for name, (there, change) in places.items():
-        like = change.there(torch.empty_like(expected[name], device="meta"))
+    _check_names(where, list(places), stored.keys() - (spare - places.keys()))
+    for there, (name, piece) in places.items():
+        like = piece.change.there(piece.view(torch.empty_like(expected[name], device="meta")))
         _check_tensor(there, like, stored[there])
-    return {name: (stored[there], there, change) for name, (there, change) in places.items()}
+    return {there: (stored[there], name, piece) for there, (name, piece) in places.items()}
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,17 @@ from dualform.core.options import brief
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.models.config import DEEPEST, ModelConfig
-from dualform.models.tables.layout import MAMBA, MAMBA2, Layout, Options, PartNames, one_block, rank
+from dualform.models.tables.layout import (
+    MAMBA,
+    MAMBA2,
+    Layout,
+    Options,
+    PartNames,
+    encoded,
+    one_block,
+    rank,
+    scan_width,
+)
 
 
 class _Sizes(NamedTuple):
@@ -91,7 +101,7 @@ class _Family:
         if not 1 <= expand * width < 2**63:
             raise ConfigError(f"{where}expand is {brief(expand)}, expected a positive number")
         channels = mixer.pop("d_inner", None) or int(expand * width)
-        mixer |= {"d_inner": channels} if channels % width else {"expand": channels // width}
+        mixer |= scan_width(channels, width)
         if mixer.get("dt_rank") == rank(width):
             mixer["dt_rank"] = None
         if (heads := sizes.get("heads")) and heads * mixer["d_head"] != channels:
@@ -114,7 +124,7 @@ class _Family:
         if self.part is Mamba2Config:
             if channels % width:
                 raise self._lacks(f"d_inner = {channels}, no multiple of d_model = {width}")
-            mixer |= {"num_heads": channels // part.d_head, "time_step_limit": list(map(_encoded, part.dt_limit))}
+            mixer |= {"num_heads": channels // part.d_head, "time_step_limit": encoded(part.dt_limit)}
         else:
             mixer |= {"intermediate_size": channels, "time_step_rank": part.dt_rank or rank(width)}
         sizes = {"num_hidden_layers": len(config.pattern), "expand": max(1, channels // width)}
@@ -123,10 +133,6 @@ class _Family:
 
     def _lacks(self, what: str) -> ConfigError:
         return ConfigError(f"model: {what}, which {self.architecture} of transformers does not have")
-
-
-def _encoded(value: float) -> Any:
-    return value if math.isfinite(value) else {"__float__": "Infinity" if value > 0 else "-Infinity"}
 
 
 _SIZES: dict[str, tuple[str, Any]] = {"num_hidden_layers": ("layers", 32), "expand": ("expand", 2)}

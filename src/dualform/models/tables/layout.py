@@ -32,6 +32,31 @@ class Place(NamedTuple):
     change: Change
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor."""
+    return tensor
+
+
+def unchanged(tensor: Tensor) -> Tensor:
+    """The tensor."""
+    return tensor
+
+
+SAME = Change(unchanged, unchanged)
+
+
+class Piece(NamedTuple):
+    """A tensor in the files of another library, which is a tensor of the model or a part of one.
+
+    ``view`` is where it lies in the tensor of the model: that takes its part of ``change.here(stored)``, and
+    ``change.there(view(tensor))`` is what is stored.
+    """
+
+    name: str
+    change: Change = SAME
+    view: Callable[[Tensor], Tensor] = whole
+
+
 class PartNames(NamedTuple):
     """A sub-layer: what its names begin with there, and those that differ in more than that."""
 
@@ -44,6 +69,7 @@ class Options(NamedTuple):
 
     cls: type[Any]
     keys: Mapping[str, tuple[str, Any]]
+    least: int = 1  # of whole numbers
 
     def read(self, table: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The fields of the config.
@@ -60,8 +86,9 @@ class Options(NamedTuple):
             value = decoded(table.get(key, default))
             if not fits(value, hints[field]):
                 raise ConfigError(f"{where}{key} is {brief(value)}, expected {shown(hints[field])}")
-            if key in table and type(value) is int and not 0 < value < 2**63:
-                raise ConfigError(f"{where}{key} is {brief(value)}, expected a positive number of 64 bits")
+            if key in table and type(value) is int and not self.least <= value < 2**63:
+                least = "a positive number" if self.least else "a number of at least 0"
+                raise ConfigError(f"{where}{key} is {brief(value)}, expected {least} of 64 bits")
             found[field] = value
         return found
 
@@ -106,21 +133,19 @@ class Layout:
         there = names.get(rest, Place(rest, SAME))
         return there._replace(name=block + prefix + there.name)
 
+    def pieces(self, config: ModelConfig, name: str) -> tuple[Piece, ...]:
+        """What the tensor called ``name`` in ``LanguageModel(config)`` is made of there."""
+        return (Piece(*self.place(config, name)),)
+
     def spare(self, config: ModelConfig) -> set[str]:
         """Names of tensors that files may have beside those of the model: a head that is the embedding once more."""
         return {self.outside["head"] + "weight"} if config.tie_embeddings else set()
-
-
-def unchanged(tensor: Tensor) -> Tensor:
-    """The tensor."""
-    return tensor
 
 
 def _swapped(tensor: Tensor) -> Tensor:
     return torch.cat(tensor.chunk(2)[::-1])
 
 
-SAME = Change(unchanged, unchanged)
 DEPTHWISE = Change(lambda w: w.squeeze(1), lambda w: w.unsqueeze(1))
 """The weights of a convolution: ``(D, W)`` here, ``(D, 1, W)`` there."""
 GATE_LAST = Change(_swapped, _swapped)
@@ -139,6 +164,20 @@ def decoded(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity"):
         return float(value["__float__"])
     return None if value == "auto" else value
+
+
+def encoded(value: Any) -> Any:
+    """The inverse of :func:`decoded`: a value as JSON has it."""
+    if isinstance(value, tuple):
+        return [encoded(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return value
+
+
+def scan_width(channels: int, width: int) -> dict[str, int]:
+    """The option of a scan of so many channels: how often the width of the model, or by itself."""
+    return {"d_inner": channels} if channels % width else {"expand": channels // width}
 
 
 def one_block(config: ModelConfig, library: str) -> tuple[PartConfig, ...]:

@@ -15,7 +15,19 @@ from dualform.layers.mixer import PartConfig
 from dualform.layers.mlp import MLPConfig
 from dualform.models.config import DEEPEST, ModelConfig
 from dualform.models.lm import LanguageModel
-from dualform.models.tables.layout import CONV, GATE_LAST, MAMBA, MAMBA2, SAME, Layout, Options, PartNames, Place, rank
+from dualform.models.tables.layout import (
+    CONV,
+    GATE_LAST,
+    MAMBA,
+    MAMBA2,
+    SAME,
+    Layout,
+    Options,
+    PartNames,
+    Place,
+    rank,
+    scan_width,
+)
 
 
 class _Sizes(NamedTuple):
@@ -206,7 +218,7 @@ def _read_mixer(given: Mapping[str, Any], width: int, where: str) -> PartConfig:
     if isinstance(expand, bool) or not isinstance(expand, int | float) or not 1 <= expand * width < 2**63:
         raise ConfigError(f"{where} has expand = {brief(expand)}, expected a positive number")
     found, channels = options.read(given, f"{where}: "), int(expand * width)
-    found |= {"d_inner": channels} if channels % width else {"expand": channels // width}
+    found |= scan_width(channels, width)
     if found.get("dt_rank") == rank(width):
         found["dt_rank"] = None
     return options.cls(**found)

@@ -5,17 +5,27 @@ from typing import Any
 
 from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
 from dualform.core.options import brief, suggestion
-from dualform.models.config import ModelConfig
-from dualform.models.tables.hf import HF
+from dualform.layers.block import COMPOSED
+from dualform.layers.recall import RecallConfig
+from dualform.models.config import ModelConfig, sublayers
+from dualform.models.tables.bamba import BAMBA
+from dualform.models.tables.family import Family
+from dualform.models.tables.hf import HF as MAMBAS
+from dualform.models.tables.jamba import JAMBA
 from dualform.models.tables.layout import Layout
 from dualform.models.tables.mamba_ssm import MAMBA_SSM
+from dualform.models.tables.zamba import ZAMBA
+
+Table = Layout | Family
+HF: dict[str, Table] = {**MAMBAS, **{family.model_type: family for family in (BAMBA, JAMBA, ZAMBA)}}
+"""The families of transformers by their ``model_type``."""
 
 SUPPORTED = f"folders of dualform, of transformers ({', '.join(HF)}) and of mamba-ssm can be read"
 LAYOUTS = ("dualform", "hf", "mamba_ssm")
 """What a model can be written as."""
 
 
-def layout_of(about: Mapping[str, Any], where: str) -> Layout:
+def layout_of(about: Mapping[str, Any], where: str) -> Table:
     """The layout of a folder whose ``config.json`` holds ``about``.
 
     Raises:
@@ -31,7 +41,7 @@ def layout_of(about: Mapping[str, Any], where: str) -> Layout:
     raise CheckpointError(f"{where}: not a config of this library, nor of another one that it knows", hint=SUPPORTED)
 
 
-def written_as(config: ModelConfig, name: str) -> tuple[Layout, dict[str, Any]] | None:
+def written_as(config: ModelConfig, name: str) -> tuple[Table, dict[str, Any]] | None:
     """The layout called ``name`` for a model, and its ``config.json``; None for this library's own.
 
     Raises:
@@ -42,10 +52,10 @@ def written_as(config: ModelConfig, name: str) -> tuple[Layout, dict[str, Any]] 
         raise ArgumentError(f"save: layout is {brief(name)}", hint=suggestion(str(name), LAYOUTS))
     if name == "dualform":
         return None
-    layouts = list(HF.values()) if name == "hf" else [MAMBA_SSM]
-    kind = type(config.parts[config.pattern[0]][0])
+    layouts: list[Table] = list(HF.values()) if name == "hf" else [MAMBA_SSM]
+    kinds = {type(sub.part) for letter in config.pattern for sub in sublayers(config.parts[letter])} - {*COMPOSED}
     errors = []
-    for layout in [layout for layout in layouts if kind in layout.parts] or layouts:
+    for layout in [layout for layout in layouts if kinds <= {*layout.parts, RecallConfig}] or layouts:
         try:
             return layout, layout.write(config)
         except ConfigError as error:

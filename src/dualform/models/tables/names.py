@@ -1,0 +1,92 @@
+"""What transformers usually calls the tensors of a part, and how it cuts them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dualform.layers.attention import AttentionConfig
+from dualform.layers.mamba import MambaConfig
+from dualform.layers.mamba2 import Mamba2Config
+from dualform.layers.mlp import MLPConfig
+from dualform.layers.moe import MoEConfig
+from dualform.models.tables.layout import DEPTHWISE, Piece
+
+Names = Callable[[Any, int], Mapping[str, tuple[Piece, ...]]]
+"""A part and D -> for the names of its tensors here that differ there, what they are made of."""
+
+
+def rows(start: int, count: int) -> Callable[[Tensor], Tensor]:
+    """The view of some rows of a matrix, or of some entries of a vector."""
+    return lambda tensor: tensor.narrow(0, start, count)
+
+
+def stacked(sizes: Mapping[str, int], kind: str = "weight") -> tuple[Piece, ...]:
+    """Maps that are the rows of one matrix here, in order: the name of each and its rows."""
+    pieces, start = [], 0
+    for name, size in sizes.items():
+        pieces.append(Piece(f"{name}.{kind}", view=rows(start, size)))
+        start += size
+    return tuple(pieces)
+
+
+def attention(part: AttentionConfig, width: int) -> dict[str, tuple[Piece, ...]]:
+    """Queries, keys and values are maps of their own there."""
+    head, kv = part.d_head or width // part.heads, part.kv_heads or part.heads
+    sizes = {"q_proj": part.heads * head, "k_proj": kv * head, "v_proj": kv * head}
+    found = {f"qkv_proj.{inner}{kind}": stacked(sizes, kind) for kind in ("weight", "bias") for inner in ("", "base.")}
+    return found | {f"out_proj.{kind}": (Piece(f"o_proj.{kind}"),) for kind in ("weight", "bias")}
+
+
+def mlp(part: MLPConfig, width: int) -> dict[str, tuple[Piece, ...]]:
+    """The gate and what it multiplies are maps of their own there."""
+    names = {"gate_proj": rows_of_half(0), "up_proj": rows_of_half(1)}
+    kinds = ("weight", "bias")
+    return {f"gate_up_proj.{k}": tuple(Piece(f"{n}.{k}", view=view) for n, view in names.items()) for k in kinds}
+
+
+def rows_of_half(which: int) -> Callable[[Tensor], Tensor]:
+    """The view of the first or the second half of the rows."""
+    return lambda tensor: tensor.chunk(2)[which]
+
+
+def moe(part: MoEConfig, width: int) -> dict[str, tuple[Piece, ...]]:
+    """Every expert's matrices are tensors of their own there."""
+
+    def of(name: str, *, half: int | None = None) -> list[Piece]:
+        def view(e: int) -> Callable[[Tensor], Tensor]:
+            return lambda t: t[e] if half is None else t[e].chunk(2)[half]
+
+        return [Piece(f"experts.{e}.{name}.weight", view=view(e)) for e in range(part.experts)]
+
+    return {
+        "gate_up_proj": (*of("gate_proj", half=0), *of("up_proj", half=1)),
+        "up_proj": tuple(of("up_proj")),
+        "down_proj": tuple(of("down_proj")),
+    }
+
+
+def periodic(places: list[int], count: int) -> tuple[int, int]:
+    """A period and an offset that give these places among so many; the period divides the number if it can.
+
+    Raises:
+        LookupError: where there are none.
+    """
+    periods = sorted(range(1, count + 2), key=lambda p: (count % p != 0, p))
+    for period in periods:
+        for offset in range(period):
+            if [i for i in range(count) if i % period == offset] == places:
+                return period, offset
+    raise LookupError(places)
+
+
+CONVOLUTION = {"conv_weight": (Piece("conv1d.weight", DEPTHWISE),), "conv_bias": (Piece("conv1d.bias"),)}
+
+NAMES: Mapping[type[Any], Names] = {
+    AttentionConfig: attention,
+    MLPConfig: mlp,
+    MoEConfig: moe,
+    MambaConfig: lambda part, width: {**CONVOLUTION, "dt_bias": (Piece("dt_proj.bias"),)},
+    Mamba2Config: lambda part, width: CONVOLUTION,
+}
+"""By the class of a part."""
