@@ -16,8 +16,10 @@ from dualform.gaussian.model import Gaussian, LinearGaussian
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.dss import DSSConfig
 from dualform.layers.h3 import H3Config
+from dualform.layers.hgrn import HGRN2Config, HGRNConfig
 from dualform.layers.hyena import HyenaConfig
 from dualform.layers.hyena_modal import HyenaModalConfig
+from dualform.layers.lightning_attention import LightningAttentionConfig
 from dualform.layers.lru import LRUConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
@@ -25,6 +27,8 @@ from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mixer import PartConfig
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.registry import MIXERS
+from dualform.layers.retnet import RetNetConfig
+from dualform.layers.rglru import RGLRUConfig
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
@@ -248,6 +252,21 @@ def _mixers() -> list[Case]:
         mixer_case("", GatedShortConvConfig(), 1),
         mixer_case("wide", GatedShortConvConfig(d_conv=5, bias=True), 3),
         mixer_case("no memory", GatedShortConvConfig(d_conv=1), 17),
+        mixer_case("", RetNetConfig(heads=1), 1),
+        mixer_case("no positions", RetNetConfig(heads=3, expand=1, rope=None, norm_eps=0.1), 3),
+        mixer_case("wide heads", RetNetConfig(heads=2, d_head=5, expand=1, rope=100.0), 17),
+        mixer_case("", LightningAttentionConfig(heads=1), 1),
+        mixer_case("wide heads", LightningAttentionConfig(heads=2, d_head=5), 3),
+        mixer_case("no decay", LightningAttentionConfig(heads=17, decay=0.0), 17),
+        mixer_case("", RGLRUConfig(heads=1), 1),
+        mixer_case("first as it is", RGLRUConfig(heads=3, d_conv=2, scale_first=False), 3),
+        mixer_case("", RGLRUConfig(d_inner=6, heads=2, d_conv=1, c=3.0), 17),
+        mixer_case("", HGRNConfig(norm_eps=0.1), 1),
+        mixer_case("bound", HGRNConfig(d_inner=5, lower_bound=0.7, norm_eps=0.1), 3),
+        mixer_case("wide", HGRNConfig(rope=50.0), 17),
+        mixer_case("", HGRN2Config(heads=1, norm_eps=0.1), 1),
+        mixer_case("bound", HGRN2Config(heads=3, lower_bound=0.7, norm_eps=0.1), 3),
+        mixer_case("wide heads", HGRN2Config(heads=2, d_head=5), 17),
     ]
 
 

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from dualform.layers.context import Context
     from dualform.layers.dss import DSS, DSSConfig
     from dualform.layers.h3 import H3, H3Config
+    from dualform.layers.hgrn import HGRN, HGRN2, HGRN2Config, HGRNConfig
     from dualform.layers.hyena import Hyena, HyenaConfig
     from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
+    from dualform.layers.lightning_attention import LightningAttention, LightningAttentionConfig
     from dualform.layers.lru import LRU, LRUConfig
     from dualform.layers.lstm import LSTM, LSTMConfig
     from dualform.layers.mamba import Mamba, MambaConfig
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from dualform.layers.part import Part
     from dualform.layers.recall import Recall, RecallConfig
     from dualform.layers.registry import FEEDFORWARDS, MIXERS
+    from dualform.layers.retnet import RetNet, RetNetConfig
+    from dualform.layers.rglru import RGLRU, RGLRUConfig
     from dualform.layers.s4 import S4, S4Config
     from dualform.layers.s4d import S4D, S4DConfig
     from dualform.layers.s5 import S5, S5Config
@@ -35,10 +39,13 @@ __all__ = [
     "DSS",
     "FEEDFORWARDS",
     "H3",
+    "HGRN",
+    "HGRN2",
     "LRU",
     "LSTM",
     "MIXERS",
     "MLP",
+    "RGLRU",
     "S4",
     "S4D",
     "S5",
@@ -51,6 +58,8 @@ __all__ = [
     "GatedShortConv",
     "GatedShortConvConfig",
     "H3Config",
+    "HGRN2Config",
+    "HGRNConfig",
     "Hint",
     "Hyena",
     "HyenaConfig",
@@ -58,6 +67,8 @@ __all__ = [
     "HyenaModalConfig",
     "LRUConfig",
     "LSTMConfig",
+    "LightningAttention",
+    "LightningAttentionConfig",
     "MLPConfig",
     "Mamba",
     "Mamba2",
@@ -68,8 +79,11 @@ __all__ = [
     "MoEConfig",
     "ParallelConfig",
     "Part",
+    "RGLRUConfig",
     "Recall",
     "RecallConfig",
+    "RetNet",
+    "RetNetConfig",
     "S4Config",
     "S4DConfig",
     "S5Config",
@@ -85,11 +99,14 @@ _HOME = {
     "FEEDFORWARDS": "registry",
     "GatedShortConv": "short_conv",
     "H3": "h3",
+    "HGRN": "hgrn",
+    "HGRN2": "hgrn",
     "Hint": "mixer",
     "Hyena": "hyena",
     "HyenaModal": "hyena_modal",
     "LRU": "lru",
     "LSTM": "lstm",
+    "LightningAttention": "lightning_attention",
     "MIXERS": "registry",
     "MLP": "mlp",
     "Mamba": "mamba",
@@ -98,7 +115,9 @@ _HOME = {
     "ParallelConfig": "block",
     "MoE": "moe",
     "Part": "part",
+    "RGLRU": "rglru",
     "Recall": "recall",
+    "RetNet": "retnet",
     "S4": "s4",
     "S4D": "s4d",
     "S5": "s5",

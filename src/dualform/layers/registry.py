@@ -11,8 +11,10 @@ from dualform.layers.attention import AttentionConfig
 from dualform.layers.block import ChainConfig, ParallelConfig, SublayerConfig
 from dualform.layers.dss import DSSConfig
 from dualform.layers.h3 import H3Config
+from dualform.layers.hgrn import HGRN2Config, HGRNConfig
 from dualform.layers.hyena import HyenaConfig
 from dualform.layers.hyena_modal import HyenaModalConfig
+from dualform.layers.lightning_attention import LightningAttentionConfig
 from dualform.layers.lru import LRUConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
@@ -20,6 +22,8 @@ from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.moe import MoEConfig
 from dualform.layers.recall import RecallConfig
+from dualform.layers.retnet import RetNetConfig
+from dualform.layers.rglru import RGLRUConfig
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
@@ -109,12 +113,17 @@ MIXERS = Registry(
         "attention": AttentionConfig,
         "dss": DSSConfig,
         "h3": H3Config,
+        "hgrn": HGRNConfig,
+        "hgrn2": HGRN2Config,
         "hyena": HyenaConfig,
         "hyena_modal": HyenaModalConfig,
+        "lightning_attention": LightningAttentionConfig,
         "lru": LRUConfig,
         "lstm": LSTMConfig,
         "mamba": MambaConfig,
         "mamba2": Mamba2Config,
+        "retnet": RetNetConfig,
+        "rglru": RGLRUConfig,
         "s4": S4Config,
         "s4d": S4DConfig,
         "s5": S5Config,
