@@ -469,7 +469,7 @@ def test_a_short_text_is_one_stream():
 
 @pytest.mark.parametrize("n", [203, 204, 208])
 def test_a_long_text_is_several_streams_and_every_token_counts_once(monkeypatch, n):
-    monkeypatch.setattr(evaluate, "_SPAN", 10)
+    monkeypatch.setattr(evaluate, "_TOGETHER", 40)
     monkeypatch.setattr(evaluate, "_STREAMS", 4)
     model, data = small(**HYBRID), held_out(n, separators=(0, 50))
     borders = [k * (n - 1) // 4 for k in range(5)]

@@ -30,7 +30,7 @@ def model_folder(model: str) -> Path:
     return inside(model)
 
 
-def load_model(model: str, device: str = "auto") -> "tuple[LanguageModel, Tokenizer]":
+def load_model(model: str, device: str = "auto", dtype: str | None = None) -> "tuple[LanguageModel, Tokenizer]":
     """The model of a folder and its tokenizer.
 
     Raises:
@@ -43,5 +43,5 @@ def load_model(model: str, device: str = "auto") -> "tuple[LanguageModel, Tokeni
     from dualform.ops.device import chosen_device
 
     chosen, folder = chosen_device(device, f"--device {device}"), model_folder(model)
-    lm = load(folder, device=chosen, kind=LanguageModel).eval()
+    lm = load(folder, device=chosen, dtype=dtype, kind=LanguageModel).eval()
     return lm, load_tokenizer(folder, lm.config.vocab_size)

@@ -12,6 +12,7 @@ from dualform.cli.convert import convert
 from dualform.cli.demo import demo
 from dualform.cli.doctor import doctor
 from dualform.cli.errors import sentence
+from dualform.cli.evaluate import evaluate
 from dualform.cli.generate import generate
 from dualform.cli.info import info
 from dualform.cli.inspect import inspect
@@ -46,8 +47,10 @@ def _options(
     pass
 
 
-for command in (demo, train, generate, info, convert, inspect, verify, check, doctor):
-    app.command(epilog=sys.modules[command.__module__].EPILOG, cls=TrainCommand if command is train else None)(command)
+for command in (demo, train, generate, evaluate, info, convert, inspect, verify, check, doctor):
+    name = "eval" if command is evaluate else None  # not the name of a function of Python
+    kind = TrainCommand if command is train else None
+    app.command(name, epilog=sys.modules[command.__module__].EPILOG, cls=kind)(command)
 
 
 def main() -> None:

@@ -11,9 +11,11 @@ import gzip
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,6 +30,7 @@ from dualform.models.saving.files import creating
 from dualform.models.special_tokens import text_only
 from dualform.models.tokenizer import Tokenizer
 from dualform.train.corpus import Corpus, Document, split
+from dualform.train.mapped import Mapped
 from dualform.train.prepared import ABOUT_FILE, clear, open_arrays, read_about, verify_once
 from dualform.train.recipe import Data
 
@@ -79,6 +82,31 @@ def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
     clear(folder)
     with creating(folder) as new:
         _write(new, data, tokenizer)
+
+
+@contextmanager
+def whole_text(data: Data, tokenizer: Tokenizer) -> Iterator[Dataset]:
+    """All of a corpus as the held-out part of a data set, in a temporary folder: for evaluation alone.
+
+    Raises:
+        DataError: for a corpus that cannot be read, or is empty.
+    """
+    corpus, encode, before = Corpus(data), _encoder(tokenizer), np.array(_before(data, tokenizer), np.uint32)
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    with TemporaryDirectory(prefix="dualform-") as name:
+        folder = Path(name)
+        with (folder / "ids").open("wb") as ids_file, (folder / "nbytes").open("wb") as nbytes_file:
+            part = _Part(ids_file, dtype)
+            for batch in _batches((document, True) for document in corpus):
+                encoded = encode([document.text for document, _ in batch])
+                for (document, _), (ids, nbytes) in zip(batch, encoded, strict=True):
+                    part.add(document, np.concatenate([before, ids]))
+                    nbytes_file.write(np.concatenate([np.zeros(len(before)), nbytes]).astype(np.uint32).tobytes())
+        if not part.bytes:
+            raise DataError(f"data.path {data.path!r} holds no text", hint="give it a file with text")
+        ids, nbytes = Mapped.open(folder / "ids", dtype), Mapped.open(folder / "nbytes", np.uint32)
+        about = {"held_out": part.counts(), "skipped": len(corpus.skipped)}
+        yield Dataset(ids[:0], ids, nbytes, about, None, np.array(part.starts, np.int64))
 
 
 def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
