@@ -1,5 +1,6 @@
 """The norms in Triton: one pass forward; one backward, then a sum over its programs."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,20 +79,17 @@ def _backward(
 
 def _options(a: AddNorm | GatedNorm) -> dict[str, Any]:
     """What the kernels are compiled for."""
-    size, _ = _slices(a)
+    behind = None if isinstance(a, AddNorm) or a.z is None else bool(a.norm_before_gate)
+    gate = {"BEFORE": behind is False, "AFTER": behind is True}
+    return {"EPS": a.eps, "CENTER": a.center, "WIDE": a.inside == torch.float64, **gate, **_tile(_slices(a)[0])}
+
+
+@cache
+def _tile(size: int) -> dict[str, int]:
+    """Rows and columns of a tile, and the warps for it."""
     padded = power_of_two(size)
     rows = max(1, _ELEMENTS // padded)
-    behind = None if isinstance(a, AddNorm) or a.z is None else bool(a.norm_before_gate)
-    return {
-        "EPS": a.eps,
-        "CENTER": a.center,
-        "BEFORE": behind is False,
-        "AFTER": behind is True,
-        "WIDE": a.inside == torch.float64,
-        "R": rows,
-        "BS": padded,
-        "num_warps": max(1, warps(min(1024, rows * padded // _EACH))),
-    }
+    return {"R": rows, "BS": padded, "num_warps": max(1, warps(min(1024, rows * padded // _EACH)))}
 
 
 def _slices(a: AddNorm | GatedNorm) -> tuple[int, int]:

@@ -116,12 +116,17 @@ def shared_memory(x: Tensor) -> int:
     return 2**30 if x.device.type in ("cpu", "meta") or torch.version.hip else _shared_memory(x.device)
 
 
-def warps(threads: int) -> int:
-    """How many warps so many threads are on the device at hand."""
+@cache
+def _warp_size() -> int:
+    """Of the devices of this process; to ask costs as much as a launch."""
     from triton.runtime import driver
 
-    target = None if INTERPRETED else driver.active.get_current_target()
-    return threads // (target.warp_size if target else 32)
+    return 32 if INTERPRETED else driver.active.get_current_target().warp_size
+
+
+def warps(threads: int) -> int:
+    """How many warps so many threads are."""
+    return threads // _warp_size()
 
 
 def enter(
