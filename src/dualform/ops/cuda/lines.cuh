@@ -24,6 +24,17 @@ DEVICE void turn_matrices(const void* row, unsigned* pairs) {
 }
 #endif
 
+// Lines in shared memory, one after another.
+struct Taker {
+  char* free;
+  template <class L>
+  METHOD L* take(int lines) {
+    L* found = reinterpret_cast<L*>(free);
+    free += lines * sizeof(L);
+    return found;
+  }
+};
+
 // LINE steps of ROWS rows, in twos: the first two of every four, then the others. A row takes an odd number of 16
 // bytes, so that eight neighbours lie in different banks.
 template <class T, int ROWS>

@@ -19,7 +19,12 @@ _LANE_STATES = (2, 4, 8)  # states of one of the four lanes of a channel
 
 
 class Inputs(SelectiveScan):
-    """The record, and what follows from it."""
+    """The record, with z as u, and what follows from it."""
+
+    @classmethod
+    def of(cls, a: SelectiveScan) -> "Inputs":
+        """The record as kernels take it."""
+        return cls(*a._replace(z=None if a.z is None else a.z.to(a.u.dtype)))
 
     @property
     def empty(self) -> bool:
@@ -170,8 +175,15 @@ def backward_shared(plan: Plan, x: Inputs) -> int:
     """Bytes of shared memory of a block."""
     tile, states = plan.steps * plan.line, x.lane_states
     of_warp = 4 * (18 * tile + 96 + TILE // plan.steps * 32 * plan.channels * states + 2 * plan.line + 256)
-    of_warp += 2 * 32 * 4 * (3 * x.u.element_size() + x.delta.element_size())
+    of_warp += 2 * 32 * 4 * (3 * x.u.element_size() + x.delta.element_size()) + backward_lines(plan, x)
     return plan.warps * of_warp + 4 * (8 * TILE * states + 16 * plan.warps * plan.steps * states)
+
+
+def backward_lines(plan: Plan, x: Inputs) -> int:
+    """Bytes for a warp of the steps of tensors with time innermost: of u, its gradient and that of y, delta and z."""
+    lined = ((3, x.u), (2, x.delta), (2, x.z))
+    many = sum(many for many, m in lined if m is not None and time_last(m) and m.element_size() == 2)
+    return many * plan.line * 16 * (plan.steps // 8 | 1)
 
 
 @lru_cache(1024)
@@ -209,7 +221,7 @@ def cut(whole: int, blocks: int, places: int, even: bool) -> tuple[int, int]:
 
 
 def _run(keep: bool, a: SelectiveScan) -> list[Tensor]:
-    x = Inputs(*a)
+    x = Inputs.of(a)
     y, final = empty_like(x.u), x.h0.clone(memory_format=torch.contiguous_format)
     saved = _saved(a) if keep else []
     if x.empty:
@@ -241,7 +253,7 @@ def _saved(a: SelectiveScan) -> list[Tensor]:
 
 
 def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict[str, Tensor]:
-    x = Inputs(*a)
+    x = Inputs.of(a)
     dh0 = grads[1].clone()
     if x.empty:
         return {**{f: torch.zeros_like(m) for f, m in a._asdict().items() if isinstance(m, Tensor)}, "h0": dh0}
@@ -274,8 +286,10 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
         sums=[*sums.values(), *constants.values()],
     )  # fmt: skip
 
+    macros |= plan.macros | {"LINE": plan.steps, "LINE_BYTES": backward_lines(plan, x)}
+
     def launch(kernel: str, grid: int, threads: int, shared: int) -> None:
-        compiler.launch("selective_scan_backward.cu", kernel, macros | plan.macros, grid, threads, shared, structure)
+        compiler.launch("selective_scan_backward.cu", kernel, macros, grid, threads, shared, structure)
 
     if x.packing is not None or lead < length:
         of_warp = 4 * (2 * plan.steps * plan.line + plan.steps * padded + 2 * plan.line)
@@ -302,8 +316,7 @@ def _inputs(x: Inputs, *more: tuple[Tensor, bool]) -> tuple[dict[str, Any], dict
 
     ``more`` are tensors like u that the kernels read, too, and whether time is innermost.
     """
-    z = None if x.z is None else x.z.to(x.u.dtype)
-    laid = {"U": in_place(x.u), "DELTA": in_place(x.delta), "Z": (None, False) if z is None else in_place(z)}
+    laid = {"U": in_place(x.u), "DELTA": in_place(x.delta), "Z": (None, False) if x.z is None else in_place(x.z)}
     maps = {name: _map(m, x.map_dtype) for name, m in (("B", x.B), ("C", x.C))}
     (u, _), (delta, _), (z, _), (B, _), (C, _) = *laid.values(), *maps.values()
     over_time = [m for m in maps.values() if m[0].dim() > 2]

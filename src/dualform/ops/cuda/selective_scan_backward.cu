@@ -4,6 +4,7 @@
 // sequence, so that the third knows the gradient that enters each of them and runs all side by side: tile by tile from
 // the last, where the states of a tile are computed again from the one that entered it. WARPS warps of one block take
 // neighbouring channels of one span, and add up what B and C get from them.
+#include "lines.cuh"
 #include "selective_scan.cuh"
 
 constexpr int SUBS = TILE / K, HELD = 8;  // steps whose decays are held in registers
@@ -145,6 +146,61 @@ extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __gr
   }
 }
 
+// Four channels of one step, of K steps that are loaded in advance: into registers, or where time is LAST to shared
+// memory. Nothing is gained there by numbers of 32 bits, nor by those that cannot be copied past the registers.
+template <class T, bool LAST>
+constexpr bool LINED = LAST && sizeof(T) == 2 && TOGETHER > 1;
+
+template <class T, bool LAST, bool = LINED<T, LAST>>
+struct Feed {
+  Input<T, LAST> input;
+  Four<T> four = {};
+  int step;
+  METHOD Feed(const View& v, const Scan& p, const Lane& l, const Row& row, Taker&)
+      : input(v, p, l, row), step(l.step) {}
+  METHOD void load(int t) { four = input[t + step]; }
+  METHOD Four<T> get(const Lane&) {
+    input.turn(four);
+    return four;
+  }
+};
+template <class T, bool LAST>
+struct Feed<T, LAST, true> {
+  Rows<T, WIDTH> rows;
+  Lines<T, WIDTH>& line;
+  METHOD Feed(const View& v, const Scan&, const Lane& l, const Row& row, Taker& memory)
+      : rows(v, row.batch, row.begin, row.length, l.first, l.width, l.lane), line(*memory.take<Lines<T, WIDTH>>(1)) {}
+  METHOD void load(int t) { rows.copy(t, line); }
+  METHOD Four<T> get(const Lane& l) const { return line.read(l.lane, l.step, l.four); }
+};
+
+// Four channels of one step, of K steps that are put together.
+template <class T, bool LAST, bool = LINED<T, LAST>>
+struct Sink {
+  Output<T, LAST> output;
+  METHOD Sink(void* data, const Scan& p, const Lane& l, const Row& row, Taker&) : output(data, p, l, row) {}
+  METHOD void put(const Lane& l, int t, const float* x) { output.put(t + l.step, x); }
+  METHOD void store(int) const {}
+};
+template <class T, bool LAST>
+struct Sink<T, LAST, true> {
+  Rows<T, WIDTH> rows;
+  Lines<T, WIDTH>& line;
+  METHOD Sink(void* data, const Scan& p, const Lane& l, const Row& row, Taker& memory)
+      : rows({data, p.length * p.width, p.length}, row.batch, row.begin, row.length, l.first, l.width, l.lane),
+        line(*memory.take<Lines<T, WIDTH>>(1)) {}
+  METHOD void put(const Lane& l, int, const float* x) { line.write(l.step, l.four, x); }
+  METHOD void store(int t) const {
+    if (t >= 0) rows.store(t, line);
+  }
+};
+constexpr bool ANY_LINED = LINED<INPUT, U_LAST> || LINED<INPUT, Z_LAST> || LINED<DELTA, DELTA_LAST>;
+
+static_assert(LINE_BYTES >= (LINED<INPUT, U_LAST> ? 3 : 0) * sizeof(Lines<INPUT, WIDTH>) +
+                                (LINED<INPUT, Z_LAST> ? 2 : 0) * sizeof(Lines<INPUT, WIDTH>) +
+                                (LINED<DELTA, DELTA_LAST> ? 2 : 0) * sizeof(Lines<DELTA, WIDTH>),
+              "as the host counts them");
+
 // The input of K steps, as a warp needs it.
 struct Given {
   Pairs steps;                         // dt and dt u
@@ -203,12 +259,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     write_floats<4>(shared.totals[1][l.lane], zero);
   }
   shared.channels.load(p, l);
-  const Input<INPUT, U_LAST> us(p.u, p, l, row), dys(p.dy, p, l, row);
-  const Input<INPUT, Z_LAST> zs(p.z, p, l, row);
-  const Input<DELTA, DELTA_LAST> deltas(p.delta, p, l, row);
-  const Output<INPUT, U_LAST> dus(p.du, p, l, row);
-  const Output<INPUT, Z_LAST> dzs(p.dz, p, l, row);
-  const Output<DELTA, DELTA_LAST> ddeltas(p.ddelta, p, l, row);
+  Taker lines = {reinterpret_cast<char*>(found + 2) + warp * LINE_BYTES};
+  Feed<INPUT, U_LAST> us(p.u, p, l, row, lines), dys(p.dy, p, l, row, lines);
+  Feed<INPUT, Z_LAST> zs(p.z, p, l, row, lines);
+  Feed<DELTA, DELTA_LAST> deltas(p.delta, p, l, row, lines);
+  Sink<INPUT, U_LAST> dus(p.du, p, l, row, lines);
+  Sink<INPUT, Z_LAST> dzs(p.dz, p, l, row, lines);
+  Sink<DELTA, DELTA_LAST> ddeltas(p.ddelta, p, l, row, lines);
   const States<B_LAST> bs(p.b, p, row, first / (p.width / p.groups_b), threadIdx.x);
   const States<C_LAST> cs(p.c, p, row, first / (p.width / p.groups_c), threadIdx.x);
   const int64 maps_of_block = (p.borders ? 1 : p.rows) * p.length * NP;
@@ -216,17 +273,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   const Column<float> dbs(sums, row.batch, row.begin, 0),
       dcs(sums, row.batch, row.begin, B_CONSTANT ? 0 : blocks * maps_of_block);
 
-  // K steps to come.
+  // K steps to come. They may be asked for again before they are there; those behind the first of a span are not used.
   Four<INPUT> u, dout, z = {};
   Four<DELTA> delta;
-  auto load_steps = [&](int t) { u = us[t + l.step], delta = deltas[t + l.step]; };
+  auto load_steps = [&](int t) {
+    if (ANY_LINED) await_copies<0>(), __syncwarp();
+    us.load(t), deltas.load(t);
+    if (ANY_LINED) close_copies();
+  };
   auto load_outputs = [&](int t) {
-    dout = dys[t + l.step];
-    if (GATED) z = zs[t + l.step];
+    dys.load(t);
+    if (GATED) zs.load(t);
+    if (ANY_LINED) close_copies();
   };
   float dt[4], in[4], dy[4], gate[4], bias[4];
   auto begin_steps = [&] {
-    us.turn(u), deltas.turn(delta);
+    if (ANY_LINED) await_copies<0>(), __syncwarp();
+    u = us.get(l), delta = deltas.get(l);
     unpack(u, in), unpack(delta, dt);
     read_floats<4>(shared.channels.bias + l.four, bias);
   };
@@ -235,9 +298,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     in[i] *= dt[i];
   };
   auto begin_outputs = [&] {
-    dys.turn(dout);
+    dout = dys.get(l);
     unpack(dout, dy);
-    if (GATED) zs.turn(z), unpack(z, gate);
+    if (GATED) z = zs.get(l), unpack(z, gate);
   };
   auto prepare_outputs = [&](bool inside, int i) { dy[i] = before_gate(dy[i], gate[i], inside); };
   auto end_preparing = [&](Given& to) {
@@ -281,9 +344,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   auto end_finishing = [&](int t) {
     write_floats<4>(shared.totals[0][l.lane], dd);
     write_floats<4>(shared.totals[1][l.lane], dbias);
-    dus.put(t, du);
-    ddeltas.put(t, ddelta);
-    if (GATED) dzs.put(t, dz);
+    dus.put(l, t, du);
+    ddeltas.put(l, t, ddelta);
+    if (GATED) dzs.put(l, t, dz);
+    if (!ANY_LINED) return;
+    __syncwarp();
+    dus.store(t), ddeltas.store(t);
+    if (GATED) dzs.store(t);
   };
   // What all warps have found for B and C, of some steps from t.
   auto add_maps = [&](int turn, int t, int steps) {
@@ -321,14 +388,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 
     // The states before every K steps.
     for (int sub = 0; sub < subs - 1; sub++, turn ^= 1) {
+      const int next = begin + least(sub + 2, subs - 1) * K;
       write_floats<CH * S>(shared.states[sub] + l.lane * CH * S, h);
       begin_steps();
+      if (ANY_LINED) load_steps(next);
       UNROLL for (int t = 0; t < K; t++) {
         advance(shared.given[turn].steps.two[t], maps[sub * K + t], l, constants, a, h);
         if (t % (K / 4) == 0) prepare_steps(true, t / (K / 4));
       }
       shared.given[turn ^ 1].steps.put(l, dt, in);
-      load_steps(begin + least(sub + 2, subs - 1) * K);
+      if (!ANY_LINED) load_steps(next);
       __syncwarp();
     }
     write_floats<CH * S>(shared.states[subs - 1] + l.lane * CH * S, h);
@@ -346,7 +415,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     for (int sub = subs - 1; sub >= 0; sub--, turn ^= 1) {
       const Given& given = shared.given[turn];
       Given& other = shared.given[turn ^ 1];
-      const int t0 = begin + sub * K, before = t0 + K, after = t0 - K;
+      const int t0 = begin + sub * K, before = t0 + K, after = t0 - K, next = begin + (sub > 1 ? sub - 2 : 0) * K;
       const bool any = sub < subs - 1, finishing = any && is_inside(before), preparing = is_inside(after);
       __syncthreads();
       begin_finishing(other);
@@ -377,11 +446,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
           }
           if (GATED) shared.y.put(l, from + t, y);
           if (t < 4 && from == K - HELD) finish(finishing, t);
-          if (t == 3 && from == K - HELD) end_finishing(any ? before + l.step : -1);
+          if (t == 3 && from == K - HELD) end_finishing(any ? before : -K);
         }
         read(again[HELD - 1], HELD - 1);
         if (!C_CONSTANT) sum_channels(to_c, l, &found[turn][warp][1][from * NP]);
-        if (from == 0) begin_steps(), begin_outputs();
+        if (from == 0) {
+          begin_steps(), begin_outputs();
+          if (ANY_LINED) load_steps(next), load_outputs(next);
+        }
         UNROLL for (int t = HELD - 1; t >= 0; t--) {
           if (t > 0) read(again[t - 1], t - 1);
           const Step& of = again[t];
@@ -404,15 +476,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         if (!B_CONSTANT) sum_channels(to_b, l, &found[turn][warp][0][from * NP]);
       }
       end_preparing(other);
-      const int next = begin + (sub > 1 ? sub - 2 : 0) * K;
-      load_steps(next), load_outputs(next);
+      if (!ANY_LINED) load_steps(next), load_outputs(next);
     }
     __syncthreads();
     begin_finishing(shared.given[turn ^ 1]);
     add_maps(turn ^ 1, begin, least(row.length - begin, K));
     UNROLL for (int i = 0; i < 4; i++)
       finish(is_inside(begin), i);
-    end_finishing(begin + l.step);
+    end_finishing(begin);
     if (begin % LEVEL == 0) add_totals();
   }
   if (span.begin % LEVEL || span.begin >= span.end) add_totals();

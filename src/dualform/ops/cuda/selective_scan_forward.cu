@@ -24,17 +24,7 @@ struct Shared {
   float carried[32][CH * S];  // the states that the warp before hands on
 };
 
-// Lines of a warp in shared memory, one after another; two of an input.
-struct Taker {
-  char* free;
-  template <class L>
-  METHOD L* take(int lines) {
-    L* found = reinterpret_cast<L*>(free);
-    free += lines * sizeof(L);
-    return found;
-  }
-};
-// Which of its two lines holds step t, and whether one begins there.
+// Which of the two lines of an input holds step t, and whether one begins there.
 DEVICE int line_of(int t) { return t / (WARPS * LINE) % 2; }
 DEVICE bool line_begins(int t) { return LINE == K || t % LINE == 0; }
 
@@ -147,7 +137,11 @@ struct Step {
     to.y.put(l, t, y);
   }
 };
-static_assert(sizeof(Shared) == SHARED_BYTES, "as the host counts them");
+static_assert(sizeof(Shared) == SHARED_BYTES && LINE_BYTES >= (U_LAST ? 3 : 0) * sizeof(Lines<INPUT, WIDTH>) +
+                                                                  (Z_LAST ? 2 : 0) * sizeof(Lines<INPUT, WIDTH>) +
+                                                                  (DELTA_LAST ? 2 : 0) * sizeof(Lines<DELTA, WIDTH>) +
+                                                                  (B_LAST + C_LAST) * 2 * sizeof(Lines<MAP, NP>),
+              "as the host counts them");
 constexpr int AHEAD = 2;  // steps that are read before they are needed
 
 extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
