@@ -361,18 +361,20 @@ def attention(draw: Draw) -> Arguments:
     rows, heads, width = batch if cu_seqlens is None else len(cu_seqlens) - 1, draw.one(1, 2, 6), draw.one(1, 4, 5)
     shared, window, slots = draw.dividing(heads), draw.one(None, 1, 3, 9), draw.one(0, 4, 9)
     slots, most = (slots, slots) if window is None else (window, 20)
+    values = draw.one(width, 3)
 
     def past() -> Past:
-        k, v = (draw.normal(rows, slots, shared, width).to(draw.device) for _ in range(2))
+        k, v = (draw.normal(rows, slots, shared, size).to(draw.device) for size in (width, values))
         lengths = torch.tensor([draw.random.randint(0, most) for _ in range(rows)], dtype=torch.int64)
         return Past(k, v, lengths.to(draw.device))
 
     return {
         "q": draw.normal(batch, length, heads, width),
         "k": draw.normal(batch, length, shared, width),
-        "v": draw.normal(batch, length, shared, width),
+        "v": draw.normal(batch, length, shared, values),
         "past": draw.maybe(past),
         "window": window,
+        "softcap": draw.one(None, 0.7),
         "cu_seqlens": cu_seqlens,
     }
 

@@ -47,6 +47,7 @@ def turned(vector: list[float], position: int, base: float | None) -> list[float
 def oracle(layer: Attention, x: Tensor) -> Tensor:
     """One row ``(T, D)``: every softmax written out, one query and one head at a time."""
     H, G, P = layer.heads, layer.kv_heads, layer.d_head
+    base = None if layer.rope is None else layer.rope.base
     rows = []
     for x_t in x:
         qkv = layer.qkv_proj(x_t).view(H + 2 * G, P)
@@ -56,10 +57,10 @@ def oracle(layer: Attention, x: Tensor) -> Tensor:
         heads = []
         for h in range(H):
             first = 0 if layer.window is None else max(0, t - layer.window + 1)
-            query = torch.tensor(turned(q[h].tolist(), t, layer.rope), dtype=x.dtype)
+            query = torch.tensor(turned(q[h].tolist(), t, base), dtype=x.dtype)
             scores, values = [], []
             for s in range(first, t + 1):
-                key = torch.tensor(turned(rows[s][1][h // (H // G)].tolist(), s, layer.rope), dtype=x.dtype)
+                key = torch.tensor(turned(rows[s][1][h // (H // G)].tolist(), s, base), dtype=x.dtype)
                 scores.append(float(query @ key) / math.sqrt(P))
                 values.append(rows[s][2][h // (H // G)])
             weights = [math.exp(score - max(scores)) for score in scores]

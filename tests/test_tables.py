@@ -23,6 +23,7 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.rotary import RotaryConfig
 from dualform.models.saving.weights import INDEX_FILE
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -299,6 +300,8 @@ MAMBA2 = Mamba2Config(d_state=3, d_head=4)
         (lm(dataclasses.replace(MAMBA2, norm_eps=0.1)), "mamba_ssm", "a mixer with a norm_eps of 0.1"),
         (lm((MAMBA2, MLPConfig(d_hidden=13))), "mamba_ssm", "inner width 13, no multiple of 128"),
         (lm((MAMBA2, MLPConfig(d_hidden=128, activation="gelu"))), "mamba_ssm", "other than a mixer and a SwiGLU"),
+        (lm(AttentionConfig(heads=2, gate=True)), "mamba_ssm", "attention with gate = True"),
+        (lm(AttentionConfig(heads=2, rope=RotaryConfig())), "mamba_ssm", r"attention with rope = RotaryConfig\("),
         (lm(AttentionConfig(heads=2, window=3)), "mamba_ssm", "attention with a window of 3"),
     ],
 )

@@ -29,6 +29,7 @@ from dualform.layers.mlp import MLPConfig
 from dualform.layers.registry import MIXERS
 from dualform.layers.retnet import RetNetConfig
 from dualform.layers.rglru import RGLRUConfig
+from dualform.layers.rotary import RotaryConfig
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
@@ -209,6 +210,9 @@ def kalman_case(name: str, *, states: int, observed: int, parallel: bool) -> Cas
     return Case(f"kalman {name}", "kalman", build, sample, symmetric)
 
 
+_YARN = RotaryConfig(interleaved=True, scaling="yarn", factor=4.0, original=16, slow=0.5, fast=2.0)
+
+
 def _mixers() -> list[Case]:
     return [
         mixer_case("", MambaConfig(d_state=5), 1),
@@ -220,6 +224,16 @@ def _mixers() -> list[Case]:
         mixer_case("", AttentionConfig(heads=1), 1),
         mixer_case("grouped", AttentionConfig(heads=3, kv_heads=1, rope=None, bias=True), 3),
         mixer_case("window", AttentionConfig(heads=6, kv_heads=2, d_head=5, window=7), 17),
+        mixer_case(
+            "gate",
+            AttentionConfig(2, 1, 4, d_rope=2, d_value=3, qk_norm="rms_offset", gate=True, scale=0.3, bias=True),
+            3,
+        ),
+        mixer_case(
+            "softcap",
+            AttentionConfig(2, 2, 5, window=6, softcap=2.0, qk_norm="layer", qk_norm_over="all", rope=_YARN),
+            17,
+        ),
         mixer_case("conv", AttentionConfig(heads=2, kv_heads=1, d_head=4, d_rope=2, d_conv=3), 1),
         mixer_case("", LSTMConfig(), 1),
         mixer_case("", LSTMConfig(hidden=5, layers=2), 3),

@@ -162,9 +162,9 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         streams = {name: normal(3 if beside else 1, length, width) for name in ("x", *beside)}
         return {**streams, "weight": normal(width), "bias": normal(width)}
 
-    def tokens(batch: int, states: int) -> dict[str, Tensor]:
-        named = {"q": (batch, length, 6, 5), "k": (batch, length, 3, 5), "v": (batch, length, 3, 5)}
-        past = {"past_k": (states, 9, 3, 5), "past_v": (states, 9, 3, 5)}
+    def tokens(batch: int, states: int, values: int = 5) -> dict[str, Tensor]:
+        named = {"q": (batch, length, 6, 5), "k": (batch, length, 3, 5), "v": (batch, length, 3, values)}
+        past = {"past_k": (states, 9, 3, 5), "past_v": (states, 9, 3, values)}
         return {name: normal(*shape) for name, shape in {**named, **past}.items()}
 
     def gates(batch: int, states: int) -> dict[str, Tensor]:
@@ -317,6 +317,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("delta channels step", "gated_delta_rule_update", gated_delta_rule_update, replacing(None, 3, 1)),
         OpCase("attention", "attention", _attention, tokens(4, 4), seen),
         OpCase("attention window", "attention", _attention, tokens(4, 4), {**seen, "window": 4}),
+        OpCase("attention softcap", "attention", _attention, tokens(4, 4, 7), {**seen, "softcap": 1.5}),
         OpCase("attention packed", "attention", _attention, tokens(1, rows), {**seen, **runs}),
         OpCase("attention packed window", "attention", _attention, tokens(1, rows), {**seen, **runs, "window": 9}),
         OpCase("causal_conv1d", "causal_conv1d", causal_conv1d, conv(3, 3), silu),

@@ -24,6 +24,7 @@ from dualform.layers.moe import MoEConfig
 from dualform.layers.recall import RecallConfig
 from dualform.layers.retnet import RetNetConfig
 from dualform.layers.rglru import RGLRUConfig
+from dualform.layers.rotary import RotaryConfig
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
@@ -136,8 +137,9 @@ COMPOSITES: dict[str, type[Any]] = {
     "chain": ChainConfig,
     "parallel": ParallelConfig,
     "recall": RecallConfig,
+    "rotary": RotaryConfig,
 }
-"""What blocks are put together with."""
+"""What blocks are put together with, and options of parts that have options."""
 
 
 def kinds() -> list[str]:

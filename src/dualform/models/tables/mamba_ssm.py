@@ -1,6 +1,7 @@
 """The models of mamba-ssm: names of tensors, and options by the keys of its ``config.json``."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mixer import PartConfig
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.rotary import RotaryConfig
 from dualform.models.config import DEEPEST, ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.tables.layout import (
@@ -261,6 +263,11 @@ def _read_attention(given: Mapping[str, Any], width: int, where: str) -> Attenti
 def _written_attention(part: AttentionConfig, width: int) -> dict[str, Any]:
     if part.window is not None:
         raise _lacks(f"attention with a window of {part.window}")
+    known = {field for field, _ in _ATTENTION.keys.values()} | {"window", "d_rope"}
+    for f in fields(AttentionConfig):
+        value = getattr(part, f.name)
+        if (f.name not in known and value != f.default) or isinstance(value, RotaryConfig):
+            raise _lacks(f"attention with {f.name} = {value!r}")
     found = {"causal": True, **_ATTENTION.write(part), "out_proj_bias": part.bias}
     if part.rope is None:
         del found["rotary_emb_base"]
