@@ -121,7 +121,8 @@ def _warp_size() -> int:
     """Of the devices of this process; to ask costs as much as a launch."""
     from triton.runtime import driver
 
-    return 32 if INTERPRETED else driver.active.get_current_target().warp_size
+    target = None if INTERPRETED else driver.active.get_current_target()
+    return target.warp_size if target else 32
 
 
 def warps(threads: int) -> int:
