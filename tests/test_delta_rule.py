@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.ops import backend, gated_delta_rule, gated_delta_rule_update, wkv7
+from dualform.ops import (
+    backend,
+    gated_delta_product,
+    gated_delta_product_update,
+    gated_delta_rule,
+    gated_delta_rule_update,
+    wkv7,
+)
 from vectors import close, load
 
 NAMES = ["reference", "torch"]
@@ -49,6 +56,38 @@ def test_gates_that_erase_and_write_by_channel_are_those_of_wkv7(start, dtype, t
     y, final = wkv7(0.5 * m["q"], m["g"], m["k"], m["w"] * m["v"], read, m["k"], initial_state=state)
     close(y, m["o"], tolerance, "o")
     close(final, m["final_state"], tolerance, "final_state")
+
+
+@precisions
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("start", ["", "_init"])
+def test_a_product_gives_recorded_numbers(start, name, dtype, tolerance):
+    m = recorded(f"gated_delta_product{start}", dtype)
+    k, v, beta = (m[x].unflatten(1, (-1, 2)) for x in ("k", "v", "beta"))
+    with backend(name):
+        y, final = gated_delta_product(m["q"], k, v, beta, m["g"], initial_state=m.get("initial_state"))
+    close(y, m["o"], tolerance, "o")
+    close(final, m["final_state"], tolerance, "final_state")
+
+
+def test_products_of_packed_sequences_are_those_of_each_alone():
+    m = recorded("gated_delta_product", torch.float64)
+    k, v, beta = (m[x].unflatten(1, (-1, 2)) for x in ("k", "v", "beta"))
+    line = [x.flatten(0, 1)[None] for x in (m["q"], k, v, beta, m["g"])]
+    y, final = gated_delta_product(*line, cu_seqlens=torch.tensor([0, 19, 19, 38]))
+    close(y.unflatten(1, (2, 19))[0], m["o"], 1e-10, "o")
+    close(final[[0, 2]], m["final_state"], 1e-10, "final_state")
+    assert not final[1].any()
+    state = final.new_zeros(2, *final.shape[1:])
+    for t in range(3):
+        y, state = gated_delta_product_update(state, *(x[:, t] for x in (m["q"], k, v, beta, m["g"])))
+        close(y, m["o"][:, t], 1e-10, f"step {t}")
+
+
+def test_a_product_of_nothing_is_refused():
+    q, k = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 0, 2, 4)
+    with pytest.raises(ArgumentError, match="have 0 writes in each step, expected at least 1"):
+        gated_delta_product(q, k, k, k[..., 0])
 
 
 def arguments(kind: str, strength: tuple[float, float], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:

@@ -14,11 +14,15 @@ from dualform.core.recurrence import State
 from dualform.gaussian.kalman import KalmanFilter
 from dualform.gaussian.model import Gaussian, LinearGaussian
 from dualform.layers.attention import AttentionConfig
+from dualform.layers.delta_net import DeltaNetConfig
 from dualform.layers.dss import DSSConfig
+from dualform.layers.gated_delta_net import GatedDeltaNetConfig
+from dualform.layers.gated_delta_product import GatedDeltaProductConfig
 from dualform.layers.h3 import H3Config
 from dualform.layers.hgrn import HGRN2Config, HGRNConfig
 from dualform.layers.hyena import HyenaConfig
 from dualform.layers.hyena_modal import HyenaModalConfig
+from dualform.layers.kda import KDAConfig
 from dualform.layers.lightning_attention import LightningAttentionConfig
 from dualform.layers.lru import LRUConfig
 from dualform.layers.lstm import LSTMConfig
@@ -263,6 +267,18 @@ def _mixers() -> list[Case]:
         mixer_case("", HyenaModalConfig(d_state=6), 1),
         mixer_case("order 3", HyenaModalConfig(order=3, d_state=2, d_conv=2, dt_max=0.5), 3),
         mixer_case("", HyenaModalConfig(d_state=4, d_conv=1), 17),
+        mixer_case("", DeltaNetConfig(heads=1, d_key=3, negative=True), 1),
+        mixer_case("grouped", DeltaNetConfig(heads=4, key_heads=2, d_key=3, d_value=2, d_conv=1), 3),
+        mixer_case("", DeltaNetConfig(heads=1, d_key=5), 17),
+        mixer_case("", GatedDeltaNetConfig(heads=1, d_key=3), 1),
+        mixer_case("grouped", GatedDeltaNetConfig(heads=4, key_heads=2, d_key=3, d_value=2, negative=True), 3),
+        mixer_case("", GatedDeltaNetConfig(heads=1, d_key=5, d_conv=2, dt_max=5.0), 17),
+        mixer_case("", KDAConfig(heads=1, d_key=3), 1),
+        mixer_case("grouped", KDAConfig(heads=4, key_heads=2, d_key=3, d_value=2, rank=5, negative=True), 3),
+        mixer_case("", KDAConfig(heads=1, d_key=5, d_conv=2, dt_max=5.0), 17),
+        mixer_case("", GatedDeltaProductConfig(heads=1, d_key=3), 1),
+        mixer_case("three", GatedDeltaProductConfig(heads=4, key_heads=2, d_key=3, d_value=2, householders=3), 3),
+        mixer_case("no decay", GatedDeltaProductConfig(heads=1, d_key=5, decay=False, negative=False), 17),
         mixer_case("", GatedShortConvConfig(), 1),
         mixer_case("wide", GatedShortConvConfig(d_conv=5, bias=True), 3),
         mixer_case("no memory", GatedShortConvConfig(d_conv=1), 17),

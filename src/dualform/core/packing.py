@@ -186,6 +186,15 @@ class Packing(NamedTuple):
         host, device = self.host_borders(), self.cu_seqlens.device
         return once(host, (name, device), lambda: tuple(_moved(m, device) for m in make(host)))
 
+    def times(self, factor: int) -> "Packing":
+        """The packing of the same sequences with ``factor`` steps for each of theirs."""
+        if factor == 1:
+            return self
+        if self.host is None or torch.compiler.is_compiling():
+            return Packing(self.cu_seqlens * factor, None if self.host is None else self.host * factor)
+        host, device = self.host, self.cu_seqlens.device
+        return once(host, ("times", factor, device), lambda: Packing.of_host(host * factor, device))
+
     def host_borders(self) -> Tensor:
         """``(n + 1,)``, int64, on the CPU.
 

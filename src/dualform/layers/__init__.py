@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from dualform.layers.attention import Attention, AttentionConfig
     from dualform.layers.block import Block, ChainConfig, ParallelConfig, SublayerConfig
     from dualform.layers.context import Context
+    from dualform.layers.delta_net import DeltaNet, DeltaNetConfig
     from dualform.layers.dss import DSS, DSSConfig
+    from dualform.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+    from dualform.layers.gated_delta_product import GatedDeltaProduct, GatedDeltaProductConfig
     from dualform.layers.h3 import H3, H3Config
     from dualform.layers.hgrn import HGRN, HGRN2, HGRN2Config, HGRNConfig
     from dualform.layers.hyena import Hyena, HyenaConfig
     from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
+    from dualform.layers.kda import KDA, KDAConfig
     from dualform.layers.lightning_attention import LightningAttention, LightningAttentionConfig
     from dualform.layers.lru import LRU, LRUConfig
     from dualform.layers.lstm import LSTM, LSTMConfig
@@ -41,6 +45,7 @@ __all__ = [
     "H3",
     "HGRN",
     "HGRN2",
+    "KDA",
     "LRU",
     "LSTM",
     "MIXERS",
@@ -55,6 +60,12 @@ __all__ = [
     "ChainConfig",
     "Context",
     "DSSConfig",
+    "DeltaNet",
+    "DeltaNetConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
+    "GatedDeltaProduct",
+    "GatedDeltaProductConfig",
     "GatedShortConv",
     "GatedShortConvConfig",
     "H3Config",
@@ -65,6 +76,7 @@ __all__ = [
     "HyenaConfig",
     "HyenaModal",
     "HyenaModalConfig",
+    "KDAConfig",
     "LRUConfig",
     "LSTMConfig",
     "LightningAttention",
@@ -91,6 +103,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "KDA": "kda",
+    "GatedDeltaProduct": "gated_delta_product",
+    "GatedDeltaNet": "gated_delta_net",
+    "DeltaNet": "delta_net",
     "Attention": "attention",
     "Block": "block",
     "ChainConfig": "block",

@@ -9,11 +9,15 @@ from typing import Any
 from dualform.core.errors import ConfigError
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.block import ChainConfig, ParallelConfig, SublayerConfig
+from dualform.layers.delta_net import DeltaNetConfig
 from dualform.layers.dss import DSSConfig
+from dualform.layers.gated_delta_net import GatedDeltaNetConfig
+from dualform.layers.gated_delta_product import GatedDeltaProductConfig
 from dualform.layers.h3 import H3Config
 from dualform.layers.hgrn import HGRN2Config, HGRNConfig
 from dualform.layers.hyena import HyenaConfig
 from dualform.layers.hyena_modal import HyenaModalConfig
+from dualform.layers.kda import KDAConfig
 from dualform.layers.lightning_attention import LightningAttentionConfig
 from dualform.layers.lru import LRUConfig
 from dualform.layers.lstm import LSTMConfig
@@ -113,12 +117,16 @@ MIXERS = Registry(
     {
         "attention": AttentionConfig,
         "dss": DSSConfig,
+        "delta_net": DeltaNetConfig,
+        "gated_delta_net": GatedDeltaNetConfig,
+        "gated_delta_product": GatedDeltaProductConfig,
         "h3": H3Config,
         "hgrn": HGRNConfig,
         "hgrn2": HGRN2Config,
         "hyena": HyenaConfig,
         "hyena_modal": HyenaModalConfig,
         "lightning_attention": LightningAttentionConfig,
+        "kda": KDAConfig,
         "lru": LRUConfig,
         "lstm": LSTMConfig,
         "mamba": MambaConfig,

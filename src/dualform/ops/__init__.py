@@ -11,6 +11,7 @@ from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
 from dualform.ops.dplr_ssm import dplr_ssm
 from dualform.ops.fft_conv import fft_conv
+from dualform.ops.gated_delta_product import gated_delta_product, gated_delta_product_update
 from dualform.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from dualform.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from dualform.ops.gated_norm import gated_norm
@@ -59,6 +60,8 @@ __all__ = [
     "diagonal_ssm",
     "dplr_ssm",
     "fft_conv",
+    "gated_delta_product",
+    "gated_delta_product_update",
     "gated_delta_rule",
     "gated_delta_rule_update",
     "gated_linear_attention",
