@@ -4,6 +4,7 @@ import math
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
@@ -39,6 +40,9 @@ class Mamba2Config:
         dt_max: largest initial step.
         dt_limit: bounds that hold throughout, after softplus.
         norm_eps: epsilon of the gated norm before the projection out.
+        norm: whether there is that norm; without it the gate alone is left, ``y silu(z)``.
+        norm_before_gate: whether the gate multiplies the norm of y, ``norm(y) silu(z)``.
+        scales: factors of z, x, B, C and dt as they leave the projection in; None is 1 throughout.
     """
 
     d_state: int = 128
@@ -53,6 +57,9 @@ class Mamba2Config:
     dt_max: float = 1e-1
     dt_limit: tuple[float, float] = (0.0, math.inf)
     norm_eps: float = 1e-5
+    norm: bool = True
+    norm_before_gate: bool = False
+    scales: tuple[float, float, float, float, float] | None = None
 
     def build(self, d_model: int) -> "Mamba2":
         """The layer, freshly initialised."""
@@ -131,7 +138,9 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(initial_step(self.heads, c.dt_min, c.dt_max))
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = GatedRMSNorm(self.d_inner, c.groups, c.norm_eps)
+        self.norm = _Gate()
+        if c.norm:
+            self.norm = GatedRMSNorm(self.d_inner, c.groups, c.norm_eps, norm_before_gate=c.norm_before_gate)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=c.bias)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> Mamba2State:
@@ -157,7 +166,7 @@ class Mamba2(Mixer):
         if state is not None:
             check_kind("mamba2", state, Mamba2State)
         conv, h = (None, None) if state is None else state
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_in, self.heads], -1)
+        z, xBC, dt = self._projected(x)
         xBC, conv = causal_conv1d(
             xBC, self.conv_weight, self.conv_bias, activation="silu", initial_state=conv, cu_seqlens=packing
         )
@@ -192,7 +201,7 @@ class Mamba2(Mixer):
             check_intervals("mamba2", x, interval, wide(self.A_log))
             y, state = self.forward(x[:, None], state, intervals=interval[:, None])
             return y[:, 0], state
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_conv_in, self.heads], -1)
+        z, xBC, dt = self._projected(x)
         xBC, conv = causal_conv1d_update(xBC, state.conv, self.conv_weight, self.conv_bias, activation="silu")
         x, B, C = self._maps(xBC)
         dt = limit_step(dt.to(wide(dt)), self.dt_bias, True, self.config.dt_limit)
@@ -210,6 +219,17 @@ class Mamba2(Mixer):
         _, weight = hold(dt * A, s)
         return (weight / s)[..., None].to(x.dtype) * x, s * dt
 
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate, what enters the convolution, and the step before its bias."""
+        zxBCdt = self.in_proj(x)
+        if self.config.scales is not None:
+            width = self.config.groups * self.config.d_state
+            sizes = (self.d_inner, self.d_inner, width, width, self.heads)
+            factors = [zxBCdt.new_full((size,), s) for s, size in zip(self.config.scales, sizes, strict=True)]
+            zxBCdt = zxBCdt * torch.cat(factors)
+        z, xBC, dt = zxBCdt.split([self.d_inner, self.d_conv_in, self.heads], -1)
+        return z, xBC, dt
+
     def _maps(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         width = self.config.groups * self.config.d_state
         x, B, C = xBC.split([self.d_inner, width, width], -1)
@@ -218,3 +238,10 @@ class Mamba2(Mixer):
             B.unflatten(-1, (self.config.groups, -1)),
             C.unflatten(-1, (self.config.groups, -1)),
         )
+
+
+class _Gate(nn.Module):
+    """``y silu(z)``, where there is no norm."""
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return (y.to(wide(y)) * F.silu(z.to(wide(z)))).to(y.dtype)

@@ -21,12 +21,14 @@ class MLPConfig:
         bias: whether a bias is added after each matrix.
         activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2``.
         gated: whether the activation is that of a gate.
+        gate_scale: a factor of what the activation reads.
     """
 
     d_hidden: int | None = None
     bias: bool = False
     activation: str = "silu"
     gated: bool = True
+    gate_scale: float = 1.0
 
     def build(self, d_model: int) -> "MLP":
         """The layer for inputs of ``d_model`` features, with random weights."""
@@ -52,6 +54,7 @@ class MLP(Part):
         super().__init__()
         d_hidden = hidden_width("mlp", config.d_hidden, d_model, gated=config.gated)
         self.gated, self.activation = config.gated, activation("mlp", config.activation)
+        self.gate_scale = config.gate_scale
         if config.gated:
             self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=config.bias)
         else:
@@ -61,9 +64,12 @@ class MLP(Part):
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The outputs for ``x``; every step is mapped by itself."""
         if not self.gated:
-            return self.down_proj(self.activation(self.up_proj(x)))
+            return self.down_proj(self.activation(self._scaled(self.up_proj(x))))
         gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.activation(self._scaled(gate)) * up)
+
+    def _scaled(self, gate: Tensor) -> Tensor:
+        return gate if self.gate_scale == 1 else self.gate_scale * gate
 
     def adapted(self) -> tuple[str, tuple[int, ...]]:
         """The map that low-rank matrices of a shared block are added to, and the rows of each of its pieces."""

@@ -25,7 +25,7 @@ def _build(found: Found) -> ModelConfig:
     s, model = found.sizes, found.of[ModelConfig]
     scan = Mamba2Config(**found.of[Mamba2Config], **heads_of(s, model["d_model"], found.where))
     attention = found.of[AttentionConfig]
-    d_rope = rotated(s.turned, model["d_model"] // attention["heads"])
+    d_rope = rotated(s.turned, model["d_model"] // attention["heads"], found.where)
     mlp = MLPConfig(**found.of[MLPConfig])
     parts = {"M": (scan, mlp), "A": (AttentionConfig(**attention, d_rope=d_rope), mlp)}
     pattern = "".join("A" if i in (s.attends or ()) else "M" for i in range(s.layers))

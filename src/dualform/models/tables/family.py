@@ -49,6 +49,7 @@ class Family:
         blocks: by letter, what each beginning of a name in a block is called there.
         beside: letters whose blocks belong to the layer of the block after them.
         names: of parts whose names differ from the usual ones.
+        buffers: names in a layer that files may have beside its weights.
         only: values, the first the default, of keys that change what is computed and that the layers here have.
     """
 
@@ -63,6 +64,7 @@ class Family:
     layer: str = "model.layers.{}."
     beside: str = ""
     names: Mapping[type[Any], Names] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
@@ -73,7 +75,7 @@ class Family:
     @property
     def parts(self) -> set[type[Any]]:
         """The classes of the parts that there are."""
-        return {cls for cls in self.options if cls is not ModelConfig}
+        return {*self.options, *self.names} - {ModelConfig}
 
     def read(self, table: Mapping[str, Any], where: str) -> ModelConfig:
         """The config that a table of transformers describes.
@@ -118,9 +120,9 @@ class Family:
 
     def pieces(self, config: ModelConfig, name: str) -> tuple[Piece, ...]:
         """What the tensor called ``name`` in ``LanguageModel(config)`` is made of there."""
-        first, _, rest = name.partition(".")
-        if first != "blocks":
-            return (Piece(self.outside[first] + rest),)
+        outer, _, rest = name.partition(".")
+        if outer != "blocks":
+            return (Piece(self.outside[outer] + rest),)
         number, rest = rest.split(".", 1)
         config = _written(self, config)  # whose letters are those of the table
         at = int(number)
@@ -132,16 +134,22 @@ class Family:
         if here is None:
             raise ConfigError(f"{self.name}: no name for {name}")
         part, tail = _part(config, letter, rest)
-        names = {**NAMES, **self.names}.get(type(part))
-        known = {} if names is None or tail is None else names(part, config.d_model)
+        of_part = {**NAMES, **self.names}.get(type(part))
+        known = {} if of_part is None or tail is None else of_part(part, config.d_model)
         inner = rest.removeprefix(here)
         pieces = known.get(inner, (Piece(inner),))
-        begin = self.layer.format(layer) + table[here]
-        return tuple(piece._replace(name=(begin + piece.name).replace("{use}", str(use))) for piece in pieces)
+        first = sum(other not in self.beside for other in config.pattern[: config.pattern.index(letter)])
+        names = []
+        for piece in pieces:  # what is a use's own lies there beside what the uses share
+            begin = self.layer.format(first if "{use}" in piece.name else layer) + table[here]
+            names.append((begin + piece.name).replace("{use}", str(use)))
+        return tuple(piece._replace(name=name) for piece, name in zip(pieces, names, strict=True))
 
     def spare(self, config: ModelConfig) -> set[str]:
-        """Names of tensors that files may have beside those of the model: a head that is the embedding once more."""
-        return {self.outside["head"] + "weight"} if config.tie_embeddings else set()
+        """Names of tensors that files may have beside those of the model: what follows from others."""
+        layers = range(sum(letter not in self.beside for letter in config.pattern))
+        found = {self.layer.format(i) + name for i in layers for name in self.buffers}
+        return found | ({self.outside["head"] + "weight"} if config.tie_embeddings else set())
 
     def _lacks(self, what: str) -> ConfigError:
         return ConfigError(f"model: {what}, which {self.architecture} of transformers does not have")

@@ -71,6 +71,10 @@ class Options(NamedTuple):
     keys: Mapping[str, tuple[str, Any]]
     least: int = 1  # of whole numbers
 
+    def but(self, **defaults: Any) -> "Options":
+        """The same options with other defaults of some keys."""
+        return self._replace(keys={k: (f, defaults.get(k, default)) for k, (f, default) in self.keys.items()})
+
     def read(self, table: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The fields of the config.
 

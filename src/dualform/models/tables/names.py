@@ -1,6 +1,6 @@
 """What transformers usually calls the tensors of a part, and how it cuts them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +66,16 @@ def moe(part: MoEConfig, width: int) -> dict[str, tuple[Piece, ...]]:
     }
 
 
+def is_attention(kind: str) -> bool:
+    """Whether a layer's type, as files of any age call it, is attention."""
+    return kind in ("full_attention", "attention")
+
+
+def type_names(attends: Iterable[bool]) -> list[str]:
+    """The types of layers, as transformers writes them today."""
+    return ["full_attention" if attention else "linear_attention" for attention in attends]
+
+
 def periodic(places: list[int], count: int) -> tuple[int, int]:
     """A period and an offset that give these places among so many; the period divides the number if it can.
 
@@ -80,6 +90,8 @@ def periodic(places: list[int], count: int) -> tuple[int, int]:
     raise LookupError(places)
 
 
+ACTIVATIONS = {"gelu": "gelu", "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
+"""Those of feed-forwards, there and here."""
 CONVOLUTION = {"conv_weight": (Piece("conv1d.weight", DEPTHWISE),), "conv_bias": (Piece("conv1d.bias"),)}
 
 NAMES: Mapping[type[Any], Names] = {

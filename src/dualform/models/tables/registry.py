@@ -9,15 +9,27 @@ from dualform.layers.block import COMPOSED
 from dualform.layers.recall import RecallConfig
 from dualform.models.config import ModelConfig, sublayers
 from dualform.models.tables.bamba import BAMBA
+from dualform.models.tables.falcon_h1 import FALCON_H1
 from dualform.models.tables.family import Family
+from dualform.models.tables.gpt_neox import GPT_NEOX
+from dualform.models.tables.granite import GRANITE
 from dualform.models.tables.hf import HF as MAMBAS
 from dualform.models.tables.jamba import JAMBA
 from dualform.models.tables.layout import Layout
+from dualform.models.tables.llama import LLAMA
 from dualform.models.tables.mamba_ssm import MAMBA_SSM
+from dualform.models.tables.nemotron_h import NEMOTRON_H
 from dualform.models.tables.zamba import ZAMBA
+from dualform.models.tables.zamba2 import ZAMBA2
 
 Table = Layout | Family
-HF: dict[str, Table] = {**MAMBAS, **{family.model_type: family for family in (BAMBA, JAMBA, ZAMBA)}}
+HF: dict[str, Table] = {
+    **MAMBAS,
+    **{
+        family.model_type: family
+        for family in (BAMBA, FALCON_H1, GPT_NEOX, GRANITE, JAMBA, LLAMA, NEMOTRON_H, ZAMBA, ZAMBA2)
+    },
+}
 """The families of transformers by their ``model_type``."""
 
 SUPPORTED = f"folders of dualform, of transformers ({', '.join(HF)}) and of mamba-ssm can be read"

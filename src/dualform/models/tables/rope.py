@@ -7,6 +7,7 @@ from dualform.core.errors import ConfigError
 from dualform.core.options import brief
 
 _KEYS = ("rope_theta", "partial_rotary_factor")
+_OLD = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}  # of GPT-NeoX
 
 
 def flat(table: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -15,7 +16,8 @@ def flat(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: for a kind of scaling that the layers here do not have.
     """
-    found = dict(table)
+    found = {key: value for key, value in table.items() if key not in _OLD}
+    found |= {new: table[old] for old, new in _OLD.items() if old in table}
     for key in ("rope_parameters", "rope_scaling"):
         given = found.pop(key, None)
         if given is None:
@@ -38,13 +40,19 @@ def nested(table: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "rope_parameters": {"rope_type": "default", **given}}
 
 
-def rotated(share: float, d_head: int) -> int | None:
-    """Features of a head that are rotated, given their share; None for all of them."""
+def rotated(share: float, d_head: int, where: str = "") -> int | None:
+    """Features of a head that are rotated, given their share; None for all of them.
+
+    Raises:
+        ConfigError: for an odd number of them, of which transformers makes one more.
+    """
     count = int(share * d_head)
+    if count < d_head and count % 2:
+        raise ConfigError(f"{where}partial_rotary_factor makes {count} of {d_head} features, expected an even number")
     return None if count >= d_head else count
 
 
 def share(d_rope: int | None, d_head: int) -> float:
     """The inverse of :func:`rotated`."""
     exact = 1.0 if d_rope is None else d_rope / d_head
-    return exact if rotated(exact, d_head) == d_rope else exact + 0.5 / d_head  # rounded down there
+    return exact if d_rope is None or int(exact * d_head) == d_rope else exact + 0.5 / d_head  # rounded down there

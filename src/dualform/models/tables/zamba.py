@@ -13,12 +13,10 @@ from dualform.layers.recall import RecallConfig
 from dualform.models.config import ModelConfig
 from dualform.models.tables.family import Family, Found
 from dualform.models.tables.layout import Change, Options, Piece, rank, scan_width
-from dualform.models.tables.names import CONVOLUTION
+from dualform.models.tables.names import ACTIVATIONS, CONVOLUTION
 
 SHARED = "shared"
 """The name under which the shared block keeps its output."""
-FEEDFORWARD = {"gelu": "gelu", "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
-"""Activations there and here."""
 
 
 class _Sizes(NamedTuple):
@@ -109,7 +107,7 @@ def _build(found: Found) -> ModelConfig:
     attention = AttentionConfig(
         **found.of[AttentionConfig], d_head=head, d_out=width, rope=None, scale=(head / 2) ** -0.5
     )
-    mlp = MLPConfig(**found.of[MLPConfig], activation=FEEDFORWARD[s.act])
+    mlp = MLPConfig(**found.of[MLPConfig], activation=ACTIVATIONS[s.act])
     parts = hybrid(scan, SublayerConfig(attention, joined="embedding", stream=0.0), SublayerConfig(mlp, stream=0.0))
     later = ("hybrid" if i % s.period == s.offset else "mamba" for i in range(s.layers - 3))
     types = s.types or ("mamba", "mamba", "hybrid", *later)
@@ -121,7 +119,7 @@ def _describe(config: ModelConfig) -> dict[str, Any]:
     scan, attention, mlp = found_in(config)
     types = layer_types(config)
     channels = scan.expand * config.d_model if scan.d_inner is None else scan.d_inner
-    act = next(there for there, here in FEEDFORWARD.items() if here == mlp.part.activation)
+    act = next(there for there, here in ACTIVATIONS.items() if here == mlp.part.activation)
     return {
         "num_hidden_layers": len(types),
         "layers_block_type": types,
