@@ -142,11 +142,11 @@ def test_every_mixer_is_tried_with_odd_widths():
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_states_are_float32_or_wider(case: Case, dtype: torch.dtype):
-    """A cache of keys and values is not summed up: it has the dtype of the layer."""
+    """A cache of keys and values, or of what they are made of, is not summed up: it has the dtype of the layer."""
     trial = case.trial(3, dtype=dtype)
     _, state = trial.f.forward(trial.inputs, trial.state)
     for name, leaf in named_leaves(state):
-        cached = name.split(".")[-1] in ("k", "v")
+        cached = name.split(".")[-1] in ("k", "v", "latent")
         if leaf.is_floating_point() or leaf.is_complex():
             assert leaf.real.dtype == (dtype if cached else torch.promote_types(dtype, torch.float32)), name
 

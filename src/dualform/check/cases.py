@@ -29,6 +29,7 @@ from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mixer import PartConfig
+from dualform.layers.mla import MLAConfig
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.registry import MIXERS
 from dualform.layers.retnet import RetNetConfig
@@ -238,6 +239,9 @@ def _mixers() -> list[Case]:
             AttentionConfig(2, 2, 5, window=6, softcap=2.0, qk_norm="layer", qk_norm_over="all", rope=_YARN),
             17,
         ),
+        mixer_case("", MLAConfig(1, 1, 2, 1, 3), 1),
+        mixer_case("no positions", MLAConfig(2, 3, 1, 5, 4, d_query=3, rope=None, bias=True, scale=0.4), 3),
+        mixer_case("window", MLAConfig(3, 2, 4, 3, 5, rope=_YARN, window=7), 17),
         mixer_case("conv", AttentionConfig(heads=2, kv_heads=1, d_head=4, d_rope=2, d_conv=3), 1),
         mixer_case("", LSTMConfig(), 1),
         mixer_case("", LSTMConfig(hidden=5, layers=2), 3),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dualform.layers.mamba import Mamba, MambaConfig
     from dualform.layers.mamba2 import Mamba2, Mamba2Config
     from dualform.layers.mixer import Hint, Mixer
+    from dualform.layers.mla import MLA, MLAConfig
     from dualform.layers.mlp import MLP, MLPConfig
     from dualform.layers.moe import MoE, MoEConfig
     from dualform.layers.part import Part
@@ -49,6 +50,7 @@ __all__ = [
     "LRU",
     "LSTM",
     "MIXERS",
+    "MLA",
     "MLP",
     "RGLRU",
     "S4",
@@ -81,6 +83,7 @@ __all__ = [
     "LSTMConfig",
     "LightningAttention",
     "LightningAttentionConfig",
+    "MLAConfig",
     "MLPConfig",
     "Mamba",
     "Mamba2",
@@ -124,6 +127,7 @@ _HOME = {
     "LSTM": "lstm",
     "LightningAttention": "lightning_attention",
     "MIXERS": "registry",
+    "MLA": "mla",
     "MLP": "mlp",
     "Mamba": "mamba",
     "Mamba2": "mamba2",

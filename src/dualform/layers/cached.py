@@ -49,6 +49,18 @@ class CachedAttention(Mixer):
     def _read(self, caches: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Keys ``(B, S, G, P)`` and values ``(B, S, G, V)`` of what caches hold."""
 
+    def _fresh(self, q: Tensor, made: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``(B, T, H, V)`` of tokens that have no others before them."""
+        return q, *self._read(made)
+
+    def _asking(self, q: Tensor) -> Tensor:
+        """The queries as the keys of :meth:`_read` want them."""
+        return q
+
+    def _found(self, y: Tensor) -> Tensor:
+        """Sums of the values of :meth:`_read`, as sums ``(B, T, H, V)``."""
+        return y
+
     @abstractmethod
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """The outputs, of the sums of values ``(B, T, H, V)`` and the projected inputs."""
@@ -89,7 +101,7 @@ class CachedAttention(Mixer):
         after = self._put(_grow(state, slots.end), made, new)
         seen = None if slots.level else (held(length, after[0].shape[1]) >= 0)[:, None, None, : slots.end]
         k, v = self._read(tuple(cache[:, : slots.end] for cache in after[:-1]))
-        return over(q, k, v, seen, softcap=self.softcap), after
+        return self._found(over(self._asking(q), k, v, seen, softcap=self.softcap)), after
 
     def _prefill(self, q: Tensor, made: tuple[Tensor, ...], state: Any, new: "_Layout") -> tuple[Tensor, Any]:
         """Any number of tokens: they see the cache as it was, then each other."""
@@ -99,11 +111,13 @@ class CachedAttention(Mixer):
             if slots.start:
                 length = state.length[:1] if slots.level else state.length
                 past = Past(*self._read(tuple(cache[:, : slots.start] for cache in state[:-1])), length)
-        k, v = self._read(made)
-        if past is None and self.window is None and new.packing is None:
-            y = causal(q, k, v, softcap=self.softcap)
+        options: dict[str, Any] = {"window": self.window, "cu_seqlens": new.packing, "softcap": self.softcap}
+        if past is not None:
+            y = self._found(attention(self._asking(q), *self._read(made), past, **options))
+        elif self.window is None and new.packing is None:
+            y = causal(*self._fresh(q, made), softcap=self.softcap)
         else:
-            y = attention(q, k, v, past, window=self.window, cu_seqlens=new.packing, softcap=self.softcap)
+            y = attention(*self._fresh(q, made), **options)
         if state is None and self.window is None and new.packing is None:
             return y, self.kind(*made, new.added)
         before = self._empty(made[0], new.added.shape[0]) if state is None else state

@@ -23,6 +23,7 @@ from dualform.layers.lru import LRUConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
+from dualform.layers.mla import MLAConfig
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.moe import MoEConfig
 from dualform.layers.recall import RecallConfig
@@ -131,6 +132,7 @@ MIXERS = Registry(
         "lstm": LSTMConfig,
         "mamba": MambaConfig,
         "mamba2": Mamba2Config,
+        "mla": MLAConfig,
         "retnet": RetNetConfig,
         "rglru": RGLRUConfig,
         "s4": S4Config,
