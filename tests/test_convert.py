@@ -15,6 +15,7 @@ from dualform.cli.convert import To
 from dualform.layers.lstm import LSTMConfig
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
+from dualform.models.saving import model
 from dualform.models.saving.model import load
 from dualform.models.tables.registry import LAYOUTS
 
@@ -79,6 +80,30 @@ def test_what_is_refused_leaves_nothing(dualform, folder, tmp_path):
         code, out, err = dualform("convert", *args)
         assert (code, out) == (2, "") and sentence in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_of_two_that_write_to_one_place_the_second_is_told(dualform, folder, tmp_path, monkeypatch):
+    """Also where the other one ends after this one has begun."""
+    plain = model.write
+
+    def beaten(*args, **kwargs):
+        plain(*args, **kwargs)
+        shutil.copytree(folder, tmp_path / "a")
+
+    monkeypatch.setattr(model, "write", beaten)
+    code, _, err = dualform("convert", folder, tmp_path / "a")
+    assert code == 2 and "a: is there already\n" in err and "free some space" not in err
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "there"]
+
+
+def test_a_target_that_cannot_be_a_folder_is_told(dualform, folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "broken").symlink_to("nothing")
+    for target, named in (("file/x", "file"), ("broken", "broken")):
+        code, _, err = dualform("convert", folder, tmp_path / target)
+        assert code == 2 and f"{tmp_path / named}: is there already\n" in err
+    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "broken").is_symlink()
 
 
 def test_other_commands_know_the_folder(dualform, folder):

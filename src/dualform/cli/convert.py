@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from rich.status import Status
 
+    from dualform.models.lm import LanguageModel
+
 EPILOG = """[bold]Examples[/bold]
   dualform convert state-spaces/mamba-130m-hf mamba-130m    from the Hugging Face Hub
   dualform convert runs/notes notes-hf --to hf              for transformers
@@ -47,30 +49,35 @@ def convert(
     from dualform.models.saving.described import described_as
     from dualform.models.saving.files import GENERATION_FILE, creating
     from dualform.models.saving.model import load, shape, write
+    from dualform.models.saving.undisturbed import undisturbed
     from dualform.models.usage import read_ends
 
-    folder = model_folder(source)
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: is there already", hint="give a folder that is not there yet")
-    described_as(shape(folder), to)  # refused before anything is read
-    with _told(f"reading {folder}"):
-        model = load(folder, dtype=dtype)
+    described_as(shape(model_folder(source)), to)  # refused before anything is read
+
+    def read(folder: Path) -> "tuple[LanguageModel, dict[str, bytes]]":
+        model, beside = load(folder, dtype=dtype), dict(_beside(folder))
+        if GENERATION_FILE not in beside and (ends := read_ends(folder, model.config.vocab_size)):
+            beside[GENERATION_FILE] = to_json({"eos_token_id": ends}).encode()
+        return model, beside
+
+    with _told(f"reading {source}"):
+        model, beside = undisturbed(lambda: model_folder(source), read)
     with _told(f"writing {target}"), creating(target) as new:
         write(model, new, layout=to)
-        for path in _beside(folder):
-            (new / path.name).write_bytes(path.read_bytes())
-        if not (new / GENERATION_FILE).exists() and (ends := read_ends(folder, model.config.vocab_size)):
-            (new / GENERATION_FILE).write_text(to_json({"eos_token_id": ends}), encoding="utf-8")
+        for name, content in beside.items():
+            (new / name).write_bytes(content)
     size = sum(path.stat().st_size for path in target.iterdir())
     typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
 
 
-def _beside(folder: Path) -> "Iterator[Path]":
-    """Files that say how a model is used; they are copied as they are."""
+def _beside(folder: Path) -> "Iterator[tuple[str, bytes]]":
+    """Files that say how a model is used, by their names; they are copied as they are."""
     from dualform.models.saving.files import current
     from dualform.models.saving.hub import BESIDE
 
-    return (path for name in BESIDE if (path := current(folder, name)).is_file())
+    return ((name, path.read_bytes()) for name in BESIDE if (path := current(folder, name)).is_file())
 
 
 def _told(what: str) -> "Status":

@@ -39,9 +39,14 @@ def load_model(model: str, device: str = "auto", dtype: str | None = None) -> "t
     """
     from dualform.models.lm import LanguageModel
     from dualform.models.saving.model import load
+    from dualform.models.saving.undisturbed import undisturbed
     from dualform.models.tokenizer import load_tokenizer
     from dualform.ops.device import chosen_device
 
-    chosen, folder = chosen_device(device, f"--device {device}"), model_folder(model)
-    lm = load(folder, device=chosen, dtype=dtype, kind=LanguageModel).eval()
-    return lm, load_tokenizer(folder, lm.config.vocab_size)
+    chosen = chosen_device(device, f"--device {device}")
+
+    def read(folder: Path) -> "tuple[LanguageModel, Tokenizer]":
+        lm = load(folder, device=chosen, dtype=dtype, kind=LanguageModel).eval()
+        return lm, load_tokenizer(folder, lm.config.vocab_size)
+
+    return undisturbed(lambda: model_folder(model), read)

@@ -1,6 +1,7 @@
 """``dualform verify``: whether the files of models, runs and states are those that were saved."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -65,14 +66,23 @@ def _examined(path: Path) -> Iterator[Row]:
     if path.is_dir():
         parts = list(_parts(path))
         for folder, names, check in parts:
-            yield from _folder(folder, names, check)
+            rows = _undisturbed(folder, partial(_folder, names=names, check=check))
+            if folder == path or folder.exists():  # a run that goes on drops its old checkpoints
+                yield from rows
         if not parts:
             hint = "give the folder of a model or of a training run, or the file of a state"
             raise CheckpointError(f"{path}: no model, checkpoint or prepared data in this folder", hint=hint)
     elif path.exists():
-        yield _file(path)
+        yield from _undisturbed(path.parent, lambda _: [_file(path)])
     else:
         raise CheckpointError(f"{path}: no such file or folder")
+
+
+def _undisturbed(folder: Path, rows: Callable[[Path], Iterable[Row]]) -> list[Row]:
+    """The rows of a folder, anew where a save ended meanwhile."""
+    from dualform.models.saving.undisturbed import undisturbed
+
+    return undisturbed(lambda: folder, lambda folder: list(rows(folder)))
 
 
 def _parts(folder: Path) -> Iterator[tuple[Path, tuple[str, ...], Callable[[Path], None]]]:

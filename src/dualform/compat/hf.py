@@ -11,6 +11,7 @@ from dualform.core.errors import CheckpointError
 from dualform.core.json_file import read_table
 from dualform.models.saving.files import CONFIG_FILE, current
 from dualform.models.saving.hub import hub_name, snapshot
+from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.saving.weights import each_tensor, found_files, stored_tensors
 from dualform.ops.device import explains_device
 
@@ -45,11 +46,15 @@ def load_state_dict_hf(
     Raises:
         CheckpointError: where there is no such folder or file, or it cannot be read.
     """
-    found: dict[str, Tensor] = {}
-    for name, tensor in each_tensor(stored_tensors(found_files(_folder(model_name)))):
-        found[name] = tensor.to(device=device, dtype=dtype, copy=True)
-        del tensor
-    return found
+
+    def read(folder: Path) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, tensor in each_tensor(stored_tensors(found_files(folder))):
+            found[name] = tensor.to(device=device, dtype=dtype, copy=True)
+            del tensor
+        return found
+
+    return undisturbed(lambda: _folder(model_name), read)
 
 
 def _folder(model_name: str | os.PathLike[str]) -> Path:

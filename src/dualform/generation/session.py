@@ -1,6 +1,7 @@
 """A generation that can be put down: everything its continuation depends on, as one value."""
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from dualform.core.recurrence import State
 from dualform.core.tree import clone, named_leaves, nbytes, state_class, tree_map
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.state import fingerprint, load_meta, load_state, save_state
+from dualform.models.saving.undisturbed import undisturbed
 from dualform.ops.device import usable_device
 
 WINDOW = 256  # tokens remembered for the repetition penalty, and the longest stop sequence
@@ -100,6 +102,10 @@ class Session(NamedTuple):
             CheckpointError: for a file that is missing, damaged, no session, or made by another model; for numbers that
                 contradict one another, such as a cache that says it holds more tokens than were seen.
         """
+        return undisturbed(lambda: Path(path), lambda path: cls._load(path, model))
+
+    @classmethod
+    def _load(cls, path: Path, model: LanguageModel) -> "Session":
         made_by = load_meta(path).get(_MODEL)
         if made_by is None:
             raise CheckpointError(f"{path}: a state, but not of a generation", hint="Session.save writes one")

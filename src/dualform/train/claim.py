@@ -26,7 +26,7 @@ from dualform.train.recipe import Recipe
 
 DATA, SUMMARY_FILE = "data", "summary.json"  # in a run's folder
 _LOCK_FILE, _HOLDER_FILE = ".running.lock", ".running.json"
-_TRIES, _PAUSE = 20, 0.05  # how often, and after how many seconds, a holder's file is read again
+_TRIES, _PAUSE = 20, 0.05  # how often, each after how many seconds, a holder's file is read
 
 
 @contextmanager
@@ -100,12 +100,12 @@ def holding(out: Path) -> Iterator[None]:
 def _described(holder: Path) -> str:
     """``process 4711 on host, since ...,``, once it has written its file; that of one that died says nothing."""
     for _ in range(_TRIES):
+        time.sleep(_PAUSE)  # first: what a dead one left may name a process that lives, until the holder has written
         with suppress(DualformError, KeyError):
             about = read_table(holder)
             pid, host = about["pid"], about["host"]
             if host != socket.gethostname() or lives(pid):
                 return f"process {pid} on {host}, since {about['since']},"
-        time.sleep(_PAUSE)
     return "another process"
 
 

@@ -23,6 +23,7 @@ from dualform.models.saving.files import replacing_file
 from dualform.models.saving.folder import CHECKPOINTS, checkpoints, model_folder
 from dualform.models.saving.hub import hub_name
 from dualform.models.saving.model import load
+from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
 from dualform.ops.device import chosen_device
 from dualform.train.checkpoint import read_position
@@ -150,9 +151,13 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
     torch.manual_seed(recipe.seed)
     given, tokenizer = recipe.model, None
     if isinstance(given, str) and given not in PRESETS and (Path(given).is_dir() or hub_name(given)):
-        model = load(given, dtype=torch.float32, kind=LanguageModel)
-        if not recipe.data.tokenizer:
-            tokenizer = load_tokenizer(model_folder(given), model.config.vocab_size)
+
+        def read(folder: Path) -> tuple[LanguageModel, Tokenizer | None]:
+            model = load(folder, dtype=torch.float32, kind=LanguageModel)
+            own = None if recipe.data.tokenizer else load_tokenizer(folder, model.config.vocab_size)
+            return model, own
+
+        model, tokenizer = undisturbed(lambda: model_folder(given), read)
     else:
         model = LanguageModel(ModelConfig.from_dict(given) if isinstance(given, dict) else preset(given))
     if recipe.data.tokenizer:

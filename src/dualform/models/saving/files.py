@@ -7,6 +7,7 @@ to their places, and the hidden folder is gone. Where a kill leaves the moving u
 ``.committed`` first, and the next save finishes the move.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ except ImportError:  # Windows
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"  # of a model
 GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"  # of how it is used
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-_COMMITTED = ".committed"
+COMMITTED = ".committed"
+_THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _FULL = "free some space or choose another folder; what was saved there still loads"
 
 
@@ -44,7 +46,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
         CheckpointError: when the disk refuses.
     """
     folder = Path(folder)
-    committed, target = folder / _COMMITTED, folder / "all"
+    committed, target = folder / COMMITTED, folder / "all"
     saved = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def creating(place: str | os.PathLike[str]) -> Iterator[Path]:
     Folders inside are left as they are.
 
     Raises:
-        CheckpointError: when the disk refuses, or ``place`` is there already.
+        CheckpointError: when the disk refuses, or ``place`` is there already and not an empty folder.
     """
     place = Path(place)
     try:
@@ -93,6 +95,9 @@ def creating(place: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(new, place)
             _sync(place.parent)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in _THERE:  # made by another process meanwhile, or of a file
+            taken = place if place.exists() else place.parent
+            raise CheckpointError(f"{taken}: is there already", hint="give a folder that is not there yet") from error
         raise CheckpointError(f"{place}: cannot save: {_reason(error)}", hint=_FULL) from error
 
 
@@ -124,7 +129,7 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def current(folder: str | os.PathLike[str], name: str) -> Path:
     """Where the file called ``name`` of a folder written by :func:`replacing` is to be read; it may not exist."""
-    committed = Path(folder) / _COMMITTED / name
+    committed = Path(folder) / COMMITTED / name
     return committed if committed.exists() else Path(folder) / name
 
 
@@ -175,7 +180,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _move_to_places(folder: Path) -> None:
-    committed = folder / _COMMITTED
+    committed = folder / COMMITTED
     if committed.is_dir():
         for path in committed.iterdir():
             os.replace(path, folder / path.name)

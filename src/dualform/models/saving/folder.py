@@ -35,7 +35,7 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     saved = [place / MODEL for place in reversed(checkpoints(path / CHECKPOINTS))]
     for place in (path, path / MODEL, *saved):
-        if current(place, CONFIG_FILE).exists():
+        if current(place, CONFIG_FILE).exists() or (place / CONFIG_FILE).exists():  # it may move between the two
             return place
     if (path / RECIPE_FILE).exists():
         raise CheckpointError(

@@ -24,6 +24,7 @@ from dualform.models.saving.described import POOLED, described, described_as
 from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, replacing
 from dualform.models.saving.folder import model_folder
 from dualform.models.saving.manifest import MANIFEST_FILE
+from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.saving.verify import check_files, manifest_of
 from dualform.models.saving.weights import Stored, each_tensor, found_files, own_files, stored_tensors
 from dualform.models.tables.layout import Piece, whole
@@ -125,7 +126,8 @@ def load(
     Models of transformers and of mamba-ssm are read, too, as language models: those whose architecture is in the
     tables. Their weights may be in one safetensors file, in several with an index, or in ``pytorch_model.bin``. A name
     of the Hugging Face Hub, ``owner/name``, is downloaded to the Hub's cache.
-    The global random generators are left as they are.
+    The global random generators are left as they are. Where another process saves to the folder meanwhile, what is read
+    is of one save.
 
     Args:
         folder: where it was saved; of a training run, the run's model or else its newest checkpoint. Its
@@ -139,14 +141,21 @@ def load(
 
     Raises:
         CheckpointError: for a missing folder or file, one of another size than was saved, a model of another kind, an
-            architecture that is in no table, a tensor too many, too few or of another shape; with ``verify`` also for
-            a damaged file, or a folder without digests; names it.
+            architecture that is in no table, a tensor too many, too few or of another shape, or files that
+            another process replaces all the time; with ``verify`` also for a damaged file, or a folder without digests;
+            names it.
         ConfigError: for a config with an unknown or missing key, or an option that no layer here has; names it.
         ArgumentError: for a device that is not there, or a dtype that is not floating.
     """
     device = usable_device(device, f"load: device {str(device)!r}", numbers=False)
     dtype = None if dtype is None else dtype_of("load", dtype)
-    folder = model_folder(folder)
+    return undisturbed(lambda: model_folder(folder), lambda place: _load(place, device, dtype, kind, verify))
+
+
+def _load(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, kind: type[Any] | None, verify: bool
+) -> Backbone:
+    """:func:`load` of the folder with the weights."""
     found = described(folder)
     if kind is not None and not issubclass(found.kind, kind):
         raise CheckpointError(f"{folder}: a {found.kind.__name__}, expected a {kind.__name__}")
@@ -169,8 +178,9 @@ def shape(folder: Folder) -> Backbone:
         CheckpointError: for a folder without a model that can be read.
         ConfigError: for a config with an unknown or missing key; names it.
     """
+    found = undisturbed(lambda: model_folder(folder), described)
     with torch.device("meta"):
-        return described(model_folder(folder)).build()
+        return found.build()
 
 
 def read_tensors(

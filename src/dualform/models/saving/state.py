@@ -18,6 +18,7 @@ from dualform.models.lm import LanguageModel
 from dualform.models.saving.digest import ALGORITHM, tensors_digest
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.model import unique_tensors
+from dualform.models.saving.undisturbed import undisturbed
 
 FORMAT, _WITHOUT_DIGEST = "2", "1"
 _MARK, _DIGEST = "dualform_state", "dualform_digest"  # keys of the metadata
@@ -107,7 +108,11 @@ def fingerprint(model: LanguageModel, most: int = _SAMPLE) -> str:
 
 def _read(path: StatePath, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str], bool]:
     """The leaves, the words beside them, and whether there is a digest, which was compared if the leaves were read."""
-    if not Path(path).is_file():
+    return undisturbed(lambda: Path(path), lambda path: _read_once(path, tensors))
+
+
+def _read_once(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str], bool]:
+    if not path.is_file():
         raise CheckpointError(f"{path}: no such file", hint="give a file written by save_state")
     try:
         with safe_open(path, framework="pt") as file:
