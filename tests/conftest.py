@@ -26,8 +26,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else None
 
 
+# Those that take longest begin first, so that no core waits for one of them at the end.
+LONG = (
+    "test_contract",
+    "test_compile",
+    "test_triton",
+    "test_sanitizers",
+    "test_dynamic",
+    "test_cuda",
+    "test_cuda_diagonal",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Begin with the files that take longest, and skip what needs a GPU where there is none."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
