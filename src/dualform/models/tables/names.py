@@ -66,6 +66,15 @@ def moe(part: MoEConfig, width: int) -> dict[str, tuple[Piece, ...]]:
     }
 
 
+def renamed(names: Mapping[str, tuple[Piece, ...]], words: Mapping[str, str]) -> dict[str, tuple[Piece, ...]]:
+    """The same pieces, with other words in their names between dots."""
+
+    def name(piece: Piece) -> Piece:
+        return piece._replace(name=".".join(words.get(word, word) for word in piece.name.split(".")))
+
+    return {here: tuple(map(name, pieces)) for here, pieces in names.items()}
+
+
 def is_attention(kind: str) -> bool:
     """Whether a layer's type, as files of any age call it, is attention."""
     return kind in ("full_attention", "attention")

@@ -16,9 +16,11 @@ from dualform.models.tables.granite import GRANITE
 from dualform.models.tables.hf import HF as MAMBAS
 from dualform.models.tables.jamba import JAMBA
 from dualform.models.tables.layout import Layout
+from dualform.models.tables.lfm2_moe import LFM2_MOE
 from dualform.models.tables.llama import LLAMA
 from dualform.models.tables.mamba_ssm import MAMBA_SSM
 from dualform.models.tables.nemotron_h import NEMOTRON_H
+from dualform.models.tables.qwen3 import QWEN3
 from dualform.models.tables.zamba import ZAMBA
 from dualform.models.tables.zamba2 import ZAMBA2
 
@@ -27,7 +29,7 @@ HF: dict[str, Table] = {
     **MAMBAS,
     **{
         family.model_type: family
-        for family in (BAMBA, FALCON_H1, GPT_NEOX, GRANITE, JAMBA, LLAMA, NEMOTRON_H, ZAMBA, ZAMBA2)
+        for family in (BAMBA, FALCON_H1, GPT_NEOX, GRANITE, JAMBA, LFM2_MOE, LLAMA, NEMOTRON_H, QWEN3, ZAMBA, ZAMBA2)
     },
 }
 """The families of transformers by their ``model_type``."""
