@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from containment import check_contained
-from dualform.ops.cuda import compiler
 from dualform.ops.cuda import selective_scan as scan_kernels
 from dualform.ops.layout import time_last
 from dualform.ops.selective_scan import SelectiveScan, selective_scan_op
@@ -137,30 +136,6 @@ def test_time_may_be_innermost(case, emulated, poison, monkeypatch):
     weights, found = run(a)
     close(found, reference(a, weights), {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}[a.u.dtype])
     assert time_last(found[0]) == ("u" in sizes["last"])
-
-
-@pytest.mark.parametrize("shared, steps", [(30, 32), (22, 16)])
-@pytest.mark.parametrize("case", ["lines", "lines in fours"])
-def test_lines_are_shorter_where_memory_is_short(case, shared, steps, emulated, monkeypatch):
-    plan = scan_kernels.Plan(2, 1, 1)
-    monkeypatch.setattr(scan_kernels, "plan_forward", lambda *a: plan)
-    a = arguments(**LAST[case][1])
-    want, _ = scan_kernels._infer(a)
-    monkeypatch.setattr(compiler, "limits", lambda: compiler.Limits(132, shared * 1024))
-    assert scan_kernels.lines(plan, scan_kernels.Inputs(*a))[0] == steps
-    assert torch.equal(scan_kernels._infer(a)[0], want)
-
-
-def test_lines_leave_room_for_the_blocks_there_are(emulated):
-    """A few blocks on each multiprocessor get longer lines than many."""
-    few, many = (arguments(b, 64, 2048, 16, dtype=torch.bfloat16, last=EACH) for b in (5, 16))
-    found = []
-    for a in (few, many):
-        x = scan_kernels.Inputs(*a)
-        plan = scan_kernels.plan_forward(x)
-        steps, size = scan_kernels.lines(plan, x)
-        found.append((steps, scan_kernels.fitting(plan, scan_kernels.forward_shared(plan, x) + size)))
-    assert found == [(32, 2), (16, 3)]
 
 
 @pytest.mark.parametrize("case, plan", [("tiles", PLANS[0]), ("packed", PLANS[1])], ids=str)

@@ -68,13 +68,13 @@ DEVICE T* whole(T* p) {
   __builtin_assume(__isGlobal(p));
   return p;
 }
+DEVICE unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 // From memory to shared memory, past all registers: 8 or 16 bytes, or zeros where they are not wanted. A thread closes
 // groups of copies, and waits until no more than LEFT of them are on their way. WITH_LINE the cache gets all 128 bytes
 // around them.
 template <int BYTES, bool WITH_LINE = false>
 DEVICE void copy_async(void* shared, const void* from, bool wanted) {
-  unsigned to;
-  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(to) : "l"(shared));
+  const unsigned to = shared_address(shared);
   if constexpr (WITH_LINE && BYTES == 16)
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0)
                  : "memory");

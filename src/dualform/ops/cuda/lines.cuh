@@ -8,32 +8,27 @@
 #include "sequences.cuh"
 
 #if defined(DUALFORM_EMULATED)
-constexpr bool TURNS = false;
-DEVICE void turn_matrices(const void*, unsigned*) {}
+constexpr bool READS_TURNED = false, WRITES_TURNED = false;
+DEVICE void read_turned(const void*, unsigned*) {}
+DEVICE void write_turned(void*, const unsigned*) {}
 #else
-// Two matrices of 8 x 8 numbers of 16 bits, lane i < 16 knows where row i of both is: a lane gets columns lane / 4 of
+// Two matrices of 8 x 8 numbers of 16 bits, lane i < 16 knows where row i of both is: a lane has column lane / 4 of
 // their rows 2 (lane % 4) and the one after.
-constexpr bool TURNS = true;
-DEVICE void turn_matrices(const void* row, unsigned* pairs) {
-  unsigned from;
-  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(from) : "l"(row));
+constexpr bool READS_TURNED = true, WRITES_TURNED = __CUDA_ARCH__ >= 900;
+DEVICE void read_turned(const void* row, unsigned* pairs) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(pairs[0]), "=r"(pairs[1])
-               : "r"(from)
+               : "r"(shared_address(row))
                : "memory");
 }
+DEVICE void write_turned(void* row, const unsigned* pairs) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)),
+               "r"(pairs[0]), "r"(pairs[1])
+               : "memory");
 #endif
-
-// Lines in shared memory, one after another.
-struct Taker {
-  char* free;
-  template <class L>
-  METHOD L* take(int lines) {
-    L* found = reinterpret_cast<L*>(free);
-    free += lines * sizeof(L);
-    return found;
-  }
-};
+}
+#endif
 
 // LINE steps of ROWS rows, in twos: the first two of every four, then the others. A row takes an odd number of 16
 // bytes, so that eight neighbours lie in different banks.
@@ -50,46 +45,48 @@ struct Lines {
   // fourth of `four`.
   METHOD Four<T> read(int lane, int t, int four) const {
     Four<T> found = {};
-    if constexpr (TURNS && SIZE == 2 && ROWS == 16) {
-      turn_matrices(number + lane % 16 * STRIDE + t / 8 * 8, found.pair);
+    if constexpr (READS_TURNED && SIZE == 2 && ROWS == 16) {
+      read_turned(number + lane % 16 * STRIDE + t / 8 * 8, found.pair);
     } else {
       UNROLL for (int i = 0; i < 4; i++)
         put_one(found, i, number[place(four + i) + t]);
     }
     return found;
   }
-  METHOD void write(int t, int four, const float* x) {
+  METHOD void write(int lane, int t, int four, const float* x) {
     Four<T> f;
     pack(f, x);
+    if constexpr (WRITES_TURNED && SIZE == 2 && ROWS == 16) {
+      write_turned(number + lane % 16 * STRIDE + t / 8 * 8, f.pair);
+      return;
+    }
     UNROLL for (int i = 0; i < 4; i++)
       number[place(four + i) + t] = get_one(f, i);
   }
 };
 
-// Where they lie in memory: `count` rows from `at` on, of one sequence.
+// Where they lie in memory: `count` rows from `at` on, of one sequence. Lanes beyond the copies do what others do.
 template <class T, int ROWS>
 struct Rows {
   using Line = Lines<T, ROWS>;
+  static constexpr int FIRST = Line::COPIES < 32 ? Line::COPIES : 32, PER_ROW = Line::PER_ROW;
+  static_assert(PER_ROW <= 8, "so that the rows of a lane are a multiple of four apart, and so are their places");
   T* from;  // what this lane copies first
   int64 stride;
-  int lane, count, length;
+  int row, count, limit, place;
   METHOD Rows(const View& v, int64 batch, int64 begin, int length, int64 at, int count, int lane)
-      : from(whole((T*)v.data + batch * v.row + (at + lane / Line::PER_ROW) * v.time + begin +
-                   lane % Line::PER_ROW * Line::EACH)),
-        stride(v.time),
-        lane(lane),
-        count(count),
-        length(length) {}
+      : stride(v.time), row(lane % FIRST / PER_ROW), count(count) {
+    const int step = lane % PER_ROW * Line::EACH;
+    from = whole((T*)v.data + batch * v.row + (at + row) * v.time + begin + step);
+    limit = row < count ? length - step : 0;
+    place = Line::place(row) + step;
+  }
 
   // Calls f(place in a line, address, steps that are there) for all that this lane copies of the line at step t.
   template <class F>
   METHOD void each(int t, const F& f) const {
-    const int step = lane % Line::PER_ROW * Line::EACH;
-    UNROLL for (int i = 0; i < Line::COPIES; i += 32) {
-      if (Line::COPIES % 32 && i + lane >= Line::COPIES) break;
-      const int row = (i + lane) / Line::PER_ROW;
-      f(Line::place(row) + step, from + i / Line::PER_ROW * stride + t, row < count ? length - t - step : 0);
-    }
+    UNROLL for (int more = 0; more < ROWS; more += 32 / PER_ROW)
+      f(place + Line::place(more), from + more * stride + t, more && row + more >= count ? 0 : limit - t);
   }
   // Zeros where there is nothing.
   METHOD void copy(int t, Line& to) const {

@@ -128,27 +128,19 @@ def plan_forward(x: Inputs) -> Plan:
 def forward_shared(plan: Plan, x: Inputs) -> int:
     """Bytes of shared memory of a warp."""
     floats = 2 * (6 * plan.steps * plan.line + 32 + 8 * plan.steps * x.lane_states)
-    return 4 * (floats + 32 * plan.channels * x.lane_states) + 4 * 32 * 4 * x.u.element_size()
+    lanes = 32 if plan.warps > 1 else 2  # whose states are handed on; two keep the alignment
+    return 4 * (floats + lanes * plan.channels * x.lane_states) + 4 * 32 * 4 * x.u.element_size()
 
 
 def lines(plan: Plan, x: Inputs) -> tuple[int, int]:
     """Of tensors with time innermost: steps that pass through shared memory at once, and bytes of them for a warp.
 
-    As many as leave room for the blocks that there are. Warps that take turns at time copy what one takes.
+    A warp that takes turns at time has no use for more than it takes. The output lies as u.
     """
+    steps = plan.steps if plan.warps > 1 else max(16, plan.steps)
     maps = [(4 * x.lane_states, x.map_dtype.itemsize) for m in (x.B, x.C) if time_last(m)]
-    rows = [(plan.line, m.element_size()) for m in (x.u, x.delta, x.z) if m is not None and time_last(m)] + maps
-    output = [(plan.line, x.u.element_size())] if time_last(x.u) else []
-
-    def size(steps: int) -> int:
-        return sum(many * 16 * (steps * item // 16 | 1) for many, item in rows * 2 + output)
-
-    if plan.warps > 1 or not rows:
-        return plan.steps, size(plan.steps)
-    blocks = -(-len(x.h0) * -(-x.u.shape[2] // (plan.teams * plan.line)) // compiler.limits().multiprocessors)
-    of_warp = forward_shared(plan, x)
-    steps = next((steps for steps in (64, 32) if fitting(plan, of_warp + size(steps)) >= min(blocks, plan.blocks)), 16)
-    return steps, size(steps)
+    rows = [(plan.line, m.element_size()) for m in (x.u, x.u, x.delta, x.z) if m is not None and time_last(m)]
+    return steps, sum(2 * many * 16 * (steps * item // 16 | 1) for many, item in rows + maps)
 
 
 def fitting(plan: Plan, of_warp: int) -> int:

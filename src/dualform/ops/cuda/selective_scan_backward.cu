@@ -156,8 +156,7 @@ struct Feed {
   Input<T, LAST> input;
   Four<T> four = {};
   int step;
-  METHOD Feed(const View& v, const Scan& p, const Lane& l, const Row& row, Taker&)
-      : input(v, p, l, row), step(l.step) {}
+  METHOD Feed(const View& v, const Scan& p, const Lane& l, const Row& row, char*) : input(v, p, l, row), step(l.step) {}
   METHOD void load(int t) { four = input[t + step]; }
   METHOD Four<T> get(const Lane&) {
     input.turn(four);
@@ -168,8 +167,9 @@ template <class T, bool LAST>
 struct Feed<T, LAST, true> {
   Rows<T, WIDTH> rows;
   Lines<T, WIDTH>& line;
-  METHOD Feed(const View& v, const Scan&, const Lane& l, const Row& row, Taker& memory)
-      : rows(v, row.batch, row.begin, row.length, l.first, l.width, l.lane), line(*memory.take<Lines<T, WIDTH>>(1)) {}
+  METHOD Feed(const View& v, const Scan&, const Lane& l, const Row& row, char* at)
+      : rows(v, row.batch, row.begin, row.length, l.first, l.width, l.lane),
+        line(*reinterpret_cast<Lines<T, WIDTH>*>(at)) {}
   METHOD void load(int t) { rows.copy(t, line); }
   METHOD Four<T> get(const Lane& l) const { return line.read(l.lane, l.step, l.four); }
 };
@@ -178,7 +178,7 @@ struct Feed<T, LAST, true> {
 template <class T, bool LAST, bool = LINED<T, LAST>>
 struct Sink {
   Output<T, LAST> output;
-  METHOD Sink(void* data, const Scan& p, const Lane& l, const Row& row, Taker&) : output(data, p, l, row) {}
+  METHOD Sink(void* data, const Scan& p, const Lane& l, const Row& row, char*) : output(data, p, l, row) {}
   METHOD void put(const Lane& l, int t, const float* x) { output.put(t + l.step, x); }
   METHOD void store(int) const {}
 };
@@ -186,20 +186,15 @@ template <class T, bool LAST>
 struct Sink<T, LAST, true> {
   Rows<T, WIDTH> rows;
   Lines<T, WIDTH>& line;
-  METHOD Sink(void* data, const Scan& p, const Lane& l, const Row& row, Taker& memory)
+  METHOD Sink(void* data, const Scan& p, const Lane& l, const Row& row, char* at)
       : rows({data, p.length * p.width, p.length}, row.batch, row.begin, row.length, l.first, l.width, l.lane),
-        line(*memory.take<Lines<T, WIDTH>>(1)) {}
-  METHOD void put(const Lane& l, int, const float* x) { line.write(l.step, l.four, x); }
+        line(*reinterpret_cast<Lines<T, WIDTH>*>(at)) {}
+  METHOD void put(const Lane& l, int, const float* x) { line.write(l.lane, l.step, l.four, x); }
   METHOD void store(int t) const {
     if (t >= 0) rows.store(t, line);
   }
 };
 constexpr bool ANY_LINED = LINED<INPUT, U_LAST> || LINED<INPUT, Z_LAST> || LINED<DELTA, DELTA_LAST>;
-
-static_assert(LINE_BYTES >= (LINED<INPUT, U_LAST> ? 3 : 0) * sizeof(Lines<INPUT, WIDTH>) +
-                                (LINED<INPUT, Z_LAST> ? 2 : 0) * sizeof(Lines<INPUT, WIDTH>) +
-                                (LINED<DELTA, DELTA_LAST> ? 2 : 0) * sizeof(Lines<DELTA, WIDTH>),
-              "as the host counts them");
 
 // The input of K steps, as a warp needs it.
 struct Given {
@@ -259,13 +254,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     write_floats<4>(shared.totals[1][l.lane], zero);
   }
   shared.channels.load(p, l);
-  Taker lines = {reinterpret_cast<char*>(found + 2) + warp * LINE_BYTES};
-  Feed<INPUT, U_LAST> us(p.u, p, l, row, lines), dys(p.dy, p, l, row, lines);
-  Feed<INPUT, Z_LAST> zs(p.z, p, l, row, lines);
-  Feed<DELTA, DELTA_LAST> deltas(p.delta, p, l, row, lines);
-  Sink<INPUT, U_LAST> dus(p.du, p, l, row, lines);
-  Sink<INPUT, Z_LAST> dzs(p.dz, p, l, row, lines);
-  Sink<DELTA, DELTA_LAST> ddeltas(p.ddelta, p, l, row, lines);
+  char* const lines = reinterpret_cast<char*>(found + 2) + warp * LINE_BYTES;
+  constexpr int OF_INPUT = sizeof(Lines<INPUT, WIDTH>), OF_DELTA = sizeof(Lines<DELTA, WIDTH>);
+  constexpr int OF_U = LINED<INPUT, U_LAST> * 3 * OF_INPUT, OF_Z = LINED<INPUT, Z_LAST> * 2 * OF_INPUT;
+  static_assert(LINE_BYTES >= OF_U + OF_Z + LINED<DELTA, DELTA_LAST> * 2 * OF_DELTA, "as the host counts them");
+  Feed<INPUT, U_LAST> us(p.u, p, l, row, lines), dys(p.dy, p, l, row, lines + OF_INPUT);
+  Feed<INPUT, Z_LAST> zs(p.z, p, l, row, lines + OF_U);
+  Feed<DELTA, DELTA_LAST> deltas(p.delta, p, l, row, lines + OF_U + OF_Z);
+  Sink<INPUT, U_LAST> dus(p.du, p, l, row, lines + 2 * OF_INPUT);
+  Sink<INPUT, Z_LAST> dzs(p.dz, p, l, row, lines + OF_U + OF_INPUT);
+  Sink<DELTA, DELTA_LAST> ddeltas(p.ddelta, p, l, row, lines + OF_U + OF_Z + OF_DELTA);
   const States<B_LAST> bs(p.b, p, row, first / (p.width / p.groups_b), threadIdx.x);
   const States<C_LAST> cs(p.c, p, row, first / (p.width / p.groups_c), threadIdx.x);
   const int64 maps_of_block = (p.borders ? 1 : p.rows) * p.length * NP;

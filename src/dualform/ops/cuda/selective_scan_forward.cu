@@ -5,10 +5,10 @@
 //
 // While a tile is computed, the next one is made ready and the last one is finished, a channel at a time between the
 // steps: three chains of instructions that do not wait for each other. Reads come before writes wherever they can, as
-// the compiler keeps their order.
-// What lies with time innermost comes line by line, all of a warp's tensors at once: the next line while one is read.
-#include "selective_scan.cuh"
+// the compiler keeps their order. What lies with time innermost comes line by line, all of a warp's tensors at once:
+// the next line while one is read.
 #include "lines.cuh"
+#include "selective_scan.cuh"
 
 constexpr int FAR = 4;  // tiles that memory is asked for before they are read
 constexpr bool ANY_LAST = U_LAST || DELTA_LAST || Z_LAST || B_LAST || C_LAST;
@@ -21,63 +21,66 @@ struct Buffer {
 };
 struct Shared {
   Buffer buffers[2];
-  float carried[32][CH * S];  // the states that the warp before hands on
+  float carried[WARPS > 1 ? 32 : 2][CH * S];  // the states that the warp before hands on
 };
 
-// Which of the two lines of an input holds step t, and whether one begins there.
-DEVICE int line_of(int t) { return t / (WARPS * LINE) % 2; }
+// The lines of a warp: two sets of the inputs, and two of the output. Where each input lies in a set, and its size.
+constexpr int LINE_OF_U = 0, LINE_OF_DELTA = LINE_OF_U + U_LAST * sizeof(Lines<INPUT, WIDTH>),
+              LINE_OF_Z = LINE_OF_DELTA + DELTA_LAST * sizeof(Lines<DELTA, WIDTH>),
+              LINE_OF_B = LINE_OF_Z + Z_LAST * sizeof(Lines<INPUT, WIDTH>),
+              LINE_OF_C = LINE_OF_B + B_LAST * sizeof(Lines<MAP, NP>),
+              INPUT_LINES = LINE_OF_C + C_LAST * sizeof(Lines<MAP, NP>);
+static_assert(sizeof(Shared) == SHARED_BYTES && LINE_BYTES == 2 * (INPUT_LINES + U_LAST * sizeof(Lines<INPUT, WIDTH>)),
+              "as the host counts them");
 DEVICE bool line_begins(int t) { return LINE == K || t % LINE == 0; }
 
-// Four channels of one step, from K steps that are loaded a tile in advance.
-template <class T, bool LAST>
+// Four channels of one step, from K steps that are loaded a tile in advance, or that lie in a set of lines.
+template <class T, bool LAST, int AT>
 struct Feed {
   Input<T, false> input;
   Four<T> four = {};
   int step;
-  METHOD Feed(const View& v, const Scan& p, const Lane& l, const Row& row, Taker&)
-      : input(v, p, l, row), step(l.step) {}
-  METHOD void copy(int) {}
+  METHOD Feed(const View& v, const Scan& p, const Lane& l, const Row& row) : input(v, p, l, row), step(l.step) {}
+  METHOD void copy(int, char*) const {}
   METHOD void load(int t) {
     four = input[t + step];
     prefetch(input.at(t + FAR * WARPS * K + step));
   }
-  METHOD Four<T> get(const Lane&, int) const { return four; }
+  METHOD Four<T> get(const Lane&, int, const char*) const { return four; }
 };
-template <class T>
-struct Feed<T, true> {
+template <class T, int AT>
+struct Feed<T, true, AT> {
   Rows<T, WIDTH> rows;
-  Lines<T, WIDTH>* lines;
-  METHOD Feed(const View& v, const Scan&, const Lane& l, const Row& row, Taker& memory)
-      : rows(v, row.batch, row.begin, row.length, l.first, l.width, l.lane), lines(memory.take<Lines<T, WIDTH>>(2)) {}
-  METHOD void copy(int t) { rows.copy(t, lines[line_of(t)]); }
-  METHOD void load(int) {}
-  METHOD Four<T> get(const Lane& l, int t) const { return lines[line_of(t)].read(l.lane, t % LINE + l.step, l.four); }
+  METHOD Feed(const View& v, const Scan&, const Lane& l, const Row& row)
+      : rows(v, row.batch, row.begin, row.length, l.first, l.width, l.lane) {}
+  METHOD void copy(int t, char* set) const { rows.copy(t, *reinterpret_cast<Lines<T, WIDTH>*>(set + AT)); }
+  METHOD void load(int) const {}
+  METHOD Four<T> get(const Lane& l, int t, const char* set) const {
+    return reinterpret_cast<const Lines<T, WIDTH>*>(set + AT)->read(l.lane, t % LINE + l.step, l.four);
+  }
 };
 // Likewise B or C of one group, on its way to (K, NP) floats.
-template <bool LAST, bool CONSTANT>
+template <bool LAST, bool CONSTANT, int AT>
 struct MapFeed {
   Map<false> map;
   Four<MAP> four[MAPS];
-  METHOD MapFeed(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group, Taker&)
-      : map(v, p, l, row, group) {}
-  METHOD void copy(int) {}
+  METHOD MapFeed(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group) : map(v, p, l, row, group) {}
+  METHOD void copy(int, char*) const {}
   METHOD void load(int t) {
     map.load(t, four);
     if (WARPS == 1) prefetch(map.at(t + FAR * K));
   }
-  METHOD void write(const Lane& l, int, float* to) const { map.write(l, four, to); }
+  METHOD void write(const Lane& l, int, const char*, float* to) const { map.write(l, four, to); }
 };
-template <>
-struct MapFeed<true, false> {
+template <int AT>
+struct MapFeed<true, false, AT> {
   Rows<MAP, NP> rows;
-  Lines<MAP, NP>* lines;
-  METHOD MapFeed(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group, Taker& memory)
-      : rows(v, row.batch, row.begin, row.length, group * p.states, int(p.states), l.lane),
-        lines(memory.take<Lines<MAP, NP>>(2)) {}
-  METHOD void copy(int t) { rows.copy(t, lines[line_of(t)]); }
-  METHOD void load(int) {}
-  METHOD void write(const Lane& l, int t, float* to) const {
-    const Lines<MAP, NP>& line = lines[line_of(t)];
+  METHOD MapFeed(const View& v, const Scan& p, const Lane& l, const Row& row, int64 group)
+      : rows(v, row.batch, row.begin, row.length, group * p.states, int(p.states), l.lane) {}
+  METHOD void copy(int t, char* set) const { rows.copy(t, *reinterpret_cast<Lines<MAP, NP>*>(set + AT)); }
+  METHOD void load(int) const {}
+  METHOD void write(const Lane& l, int t, const char* set, float* to) const {
+    const auto& line = *reinterpret_cast<const Lines<MAP, NP>*>(set + AT);
     UNROLL for (int i = 0; i < MAPS; i++) {
       const int step = (i * 32 + l.lane) / S;
       float x[4];
@@ -87,36 +90,34 @@ struct MapFeed<true, false> {
   }
 };
 // Or neither, where it is the same at every step.
-template <>
-struct MapFeed<false, true> {
-  METHOD MapFeed(const View&, const Scan&, const Lane&, const Row&, int64, Taker&) {}
-  METHOD void copy(int) {}
-  METHOD void load(int) {}
-  METHOD void write(const Lane&, int, float*) const {}
+template <int AT>
+struct MapFeed<false, true, AT> {
+  METHOD MapFeed(const View&, const Scan&, const Lane&, const Row&, int64) {}
+  METHOD void copy(int, char*) const {}
+  METHOD void load(int) const {}
+  METHOD void write(const Lane&, int, const char*, float*) const {}
 };
-// Four channels of the output of one step.
+// Four channels of the output of one step: to memory, or to one of two lines that are stored when they are complete.
 template <bool LAST>
 struct Drain {
   Output<INPUT, false> output;
-  METHOD Drain(void* data, const Scan& p, const Lane& l, const Row& row, Taker&) : output(data, p, l, row) {}
-  METHOD void put(const Lane& l, int t, const float* y) { output.put(t + l.step, y); }
-  METHOD void store(int) {}
+  METHOD Drain(void* data, const Scan& p, const Lane& l, const Row& row, char*) : output(data, p, l, row) {}
+  METHOD void put(const Lane& l, int t, const float* y) const { output.put(t + l.step, y); }
+  METHOD void store(int) const {}
 };
 template <>
 struct Drain<true> {
   Rows<INPUT, WIDTH> rows;
-  Lines<INPUT, WIDTH>& line;
-  METHOD Drain(void* data, const Scan& p, const Lane& l, const Row& row, Taker& memory)
+  Lines<INPUT, WIDTH>* lines;
+  METHOD Drain(void* data, const Scan& p, const Lane& l, const Row& row, char* lines)
       : rows({data, p.length * p.width, p.length}, row.batch, row.begin, row.length, l.first, l.width, l.lane),
-        line(*memory.take<Lines<INPUT, WIDTH>>(1)) {}
-  METHOD void put(const Lane& l, int t, const float* y) {
-    if (t >= 0) line.write(t % LINE + l.step, l.four, y);
+        lines(reinterpret_cast<Lines<INPUT, WIDTH>*>(lines)) {}
+  METHOD Lines<INPUT, WIDTH>& line(int t) const { return lines[t / (WARPS * LINE) % 2]; }
+  METHOD void put(const Lane& l, int t, const float* y) const {
+    if (t >= 0) line(t).write(l.lane, t % LINE + l.step, l.four, y);
   }
-  // All that was put of the line of the tile at t.
-  METHOD void store(int t) {
-    rows.store(t / LINE * LINE, line);
-    __syncwarp();
-  }
+  // What was put of the line of the tile at t.
+  METHOD void store(int t) const { rows.store(t / LINE * LINE, line(t)); }
 };
 
 // What a lane needs of one step, but for what is the same at all.
@@ -137,11 +138,6 @@ struct Step {
     to.y.put(l, t, y);
   }
 };
-static_assert(sizeof(Shared) == SHARED_BYTES && LINE_BYTES >= (U_LAST ? 3 : 0) * sizeof(Lines<INPUT, WIDTH>) +
-                                                                  (Z_LAST ? 2 : 0) * sizeof(Lines<INPUT, WIDTH>) +
-                                                                  (DELTA_LAST ? 2 : 0) * sizeof(Lines<DELTA, WIDTH>) +
-                                                                  (B_LAST + C_LAST) * 2 * sizeof(Lines<MAP, NP>),
-              "as the host counts them");
 constexpr int AHEAD = 2;  // steps that are read before they are needed
 
 extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
@@ -161,26 +157,21 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   load_channels(p.bias, l, bias);
   load_channels(p.d, l, skip);
 
-  Taker lines = {memory + TEAMS * WARPS * sizeof(Shared) + (team * WARPS + warp) * LINE_BYTES};
-  Feed<INPUT, U_LAST> us(p.u, p, l, row, lines);
-  Feed<DELTA, DELTA_LAST> deltas(p.delta, p, l, row, lines);
-  Feed<INPUT, Z_LAST> zs(p.z, p, l, row, lines);
-  MapFeed<B_LAST, B_CONSTANT> bs(p.b, p, l, row, l.first / (p.width / p.groups_b), lines);
-  MapFeed<C_LAST, C_CONSTANT> cs(p.c, p, l, row, l.first / (p.width / p.groups_c), lines);
-  Drain<U_LAST> ys(p.y, p, l, row, lines);
-  auto copy = [&](int t) {
-    us.copy(t), deltas.copy(t);
-    if (GATED) zs.copy(t);
-    bs.copy(t), cs.copy(t);
+  char* set = memory + TEAMS * WARPS * sizeof(Shared) + (team * WARPS + warp) * LINE_BYTES;
+  char* spare = set + INPUT_LINES;
+  Feed<INPUT, U_LAST, LINE_OF_U> us(p.u, p, l, row);
+  Feed<DELTA, DELTA_LAST, LINE_OF_DELTA> deltas(p.delta, p, l, row);
+  Feed<INPUT, Z_LAST, LINE_OF_Z> zs(p.z, p, l, row);
+  MapFeed<B_LAST, B_CONSTANT, LINE_OF_B> bs(p.b, p, l, row, l.first / (p.width / p.groups_b));
+  MapFeed<C_LAST, C_CONSTANT, LINE_OF_C> cs(p.c, p, l, row, l.first / (p.width / p.groups_c));
+  const Drain<U_LAST> ys(p.y, p, l, row, spare + INPUT_LINES);
+  auto copy = [&](int t, char* to) {
+    us.copy(t, to), deltas.copy(t, to);
+    if (GATED) zs.copy(t, to);
+    bs.copy(t, to), cs.copy(t, to);
     close_copies();
   };
   auto load = [&](int t) {
-    if (ANY_LAST && line_begins(t)) {
-      __syncwarp();
-      copy(t + WARPS * LINE);
-      await_copies<1>();
-      __syncwarp();
-    }
     us.load(t), deltas.load(t);
     if (GATED) zs.load(t);
     bs.load(t), cs.load(t);
@@ -189,8 +180,8 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   Four<INPUT> u;
   float dt[4], in[4];
   auto begin_preparing = [&](int t) {
-    u = us.get(l, t);
-    unpack(u, in), unpack(deltas.get(l, t), dt);
+    u = us.get(l, t, set);
+    unpack(u, in), unpack(deltas.get(l, t, set), dt);
   };
   auto prepare = [&](int t, int i) {
     dt[i] = step_size(dt[i] + bias[i], t + l.step < row.length);
@@ -199,9 +190,9 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   auto end_preparing = [&](int t, Buffer& to) {
     to.steps.put(l, dt, in);
     to.u[l.lane] = u;
-    if (GATED) to.z[l.lane] = zs.get(l, t);
-    bs.write(l, t, to.maps[0][0]);
-    cs.write(l, t, to.maps[1][0]);
+    if (GATED) to.z[l.lane] = zs.get(l, t, set);
+    bs.write(l, t, set, to.maps[0][0]);
+    cs.write(l, t, set, to.maps[1][0]);
   };
   // A tile that was computed: the output of four channels.
   float y[4], direct[4], gate[4];
@@ -218,7 +209,12 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
 
   Buffer *now = &shared.buffers[0], *other = &shared.buffers[1];
   int t0 = warp * K;
-  if (ANY_LAST) copy(t0);
+  if (ANY_LAST) {
+    copy(t0, set);
+    copy(t0 + WARPS * LINE, spare);
+    await_copies<1>();
+    __syncwarp();
+  }
   load(t0);
   begin_preparing(t0);
   UNROLL for (int i = 0; i < 4; i++)
@@ -226,9 +222,16 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   end_preparing(t0, *now);
   load(t0 + WARPS * K);
   for (; t0 < row.length; t0 += WARPS * K) {
-    __syncwarp();
     const int before = t0 - WARPS * K, after = t0 + WARPS * K;
-    if (U_LAST && before >= WARPS * K && line_begins(before)) ys.store(before - WARPS * K);
+    const bool next_line = ANY_LAST && line_begins(after);
+    if (next_line) await_copies<0>();
+    __syncwarp();
+    if (next_line) {
+      char* const read = set;
+      set = spare, spare = read;
+      copy(after + WARPS * LINE, spare);
+    }
+    if (before >= WARPS * K && line_begins(before)) ys.store(before - WARPS * K);
     Step steps[K];
     UNROLL for (int t = 0; t < AHEAD; t++)
       steps[t].read(*now, l, t, WARPS == 1);
@@ -291,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(32 * TEAMS * WARPS, BLOCKS)
   }
   __syncwarp();
   t0 -= WARPS * K;
-  if (U_LAST && t0 >= WARPS * K && line_begins(t0)) ys.store(t0 - WARPS * K);
+  if (t0 >= WARPS * K && line_begins(t0)) ys.store(t0 - WARPS * K);
   begin_finishing(*other);
   UNROLL for (int i = 0; i < 4; i++)
     finish(i);
