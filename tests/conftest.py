@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up while tests run; read when the library is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # a thread that waits soon leaves its core to the other process
 
 import pytest
 import torch
