@@ -27,7 +27,7 @@ from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.saving.verify import check_files, manifest_of
 from dualform.models.saving.weights import Stored, each_tensor, found_files, own_files, stored_tensors
-from dualform.models.tables.layout import Piece, whole
+from dualform.models.tables.layout import Piece
 from dualform.models.tables.registry import Table
 from dualform.ops.device import usable_device
 
@@ -86,8 +86,8 @@ def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None
     tensors: dict[str, Tensor] = {}
     for name, tensor in unique_tensors(model).items():
         for piece in (Piece(name),) if table is None else table.pieces(model.config, name):
-            stored = piece.change.there(piece.view(tensor.detach())).cpu()
-            tensors[piece.name] = stored.contiguous() if piece.view is whole else stored.clone()
+            stored = piece.of(tensor.detach()).cpu()
+            tensors[piece.name] = stored.contiguous() if piece.alone else stored.clone()
     (folder / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if text is not None:
@@ -216,13 +216,13 @@ def read_tensors(
     for there, tensor in each_tensor({there: stored for there, (stored, _, _) in places.items()}):
         _, name, piece = places[there]
         wanted = dtype if tensor.is_floating_point() else None
-        if piece.view is whole:
+        if piece.alone:
             found = piece.change.here(tensor)
             tensors[name] = found.to(device, wanted, copy=True).contiguous()  # owned: the file may change
         else:
             if name not in tensors:
                 tensors[name] = torch.empty(shapes[name], dtype=wanted or tensor.dtype, device=device)
-            piece.view(tensors[name]).copy_(piece.change.here(tensor))
+            piece.put(tensor, tensors[name])
         del tensor
     return tensors
 
@@ -241,19 +241,35 @@ def check_tensors(folder: Folder) -> None:
 
 def _places(folder: Folder, model: nn.Module, layout: Table | None) -> dict[str, tuple[Stored, str, Piece]]:
     """By the names in the files: where a tensor is stored, what it is a piece of, and how; once all is known to fit."""
-    expected, spare = unique_tensors(model), set[str]()
-    places = {name: (name, Piece(name)) for name in expected}
-    if layout is not None and isinstance(model, Backbone):
-        found = [(name, piece) for name in expected for piece in layout.pieces(model.config, name)]
-        places = {piece.name: (name, piece) for name, piece in found}
-        again = [name for name in model.state_dict() if name not in expected]  # of modules that stand in several places
-        spare = layout.spare(model.config) | {p.name for name in again for p in layout.pieces(model.config, name)}
+    expected = unique_tensors(model)
     files = own_files(folder) if layout is None else found_files(folder)
-    stored = stored_tensors(files)
-    where = files.listing or files.paths[0]
+    stored, where = stored_tensors(files), files.listing or files.paths[0]
+    if layout is None or not isinstance(model, Backbone):
+        return _fitting(where, stored, expected, {name: (name, Piece(name)) for name in expected}, set())
+    wrong: CheckpointError | None = None
+    again = [name for name in model.state_dict() if name not in expected]  # of modules that stand in several places
+    for table in layout.variants():
+        found = [(name, piece) for name in expected for piece in table.pieces(model.config, name)]
+        spare = table.spare(model.config) | {p.name for name in again for p in table.pieces(model.config, name)}
+        try:
+            return _fitting(where, stored, expected, {piece.name: (name, piece) for name, piece in found}, spare)
+        except CheckpointError as error:
+            wrong = wrong or error
+    assert wrong is not None
+    raise wrong
+
+
+def _fitting(
+    where: Path,
+    stored: dict[str, Stored],
+    expected: dict[str, Tensor],
+    places: dict[str, tuple[str, Piece]],
+    spare: set[str],
+) -> dict[str, tuple[Stored, str, Piece]]:
+    """The places, once their names and shapes are those of the files."""
     _check_names(where, list(places), stored.keys() - (spare - places.keys()))
     for there, (name, piece) in places.items():
-        like = piece.change.there(piece.view(torch.empty_like(expected[name], device="meta")))
+        like = piece.of(torch.empty_like(expected[name], device="meta"))
         _check_tensor(there, like, stored[there])
     return {there: (stored[there], name, piece) for there, (name, piece) in places.items()}
 

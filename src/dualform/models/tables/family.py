@@ -49,6 +49,7 @@ class Family:
         blocks: by letter, what each beginning of a name in a block is called there.
         beside: letters whose blocks belong to the layer of the block after them.
         names: of parts whose names differ from the usual ones.
+        original: names of parts in files of the publisher, read where those of transformers do not fit.
         buffers: names in a layer that files may have beside its weights.
         only: values, the first the default, of keys that change what is computed and that the layers here have.
     """
@@ -64,6 +65,7 @@ class Family:
     layer: str = "model.layers.{}."
     beside: str = ""
     names: Mapping[type[Any], Names] = field(default_factory=dict)
+    original: Mapping[type[Any], Names] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -144,6 +146,11 @@ class Family:
             begin = self.layer.format(first if "{use}" in piece.name else layer) + table[here]
             names.append((begin + piece.name).replace("{use}", str(use)))
         return tuple(piece._replace(name=name) for piece, name in zip(pieces, names, strict=True))
+
+    def variants(self) -> "list[Family]":
+        """The family, and the same with the names of the publisher where those differ."""
+        others = [replace(self, names={**self.names, **self.original}, original={})] if self.original else []
+        return [self, *others]
 
     def spare(self, config: ModelConfig) -> set[str]:
         """Names of tensors that files may have beside those of the model: what follows from others."""

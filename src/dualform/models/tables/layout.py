@@ -48,13 +48,35 @@ SAME = Change(unchanged, unchanged)
 class Piece(NamedTuple):
     """A tensor in the files of another library, which is a tensor of the model or a part of one.
 
-    ``view`` is where it lies in the tensor of the model: that takes its part of ``change.here(stored)``, and
-    ``change.there(view(tensor))`` is what is stored.
+    Args:
+        name: there.
+        change: of its shape.
+        view: where it lies in the tensor of the model.
+        rows: of the tensor of the model, one for each row there, where they are in another order; None as they are.
     """
 
     name: str
     change: Change = SAME
     view: Callable[[Tensor], Tensor] = whole
+    rows: Tensor | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is all of a tensor, in its order."""
+        return self.view is whole and self.rows is None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What is stored of a tensor of the model."""
+        part = self.view(tensor) if self.rows is None else tensor.index_select(0, self.rows.to(tensor.device))
+        return self.change.there(part)
+
+    def put(self, stored: Tensor, tensor: Tensor) -> None:
+        """Write what is stored into a tensor of the model."""
+        part = self.change.here(stored)
+        if self.rows is None:
+            self.view(tensor).copy_(part)
+        else:
+            tensor.index_copy_(0, self.rows.to(tensor.device), part.to(tensor))
 
 
 class PartNames(NamedTuple):
@@ -140,6 +162,10 @@ class Layout:
     def pieces(self, config: ModelConfig, name: str) -> tuple[Piece, ...]:
         """What the tensor called ``name`` in ``LanguageModel(config)`` is made of there."""
         return (Piece(*self.place(config, name)),)
+
+    def variants(self) -> "list[Layout]":
+        """The layout."""
+        return [self]
 
     def spare(self, config: ModelConfig) -> set[str]:
         """Names of tensors that files may have beside those of the model: a head that is the embedding once more."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dualform.layers.attention import AttentionConfig
@@ -31,11 +32,25 @@ def stacked(sizes: Mapping[str, int], kind: str = "weight") -> tuple[Piece, ...]
 
 
 def attention(part: AttentionConfig, width: int) -> dict[str, tuple[Piece, ...]]:
-    """Queries, keys and values are maps of their own there."""
+    """Queries, keys and values are maps of their own there; what gates a head stands behind its queries."""
     head, kv = part.d_head or width // part.heads, part.kv_heads or part.heads
-    sizes = {"q_proj": part.heads * head, "k_proj": kv * head, "v_proj": kv * head}
-    found = {f"qkv_proj.{inner}{kind}": stacked(sizes, kind) for kind in ("weight", "bias") for inner in ("", "base.")}
+    value = head if part.d_value is None else part.d_value
+    sizes = {"q_proj": part.heads * head, "k_proj": kv * head, "v_proj": kv * value}
+
+    def pieces(kind: str) -> tuple[Piece, ...]:
+        found = stacked(sizes, kind)
+        if not part.gate:
+            return found
+        gates = sum(sizes.values()) + _arange(part.heads * value).view(part.heads, -1)
+        turns = torch.cat([_arange(part.heads * head).view(part.heads, -1), gates], 1).flatten()
+        return Piece(f"q_proj.{kind}", rows=turns), *found[1:]
+
+    found = {f"qkv_proj.{inner}{kind}": pieces(kind) for kind in ("weight", "bias") for inner in ("", "base.")}
     return found | {f"out_proj.{kind}": (Piece(f"o_proj.{kind}"),) for kind in ("weight", "bias")}
+
+
+def _arange(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")
 
 
 def mlp(part: MLPConfig, width: int) -> dict[str, tuple[Piece, ...]]:

@@ -20,18 +20,30 @@ from dualform.models.tables.lfm2_moe import LFM2_MOE
 from dualform.models.tables.llama import LLAMA
 from dualform.models.tables.mamba_ssm import MAMBA_SSM
 from dualform.models.tables.nemotron_h import NEMOTRON_H
+from dualform.models.tables.olmo_hybrid import OLMO_HYBRID
 from dualform.models.tables.qwen3 import QWEN3
+from dualform.models.tables.qwen3_next import QWEN3_5, QWEN3_NEXT
 from dualform.models.tables.zamba import ZAMBA
 from dualform.models.tables.zamba2 import ZAMBA2
 
 Table = Layout | Family
-HF: dict[str, Table] = {
-    **MAMBAS,
-    **{
-        family.model_type: family
-        for family in (BAMBA, FALCON_H1, GPT_NEOX, GRANITE, JAMBA, LFM2_MOE, LLAMA, NEMOTRON_H, QWEN3, ZAMBA, ZAMBA2)
-    },
-}
+_FAMILIES = (
+    BAMBA,
+    FALCON_H1,
+    GPT_NEOX,
+    GRANITE,
+    JAMBA,
+    LFM2_MOE,
+    LLAMA,
+    NEMOTRON_H,
+    OLMO_HYBRID,
+    QWEN3,
+    QWEN3_5,
+    QWEN3_NEXT,
+    ZAMBA,
+    ZAMBA2,
+)
+HF: dict[str, Table] = {**MAMBAS, **{family.model_type: family for family in _FAMILIES}}
 """The families of transformers by their ``model_type``."""
 
 SUPPORTED = f"folders of dualform, of transformers ({', '.join(HF)}) and of mamba-ssm can be read"
