@@ -179,6 +179,19 @@ def gated_linear_attention_update(draw: Draw) -> Arguments:
     return {**found, "bonus": draw.maybe(lambda: draw.normal(*found["q"].shape[1:]))}
 
 
+def wkv4(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    width = draw.one(0, 1, 5, 33)
+    return {
+        "k": draw.normal(batch, length, width),
+        "v": draw.normal(batch, length, width),
+        "log_decay": -draw.uniform(width),
+        "bonus": draw.normal(width),
+        "initial_state": draw.state(batch, cu_seqlens, 2, width),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
 def wkv7(draw: Draw) -> Arguments:
     return _gated(draw, "r", "k", "a", "b")
 
@@ -460,6 +473,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         gated_delta_rule_update,
         gated_linear_attention,
         gated_linear_attention_update,
+        wkv4,
         wkv7,
         wkv7_update,
         linear_scan,
@@ -486,6 +500,7 @@ PORTABLE = {
     "gated_delta_rule_update",
     "gated_linear_attention",
     "gated_linear_attention_update",
+    "wkv4",
     "wkv7_update",
     "fft_conv",
     "cauchy_kernel",

@@ -18,6 +18,7 @@ from dualform.layers.delta_net import DeltaNetConfig
 from dualform.layers.dss import DSSConfig
 from dualform.layers.gated_delta_net import GatedDeltaNetConfig
 from dualform.layers.gated_delta_product import GatedDeltaProductConfig
+from dualform.layers.gla import GLAConfig
 from dualform.layers.h3 import H3Config
 from dualform.layers.hgrn import HGRN2Config, HGRNConfig
 from dualform.layers.hyena import HyenaConfig
@@ -35,6 +36,9 @@ from dualform.layers.registry import MIXERS
 from dualform.layers.retnet import RetNetConfig
 from dualform.layers.rglru import RGLRUConfig
 from dualform.layers.rotary import RotaryConfig
+from dualform.layers.rwkv4 import RWKV4Config, RWKVChannelConfig
+from dualform.layers.rwkv6 import RWKV6Config
+from dualform.layers.rwkv7 import RWKV7Config
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
@@ -226,6 +230,14 @@ def _mixers() -> list[Case]:
         mixer_case("", Mamba2Config(d_state=5, d_head=1), 1),
         mixer_case("groups", Mamba2Config(d_state=3, d_head=3, expand=3, groups=3, dt_limit=(0.01, 0.09)), 3),
         mixer_case("", Mamba2Config(d_state=7, d_head=17, d_conv=3, expand=3, bias=True, conv_bias=False), 17),
+        mixer_case("", GLAConfig(heads=1, expand_k=1.0, gate_rank=1), 1),
+        mixer_case("wide", GLAConfig(heads=3, expand_k=2.0, expand_v=3.0, gate_rank=2, gate_temperature=1.0), 3),
+        mixer_case("", RWKV4Config(), 1),
+        mixer_case("inner", RWKV4Config(d_inner=5), 17),
+        mixer_case("", RWKVChannelConfig(d_hidden=1), 1),
+        mixer_case("no receptance", RWKVChannelConfig(d_hidden=5, receptance=False), 17),
+        mixer_case("", RWKV6Config(d_head=3, mix_rank=2, decay_rank=1, norm_eps=0.1), 6),
+        mixer_case("", RWKV7Config(d_head=3, decay_rank=1, rate_rank=2, gate_rank=1, norm_eps=0.1), 6),
         mixer_case("", AttentionConfig(heads=1), 1),
         mixer_case("grouped", AttentionConfig(heads=3, kv_heads=1, rope=None, bias=True), 3),
         mixer_case("window", AttentionConfig(heads=6, kv_heads=2, d_head=5, window=7), 17),

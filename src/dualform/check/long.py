@@ -16,6 +16,7 @@ from dualform.ops.gated_norm import gated_norm
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.selective_scan import selective_scan
 from dualform.ops.ssd import ssd
+from dualform.ops.wkv7 import wkv7
 
 ELEMENTS = 2**31  # a case has more, batch x length x width
 WIDTH = 2048
@@ -63,6 +64,12 @@ def _heads() -> dict[str, Tensor]:
     return {"A": -torch.rand(_HEADS) - 0.1, "D": torch.randn(_HEADS), "dt_bias": torch.randn(_HEADS) - 4}
 
 
+def _generalised(rate: Tensor, k: Tensor, v: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+    """With decays and rates between 0 and 1, and one key for the receptance, what is stored and what is replaced."""
+    unit = torch.nn.functional.normalize(k, dim=-1)
+    return wkv7(unit, -rate, k, v, -unit, unit * rate, **more)
+
+
 def _modes() -> dict[str, Tensor]:
     poles = torch.complex(-torch.rand(WIDTH, 4, dtype=torch.float64) - 0.01, 6 * torch.rand(WIDTH, 4).double())
     return {"Abar": (0.1 * poles).exp().to(torch.complex64), "CB": torch.randn(WIDTH, 4, dtype=torch.complex64)}
@@ -96,6 +103,12 @@ CASES = (
         {"x": (_HEADS, WIDTH // _HEADS), "dt": (_HEADS,), "B": (1, 16), "C": (1, 16)},
         _heads,
         {"dt_softplus": True},
+    ),
+    LongCase(
+        "wkv7",
+        _generalised,
+        dict.fromkeys(("v", "k", "rate"), (_HEADS, WIDTH // _HEADS)),
+        positive=("rate",),
     ),
     LongCase("linear_scan", linear_scan, {"a": (WIDTH,), "b": (WIDTH,)}, positive=("a",)),
     LongCase(

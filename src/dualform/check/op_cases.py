@@ -29,6 +29,7 @@ from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
+from dualform.ops.wkv4 import wkv4
 from dualform.ops.wkv7 import wkv7, wkv7_update
 
 _STAY_WIDE = (
@@ -257,6 +258,10 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         found |= {"q": normal(*first, 3, 5), "k": normal(*first, 3, 5), "v": normal(*first, 3, 7)}
         return {**found, "log_decay": decay(*first, 3, 5), **({"bonus": normal(3, 5)} if bonus else {})}
 
+    def averaged(batch: int, states: int) -> dict[str, Tensor]:
+        found = {"k": normal(batch, length, 5), "v": normal(batch, length, 5), "initial_state": normal(states, 2, 5)}
+        return {**found, "log_decay": decay(5), "bonus": normal(5)}
+
     def generalised(batch: int | None, states: int) -> dict[str, Tensor]:
         """A rank of one beside the decays, of keys of length 1."""
         found = gated(batch, states)
@@ -305,6 +310,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("gla packed", "gated_linear_attention", gated_linear_attention, gated(1, rows, True), runs),
         OpCase("gla step", "gated_linear_attention_update", gated_linear_attention_update, gated(None, 3)),
         OpCase("gla bonus step", "gated_linear_attention_update", gated_linear_attention_update, gated(None, 3, True)),
+        OpCase("wkv4", "wkv4", wkv4, averaged(3, 3)),
+        OpCase("wkv4 packed", "wkv4", wkv4, averaged(1, rows), runs),
         OpCase("wkv7", "wkv7", wkv7, generalised(3, 3), {"chunk": 16}),
         OpCase("wkv7 packed", "wkv7", wkv7, generalised(1, rows), runs),
         OpCase("wkv7 step", "wkv7_update", wkv7_update, generalised(None, 3)),

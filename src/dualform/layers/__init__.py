@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dualform.layers.dss import DSS, DSSConfig
     from dualform.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
     from dualform.layers.gated_delta_product import GatedDeltaProduct, GatedDeltaProductConfig
+    from dualform.layers.gla import GLA, GLAConfig
     from dualform.layers.h3 import H3, H3Config
     from dualform.layers.hgrn import HGRN, HGRN2, HGRN2Config, HGRNConfig
     from dualform.layers.hyena import Hyena, HyenaConfig
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from dualform.layers.registry import FEEDFORWARDS, MIXERS
     from dualform.layers.retnet import RetNet, RetNetConfig
     from dualform.layers.rglru import RGLRU, RGLRUConfig
+    from dualform.layers.rwkv4 import RWKV4, RWKV4Config, RWKVChannel, RWKVChannelConfig
+    from dualform.layers.rwkv6 import RWKV6, RWKV6Config
+    from dualform.layers.rwkv7 import RWKV7, RWKV7Config
     from dualform.layers.s4 import S4, S4Config
     from dualform.layers.s4d import S4D, S4DConfig
     from dualform.layers.s5 import S5, S5Config
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DSS",
     "FEEDFORWARDS",
+    "GLA",
     "H3",
     "HGRN",
     "HGRN2",
@@ -53,6 +58,9 @@ __all__ = [
     "MLA",
     "MLP",
     "RGLRU",
+    "RWKV4",
+    "RWKV6",
+    "RWKV7",
     "S4",
     "S4D",
     "S5",
@@ -64,6 +72,7 @@ __all__ = [
     "DSSConfig",
     "DeltaNet",
     "DeltaNetConfig",
+    "GLAConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
     "GatedDeltaProduct",
@@ -95,6 +104,11 @@ __all__ = [
     "ParallelConfig",
     "Part",
     "RGLRUConfig",
+    "RWKV4Config",
+    "RWKV6Config",
+    "RWKV7Config",
+    "RWKVChannel",
+    "RWKVChannelConfig",
     "Recall",
     "RecallConfig",
     "RetNet",
@@ -110,6 +124,11 @@ _HOME = {
     "GatedDeltaProduct": "gated_delta_product",
     "GatedDeltaNet": "gated_delta_net",
     "DeltaNet": "delta_net",
+    "RWKVChannel": "rwkv4",
+    "RWKV7": "rwkv7",
+    "RWKV6": "rwkv6",
+    "RWKV4": "rwkv4",
+    "GLA": "gla",
     "Attention": "attention",
     "Block": "block",
     "ChainConfig": "block",

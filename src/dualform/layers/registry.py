@@ -13,6 +13,7 @@ from dualform.layers.delta_net import DeltaNetConfig
 from dualform.layers.dss import DSSConfig
 from dualform.layers.gated_delta_net import GatedDeltaNetConfig
 from dualform.layers.gated_delta_product import GatedDeltaProductConfig
+from dualform.layers.gla import GLAConfig
 from dualform.layers.h3 import H3Config
 from dualform.layers.hgrn import HGRN2Config, HGRNConfig
 from dualform.layers.hyena import HyenaConfig
@@ -30,6 +31,9 @@ from dualform.layers.recall import RecallConfig
 from dualform.layers.retnet import RetNetConfig
 from dualform.layers.rglru import RGLRUConfig
 from dualform.layers.rotary import RotaryConfig
+from dualform.layers.rwkv4 import RWKV4Config, RWKVChannelConfig
+from dualform.layers.rwkv6 import RWKV6Config
+from dualform.layers.rwkv7 import RWKV7Config
 from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
@@ -121,6 +125,7 @@ MIXERS = Registry(
         "delta_net": DeltaNetConfig,
         "gated_delta_net": GatedDeltaNetConfig,
         "gated_delta_product": GatedDeltaProductConfig,
+        "gla": GLAConfig,
         "h3": H3Config,
         "hgrn": HGRNConfig,
         "hgrn2": HGRN2Config,
@@ -135,6 +140,10 @@ MIXERS = Registry(
         "mla": MLAConfig,
         "retnet": RetNetConfig,
         "rglru": RGLRUConfig,
+        "rwkv4": RWKV4Config,
+        "rwkv6": RWKV6Config,
+        "rwkv7": RWKV7Config,
+        "rwkv_channel": RWKVChannelConfig,
         "s4": S4Config,
         "s4d": S4DConfig,
         "s5": S5Config,

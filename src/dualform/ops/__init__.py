@@ -26,6 +26,7 @@ from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
+from dualform.ops.wkv4 import wkv4
 from dualform.ops.wkv7 import wkv7, wkv7_update
 
 for _name in (
@@ -36,7 +37,7 @@ for _name in (
     "wkv7_chunked",
 ):
     import_module(f"dualform.ops.{_name}")
-for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step"):
+for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step", "wkv7"):
     import_module(f"dualform.ops.triton.{_name}")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.native.{_name}")
@@ -78,6 +79,7 @@ __all__ = [
     "selective_state_update",
     "ssd",
     "vandermonde_kernel",
+    "wkv4",
     "wkv7",
     "wkv7_update",
 ]

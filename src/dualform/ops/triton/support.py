@@ -130,6 +130,14 @@ def warps(threads: int) -> int:
     return threads // _warp_size()
 
 
+def exact_products() -> str:
+    """How a matrix product of float32 keeps all digits on the device at hand; on NVIDIA's by tensor cores."""
+    from triton.runtime import driver
+
+    target = None if INTERPRETED else driver.active.get_current_target()
+    return "ieee" if target is None or target.backend == "hip" else "tf32x3"
+
+
 def enter(
     decay: Tensor, state: Tensor, rows: int, spans: int, *, packed: bool, start: Tensor | None = None, apart: int = 0
 ) -> Tensor:

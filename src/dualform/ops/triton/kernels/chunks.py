@@ -27,7 +27,7 @@ def read(tensor, b, begin, first, size: tl.constexpr, inside, width):
 
 
 @triton.jit
-def write(ptr, first, stride, x, inside, width: tl.constexpr):
+def write(ptr, first, stride, x, inside, width):
     """Steps of a chunk to rows ``stride`` apart, the first number of which is ``first``."""
     column = tl.arange(0, x.shape[1])
     at = tl.arange(0, x.shape[0])[:, None] * stride + column[None, :]
