@@ -79,6 +79,7 @@ LAST = {
     "odd": (0, dict(batch=2, length=65, width=17, states=5, last=EACH)),
     "bfloat16": (2, dict(batch=1, length=136, width=64, states=16, dtype=torch.bfloat16, last=EACH)),
     "lines": (1, dict(batch=2, length=200, width=24, states=16, dtype=torch.bfloat16, last=EACH, more=8)),
+    "lines by turns": (3, dict(batch=1, length=200, width=40, states=16, dtype=torch.float16, last=EACH, more=8)),
     "lines in fours": (1, dict(batch=1, length=140, width=40, states=7, last=("delta", "C", "u"))),
     "constant": (1, dict(batch=1, length=72, width=24, states=16, last=("u", "delta", "C", "z"), constant=("B",))),
     "short": (1, dict(batch=2, length=5, width=16, states=16, last=EACH)),

@@ -284,7 +284,7 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: SelectiveScan) -> dict
         compiler.launch("selective_scan_backward.cu", kernel, macros, grid, threads, shared, structure)
 
     if x.packing is not None or lead < length:
-        of_warp = 4 * (2 * plan.steps * plan.line + plan.steps * padded + 2 * plan.line)
+        of_warp = 4 * (2 * plan.steps * plan.line + plan.steps * padded + 2 * plan.line) + backward_lines(plan, x)
         launch("selective_scan_carry", spans * blocks, 32 * plan.warps, plan.warps * of_warp)
         launch("selective_scan_join", rows * -(-width * states // 256), 256, 0)
     launch("selective_scan_backward", spans * blocks, 32 * plan.warps, backward_shared(plan, x))

@@ -62,90 +62,6 @@ DEVICE float before_gate(float dy, float gate, bool inside) {
   return inside ? (GATED ? dy * gate * sigmoid(gate) : dy) : 0;
 }
 
-// What a span adds to the gradient of the state before it, and the sum of its steps; the first span of a sequence is
-// left out, as nothing comes before it.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(const __grid_constant__ Scan p) {
-  struct Shared {
-    Pairs steps;       // dt and dy
-    float map[K][NP];  // C
-    Channels channels;
-  };
-  SHARED_MEMORY(memory);
-  Shared& shared = reinterpret_cast<Shared*>(memory)[threadIdx.x / 32];
-  const int64 blocks = over(p.width, WARPS * WIDTH);
-  const Lane l(p, blockIdx.x % blocks * WARPS + threadIdx.x / 32);
-  const Span span(p, blockIdx.x / blocks);
-  const Row& row = span.row;
-  if (l.width <= 0 || span.begin == 0 || span.begin >= span.end) return;
-  float a[CH * S], g[CH * S] = {}, total[CH] = {};
-  load_rates(p, l, a);
-  const Constants constants(p, l);
-  shared.channels.load(p, l);
-
-  const Input<INPUT, U_LAST> dys(p.dy, p, l, row);
-  const Input<INPUT, Z_LAST> zs(p.z, p, l, row);
-  const Input<DELTA, DELTA_LAST> deltas(p.delta, p, l, row);
-  const Map<C_LAST> cs(p.c, p, l, row, l.first / (p.width / p.groups_c));
-  Four<INPUT> dy, z = {};
-  Four<DELTA> delta;
-  Four<MAP> c[MAPS];
-  auto load = [&](int t) {
-    dy = dys[t + l.step], delta = deltas[t + l.step];
-    if (GATED) z = zs[t + l.step];
-    if (!C_CONSTANT) cs.load(t, c);
-  };
-  int t0 = span.begin + (span.end - span.begin - 1) / K * K;
-  load(t0);
-  __syncwarp();
-  for (; t0 >= span.begin; t0 -= K) {
-    float dt[4], of[4], gate[4] = {};
-    const bool inside = t0 + l.step < row.length && l.count() > 0;
-    deltas.turn(delta), dys.turn(dy);
-    if (GATED) zs.turn(z);
-    step_sizes(delta, shared.channels.bias + l.four, inside, dt);
-    unpack(dy, of);
-    if (GATED) unpack(z, gate);
-    UNROLL for (int i = 0; i < 4; i++)
-      of[i] = before_gate(of[i], gate[i], inside);
-    shared.steps.put(l, dt, of);
-    if (!C_CONSTANT) cs.write(l, c, shared.map[0]);
-    __syncwarp();
-    load(t0 > 0 ? t0 - K : 0);
-    UNROLL for (int t = K - 1; t >= 0; t--) {
-      float step[2 * CH], c[S];
-      read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
-      if (!C_CONSTANT) read_floats<S>(&shared.map[t][l.part * S], c);
-      UNROLL for (int i = 0; i < CH * S; i++)
-        g[i] =
-            decay_of(step[i / S * 2], a[i]) * (g[i] + step[i / S * 2 + 1] * (C_CONSTANT ? constants.c[i] : c[i % S]));
-      UNROLL for (int ch = 0; ch < CH; ch++)
-        total[ch] += step[2 * ch];
-    }
-    __syncwarp();
-  }
-  store_states(p, l, p.carry + span.slot * p.width * p.states, g);
-  UNROLL for (int ch = 0; ch < CH; ch++)
-    if (l.part == 0 && l.has(ch)) p.seconds[span.slot * p.width + l.channel(ch)] = total[ch];
-}
-
-// From what each span adds to the gradient that enters it, for one state of one sequence.
-extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __grid_constant__ Scan p) {
-  const int64 size = p.width * p.states, blocks = over(size, 256), r = blockIdx.x / blocks;
-  const int64 i = blockIdx.x % blocks * 256 + threadIdx.x;
-  if (i >= size) return;
-  const Row row = find_row(p, r);
-  const float a = p.a[i] * LOG2_E;
-  float g = p.dfinal[r * size + i];
-  const int64 spans = row.length ? 1 + over(row.length > p.lead ? row.length - p.lead : 0, p.span) : 0;
-  for (int64 turn = spans - 1; turn >= 0; turn--) {
-    const int64 s = row.span + turn * (p.borders ? 1 : p.rows);
-    const float added = turn ? p.carry[s * size + i] : 0;
-    const float decay = turn ? decay_of(p.seconds[s * p.width + i / p.states], a) : 0;
-    p.carry[s * size + i] = g;
-    g = added + decay * g;
-  }
-}
-
 // Four channels of one step, of K steps that are loaded in advance: into registers, or where time is LAST to shared
 // memory. Nothing is gained there by numbers of 32 bits, nor by those that cannot be copied past the registers.
 template <class T, bool LAST>
@@ -195,6 +111,92 @@ struct Sink<T, LAST, true> {
   }
 };
 constexpr bool ANY_LINED = LINED<INPUT, U_LAST> || LINED<INPUT, Z_LAST> || LINED<DELTA, DELTA_LAST>;
+// A warp's lines: of u, the gradient of y and that of u, then of z, then of delta.
+constexpr int OF_INPUT = sizeof(Lines<INPUT, WIDTH>), OF_DELTA = sizeof(Lines<DELTA, WIDTH>);
+constexpr int OF_U = LINED<INPUT, U_LAST> * 3 * OF_INPUT, OF_Z = LINED<INPUT, Z_LAST> * 2 * OF_INPUT;
+static_assert(LINE_BYTES >= OF_U + OF_Z + LINED<DELTA, DELTA_LAST> * 2 * OF_DELTA, "as the host counts them");
+
+// What a span adds to the gradient of the state before it, and the sum of its steps; the first span of a sequence is
+// left out, as nothing comes before it.
+extern "C" __global__ void __launch_bounds__(32 * WARPS) selective_scan_carry(const __grid_constant__ Scan p) {
+  struct Shared {
+    Pairs steps;       // dt and dy
+    float map[K][NP];  // C
+    Channels channels;
+  };
+  SHARED_MEMORY(memory);
+  Shared& shared = reinterpret_cast<Shared*>(memory)[threadIdx.x / 32];
+  const int64 blocks = over(p.width, WARPS * WIDTH);
+  const Lane l(p, blockIdx.x % blocks * WARPS + threadIdx.x / 32);
+  const Span span(p, blockIdx.x / blocks);
+  const Row& row = span.row;
+  if (l.width <= 0 || span.begin == 0 || span.begin >= span.end) return;
+  float a[CH * S], g[CH * S] = {}, total[CH] = {};
+  load_rates(p, l, a);
+  const Constants constants(p, l);
+  shared.channels.load(p, l);
+
+  char* const lines = memory + WARPS * sizeof(Shared) + threadIdx.x / 32 * LINE_BYTES;
+  Feed<INPUT, U_LAST> dys(p.dy, p, l, row, lines);
+  Feed<INPUT, Z_LAST> zs(p.z, p, l, row, lines + OF_U);
+  Feed<DELTA, DELTA_LAST> deltas(p.delta, p, l, row, lines + OF_U + OF_Z);
+  const Map<C_LAST> cs(p.c, p, l, row, l.first / (p.width / p.groups_c));
+  Four<MAP> c[MAPS];
+  auto load = [&](int t) {
+    dys.load(t), deltas.load(t);
+    if (GATED) zs.load(t);
+    if (ANY_LINED) close_copies();
+    if (!C_CONSTANT) cs.load(t, c);
+  };
+  int t0 = span.begin + (span.end - span.begin - 1) / K * K;
+  load(t0);
+  for (; t0 >= span.begin; t0 -= K) {
+    if (ANY_LINED) await_copies<0>();
+    __syncwarp();
+    float dt[4], of[4], gate[4] = {};
+    const bool inside = t0 + l.step < row.length && l.count() > 0;
+    step_sizes(deltas.get(l), shared.channels.bias + l.four, inside, dt);
+    unpack(dys.get(l), of);
+    if (GATED) unpack(zs.get(l), gate);
+    UNROLL for (int i = 0; i < 4; i++)
+      of[i] = before_gate(of[i], gate[i], inside);
+    shared.steps.put(l, dt, of);
+    if (!C_CONSTANT) cs.write(l, c, shared.map[0]);
+    __syncwarp();
+    load(t0 > 0 ? t0 - K : 0);
+    UNROLL for (int t = K - 1; t >= 0; t--) {
+      float step[2 * CH], c[S];
+      read_floats<2 * CH>(shared.steps.two[t][l.group * CH], step);
+      if (!C_CONSTANT) read_floats<S>(&shared.map[t][l.part * S], c);
+      UNROLL for (int i = 0; i < CH * S; i++)
+        g[i] =
+            decay_of(step[i / S * 2], a[i]) * (g[i] + step[i / S * 2 + 1] * (C_CONSTANT ? constants.c[i] : c[i % S]));
+      UNROLL for (int ch = 0; ch < CH; ch++)
+        total[ch] += step[2 * ch];
+    }
+  }
+  store_states(p, l, p.carry + span.slot * p.width * p.states, g);
+  UNROLL for (int ch = 0; ch < CH; ch++)
+    if (l.part == 0 && l.has(ch)) p.seconds[span.slot * p.width + l.channel(ch)] = total[ch];
+}
+
+// From what each span adds to the gradient that enters it, for one state of one sequence.
+extern "C" __global__ void __launch_bounds__(256) selective_scan_join(const __grid_constant__ Scan p) {
+  const int64 size = p.width * p.states, blocks = over(size, 256), r = blockIdx.x / blocks;
+  const int64 i = blockIdx.x % blocks * 256 + threadIdx.x;
+  if (i >= size) return;
+  const Row row = find_row(p, r);
+  const float a = p.a[i] * LOG2_E;
+  float g = p.dfinal[r * size + i];
+  const int64 spans = row.length ? 1 + over(row.length > p.lead ? row.length - p.lead : 0, p.span) : 0;
+  for (int64 turn = spans - 1; turn >= 0; turn--) {
+    const int64 s = row.span + turn * (p.borders ? 1 : p.rows);
+    const float added = turn ? p.carry[s * size + i] : 0;
+    const float decay = turn ? decay_of(p.seconds[s * p.width + i / p.states], a) : 0;
+    p.carry[s * size + i] = g;
+    g = added + decay * g;
+  }
+}
 
 // The input of K steps, as a warp needs it.
 struct Given {
@@ -255,9 +257,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   }
   shared.channels.load(p, l);
   char* const lines = reinterpret_cast<char*>(found + 2) + warp * LINE_BYTES;
-  constexpr int OF_INPUT = sizeof(Lines<INPUT, WIDTH>), OF_DELTA = sizeof(Lines<DELTA, WIDTH>);
-  constexpr int OF_U = LINED<INPUT, U_LAST> * 3 * OF_INPUT, OF_Z = LINED<INPUT, Z_LAST> * 2 * OF_INPUT;
-  static_assert(LINE_BYTES >= OF_U + OF_Z + LINED<DELTA, DELTA_LAST> * 2 * OF_DELTA, "as the host counts them");
   Feed<INPUT, U_LAST> us(p.u, p, l, row, lines), dys(p.dy, p, l, row, lines + OF_INPUT);
   Feed<INPUT, Z_LAST> zs(p.z, p, l, row, lines + OF_U);
   Feed<DELTA, DELTA_LAST> deltas(p.delta, p, l, row, lines + OF_U + OF_Z);

@@ -1,4 +1,8 @@
-"""The short causal convolution in Triton: one pass forward; one backward, then a sum over its programs."""
+"""The short causal convolution in Triton: one pass forward; one backward, then a sum over its programs.
+
+It serves GPUs that the CUDA kernels do not run on. There sequences given by ids run in plain PyTorch, and a tensor with
+time innermost is copied: one more pass over memory, which is not worth a second kernel.
+"""
 
 import torch
 from torch import Tensor
