@@ -1,6 +1,6 @@
 // Tensors with time innermost, (B, D, T), pass through shared memory: LINE steps of several rows, channels or states,
-// are copied at once, and a lane reads four rows of one step from there. So memory sees whole lines of the cache, and
-// the turn from rows to steps takes no instructions of its own.
+// are copied at once, and a lane reads four rows of one step from there. So memory is read in whole sectors, and the
+// turn from rows to steps takes no instructions of its own.
 //
 // TOGETHER steps, 8, 4 or one, are aligned in all of these tensors and divide their length.
 #pragma once
@@ -12,8 +12,8 @@ constexpr bool READS_TURNED = false, WRITES_TURNED = false;
 DEVICE void read_turned(const void*, unsigned*) {}
 DEVICE void write_turned(void*, const unsigned*) {}
 #else
-// Two matrices of 8 x 8 numbers of 16 bits, lane i < 16 knows where row i of both is: a lane has column lane / 4 of
-// their rows 2 (lane % 4) and the one after.
+// Two matrices of 8 x 8 numbers of 16 bits; lane i < 16 gives the address of row i of both. Of each matrix a lane has
+// column lane / 4 of row 2 (lane % 4) and of the next one.
 constexpr bool READS_TURNED = true, WRITES_TURNED = __CUDA_ARCH__ >= 900;
 DEVICE void read_turned(const void* row, unsigned* pairs) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"

@@ -24,7 +24,7 @@ struct Shared {
   float carried[WARPS > 1 ? 32 : 2][CH * S];  // the states that the warp before hands on
 };
 
-// The lines of a warp: two sets of the inputs, and two of the output. Where each input lies in a set, and its size.
+// The lines of a warp: two sets, one of each input, and two of the output. Where inputs lie in a set, and its size.
 constexpr int LINE_OF_U = 0, LINE_OF_DELTA = LINE_OF_U + U_LAST * sizeof(Lines<INPUT, WIDTH>),
               LINE_OF_Z = LINE_OF_DELTA + DELTA_LAST * sizeof(Lines<DELTA, WIDTH>),
               LINE_OF_B = LINE_OF_Z + Z_LAST * sizeof(Lines<INPUT, WIDTH>),
@@ -120,7 +120,7 @@ struct Drain<true> {
   METHOD void store(int t) const { rows.store(t / LINE * LINE, line(t)); }
 };
 
-// What a lane needs of one step, but for what is the same at all.
+// What a lane needs of one step, but for what is the same at every step.
 struct Step {
   float dt[2 * CH], b[S], c[S];  // dt and dt u in turn
   METHOD void read(const Buffer& from, const Lane& l, int t, bool with_c) {
