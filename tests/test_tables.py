@@ -42,6 +42,7 @@ RECORDED = {  # how near the logits must be in float32 and in float64
     "lm_qwen3_next": (1e-5, 3e-6),
     "lm_qwen3_5_text": (2e-5, 4e-6),
     "lm_olmo_hybrid": (3e-5, 6e-6),
+    "lm_kimi_linear": (1e-5, 4e-6),
 }
 recorded = pytest.mark.parametrize("name", RECORDED)
 
@@ -305,6 +306,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "use_expert_bias": False,
     },
+    "kimi_linear": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention"],
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "qk_nope_head_dim": 3,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 5,
+        "kv_lora_rank": 4,
+        "q_lora_rank": 3,
+        "attention_bias": True,
+        "linear_num_heads": 3,
+        "linear_head_dim": 4,
+        "linear_conv_kernel_dim": 3,
+        "intermediate_size": 7,
+        "moe_intermediate_size": 4,
+        "num_experts": 6,
+        "num_experts_per_token": 2,
+        "num_expert_group": 3,
+        "topk_group": 2,
+        "num_shared_experts": 2,
+        "moe_renormalize": False,
+        "pad_token_id": None,
+        "rms_norm_eps": 0.05,
+    },
     "zamba2": {
         "num_hidden_layers": 6,
         "layers_block_type": ["hybrid", "mamba", "hybrid", "hybrid", "mamba", "hybrid"],
@@ -449,6 +476,22 @@ def test_a_random_model_of_transformers(case, tmp_path):
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert same(back, theirs)
     assert df.load(tmp_path / "ours").config == ours.config
+
+
+def test_kimi_linear_as_its_authors_wrote_it(tmp_path):
+    """Feed-forwards of another name where there are no experts, layers numbered from 1 in a table of their own."""
+    folder = GOLDEN / "lm_kimi_linear"
+    about, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    linear = {"num_heads": about.pop("linear_num_heads"), "head_dim": about.pop("linear_head_dim")}
+    linear |= {"short_conv_kernel_size": about.pop("linear_conv_kernel_dim"), "full_attn_layers": [4]}
+    about |= {"linear_attn_config": {**linear, "kda_layers": [1, 2, 3]}, "first_k_dense_replace": 1}
+    del about["layer_types"], about["mlp_layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    renamed = {key.replace("0.block_sparse_moe.", "0.mlp."): tensor for key, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "model.safetensors")
+    ours, want = df.load(tmp_path), df.load(folder)
+    assert ours.config == want.config and same(ours, want)
 
 
 def test_a_file_of_two_dtypes(tmp_path):

@@ -15,6 +15,7 @@ from dualform.models.tables.gpt_neox import GPT_NEOX
 from dualform.models.tables.granite import GRANITE
 from dualform.models.tables.hf import HF as MAMBAS
 from dualform.models.tables.jamba import JAMBA
+from dualform.models.tables.kimi_linear import KIMI_LINEAR
 from dualform.models.tables.layout import Layout
 from dualform.models.tables.lfm2_moe import LFM2_MOE
 from dualform.models.tables.llama import LLAMA
@@ -33,6 +34,7 @@ _FAMILIES = (
     GPT_NEOX,
     GRANITE,
     JAMBA,
+    KIMI_LINEAR,
     LFM2_MOE,
     LLAMA,
     NEMOTRON_H,
