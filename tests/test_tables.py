@@ -1,5 +1,6 @@
 """Models of other libraries in this one: recorded logits, random models of transformers, and the way back."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,6 +26,7 @@ from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.rotary import RotaryConfig
 from dualform.models.saving.weights import INDEX_FILE
+from dualform.models.tables.registry import HF
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = {  # how near the logits must be in float32 and in float64
@@ -504,6 +506,20 @@ def test_a_file_of_two_dtypes(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
     with torch.no_grad():
         assert apart(model(x)[0], df.load(tmp_path, dtype="float32")(x)[0]) < 0.03
+
+
+@recorded
+def test_an_impossible_config_is_refused(name):
+    """Every key with values that it cannot have: a config is read, or its error is a sentence."""
+    about = json.loads((GOLDEN / name / "config.json").read_text())
+    family = HF[about["model_type"]]
+    for key in about.keys() - {"model_type", "architectures", "transformers_version"}:
+        for value in (0, -1, None, "a", [1, "b"], {}, 10**6, math.nan, {"rope_type": "x"}):
+            with contextlib.suppress(ConfigError):
+                family.read({**about, key: value}, "")
+    for wrong in ({"hidden_size": 0}, {"num_hidden_layers": "two"}, {"quantization_config": {"bits": 4}}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is"):
+            family.read({**about, **wrong}, "")
 
 
 # --- mamba-ssm ---

@@ -93,7 +93,10 @@ class Family:
         sizes = self.sizes.cls(**self.sizes.read(table, where))
         if not 0 < sizes.layers <= DEEPEST:
             raise ConfigError(f"{where}num_hidden_layers is {sizes.layers:,}, expected 1 to {DEEPEST:,}")
-        return self.build(Found(found, sizes, where))
+        try:
+            return self.build(Found(found, sizes, where))
+        except (ArithmeticError, TypeError) as error:  # of sizes that are 0 or missing
+            raise ConfigError(f"{where}sizes that do not fit together: {error}") from error
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The inverse of :meth:`read`.

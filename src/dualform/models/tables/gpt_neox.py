@@ -8,7 +8,7 @@ from dualform.layers.mlp import MLPConfig
 from dualform.models.config import ModelConfig
 from dualform.models.tables.family import Family, Found
 from dualform.models.tables.layout import Change, Options, Piece
-from dualform.models.tables.names import ACTIVATIONS
+from dualform.models.tables.names import ACTIVATIONS, activation_of
 from dualform.models.tables.rope import rotated, share
 
 
@@ -23,7 +23,7 @@ def _build(found: Found) -> ModelConfig:
     s, model = found.sizes, found.of[ModelConfig]
     given = found.of[AttentionConfig]
     attention = AttentionConfig(**given, d_rope=rotated(s.turned, model["d_model"] // given["heads"], found.where))
-    mlp = MLPConfig(**found.of[MLPConfig], bias=True, gated=False, activation=ACTIVATIONS[s.act])
+    mlp = MLPConfig(**found.of[MLPConfig], bias=True, gated=False, activation=activation_of(s.act, found.where))
     parts = tuple(SublayerConfig(part, norm="layer") for part in (attention, mlp))
     block = (SublayerConfig(ParallelConfig(parts), norm=None),) if s.parallel else parts
     return ModelConfig(parts={"P": block}, pattern="P" * s.layers, norm="layer", **model)

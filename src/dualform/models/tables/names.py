@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.core.errors import ConfigError
+from dualform.core.options import brief
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
@@ -88,6 +90,17 @@ def renamed(names: Mapping[str, tuple[Piece, ...]], words: Mapping[str, str]) ->
         return piece._replace(name=".".join(words.get(word, word) for word in piece.name.split(".")))
 
     return {here: tuple(map(name, pieces)) for here, pieces in names.items()}
+
+
+def activation_of(act: str, where: str) -> str:
+    """The activation of a feed-forward by its name there.
+
+    Raises:
+        ConfigError: for one that the layers here do not have.
+    """
+    if act not in ACTIVATIONS:
+        raise ConfigError(f"{where}hidden_act is {brief(act)}, expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[act]
 
 
 def is_attention(kind: str) -> bool:

@@ -13,7 +13,7 @@ from dualform.layers.recall import RecallConfig
 from dualform.models.config import ModelConfig
 from dualform.models.tables.family import Family, Found
 from dualform.models.tables.layout import Change, Options, Piece, rank, scan_width
-from dualform.models.tables.names import ACTIVATIONS, CONVOLUTION
+from dualform.models.tables.names import ACTIVATIONS, CONVOLUTION, activation_of
 
 SHARED = "shared"
 """The name under which the shared block keeps its output."""
@@ -107,7 +107,7 @@ def _build(found: Found) -> ModelConfig:
     attention = AttentionConfig(
         **found.of[AttentionConfig], d_head=head, d_out=width, rope=None, scale=(head / 2) ** -0.5
     )
-    mlp = MLPConfig(**found.of[MLPConfig], activation=ACTIVATIONS[s.act])
+    mlp = MLPConfig(**found.of[MLPConfig], activation=activation_of(s.act, found.where))
     parts = hybrid(scan, SublayerConfig(attention, joined="embedding", stream=0.0), SublayerConfig(mlp, stream=0.0))
     later = ("hybrid" if i % s.period == s.offset else "mamba" for i in range(s.layers - 3))
     types = s.types or ("mamba", "mamba", "hybrid", *later)

@@ -11,7 +11,7 @@ from dualform.layers.mlp import MLPConfig
 from dualform.models.config import ModelConfig
 from dualform.models.tables.family import Family, Found
 from dualform.models.tables.layout import Options, Piece, scan_width
-from dualform.models.tables.names import ACTIVATIONS, attention
+from dualform.models.tables.names import ACTIVATIONS, activation_of, attention
 from dualform.models.tables.zamba import found_in, hybrid, in_blocks, layer_types, names_of_hybrids, saves
 
 _SHARED = "STUVWXYZ"  # letters of the shared blocks
@@ -55,7 +55,7 @@ def _build(found: Found) -> ModelConfig:
     head = 2 * width // given["heads"]
     turned = {"rope": s.base if s.turned else None, "scale": (head / 2) ** -0.5, "d_head": head, "d_out": width}
     attention = AttentionConfig(**given, **turned, kv_heads=s.kv_heads or given["heads"])
-    mlp = MLPConfig(**found.of[MLPConfig], d_hidden=s.hidden or 4 * width, activation=ACTIVATIONS[s.act])
+    mlp = MLPConfig(**found.of[MLPConfig], d_hidden=s.hidden or 4 * width, activation=activation_of(s.act, found.where))
     low_rank = s.rank if s.adapted else 0
     blocks = hybrid(
         Mamba2Config(**scan, dt_limit=(s.least, math.inf)),
