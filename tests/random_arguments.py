@@ -418,6 +418,18 @@ def lstm(draw: Draw) -> Arguments:
     }
 
 
+def slstm(draw: Draw) -> Arguments:
+    batch, length, cu_seqlens = draw.batch()
+    rows, heads, width = batch if cu_seqlens is None else len(cu_seqlens) - 1, draw.one(1, 3), draw.one(1, 5)
+    return {
+        "gates": draw.normal(batch, length, 4, heads, width),
+        "weight": draw.normal(4, heads, width, width),
+        **{name: draw.normal(rows, heads, width) for name in "hcm"},
+        "n": draw.normal(rows, heads, width).exp(),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
 def grouped_linear(draw: Draw) -> Arguments:
     counts = torch.tensor([draw.one(0, 1, 3, 17) for _ in range(draw.one(1, 2, 5))], dtype=torch.int64)
     width, ends = draw.one(1, 3, 8), counts.cumsum(0)
@@ -492,6 +504,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         attention,
         long_conv,
         lstm,
+        slstm,
         grouped_linear,
     )
 }
@@ -512,6 +525,7 @@ PORTABLE = {
     "attention",
     "long_conv",
     "lstm",
+    "slstm",
     "grouped_linear",
 }
 

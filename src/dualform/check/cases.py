@@ -32,6 +32,7 @@ from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mixer import PartConfig
 from dualform.layers.mla import MLAConfig
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.mlstm import MLSTMConfig
 from dualform.layers.registry import MIXERS
 from dualform.layers.retnet import RetNetConfig
 from dualform.layers.rglru import RGLRUConfig
@@ -43,6 +44,7 @@ from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
 from dualform.layers.short_conv import GatedShortConvConfig
+from dualform.layers.slstm import SLSTMConfig
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 
@@ -313,6 +315,12 @@ def _mixers() -> list[Case]:
         mixer_case("", HGRN2Config(heads=1, norm_eps=0.1), 1),
         mixer_case("bound", HGRN2Config(heads=3, lower_bound=0.7, norm_eps=0.1), 3),
         mixer_case("wide heads", HGRN2Config(heads=2, d_head=5), 17),
+        mixer_case("", MLSTMConfig(heads=1, d_value=2, norm_eps=0.1), 1),
+        mixer_case("no cap", MLSTMConfig(heads=3, d_key=2, d_value=3, gate_cap=None, bias=True, norm_eps=0.1), 3),
+        mixer_case("wide heads", MLSTMConfig(heads=2, d_key=3, d_value=5, gate_cap=2.0, norm_eps=0.1), 17),
+        mixer_case("", SLSTMConfig(heads=1, d_head=2, norm_eps=0.1), 1),
+        mixer_case("", SLSTMConfig(heads=2, d_head=2, norm_eps=0.1), 3),
+        mixer_case("wide heads", SLSTMConfig(heads=2, d_head=5, norm_eps=0.1), 17),
     ]
 
 

@@ -27,6 +27,7 @@ from dualform.ops.long_conv import long_conv
 from dualform.ops.lstm import lstm
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.selective_scan import selective_scan, selective_state_update
+from dualform.ops.slstm import slstm
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 from dualform.ops.wkv4 import wkv4
@@ -172,6 +173,10 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         found = {"x": normal(batch, length, 5), "h": normal(states, 3), "c": normal(states, 3)}
         maps = {"input_weight": normal(12, 5), "hidden_weight": normal(12, 3)}
         return {**found, **maps, "input_bias": normal(12), "hidden_bias": normal(12)}
+
+    def scaled_gates(batch: int, states: int) -> dict[str, Tensor]:
+        state = {name: normal(states, 2, 3) for name in ("h", "c", "m")} | {"n": decay(states, 2, 3).neg()}
+        return {"gates": normal(batch, length, 4, 2, 3), "weight": normal(4, 2, 3, 3), **state}
 
     def behind(batch: int, states: int, taps: int) -> dict[str, Tensor]:
         return {"u": normal(batch, length, 5), "k": normal(5, taps), "past": normal(states, 6, 5)}
@@ -361,6 +366,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("long_conv packed", "long_conv", long_conv, behind(1, rows, 20), runs),
         OpCase("lstm", "lstm", lstm, gates(3, 3)),
         OpCase("lstm packed", "lstm", lstm, gates(1, rows), runs),
+        OpCase("slstm", "slstm", slstm, scaled_gates(3, 3)),
+        OpCase("slstm packed", "slstm", slstm, scaled_gates(1, rows), runs),
         OpCase("grouped_linear", "grouped_linear", grouped_linear, groups, {"ends": packed[1:].long()}),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dualform.layers.mixer import Hint, Mixer
     from dualform.layers.mla import MLA, MLAConfig
     from dualform.layers.mlp import MLP, MLPConfig
+    from dualform.layers.mlstm import MLSTM, MLSTMConfig
     from dualform.layers.moe import MoE, MoEConfig
     from dualform.layers.part import Part
     from dualform.layers.recall import Recall, RecallConfig
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dualform.layers.s4d import S4D, S4DConfig
     from dualform.layers.s5 import S5, S5Config
     from dualform.layers.short_conv import GatedShortConv, GatedShortConvConfig
+    from dualform.layers.slstm import SLSTM, SLSTMConfig
 
 __all__ = [
     "DSS",
@@ -57,6 +59,7 @@ __all__ = [
     "MIXERS",
     "MLA",
     "MLP",
+    "MLSTM",
     "RGLRU",
     "RWKV4",
     "RWKV6",
@@ -64,6 +67,7 @@ __all__ = [
     "S4",
     "S4D",
     "S5",
+    "SLSTM",
     "Attention",
     "AttentionConfig",
     "Block",
@@ -94,6 +98,7 @@ __all__ = [
     "LightningAttentionConfig",
     "MLAConfig",
     "MLPConfig",
+    "MLSTMConfig",
     "Mamba",
     "Mamba2",
     "Mamba2Config",
@@ -116,6 +121,7 @@ __all__ = [
     "S4Config",
     "S4DConfig",
     "S5Config",
+    "SLSTMConfig",
     "SublayerConfig",
 ]
 
@@ -148,11 +154,12 @@ _HOME = {
     "MIXERS": "registry",
     "MLA": "mla",
     "MLP": "mlp",
+    "MLSTM": "mlstm",
     "Mamba": "mamba",
     "Mamba2": "mamba2",
     "Mixer": "mixer",
-    "ParallelConfig": "block",
     "MoE": "moe",
+    "ParallelConfig": "block",
     "Part": "part",
     "RGLRU": "rglru",
     "Recall": "recall",
@@ -160,6 +167,7 @@ _HOME = {
     "S4": "s4",
     "S4D": "s4d",
     "S5": "s5",
+    "SLSTM": "slstm",
     "SublayerConfig": "block",
 }
 _HOME |= {f"{name}Config": home for name, home in _HOME.items() if f"{name}Config" in __all__}

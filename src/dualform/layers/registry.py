@@ -26,6 +26,7 @@ from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mla import MLAConfig
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.mlstm import MLSTMConfig
 from dualform.layers.moe import MoEConfig
 from dualform.layers.recall import RecallConfig
 from dualform.layers.retnet import RetNetConfig
@@ -38,6 +39,7 @@ from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
 from dualform.layers.s5 import S5Config
 from dualform.layers.short_conv import GatedShortConvConfig
+from dualform.layers.slstm import SLSTMConfig
 
 
 class Registry(MutableMapping[str, type[Any]]):
@@ -138,6 +140,7 @@ MIXERS = Registry(
         "mamba": MambaConfig,
         "mamba2": Mamba2Config,
         "mla": MLAConfig,
+        "mlstm": MLSTMConfig,
         "retnet": RetNetConfig,
         "rglru": RGLRUConfig,
         "rwkv4": RWKV4Config,
@@ -148,6 +151,7 @@ MIXERS = Registry(
         "s4d": S4DConfig,
         "s5": S5Config,
         "short_conv": GatedShortConvConfig,
+        "slstm": SLSTMConfig,
     },
 )
 FEEDFORWARDS = Registry("dualform.feedforwards", {"mlp": MLPConfig, "moe": MoEConfig})

@@ -24,6 +24,7 @@ from dualform.ops.lstm import lstm
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
 from dualform.ops.selective_scan import selective_scan, selective_state_update
+from dualform.ops.slstm import slstm
 from dualform.ops.ssd import ssd
 from dualform.ops.vandermonde import vandermonde_kernel
 from dualform.ops.wkv4 import wkv4
@@ -77,6 +78,7 @@ __all__ = [
     "mimo_ssm",
     "selective_scan",
     "selective_state_update",
+    "slstm",
     "ssd",
     "vandermonde_kernel",
     "wkv4",
