@@ -14,8 +14,11 @@ from dualform.core.errors import ConfigError
 from dualform.core.options import brief
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.block import COMPOSED, ChainConfig, ParallelConfig, SublayerConfig, standing
+from dualform.layers.lightning_attention import LightningAttentionConfig
 from dualform.layers.mlp import MLPConfig, hidden_width
+from dualform.layers.mlstm import MLSTMConfig
 from dualform.layers.moe import MoEConfig
+from dualform.layers.rglru import RGLRUConfig
 from dualform.models.config import DEEPEST, ModelConfig, sublayers
 from dualform.models.tables.layout import Options, Piece, encoded
 from dualform.models.tables.names import NAMES, Names
@@ -186,6 +189,13 @@ def _explicit(part: Any, width: int) -> Any:
     if isinstance(part, AttentionConfig):
         kv_heads, d_head = part.kv_heads or part.heads, part.d_head or width // part.heads
         return replace(part, kv_heads=kv_heads, d_head=d_head)
+    if isinstance(part, MLSTMConfig):
+        head = width // part.heads
+        return replace(part, d_key=part.d_key or head, d_value=part.d_value or head)
+    if isinstance(part, LightningAttentionConfig):
+        return replace(part, d_head=part.d_head or width // part.heads)
+    if isinstance(part, RGLRUConfig):
+        return replace(part, d_inner=part.d_inner or width)
     return part
 
 

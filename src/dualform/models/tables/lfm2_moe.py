@@ -10,8 +10,9 @@ from dualform.layers.moe import MoEConfig
 from dualform.layers.short_conv import GatedShortConvConfig
 from dualform.models.config import ModelConfig
 from dualform.models.tables.family import Family, Found
-from dualform.models.tables.layout import DEPTHWISE, Options, Piece
-from dualform.models.tables.names import attention, is_attention, mlp, moe, renamed
+from dualform.models.tables.layout import Options, Piece
+from dualform.models.tables.lfm2 import ATTENTION, CONV, IN_ATTENTION, IN_CONV, attention, mlp, short_conv
+from dualform.models.tables.names import NUMBERED, is_attention, moe, renamed
 
 
 class _Sizes(NamedTuple):
@@ -46,29 +47,10 @@ def _describe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-_W = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
 def _moe(part: MoEConfig, width: int) -> dict[str, tuple[Piece, ...]]:
     own = {"router.weight": (Piece("gate.weight"),), "router.correction": (Piece("expert_bias"),)}
-    return {**renamed(moe(part, width), _W), **own}
+    return {**renamed(moe(part, width), NUMBERED), **own}
 
-
-def _mlp(part: MLPConfig, width: int) -> dict[str, tuple[Piece, ...]]:
-    return {**renamed(mlp(part, width), _W), "down_proj.weight": (Piece("w2.weight"),)}
-
-
-def _attention(part: AttentionConfig, width: int) -> dict[str, tuple[Piece, ...]]:
-    norms = {f"{which}_norm.weight": (Piece(f"{which}_layernorm.weight"),) for which in "qk"}
-    return {**renamed(attention(part, width), {"o_proj": "out_proj"}), **norms}
-
-
-def _conv(part: GatedShortConvConfig, width: int) -> dict[str, tuple[Piece, ...]]:
-    return {"conv_weight": (Piece("conv.weight", DEPTHWISE),), "conv_bias": (Piece("conv.bias"),)}
-
-
-_NAMES = {"norms.0.": "operator_norm.", "norms.1.": "ffn_norm.", "parts.1.": "feed_forward."}
-_CONV, _ATTENTION = {**_NAMES, "parts.0.": "conv."}, {**_NAMES, "parts.0.": "self_attn."}
 
 LFM2_MOE = Family(
     model_type="lfm2_moe",
@@ -83,18 +65,8 @@ LFM2_MOE = Family(
                 "tie_word_embeddings": ("tie_embeddings", True),
             },
         ),
-        GatedShortConvConfig: Options(
-            GatedShortConvConfig, {"conv_L_cache": ("d_conv", 3), "conv_bias": ("bias", False)}
-        ),
-        AttentionConfig: Options(
-            AttentionConfig,
-            {
-                "num_attention_heads": ("heads", 32),
-                "num_key_value_heads": ("kv_heads", 8),
-                "rope_theta": ("rope", 1000000.0),
-                "norm_eps": ("norm_eps", 1e-5),
-            },
-        ),
+        GatedShortConvConfig: CONV,
+        AttentionConfig: ATTENTION,
         MLPConfig: Options(MLPConfig, {"intermediate_size": ("d_hidden", 7168)}),
         MoEConfig: Options(
             MoEConfig,
@@ -116,6 +88,6 @@ LFM2_MOE = Family(
     build=_build,
     describe=_describe,
     outside={"embed": "model.embed_tokens.", "norm": "model.embedding_norm.", "head": "lm_head."},
-    blocks={"C": _CONV, "E": _CONV, "A": _ATTENTION, "X": _ATTENTION},
-    names={MoEConfig: _moe, MLPConfig: _mlp, AttentionConfig: _attention, GatedShortConvConfig: _conv},
+    blocks={"C": IN_CONV, "E": IN_CONV, "A": IN_ATTENTION, "X": IN_ATTENTION},
+    names={MoEConfig: _moe, MLPConfig: mlp, AttentionConfig: attention, GatedShortConvConfig: short_conv},
 )

@@ -129,6 +129,8 @@ def periodic(places: list[int], count: int) -> tuple[int, int]:
 
 ACTIVATIONS = {"gelu": "gelu", "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
 """Those of feed-forwards, there and here."""
+NUMBERED = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""What the maps of a feed-forward or an expert are called where they have numbers."""
 CONVOLUTION = {"conv_weight": (Piece("conv1d.weight", DEPTHWISE),), "conv_bias": (Piece("conv1d.bias"),)}
 
 NAMES: Mapping[type[Any], Names] = {

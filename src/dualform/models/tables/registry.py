@@ -17,13 +17,17 @@ from dualform.models.tables.hf import HF as MAMBAS
 from dualform.models.tables.jamba import JAMBA
 from dualform.models.tables.kimi_linear import KIMI_LINEAR
 from dualform.models.tables.layout import Layout
+from dualform.models.tables.lfm2 import LFM2
 from dualform.models.tables.lfm2_moe import LFM2_MOE
 from dualform.models.tables.llama import LLAMA
 from dualform.models.tables.mamba_ssm import MAMBA_SSM
+from dualform.models.tables.minimax import MINIMAX
 from dualform.models.tables.nemotron_h import NEMOTRON_H
 from dualform.models.tables.olmo_hybrid import OLMO_HYBRID
 from dualform.models.tables.qwen3 import QWEN3
 from dualform.models.tables.qwen3_next import QWEN3_5, QWEN3_NEXT
+from dualform.models.tables.recurrent_gemma import RECURRENT_GEMMA
+from dualform.models.tables.xlstm import XLSTM
 from dualform.models.tables.zamba import ZAMBA
 from dualform.models.tables.zamba2 import ZAMBA2
 
@@ -35,13 +39,17 @@ _FAMILIES = (
     GRANITE,
     JAMBA,
     KIMI_LINEAR,
+    LFM2,
     LFM2_MOE,
     LLAMA,
+    MINIMAX,
     NEMOTRON_H,
     OLMO_HYBRID,
     QWEN3,
     QWEN3_5,
     QWEN3_NEXT,
+    RECURRENT_GEMMA,
+    XLSTM,
     ZAMBA,
     ZAMBA2,
 )
