@@ -27,6 +27,7 @@ from dualform.models.tables.olmo_hybrid import OLMO_HYBRID
 from dualform.models.tables.qwen3 import QWEN3
 from dualform.models.tables.qwen3_next import QWEN3_5, QWEN3_NEXT
 from dualform.models.tables.recurrent_gemma import RECURRENT_GEMMA
+from dualform.models.tables.rwkv import RWKV
 from dualform.models.tables.xlstm import XLSTM
 from dualform.models.tables.zamba import ZAMBA
 from dualform.models.tables.zamba2 import ZAMBA2
@@ -50,6 +51,7 @@ _FAMILIES = (
     QWEN3_NEXT,
     RECURRENT_GEMMA,
     XLSTM,
+    RWKV,
     ZAMBA,
     ZAMBA2,
 )
