@@ -10,6 +10,7 @@ from dualform.core.lazy import lazy
 
 if TYPE_CHECKING:
     from dualform.layers.attention import Attention, AttentionConfig
+    from dualform.layers.bidirectional import Bidirectional, BidirectionalConfig
     from dualform.layers.block import Block, ChainConfig, ParallelConfig, SublayerConfig
     from dualform.layers.context import Context
     from dualform.layers.delta_net import DeltaNet, DeltaNetConfig
@@ -70,6 +71,8 @@ __all__ = [
     "SLSTM",
     "Attention",
     "AttentionConfig",
+    "Bidirectional",
+    "BidirectionalConfig",
     "Block",
     "ChainConfig",
     "Context",
@@ -136,6 +139,7 @@ _HOME = {
     "RWKV4": "rwkv4",
     "GLA": "gla",
     "Attention": "attention",
+    "Bidirectional": "bidirectional",
     "Block": "block",
     "ChainConfig": "block",
     "Context": "context",

@@ -8,6 +8,7 @@ from typing import Any
 
 from dualform.core.errors import ConfigError
 from dualform.layers.attention import AttentionConfig
+from dualform.layers.bidirectional import BidirectionalConfig
 from dualform.layers.block import ChainConfig, ParallelConfig, SublayerConfig
 from dualform.layers.delta_net import DeltaNetConfig
 from dualform.layers.dss import DSSConfig
@@ -156,6 +157,7 @@ MIXERS = Registry(
 )
 FEEDFORWARDS = Registry("dualform.feedforwards", {"mlp": MLPConfig, "moe": MoEConfig})
 COMPOSITES: dict[str, type[Any]] = {
+    "bidirectional": BidirectionalConfig,
     "sublayer": SublayerConfig,
     "chain": ChainConfig,
     "parallel": ParallelConfig,
