@@ -69,6 +69,9 @@ class GLA(Mixer):
     def __init__(self, config: GLAConfig, d_model: int):
         super().__init__()
         c, self.config, self.d_model = config, config, d_model
+        for name in ("expand_k", "expand_v", "gate_temperature", "norm_eps"):
+            if not 0 < getattr(c, name) < math.inf:
+                raise ConfigError(f"gla: {name} is {getattr(c, name)}, expected a positive number")
         keys, values = int(c.expand_k * d_model), int(c.expand_v * d_model)
         check_sizes("gla", d_model=d_model, heads=c.heads, gate_rank=c.gate_rank)
         check_sizes("gla", **{"expand_k * d_model": keys, "expand_v * d_model": values})
@@ -78,9 +81,6 @@ class GLA(Mixer):
                     f"gla: {name} * d_model = {channels} is not a multiple of heads = {c.heads}",
                     hint=f"set heads to a divisor of {channels}",
                 )
-        for name in ("gate_temperature", "norm_eps"):
-            if not 0 < getattr(c, name) < math.inf:
-                raise ConfigError(f"gla: {name} is {getattr(c, name)}, expected a positive number")
         self.heads, self.sizes = c.heads, [keys, keys, values, values, c.gate_rank]
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.decay_proj = nn.Linear(c.gate_rank, keys, bias=False)
