@@ -415,6 +415,10 @@ def test_what_is_found_is_there_as_json(dualform, folder, model, tmp_path, monke
     assert code == 0 and err == "" and found["parameters"] == model.parameter_count() and found["run"] is None
     assert ModelConfig.from_dict(found["config"]) == model.config and found["kind"] == "LanguageModel"
     assert found["weights"]["bytes"] == Path(found["weights"]["path"]).stat().st_size
+    assert found["active_parameters"] == found["parameters"]
+    code, out, _ = dualform("info", "byte-jamba")
+    experts = strict(dualform("info", "byte-jamba", "--json")[1])
+    assert code == 0 and f"{experts['active_parameters']:,} of them" in out
     assert strict(dualform("info", "byte-transformer", "--json")[1])["state"]["bytes_per_token"] > 0
     versions = strict(dualform("doctor", "--json")[1])
     assert versions["versions"]["torch"] == torch.__version__ and versions["backend"] is None

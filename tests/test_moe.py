@@ -193,6 +193,12 @@ def test_a_correction_moves_towards_experts_that_are_used_too_little() -> None:
     close(moe.router.correction.grad, used - 0.25, 1e-12)
 
 
+def test_a_correction_that_nothing_moves_is_no_parameter_to_train() -> None:
+    for balance in (0.0, 0.01):
+        correction = MoEConfig(4, scores="sigmoid", corrected=True, balance=balance).build(5).router.correction
+        assert correction is not None and correction.requires_grad == (balance > 0)
+
+
 def test_nothing_is_told_where_nobody_listens() -> None:
     losses: list[Tensor] = []
     moe, x = MoEConfig(4).build(5), torch.randn(2, 5)

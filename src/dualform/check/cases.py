@@ -33,6 +33,7 @@ from dualform.layers.mixer import PartConfig
 from dualform.layers.mla import MLAConfig
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.mlstm import MLSTMConfig
+from dualform.layers.moe import MoEConfig
 from dualform.layers.registry import MIXERS
 from dualform.layers.retnet import RetNetConfig
 from dualform.layers.rglru import RGLRUConfig
@@ -350,14 +351,14 @@ def _models() -> list[Case]:
         d_model=9,
         parts={
             "M": (MambaConfig(d_state=5, d_inner=7, norm_maps=1e-4), mlp),
-            "L": (LSTMConfig(hidden=5),),
+            "L": (LSTMConfig(hidden=5), MoEConfig(3, 2, d_hidden=4, d_shared=2)),
             "D": (S4DConfig(d_state=6),),
             "W": (AttentionConfig(heads=3, window=5), mlp),
         },
         pattern="MLDW",
         tie_embeddings=False,
     )
-    return [model_case("mamba2 + shared attention", zamba), model_case("mamba + lstm + s4d + window", mixed)]
+    return [model_case("mamba2 + shared attention", zamba), model_case("mamba + lstm + experts + s4d + window", mixed)]
 
 
 CASES: dict[str, Case] = {

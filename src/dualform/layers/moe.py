@@ -28,7 +28,7 @@ class MoEConfig(RouterConfig):
         d_shared: the inner width of an expert that all elements use beside those chosen for them; 0 for none. Several
             such experts are one, of the sum of their widths.
         shared_gate: whether what that expert returns is multiplied by ``sigmoid(w . x)``.
-        balance: weight of the router's ``balance_loss`` in the loss of a training.
+        balance: weight of the router's ``balance_loss`` in the loss of a training. With 0 a correction stays as it is.
         z: weight of its ``z_loss``.
     """
 
@@ -72,6 +72,8 @@ class MoE(Part):
         self.config, self.activation = config, activation("moe", config.activation)
         d_hidden = hidden_width("moe", config.d_hidden, d_model, gated=config.gated)
         self.router = Router(config, d_model)
+        if self.router.correction is not None and not config.balance:
+            self.router.correction.requires_grad_(False)  # which only that loss moves
         if config.gated:
             self.gate_up_proj = _matrices(config.experts, 2 * d_hidden, d_model)
         else:

@@ -111,6 +111,8 @@ class Router(nn.Module):
             routing: of N elements.
             counted: those that are no padding; None is all.
 
+        In transformers f is K times as large, and f and p are means over the layers, of which there is one loss.
+
         References:
             Fedus et al. (2021), arXiv:2101.03961, equations 4 to 6; Wang et al. (2024), arXiv:2408.15664, algorithm 1.
         """

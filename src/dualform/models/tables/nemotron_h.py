@@ -19,6 +19,10 @@ _SIGNS = {"M": "M", "*": "A", "-": "F", "E": "E"}  # of older files
 _WRITTEN = {Mamba2Config: "linear_attention", AttentionConfig: "full_attention", MLPConfig: "mlp", MoEConfig: "moe"}
 
 
+_EXPERTS: dict[str, Any] = {"activation": "relu2", "gated": False, "scores": "sigmoid", "corrected": True}
+_EXPERTS |= {"balance": 0.0, "z": 0.0}  # transformers adds no loss of theirs
+
+
 class _Sizes(NamedTuple):
     layers: int
     types: tuple[str, ...] | None
@@ -41,7 +45,7 @@ def _build(found: Found) -> ModelConfig:
         "M": (Mamba2Config(**scan),),
         "A": (AttentionConfig(**found.of[AttentionConfig], rope=None),),
         "F": (MLPConfig(**found.of[MLPConfig], activation="relu2", gated=False),),
-        "E": (MoEConfig(**found.of[MoEConfig], activation="relu2", gated=False, scores="sigmoid", corrected=True),),
+        "E": (MoEConfig(**found.of[MoEConfig], **_EXPERTS),),
     }
     pattern = "".join(known[kind] for kind in kinds)
     return ModelConfig(parts={letter: parts[letter] for letter in parts if letter in pattern}, pattern=pattern, **model)
