@@ -1,6 +1,7 @@
 """The options of attention that families of models need: against a loop over tokens, and rotations against formulas."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,9 +162,7 @@ def test_norms_of_queries_and_keys_start_as_norms_alone() -> None:
 @pytest.mark.parametrize("truncate", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
 def test_angles_are_those_of_transformers(kind: str, truncate: bool) -> None:
-    transformers = pytest.importorskip("transformers")
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+    formulas = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
     given: dict[str, Any] = {"rope_type": kind, "rope_theta": 5e4, "factor": 8.0}
     ours: dict[str, Any] = {"base": 5e4, "scaling": kind, "factor": 8.0}
     if kind == "llama3":
@@ -172,8 +171,15 @@ def test_angles_are_those_of_transformers(kind: str, truncate: bool) -> None:
     if kind == "yarn":
         given |= {"beta_fast": 20.0, "beta_slow": 2.0, "original_max_position_embeddings": 512, "truncate": truncate}
         ours |= {"slow": 2.0, "fast": 20.0, "original": 512, "rounded": truncate}
-    config = transformers.LlamaConfig(hidden_size=96, num_attention_heads=2, rope_parameters=given, head_dim=48)
-    want, size = ROPE_INIT_FUNCTIONS[kind](config)
+    config = SimpleNamespace(
+        hidden_size=96,
+        num_attention_heads=2,
+        head_dim=48,
+        max_position_embeddings=4096,
+        rope_parameters=given,
+        standardize_rope_params=lambda: None,
+    )
+    want, size = formulas[kind](config)
     rope = RotaryConfig(**ours)
     close(rope.frequencies(24, torch.device("cpu"), torch.float64), want.double(), 1e-5)
     torch.testing.assert_close(rope.frequencies(24, torch.device("cpu"), torch.float64).float(), want.float())
