@@ -149,7 +149,8 @@ def test_every_public_name_resolves():
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "train", "generate", "eval", "info", "convert", "inspect", "verify", "check", "doctor"]
+    "command",
+    ["", "demo", "train", "generate", "eval", "compare", "info", "convert", "inspect", "verify", "check", "doctor"],
 )
 def test_help_loads_nothing_heavy(command):
     arguments = ["dualform", *command.split(), "--help"]

@@ -8,6 +8,7 @@ import typer
 
 from dualform import __version__
 from dualform.cli.check import check
+from dualform.cli.compare import compare
 from dualform.cli.convert import convert
 from dualform.cli.demo import demo
 from dualform.cli.doctor import doctor
@@ -47,7 +48,7 @@ def _options(
     pass
 
 
-for command in (demo, train, generate, evaluate, info, convert, inspect, verify, check, doctor):
+for command in (demo, train, generate, evaluate, compare, info, convert, inspect, verify, check, doctor):
     name = "eval" if command is evaluate else None  # not the name of a function of Python
     kind = TrainCommand if command is train else None
     app.command(name, epilog=sys.modules[command.__module__].EPILOG, cls=kind)(command)
