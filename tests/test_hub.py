@@ -132,6 +132,6 @@ def test_what_the_hub_does_not_give(hub, monkeypatch, error, sentence):
 
 def test_a_repository_of_another_architecture(hub):
     there, _, _ = hub
-    (there / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(CheckpointError, match="model_type is 'llama'"):
+    (there / "config.json").write_text(json.dumps({"model_type": "gemma9"}))
+    with pytest.raises(CheckpointError, match="model_type is 'gemma9'"):
         df.load(NAME)

@@ -668,14 +668,18 @@ MAMBA2 = Mamba2Config(d_state=3, d_head=4)
     ("model", "layout", "sentence"),
     [
         (lm(LSTMConfig(hidden=3)), "hf", "blocks of LSTM, which"),
-        (lm(MambaConfig(), MAMBA2), "hf", "has different blocks"),
-        (lm(MambaConfig(), pattern="AA", shared="A"), "hf", "shares the blocks 'A'"),
+        (lm(MambaConfig(), MAMBA2), "hf", "blocks of Mamba, Mamba2, which no family of transformers has"),
+        (lm(MambaConfig(), pattern="AA", shared="A"), "hf", "'AA' with shared = 'A', which MambaForCausalLM"),
         (
             lm((MAMBA2, MLPConfig(), MLPConfig())),
             "hf",
             "block 0: Mamba2, MLP, MLP where it has Mamba2, MLP, which Bamba",
         ),
-        (lm(dataclasses.replace(MAMBA2, norm_eps=0.1)), "hf", "norm_eps of 0.1 beside one of 1e-05"),
+        (
+            lm(dataclasses.replace(MAMBA2, norm_eps=0.1)),
+            "hf",
+            "block 0: Mamba2 with norm_eps = 0.1, which Mamba2",
+        ),
         (
             lm(dataclasses.replace(MAMBA2, d_inner=12, dt_limit=(0.0, 5.0))),
             "hf",

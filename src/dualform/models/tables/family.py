@@ -120,8 +120,10 @@ class Family:
         try:
             about = {key: encoded(v) for key, v in nested(about | self.describe(config) | SILENT).items()}
             again = self.read(about, "")
-        except (ConfigError, LookupError, StopIteration, AttributeError, TypeError, ValueError) as error:
-            raise self._lacks("a structure of blocks") from error
+        except ConfigError as error:
+            raise self._lacks(str(error).split("\n")[0]) from error
+        except (LookupError, StopIteration, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            raise self._lacks("blocks in another order") from error
         if difference := _difference(config, explicit(again)):
             raise self._lacks(difference)
         return about

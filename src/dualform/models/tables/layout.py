@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dualform.core.errors import ConfigError
 from dualform.core.options import brief, fits, shown
-from dualform.layers.mixer import PartConfig
 from dualform.models.config import ModelConfig
 
 
@@ -208,19 +207,6 @@ def encoded(value: Any) -> Any:
 def scan_width(channels: int, width: int) -> dict[str, int]:
     """The option of a scan of so many channels: how often the width of the model, or by itself."""
     return {"d_inner": channels} if channels % width else {"expand": channels // width}
-
-
-def one_block(config: ModelConfig, library: str) -> tuple[PartConfig, ...]:
-    """The sub-layers of every block of a model whose blocks are all alike.
-
-    Raises:
-        ConfigError: where they are not, or are one module.
-    """
-    kinds = {config.parts[letter] for letter in config.pattern}
-    if config.shared or len(kinds) > 1:
-        what = f"shares the blocks {config.shared!r}" if config.shared else "has different blocks"
-        raise ConfigError(f"model: {what}, which {library} does not have")
-    return kinds.pop()
 
 
 def rank(d_model: int) -> int:

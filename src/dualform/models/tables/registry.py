@@ -13,13 +13,13 @@ from dualform.models.tables.falcon_h1 import FALCON_H1
 from dualform.models.tables.family import Family
 from dualform.models.tables.gpt_neox import GPT_NEOX
 from dualform.models.tables.granite import GRANITE
-from dualform.models.tables.hf import HF as MAMBAS
 from dualform.models.tables.jamba import JAMBA
 from dualform.models.tables.kimi_linear import KIMI_LINEAR
 from dualform.models.tables.layout import Layout
 from dualform.models.tables.lfm2 import LFM2
 from dualform.models.tables.lfm2_moe import LFM2_MOE
 from dualform.models.tables.llama import LLAMA
+from dualform.models.tables.mamba import FALCON_MAMBA, MAMBA, MAMBA2
 from dualform.models.tables.mamba_ssm import MAMBA_SSM
 from dualform.models.tables.minimax import MINIMAX
 from dualform.models.tables.nemotron_h import NEMOTRON_H
@@ -34,6 +34,9 @@ from dualform.models.tables.zamba2 import ZAMBA2
 
 Table = Layout | Family
 _FAMILIES = (
+    MAMBA,
+    MAMBA2,
+    FALCON_MAMBA,
     BAMBA,
     FALCON_H1,
     GPT_NEOX,
@@ -55,7 +58,7 @@ _FAMILIES = (
     ZAMBA,
     ZAMBA2,
 )
-HF: dict[str, Table] = {**MAMBAS, **{family.model_type: family for family in _FAMILIES}}
+HF = {family.model_type: family for family in _FAMILIES}
 """The families of transformers by their ``model_type``."""
 
 SUPPORTED = f"folders of dualform, of transformers ({', '.join(HF)}) and of mamba-ssm can be read"
@@ -92,8 +95,12 @@ def written_as(config: ModelConfig, name: str) -> tuple[Table, dict[str, Any]] |
         return None
     layouts: list[Table] = list(HF.values()) if name == "hf" else [MAMBA_SSM]
     kinds = {type(sub.part) for letter in config.pattern for sub in sublayers(config.parts[letter])} - {*COMPOSED}
+    fitting = [layout for layout in layouts if kinds <= {*layout.parts, RecallConfig}] or layouts
+    if name == "hf" and fitting is layouts:
+        blocks = ", ".join(sorted(kind.__name__.removesuffix("Config") for kind in kinds))
+        raise ConfigError(f"model: blocks of {blocks}, which no family of transformers has")
     errors = []
-    for layout in [layout for layout in layouts if kinds <= {*layout.parts, RecallConfig}] or layouts:
+    for layout in fitting:
         try:
             return layout, layout.write(config)
         except ConfigError as error:
