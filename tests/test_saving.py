@@ -277,8 +277,8 @@ def test_bytes_that_are_no_text(saved):
 
 
 def test_foreign_config(saved):
-    (saved / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
-    refused(saved, r"model_type is 'llama', which is not in the tables\n.*mamba, mamba2")
+    (saved / "config.json").write_text('{"model_type": "gemma9", "hidden_size": 8}')
+    refused(saved, r"model_type is 'gemma9', which is not in the tables\n.*mamba, mamba2")
 
 
 def edit(folder, change):
