@@ -591,6 +591,11 @@ def test_an_impossible_config_is_refused(name):
             family.read({**about, **wrong}, "")
 
 
+def test_the_pages_name_every_family():
+    page = (GOLDEN.parent.parent / "docs" / "pretrained.md").read_text()
+    assert [name for name in HF if f'"{name}"' not in page] == []
+
+
 # --- mamba-ssm ---
 
 SIZES = {"d_model": 8, "n_layer": 3, "vocab_size": 13, "residual_in_fp32": True}
