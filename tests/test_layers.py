@@ -64,7 +64,7 @@ def test_options_of_a_layer_are_those_of_its_config():
         (lambda: dualform.layers.Mamba2(64, headdim=8), "unknown keyword 'headdim'\n.*did you mean 'd_head'"),
         (lambda: dualform.layers.Mamba2Config(d_state="16"), "Mamba2Config: d_state is '16', expected a whole number"),
         (lambda: dualform.layers.Mamba2Config(16, d_state=16), "d_state is given twice"),
-        (lambda: dualform.layers.MLPConfig(1, False, "relu", True, 1.0, 3), "MLPConfig: 6 values, expected at most 5: d"),
+        (lambda: dualform.layers.MLPConfig(1, True, "relu", True, 1, 3), "MLPConfig: 6 values, expected at most 5: "),
         (lambda: dualform.layers.Mamba2(), r"Mamba2: d_model is nothing, expected one whole number\n.*Mamba2\(64\)"),
         (lambda: dualform.layers.Mamba2(64, 16), "d_model is 64, 16, expected one whole number\n.*d_state"),
         (lambda: dualform.layers.Mamba2(64.0), "d_model is 64.0"),
