@@ -38,7 +38,18 @@ for _name in (
     "wkv7_chunked",
 ):
     import_module(f"dualform.ops.{_name}")
-for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step", "wkv7"):
+for _name in (
+    "causal_conv1d",
+    "diagonal_ssm",
+    "gated_delta_rule",
+    "gated_delta_rule_update",
+    "linear_scan",
+    "norm",
+    "selective_scan",
+    "ssd",
+    "step",
+    "wkv7",
+):
     import_module(f"dualform.ops.triton.{_name}")
 for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step"):
     import_module(f"dualform.ops.native.{_name}")

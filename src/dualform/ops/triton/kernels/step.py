@@ -7,7 +7,7 @@ from dualform.ops.triton.kernels.pointwise import silu, softplus
 
 
 @triton.jit
-def _row(rows_ptr, b, R):
+def table_row(rows_ptr, b, R):
     """The row of a table of ``R`` that row b of x has, or 0; whether it has one; and what its results are otherwise."""
     row = tl.load(rows_ptr + b).to(tl.int64)
     there = (row >= 0) & (row < R)
@@ -54,7 +54,7 @@ def causal_conv1d_update(
     mask, column = d < D, d.to(tl.int64)
     row, read, write = b, mask, mask
     if rows_ptr is not None:
-        row, there, blank = _row(rows_ptr, b, R)
+        row, there, blank = table_row(rows_ptr, b, R)
         read = mask & there
     after_row = b
     if TABLE:
@@ -156,7 +156,7 @@ def selective_state_update(
     inside, at = mask[:, None] & (n < N), d[:, None].to(tl.int64) * N + n
     row, read, write = b, inside, inside
     if rows_ptr is not None:
-        row, there, blank = _row(rows_ptr, b, R)
+        row, there, blank = table_row(rows_ptr, b, R)
         read = inside & there
     after_row = b
     if TABLE:
