@@ -307,7 +307,8 @@ def no_training(monkeypatch):
 @pytest.fixture
 def layers(tmp_path):
     """A model of every mixer, and a feed-forward."""
-    small = {"mamba2": {"d_head": 4}, "attention": {"heads": 2, "window": 3}, "hyena": {"order": 3}}
+    heads = {key: {"d_head": 4} for key in ("mamba2", "rwkv6", "rwkv7")}
+    small = {**heads, "attention": {"heads": 2, "window": 3}, "hyena": {"order": 3}}
     parts = {chr(65 + i): (kind(**small.get(name, {})),) for i, (name, kind) in enumerate(MIXERS.items())}
     parts["A"] += (MLPConfig(),)
     LanguageModel(ModelConfig(256, 8, parts, "".join(parts))).save(tmp_path / "layers")

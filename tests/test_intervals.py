@@ -147,7 +147,8 @@ def test_the_contract_in_spans(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_which_layers_take_intervals() -> None:
-    options: dict[str, dict[str, Any]] = {"mamba2": {"d_head": 4}, "attention": {"heads": 2}}
+    heads = {key: {"d_head": 4} for key in ("mamba2", "rwkv6", "rwkv7")}
+    options: dict[str, dict[str, Any]] = {**heads, "attention": {"heads": 2}}
     for kind, config in MIXERS.items():
         mixer = config(**options.get(kind, {})).build(8)
         assert mixer.continuous == ("intervals" in inspect.signature(mixer.forward).parameters), kind
