@@ -23,7 +23,7 @@ _CHUNK = 64  # steps of a matrix product
 _LEAST = 16  # rows and columns of a matrix product; half of a chunk
 _MOST_KEYS, _MOST_WIDTH = 128, 512
 _SHARED = 160 * 2**10  # bytes for keys and values of 128
-_COLUMNS = {"states": 64, "outputs": 32, "adjoint": 64, "gradients": 64}  # of values, at a time
+_COLUMNS = {"states": 64, "outputs": 32, "adjoint": 64, "gradients": 32}  # of values, at a time
 _WARPS = {"inverses": 2, "states": 4, "outputs": 4, "adjoint": 4, "gradients": 8}
 _STAGES = {"states": 2, "adjoint": 2}
 
