@@ -238,10 +238,11 @@ def test_kernels_are_the_definition(name, dtype, poison):
         assert found.error <= allowed, found
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it, in float32")
+@pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
 def test_gradients_of_decays_are_as_exact_as_a_loop(monkeypatch):
     monkeypatch.setattr(sys.modules["dualform.ops.triton.ssd"], "_CHUNK", 64)
     as_exact_as_a_loop("triton", DECAYS["mixed"], 0)
+    as_exact_as_a_loop("triton", DECAYS["mixed"], 0, torch.float16, ("A", "dt"))
 
 
 LARGE = {

@@ -374,7 +374,8 @@ def gradients(
     """One chunk, some heads of a group: what B, dt and A get, from the state that leaves and from ``dlog``.
 
     ``dB`` is ``(parts, B, T, G, N)``, ``dA`` ``(B, chunks, H)``. A decay gets a sum over the pairs of steps that it
-    lies between: a difference of sums over many more, which are float64, as they may be far larger.
+    lies between: a difference of sums over many more, which may be far larger. They are float64, but for inputs of 16
+    bits, whose own rounding is larger still.
     """
     part, group, c, b, begin, inside, first, last = _place(table_ptr, length, heads, per_group, slots, parts, Q)
     number, first_run, last_run = _runs(ids_ptr, b, begin, inside, length)
@@ -392,7 +393,9 @@ def gradients(
             dweights *= products
             ddt = tl.sum(dweights, 0)
             t = tl.arange(0, Q)
-            pairs = tl.where(t[:, None] > t[None, :], dweights * of[None, :], 0.0).to(tl.float64)
+            pairs = tl.where(t[:, None] > t[None, :], dweights * of[None, :], 0.0)
+            if given.dtype.primitive_bitwidth > 16:
+                pairs = pairs.to(tl.float64)
             dlog = tl.sum(pairs, 1) - tl.sum(pairs, 0)
 
             # Through the state that leaves.
@@ -404,7 +407,7 @@ def gradients(
             ddt += added
 
             step = (tl.cast(b, tl.int64) * length + begin) * heads + h
-            dlog += tl.load(dlog_ptr + step + t * heads, mask=mine, other=0.0).to(tl.float64)
+            dlog = dlog.to(tl.float64) + tl.load(dlog_ptr + step + t * heads, mask=mine, other=0.0)
             earlier = (added * of).to(tl.float64)
             dlog = tl.cumsum(dlog, 0, reverse=True) + tl.cumsum(earlier, 0) - earlier
             dlog = tl.where(mine, dlog, 0.0).to(dtype)
