@@ -707,6 +707,23 @@ def test_a_model_that_another_library_does_not_have(model, layout, sentence, tmp
     assert not (tmp_path / "a").exists()
 
 
+WRITTEN_OUT = [  # options that say what would hold without them
+    MambaConfig(d_state=2, dt_rank=1),
+    MambaConfig(d_state=2, d_inner=16),
+    MambaConfig(d_state=2, expand=3, d_inner=13),
+    Mamba2Config(d_state=4, d_head=4, d_inner=16),
+]
+
+
+@pytest.mark.parametrize("layout", ["hf", "mamba_ssm"])
+@pytest.mark.parametrize("part", WRITTEN_OUT, ids=str)
+def test_an_option_may_say_what_holds_without_it(part, layout, tmp_path):
+    model = df.LanguageModel(df.ModelConfig(16, 8, {"M": (part,)}, "MM"))
+    df.save(model, tmp_path / "there", layout=layout)
+    again = df.load(tmp_path / "there")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_a_layout_that_there_is_not(tmp_path):
     with pytest.raises(ArgumentError, match=r"layout is 'hff'\n.*did you mean 'hf'"):
         df.save(lm(MambaConfig()), tmp_path / "a", layout="hff")

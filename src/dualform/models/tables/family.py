@@ -15,12 +15,14 @@ from dualform.core.options import brief
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.block import COMPOSED, ChainConfig, ParallelConfig, SublayerConfig, standing
 from dualform.layers.lightning_attention import LightningAttentionConfig
+from dualform.layers.mamba import MambaConfig
+from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig, hidden_width
 from dualform.layers.mlstm import MLSTMConfig
 from dualform.layers.moe import MoEConfig
 from dualform.layers.rglru import RGLRUConfig
 from dualform.models.config import DEEPEST, ModelConfig, sublayers
-from dualform.models.tables.layout import Options, Piece, encoded
+from dualform.models.tables.layout import Options, Piece, encoded, rank, scan_width
 from dualform.models.tables.names import NAMES, Names
 from dualform.models.tables.rope import flat, nested
 
@@ -191,6 +193,11 @@ def _explicit(part: Any, width: int) -> Any:
     if isinstance(part, AttentionConfig):
         kv_heads, d_head = part.kv_heads or part.heads, part.d_head or width // part.heads
         return replace(part, kv_heads=kv_heads, d_head=d_head)
+    if isinstance(part, MambaConfig | Mamba2Config):
+        channels = part.expand * width if part.d_inner is None else part.d_inner
+        own = {"dt_rank": part.dt_rank or rank(width)} if isinstance(part, MambaConfig) else {}
+        unused = {"d_inner": None, "expand": type(part).expand}  # one of them says the width
+        return replace(part, **{**own, **unused, **scan_width(channels, width)})
     if isinstance(part, MLSTMConfig):
         head = width // part.heads
         return replace(part, d_key=part.d_key or head, d_value=part.d_value or head)
