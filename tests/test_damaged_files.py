@@ -15,16 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from dualform.cli.main import app
 from dualform.core.errors import DualformError
 from dualform.core.tree import leaves
 from dualform.generation.engine import generate
 from dualform.generation.session import Session
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.lstm import LSTMConfig
+from dualform.layers.mamba import MambaConfig
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
-from dualform.models.saving.model import load
+from dualform.models.saving.model import load, save
 from dualform.models.saving.state import load_meta, load_state, save_state
 from dualform.models.tokenizer import ByteTokenizer
 from dualform.train.best import Best
@@ -89,7 +92,7 @@ class Reader:
 
     def best(self):
         best = Best(self.root / "best", resumed=True)
-        return [best.step, best.bits]
+        return [best.step, best.bits, *load(self.root / "best").state_dict().values()]
 
     def session(self, name="a.session"):
         return leaves(Session.load(self.root / name, self.model))
@@ -118,6 +121,8 @@ KINDS = [  # the file that is damaged, and what reads it
     ("data/about.json", "prepared"),
     ("data/manifest.json", "prepared"),
     ("best/evaluation.json", "best"),
+    ("best/model.safetensors", "best"),
+    ("best/manifest.json", "best"),
     ("a.session", "session"),
     ("a.state", "state"),
 ]
@@ -264,6 +269,55 @@ def test_without_a_digest_it_is_refused_or_taken_as_it_is(made, tmp_path, file, 
     reader = Reader(tmp_path / "copy", recipe, model)
     counts = damage(tmp_path / "copy" / file, getattr(reader, reads), seed=len(file), trusted=True)
     print(f"\n{file}, alone: {counts}")
+    assert counts.tries == counts.refused + counts.right and counts.refused > 0 and not counts.other, counts.other[:5]
+
+
+# --- folders of other libraries ---
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A small Mamba in the layout of transformers, in one file, in two with an index and as PyTorch writes it; and in
+    that of mamba-ssm; and what ``dualform convert`` makes of both."""
+    root = tmp_path_factory.mktemp("foreign")
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(16, 4, {"M": (MambaConfig(d_state=2, dt_rank=1),)}, "MM"))
+    for name, layout in (("hf", "hf"), ("ssm", "mamba_ssm")):
+        save(model, root / name, layout=layout)
+        CliRunner().invoke(app, ["convert", str(root / name), str(root / f"of_{name}")])
+    tensors = load_file(root / "hf" / "model.safetensors")
+    for name, suffix, write in (("shards", "safetensors", save_file), ("pickle", "bin", torch.save)):
+        (root / name).mkdir()
+        shutil.copy(root / "hf" / "config.json", root / name)
+        parts = {f"{i}.{suffix}": dict(sorted(tensors.items())[i::2]) for i in (0, 1)}
+        if name == "pickle":
+            parts = {"pytorch_model.bin": tensors}
+        for file, part in parts.items():
+            write(part, root / name / file)
+        if len(parts) == 2:
+            places = {key: file for file, part in parts.items() for key in part}
+            (root / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for path in (root / "hf", root / "ssm"):
+        (path / "manifest.json").unlink()
+    return root
+
+
+FOREIGN = ["hf/config.json", "hf/model.safetensors", "ssm/config.json", "ssm/model.safetensors"]
+FOREIGN += ["shards/model.safetensors.index.json", "shards/1.safetensors", "pickle/pytorch_model.bin"]
+FOREIGN += ["of_hf/config.json", "of_hf/model.safetensors", "of_ssm/manifest.json"]
+
+
+@pytest.mark.parametrize("file", FOREIGN)
+def test_a_damaged_file_of_another_library_is_refused_or_taken_as_it_is(foreign, file):
+    folder = (foreign / file).parent
+    whole = (folder / "manifest.json").exists()
+
+    def read():
+        model = load(folder, verify=(folder / "manifest.json").exists())
+        return [model.config.to_dict(), *model.state_dict().values()]
+
+    counts = damage(foreign / file, read, seed=len(file), trusted=not whole)
+    print(f"\n{file}: {counts}")
     assert counts.tries == counts.refused + counts.right and counts.refused > 0 and not counts.other, counts.other[:5]
 
 
