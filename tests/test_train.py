@@ -210,6 +210,15 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(recipe):
     assert Recipe.load(out) == replace(longer, optim=replace(longer.optim, warmup=1))  # that of the 12 steps
 
 
+def test_a_resumed_run_may_change_what_its_result_does_not_depend_on(recipe):
+    """Memory that ran out is when one asks for ``recompute``."""
+    out = train(replace(recipe, steps=2), console=QUIET)
+    again = replace(Recipe.load(out), steps=4, recompute=True, graphs=False)
+    train(again, resume=True, console=QUIET)
+    assert read_metrics(out)[-1]["step"] == 4
+    assert Recipe.load(out).recompute and not Recipe.load(out).graphs
+
+
 def test_a_run_that_had_ended_says_so_and_how_to_go_on(recipe, monkeypatch):
     out, shown = train(recipe, console=QUIET), io.StringIO()
     before = (out / "metrics.jsonl").read_bytes()
