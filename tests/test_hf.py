@@ -18,6 +18,7 @@ from dualform.layers.mlp import MLPConfig
 from dualform.layers.registry import MIXERS
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.model import load
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -122,6 +123,8 @@ def test_saved_and_found_by_its_type(model, tokens, tmp_path):
     assert type(again) is hf.DualformForCausalLM and again.config.model_config == model.config.model_config
     assert (again.config.vocab_size, again.config.hidden_size, again.config.num_hidden_layers) == (50, 16, 3)
     torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+    ours = load(tmp_path)  # also without transformers
+    torch.testing.assert_close(ours(tokens)[0], model(tokens).logits, rtol=0, atol=0)
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     with pytest.raises(ConfigError, match="pattern"):

@@ -13,7 +13,7 @@ from dualform.models.config import ModelConfig
 from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import CONFIG_FILE, current
-from dualform.models.tables.registry import SUPPORTED, Table, layout_of, written_as
+from dualform.models.tables.registry import SUPPORTED, Readable, Table, layout_of, written_as
 
 FORMAT = 1
 POOLED: dict[str, type[PooledModel]] = {kind.__name__: kind for kind in (SequenceClassifier, SequenceRegressor)}
@@ -27,7 +27,7 @@ class Described(NamedTuple):
     kind: type[Any]
     config: ModelConfig
     head: dict[str, Any]  # options of a classifier or regressor
-    layout: Table | None  # of another library; None for this one's
+    layout: Readable | None  # of another library; None for this one's
 
     def build(self) -> Backbone:
         """The model.

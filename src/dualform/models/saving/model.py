@@ -28,7 +28,7 @@ from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.saving.verify import check_files, manifest_of
 from dualform.models.saving.weights import Stored, each_tensor, found_files, own_files, stored_tensors
 from dualform.models.tables.layout import Piece
-from dualform.models.tables.registry import Table
+from dualform.models.tables.registry import Readable
 from dualform.ops.device import usable_device
 
 _OF_A_LAYER = (
@@ -187,7 +187,7 @@ def read_tensors(
     folder: Folder,
     model: nn.Module,
     *,
-    layout: Table | None = None,
+    layout: Readable | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
@@ -239,7 +239,7 @@ def check_tensors(folder: Folder) -> None:
         _places(folder, found.build(), found.layout)
 
 
-def _places(folder: Folder, model: nn.Module, layout: Table | None) -> dict[str, tuple[Stored, str, Piece]]:
+def _places(folder: Folder, model: nn.Module, layout: Readable | None) -> dict[str, tuple[Stored, str, Piece]]:
     """By the names in the files: where a tensor is stored, what it is a piece of, and how; once all is known to fit."""
     expected = unique_tensors(model)
     files = own_files(folder) if layout is None else found_files(folder)

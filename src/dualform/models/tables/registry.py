@@ -28,11 +28,13 @@ from dualform.models.tables.qwen3 import QWEN3
 from dualform.models.tables.qwen3_next import QWEN3_5, QWEN3_NEXT
 from dualform.models.tables.recurrent_gemma import RECURRENT_GEMMA
 from dualform.models.tables.rwkv import RWKV
+from dualform.models.tables.wrapped import MODEL_TYPE, WRAPPED, Wrapped
 from dualform.models.tables.xlstm import XLSTM
 from dualform.models.tables.zamba import ZAMBA
 from dualform.models.tables.zamba2 import ZAMBA2
 
 Table = Layout | Family
+Readable = Table | Wrapped
 _FAMILIES = (
     MAMBA,
     MAMBA2,
@@ -66,7 +68,7 @@ LAYOUTS = ("dualform", "hf", "mamba_ssm")
 """What a model can be written as."""
 
 
-def layout_of(about: Mapping[str, Any], where: str) -> Table:
+def layout_of(about: Mapping[str, Any], where: str) -> Readable:
     """The layout of a folder whose ``config.json`` holds ``about``.
 
     Raises:
@@ -74,6 +76,8 @@ def layout_of(about: Mapping[str, Any], where: str) -> Table:
     """
     if "model_type" in about:
         name = about["model_type"]
+        if name == MODEL_TYPE:
+            return WRAPPED
         if not isinstance(name, str) or name not in HF:
             raise CheckpointError(f"{where}: model_type is {brief(name)}, which is not in the tables", hint=SUPPORTED)
         return HF[name]
