@@ -11,7 +11,7 @@ from dualform.ops import backend, linear_scan
 
 BORDERS = torch.tensor([0, 3, 3, 4])
 SMALL = {"attention": {"heads": 2}, "mamba2": {"d_head": 4, "d_state": 2}, "mamba": {"d_state": 2}}
-SMALL |= {key: {"d_head": 2} for key in ("rwkv6", "rwkv7")}
+SMALL |= {key: {"d_head": 2} for key in ("rwkv6", "rwkv7")} | {"gla": {"heads": 2}}
 STEP = 1e-6
 
 pytestmark = [  # forward mode scripts decompositions, and vmap runs row by row what it has no rule for

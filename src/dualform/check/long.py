@@ -12,6 +12,7 @@ from dualform.core.deviation import Worst, worst
 from dualform.ops.add_norm import add_norm
 from dualform.ops.causal_conv1d import causal_conv1d
 from dualform.ops.diagonal_ssm import diagonal_ssm
+from dualform.ops.gated_delta_rule import gated_delta_rule
 from dualform.ops.gated_norm import gated_norm
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.selective_scan import selective_scan
@@ -70,6 +71,12 @@ def _generalised(rate: Tensor, k: Tensor, v: Tensor, **more: Any) -> tuple[Tenso
     return wkv7(unit, -rate, k, v, -unit, unit * rate, **more)
 
 
+def _replaced(v: Tensor, k: Tensor, beta: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+    """With one key of length 1 for queries and for what is replaced."""
+    unit = torch.nn.functional.normalize(k, dim=-1)
+    return gated_delta_rule(unit, unit, v, beta, -beta, **more)
+
+
 def _modes() -> dict[str, Tensor]:
     poles = torch.complex(-torch.rand(WIDTH, 4, dtype=torch.float64) - 0.01, 6 * torch.rand(WIDTH, 4).double())
     return {"Abar": (0.1 * poles).exp().to(torch.complex64), "CB": torch.randn(WIDTH, 4, dtype=torch.complex64)}
@@ -109,6 +116,12 @@ CASES = (
         _generalised,
         dict.fromkeys(("v", "k", "rate"), (_HEADS, WIDTH // _HEADS)),
         positive=("rate",),
+    ),
+    LongCase(
+        "gated_delta_rule",
+        _replaced,
+        {"v": (_HEADS, WIDTH // _HEADS), "k": (_HEADS, WIDTH // _HEADS), "beta": (_HEADS,)},
+        positive=("beta",),
     ),
     LongCase("linear_scan", linear_scan, {"a": (WIDTH,), "b": (WIDTH,)}, positive=("a",)),
     LongCase(

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class DeltaState(NamedTuple):
     h: Tensor  # (B, H, N, P), the values under all keys
 
 
+@runtime_checkable
 class Sizes(Protocol):
     """The options that all configs of these layers have."""
 

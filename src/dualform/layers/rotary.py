@@ -90,7 +90,7 @@ class RotaryConfig:
         first, last = number(self.fast), number(self.slow)
         if self.rounded:
             first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, 2 * half - 1)
+        first, last = float(max(first, 0)), float(min(last, 2 * half - 1))
         return (first, last) if first != last else (first, last + 0.001)
 
     def size(self) -> float:

@@ -136,7 +136,7 @@ class RWKV6(Mixer):
         """r, k, v and logarithms of decays by head, and the gate, for inputs ``(..., D)`` and those before them."""
         d = before - x
         low = torch.einsum("...d,mdr->m...r", x + d * self.mix_x, self.mix_in).tanh()
-        mixes = torch.einsum("m...r,mrd->m...d", low, self.mix_out)
+        mixes = (low.flatten(1, -2) @ self.mix_out).unflatten(1, x.shape[:-1])
         w, k, v, r, g = (x + d * (mix + more) for mix, more in zip(self.mix, mixes, strict=True))
         decay = (self.time_decay + self.decay_out(self.decay_in(w).tanh())).to(wide(w))
         maps = self.receptance(r), self.key(k), self.value(v), -decay.exp()

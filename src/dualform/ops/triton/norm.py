@@ -1,6 +1,5 @@
 """The norms in Triton: one pass forward; one backward, then a sum over its programs."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -84,7 +83,6 @@ def _options(a: AddNorm | GatedNorm) -> dict[str, Any]:
     return {"EPS": a.eps, "CENTER": a.center, "WIDE": a.inside == torch.float64, **gate, **_tile(_slices(a)[0])}
 
 
-@cache
 def _tile(size: int) -> dict[str, int]:
     """Rows and columns of a tile, and the warps for it."""
     padded = power_of_two(size)

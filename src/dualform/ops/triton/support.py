@@ -117,17 +117,16 @@ def shared_memory(x: Tensor) -> int:
 
 
 @cache
-def _warp_size() -> int:
-    """Of the devices of this process; to ask costs as much as a launch."""
-    from triton.runtime import driver
-
-    target = None if INTERPRETED else driver.active.get_current_target()
-    return target.warp_size if target else 32
+def _warp_size(driver: Any) -> int:
+    """Of a driver's devices; to ask it costs as much as a launch."""
+    return driver.get_current_target().warp_size
 
 
 def warps(threads: int) -> int:
-    """How many warps so many threads are."""
-    return threads // _warp_size()
+    """How many warps so many threads are on the devices at hand."""
+    from triton.runtime import driver
+
+    return threads // (32 if INTERPRETED else _warp_size(driver.active))
 
 
 def exact_products() -> str:
