@@ -1,5 +1,6 @@
 """What every test gets: a seed, few threads, and, where asked for, poisoned memory."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -80,3 +81,25 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return memory
 
     return poisoned
+
+
+@pytest.fixture
+def dualform(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: ``(exit code, standard output, standard error)``; without stdin, at a terminal."""
+    from dualform.cli import main as cli
+
+    def run(*args: Any, stdin: bytes | None = None) -> tuple[int, str, str]:
+        data = io.TextIOWrapper(io.BytesIO(stdin or b""))
+        data.isatty = lambda: stdin is None
+        monkeypatch.setattr(sys, "stdin", data)
+        monkeypatch.setattr(sys, "argv", ["dualform", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "160")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return run

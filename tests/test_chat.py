@@ -1,7 +1,6 @@
 """Chat templates against transformers, what they must not do, and ``dualform generate`` with them."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from dualform.cli import main as cli
 from dualform.core.errors import ArgumentError, CheckpointError
 from dualform.generation.engine import generate
 from dualform.generation.options import Sampling
@@ -147,19 +145,6 @@ def folder(tmp_path) -> Path:
 
 def beside(folder, name, **content):
     (folder / name).write_text(json.dumps(content))
-
-
-@pytest.fixture
-def dualform(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["dualform", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def drawn(folder, tokens, count, stop=()):

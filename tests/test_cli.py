@@ -1,7 +1,6 @@
 """The command line: what reaches standard output, what reaches a person, and with which exit code."""
 
 import inspect
-import io
 import json
 import math
 import os
@@ -46,25 +45,6 @@ def folder(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"
     model.save(path)
     return str(path)
-
-
-@pytest.fixture
-def dualform(monkeypatch, capsys):
-    """Run a command in this process: ``(exit code, standard output, standard error)``."""
-
-    def run(*args, stdin=None):
-        data = io.TextIOWrapper(io.BytesIO(stdin or b""))
-        data.isatty = lambda: stdin is None
-        monkeypatch.setattr(sys, "stdin", data)
-        monkeypatch.setattr(sys, "argv", ["dualform", *args])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def process(*args):

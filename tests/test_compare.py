@@ -1,32 +1,16 @@
 """``dualform compare``: models of one size, their costs, and what is not done twice."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from dualform.cli import main as cli
 from dualform.core.errors import ConfigError
 from dualform.core.tree import nbytes
 from dualform.layers.registry import MIXERS
 from dualform.models.lm import LanguageModel
 from dualform.train.cost import costs, crossing
 from dualform.train.equal import equal_models
-
-
-@pytest.fixture
-def dualform(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["dualform", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def test_models_differ_in_their_mixer_and_not_in_their_size():

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
-from dualform.cli import main as cli
 from dualform.cli.convert import To
 from dualform.layers.lstm import LSTMConfig
 from dualform.models.config import ModelConfig
@@ -20,22 +18,6 @@ from dualform.models.saving.model import load
 from dualform.models.tables.registry import LAYOUTS
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture
-def dualform(monkeypatch, capsys):
-    """Run a command in this process: ``(exit code, standard output, standard error)``."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["dualform", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 
-from dualform.cli import main as cli
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.models.config import ModelConfig
@@ -36,20 +34,6 @@ def model(tmp_path):
     lm = LanguageModel(ModelConfig(256, 16, PARTS, "M"))
     lm.save(tmp_path / "model")
     return lm
-
-
-@pytest.fixture
-def dualform(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["dualform", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def nats(model, text):
