@@ -59,6 +59,8 @@ def test_a_call_is_that_of_the_language_model(model, tokens):
     torch.testing.assert_close(model(tokens, labels=tokens, return_dict=False)[0], found.loss)
     with pytest.raises(ArgumentError, match="reads tokens"):
         model(inputs_embeds=torch.zeros(1, 3, 16))
+    with pytest.raises(ArgumentError, match="forward: labels has shape"):
+        model(tokens, labels=tokens[:, 1:])
 
 
 def test_pieces_go_on_where_the_cache_stands(model, tokens):

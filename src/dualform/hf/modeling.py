@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
-from dualform.core.shapes import wide
+from dualform.core.shapes import check_tensors, wide
 from dualform.hf.cache import StateCache
 from dualform.hf.configuration import DualformConfig
 from dualform.models.linear_loss import IGNORED
@@ -83,10 +83,11 @@ class DualformForCausalLM(PreTrainedModel, GenerationMixin):
                 number by which the sum of the losses is divided. ``inputs_embeds`` is refused; others change nothing.
 
         Raises:
-            ArgumentError: for no tokens, or embeddings in their place.
+            ArgumentError: for no tokens, or embeddings in their place; labels of another shape.
         """
         if options.get("inputs_embeds") is not None or input_ids is None:
             raise ArgumentError("forward: a model of this library reads tokens", hint="give input_ids alone")
+        check_tensors("forward", input_ids=(input_ids, "B T"), labels=(labels, "? B T"))
         cache: StateCache | None = options.get("cache") or options.get("past_key_values")
         length, state = input_ids.shape[1], None if cache is None else cache.state
         mask = None if attention_mask is None else attention_mask[:, -length:]
