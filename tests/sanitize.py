@@ -28,6 +28,7 @@ SETTINGS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "PYTHONWARNINGS": "ignore",
 }
+_LONGEST = 500  # seconds; 2,000 calls take 75 on one core
 # Sums of doubles are given as much memory as sums of floats.
 PLANT = ("new char[count * (dtype == FLOAT64 ? 8 : 4)]", "new char[count * 4]")
 
@@ -79,8 +80,11 @@ def run(library: Path, calls: int, first: int = 0, show: bool = False) -> subpro
 def _child(library: str, arguments: list[str]) -> int:
     """In the second Python: the kernels of dualform are those of the library."""
     import ctypes
+    import faulthandler
 
     import torch
+
+    faulthandler.dump_traceback_later(_LONGEST, exit=True)  # one that hangs says where
 
     class Instrumented(ctypes.CDLL):
         def __init__(self, name: str):

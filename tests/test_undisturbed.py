@@ -1,6 +1,7 @@
 """What is read while another process saves is of one save, or a sentence."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -198,3 +199,25 @@ def test_a_model_is_converted_with_what_lies_beside_it(folder, during, command, 
     assert command("convert", folder, tmp_path / "copy")[0] == 0
     assert values(load(tmp_path / "copy").parameters()) == {1.0}
     assert (tmp_path / "copy" / "tokenizer.json").read_text() == words(4).to_json()
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_is_free_after_a_save_though_a_forked_process_holds_its_file(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    opened, kept = os.open, []
+
+    def forking(*args, **kwargs):
+        handle = opened(*args, **kwargs)
+        kept.append(os.dup(handle))  # what a child of a fork has: another handle, the same lock
+        return handle
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", forking)
+        filled(1.0).save(tmp_path / "model")
+    try:
+        other = os.open(tmp_path / "model", os.O_RDONLY)
+        kept.append(other)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        for handle in kept:
+            os.close(handle)

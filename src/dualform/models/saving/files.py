@@ -176,6 +176,8 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):  # closing is not enough: a process that was forked meanwhile holds the same lock
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
