@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import preset
 from dualform.ops import SlowBackendWarning
+from dualform.train import loop
 from dualform.train.capture import as_written, capture
 from dualform.train.loop import Objective, train
 from dualform.train.recipe import Data, Recipe
@@ -81,6 +83,40 @@ def test_portions_of_a_captured_step_add_up(monkeypatch):
             run(portion).backward()
         for p, exact in zip(model.parameters(), want, strict=True):
             torch.testing.assert_close(p.grad, exact)
+
+
+@pytest.mark.parametrize(
+    "graphs, what", [(True, "compiling blocks and capturing a step in CUDA graphs"), (False, "compiling kernels")]
+)
+def test_what_a_gpu_has_to_wait_for_is_said_before(monkeypatch, graphs, what):
+    told: list[str] = []
+    monkeypatch.setattr(loop, "capture", lambda *args: (told.append("captured"), True))
+    run = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1),
+        bfloat16=True,
+        dataset=SimpleNamespace(windows=lambda *args: [SimpleNamespace(to=lambda device: device)]),
+        device=torch.device("cuda"),
+        model=nn.Identity(),
+        packed=False,
+        recipe=SimpleNamespace(graphs=graphs, seed=0, data=SimpleNamespace(accumulate=1)),
+        report=SimpleNamespace(say=told.append),
+        wrapped=nn.Identity(),
+    )
+    loop._Run._prepare_device(run)
+    assert told == [f"{what}; the first step may take a minute"] + ["captured"] * graphs
+    run.device, before = torch.device("cpu"), list(told)
+    loop._Run._prepare_device(run)
+    assert told == before
+
+
+def test_gradients_of_graphs_are_expected_on_their_stream(monkeypatch):
+    warned: list[bool] = []
+    name = "set_warn_on_accumulate_grad_stream_mismatch"
+    monkeypatch.setattr(torch.autograd.graph, name, warned.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda objective, *args, **options: objective)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    capture(nn.Identity(), LanguageModel(small()), torch.zeros(1, 2), False)
+    assert warned == [False]
 
 
 @pytest.mark.gpu

@@ -232,9 +232,14 @@ def test_a_run_that_had_ended_says_so_and_how_to_go_on(recipe, monkeypatch):
 def test_other_signals_end_a_run_as_schedulers_expect(recipe, monkeypatch, name, code):
     if not hasattr(signal, name):
         pytest.skip(f"no {name} here")
-    interrupting(monkeypatch, 2, getattr(signal, name))
-    with pytest.raises(SystemExit) as ended:
-        train(recipe, console=QUIET)
+    number = getattr(signal, name)
+    interrupting(monkeypatch, 2, number)
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup, which ignores one
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train(recipe, console=QUIET)
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == code
     assert checkpoint.checkpoints(Path(recipe.out) / "checkpoints")[-1].name == "step-00000003"
 
