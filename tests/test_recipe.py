@@ -10,7 +10,7 @@ import pytest
 
 from dualform.core.errors import ConfigError
 from dualform.models.presets import preset
-from dualform.train.recipe import RECIPE_FILE, RECIPES, Data, Optim, Recipe, setting
+from dualform.train.recipe import RECIPE_FILE, RECIPES, Data, Lora, Optim, Recipe, setting
 
 
 def refused(*overrides, source="stdlib"):
@@ -35,11 +35,11 @@ def test_the_built_in_recipe_names_every_key():
     assert set(options["optim"]) == {f.name for f in fields(Optim)}
     assert "# steps = " in (RECIPES / "stdlib.toml").read_text()
     recipe = Recipe.load("stdlib")
-    assert recipe.data == Data() and recipe.optim == Optim()
+    assert recipe.data == Data() and recipe.optim == Optim() and recipe.lora == Lora()
     assert recipe == Recipe(minutes=2)
 
 
-@pytest.mark.parametrize("table", [Recipe, Data, Optim])
+@pytest.mark.parametrize("table", [Recipe, Data, Optim, Lora])
 def test_every_key_is_documented(table):
     text = (RECIPES / "stdlib.toml").read_text()
     for f in fields(table):

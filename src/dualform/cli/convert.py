@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.status import Status
 
     from dualform.models.lm import LanguageModel
@@ -16,6 +14,7 @@ if TYPE_CHECKING:
 EPILOG = """[bold]Examples[/bold]
   dualform convert state-spaces/mamba-130m-hf mamba-130m    from the Hugging Face Hub
   dualform convert runs/notes notes-hf --to hf              for transformers
+  dualform convert runs/tuned merged                        a run with adapters, merged into its model
   dualform convert mamba-130m half --dtype bfloat16         in half the bytes"""
 
 
@@ -50,14 +49,14 @@ def convert(
     from dualform.models.saving.files import GENERATION_FILE, creating
     from dualform.models.saving.model import load, shape, write
     from dualform.models.saving.undisturbed import undisturbed
-    from dualform.models.usage import read_ends
+    from dualform.models.usage import read_ends, usage_files
 
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: is there already", hint="give a folder that is not there yet")
     described_as(shape(model_folder(source)), to)  # refused before anything is read
 
     def read(folder: Path) -> "tuple[LanguageModel, dict[str, bytes]]":
-        model, beside = load(folder, dtype=dtype), dict(_beside(folder))
+        model, beside = load(folder, dtype=dtype), usage_files(folder)
         if GENERATION_FILE not in beside and (ends := read_ends(folder, model.config.vocab_size)):
             beside[GENERATION_FILE] = to_json({"eos_token_id": ends}).encode()
         return model, beside
@@ -70,14 +69,6 @@ def convert(
             (new / name).write_bytes(content)
     size = sum(path.stat().st_size for path in target.iterdir())
     typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
-
-
-def _beside(folder: Path) -> "Iterator[tuple[str, bytes]]":
-    """Files that say how a model is used, by their names; they are copied as they are."""
-    from dualform.models.saving.files import current
-    from dualform.models.saving.hub import BESIDE
-
-    return ((name, path.read_bytes()) for name in BESIDE if (path := current(folder, name)).is_file())
 
 
 def _told(what: str) -> "Status":

@@ -11,6 +11,7 @@ EPILOG = """[bold]Examples[/bold]
   dualform train --set minutes=10                  Python's own library
   dualform train --set data.path=notes --out runs/notes    your text files
   dualform train --set model=byte-mamba2 --set steps=500   another preset
+  dualform train --set model=FOLDER --set lora.rank=8      adapters on a saved model
   dualform train my.toml --set optim.lr=3e-3       a recipe, one key changed
   dualform train runs/notes --resume               go on where a run stopped
   torchrun --nproc-per-node 2 -m dualform train my.toml

@@ -90,16 +90,17 @@ def _parts(folder: Path) -> Iterator[tuple[Path, tuple[str, ...], Callable[[Path
 
     With each come the files that it cannot be without, and what else can be said of it.
     """
-    from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, current
+    from dualform.models.saving.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, current
     from dualform.models.saving.folder import BEST, CHECKPOINTS, MODEL, checkpoints
     from dualform.models.saving.weights import weight_names
     from dualform.train.checkpoint import MOMENTS_FILE, POSITION_FILE
     from dualform.train.claim import DATA
     from dualform.train.prepared import ABOUT_FILE
 
-    if any(current(folder, name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+    about = ADAPTER_CONFIG_FILE if current(folder, ADAPTER_CONFIG_FILE).exists() else CONFIG_FILE
+    if any(current(folder, name).exists() for name in (about, WEIGHTS_FILE)):
         beside = [TOKENIZER_FILE] if current(folder, TOKENIZER_FILE).exists() else []
-        names = (CONFIG_FILE, *weight_names(folder), *beside)
+        names = (about, *weight_names(folder), *beside)
         yield folder, names, _check_model
         return
     if any((folder / name).exists() for name in (POSITION_FILE, MOMENTS_FILE)):

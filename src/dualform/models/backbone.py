@@ -24,6 +24,7 @@ from dualform.layers.low_rank import another_use
 from dualform.layers.mixer import Prepared, Step
 from dualform.layers.norms import make_norm
 from dualform.layers.part import Part
+from dualform.models.adapters import Adaptation
 from dualform.models.config import ModelConfig
 from dualform.ops.op import backend, forced
 
@@ -64,6 +65,7 @@ class Backbone(nn.Module):
     """
 
     recompute: bool = False
+    adaptation: Adaptation | None = None  # where it has adapters: what they lie on
 
     def __init__(self, config: ModelConfig, inputs: int | None = None):
         super().__init__()

@@ -16,6 +16,7 @@ from dualform.models.saving.files import (
     TOKENIZER_CONFIG_FILE,
     current,
 )
+from dualform.models.saving.hub import BESIDE
 from dualform.models.tokenizer import Tokenizer
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -51,6 +52,11 @@ def read_usage(folder: str | os.PathLike[str], tokenizer: Tokenizer, vocab_size:
     if (name := special.get("eos_token")) and len(found := tokenizer.encode(name, special=True)) == 1:
         ends[found[0]] = None
     return Usage(tuple(ends), _template(folder, about, special))
+
+
+def usage_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The files beside a model's weights that say how it is used, by their names; they are copied as they are."""
+    return {name: path.read_bytes() for name in BESIDE if (path := current(folder, name)).is_file()}
 
 
 def read_ends(folder: str | os.PathLike[str], vocab_size: int) -> list[int]:

@@ -26,7 +26,14 @@ from dualform.core.errors import CheckpointError, ConfigError
 from dualform.core.json_file import entry, read_table, to_json
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.described import read_config
-from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, creating
+from dualform.models.saving.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    creating,
+)
 from dualform.models.saving.folder import MODEL, STEP, checkpoint_name, checkpoints
 from dualform.models.saving.incoming import incoming, remove_stale
 from dualform.models.saving.manifest import MANIFEST_FILE
@@ -40,7 +47,7 @@ FORMAT = 1
 MOMENTS_FILE, POSITION_FILE = "optimizer.safetensors", "run.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _FILES = {MOMENTS_FILE, POSITION_FILE, MANIFEST_FILE, MODEL}
-_MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, MANIFEST_FILE}
+_MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE, TOKENIZER_FILE, MANIFEST_FILE}
 # What a resumed run may change: how long, how often, where and how fast, but not what it sees.
 _FREE = ("out", "steps", "minutes", "eval_every", "save_every", "log_every", "keep")
 _FREE += ("precision", "recompute", "graphs", "device")

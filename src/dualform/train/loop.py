@@ -150,7 +150,7 @@ class _Run:
                 stopped_by = self._loop(interrupts)
                 place = self._save()
                 if self.report:
-                    self.model.save(self.out / MODEL, self.tokenizer)
+                    setup.save_model(self.out / MODEL, self.recipe, self.model, self.tokenizer)
             if self.report and not stopped_by:
                 self._conclude(self.report)
             elif self.report:
@@ -351,10 +351,8 @@ class _Run:
         recipe = self.recipe
         lines = list(told.about_the_text(recipe.data.path, self.dataset.about))
         precision = "bfloat16" if self.bfloat16 else "float32"
-        size = f"{self.model.parameter_count():,} parameters"
-        lines.append(
-            f"{self._name()}: {size}, on {told.devices(self.device, self.accelerator.num_processes)}, {precision}"
-        )
+        where = told.devices(self.device, self.accelerator.num_processes)
+        lines.append(f"{self._name()}: {told.size(self.model)}, on {where}, {precision}")
         if self.finished:
             lines.append(told.of_a_finished_run(recipe, self.step))
         elif self.step:

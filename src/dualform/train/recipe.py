@@ -93,12 +93,9 @@ class Optim:
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("betas", "freeze"):
-            if isinstance(given := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(given))
-        if isinstance(self.freeze, str):  # as where a shell has taken the quotes
-            hint = """in a shell: --set 'optim.freeze=["embed"]'"""
-            raise ConfigError(f"recipe: optim.freeze is {brief(self.freeze)}, expected a list of names", hint=hint)
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
+        _take_names(self, "optim.freeze", "embed")
         _check_types(self, "optim.")
         _demand(0 < self.lr < math.inf, "optim.lr", self.lr, "a positive number")
         _demand(all(0 <= b < 1 for b in self.betas), "optim.betas", list(self.betas), "two numbers from 0 to below 1")
@@ -107,6 +104,31 @@ class Optim:
             value = getattr(self, name)
             _demand(value == AUTO or 0 <= value < math.inf, f"optim.{name}", value, "0 or more")
         _demand(0 <= self.floor <= 1, "optim.floor", self.floor, "a share, from 0 to 1")
+
+
+@options(types=False)
+class Lora:
+    """Low-rank adapters on a model with weights, which alone are trained: less memory for the optimiser, small files.
+
+    Args:
+        rank: r of the adapters; 0 trains the model itself.
+        alpha: their factor is ``alpha / rank``.
+        dropout: the share of their inputs that are dropped in training.
+        targets: the linear maps that get one, by their names in the model or the ends of those, such as
+            ``"in_proj"``; none means every linear map of the blocks.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _take_names(self, "lora.targets", "in_proj")
+        _check_types(self, "lora.")
+        _demand(self.rank >= 0, "lora.rank", self.rank, "0 or more")
+        _demand(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "a positive number")
+        _demand(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share, from 0 to below 1")
 
 
 @options(types=False)
@@ -136,6 +158,7 @@ class Recipe:
             processes each takes a GPU of its own.
         data: the training data.
         optim: the optimiser and its schedule.
+        lora: adapters that are trained instead of the model.
     """
 
     model: str | dict[str, Any] = "byte-hybrid"
@@ -153,6 +176,7 @@ class Recipe:
     device: str = "auto"
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
+    lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
         if isinstance(self.model, ModelConfig):
@@ -188,7 +212,7 @@ class Recipe:
         Raises:
             ConfigError: names an unknown key or a value that does not fit.
         """
-        tables: dict[str, Any] = {"data": Data, "optim": Optim}
+        tables: dict[str, Any] = {"data": Data, "optim": Optim, "lora": Lora}
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known and (key := key_of(str(name))):
@@ -270,7 +294,7 @@ def setting(key: str, text: str) -> str:
 def key_of(name: str) -> str:
     """The key that a name stands for, with its table: ``optim.lr`` for ``lr``; empty where there is none."""
     name = name.replace("-", "_")
-    tables: dict[str, Any] = {"": Recipe, "data.": Data, "optim.": Optim, "model.": ModelConfig}
+    tables: dict[str, Any] = {"": Recipe, "data.": Data, "optim.": Optim, "lora.": Lora, "model.": ModelConfig}
     keys = [f"{prefix}{f.name}" for prefix, table in tables.items() for f in fields(table)]
     return next((key for key in keys if name in (key, key.rpartition(".")[2])), "")
 
@@ -299,6 +323,17 @@ def _override(options: dict[str, Any], override: str) -> str:
 
 def _check_types(config: Any, prefix: str) -> None:
     check_types(type(config), {f.name: getattr(config, f.name) for f in fields(config)}, "recipe", prefix)
+
+
+def _take_names(config: Any, key: str, example: str) -> None:
+    """Make the list of names of a key a tuple."""
+    name = key.rpartition(".")[2]
+    given = getattr(config, name)
+    if isinstance(given, str):  # as where a shell has taken the quotes
+        hint = f"""in a shell: --set '{key}=["{example}"]'"""
+        raise ConfigError(f"recipe: {key} is {brief(given)}, expected a list of names", hint=hint)
+    if isinstance(given, list):
+        object.__setattr__(config, name, tuple(given))
 
 
 def _demand(holds: bool, name: str, value: Any, expected: str) -> None:

@@ -1,10 +1,10 @@
-"""What comes before the first step: the device, the other processes, the model with its tokenizer."""
+"""What surrounds the steps: the device, the other processes, the model with its tokenizer, before and after."""
 
 import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,19 +16,22 @@ from accelerate.utils import DistributedType
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.json_file import to_json
 from dualform.core.options import brief
+from dualform.models.adapters import adapt
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import PRESETS, preset
-from dualform.models.saving.files import replacing_file
+from dualform.models.saving.adapter import adapter_of, base_digests
+from dualform.models.saving.files import replacing, replacing_file
 from dualform.models.saving.folder import CHECKPOINTS, checkpoints, model_folder
 from dualform.models.saving.hub import hub_name
-from dualform.models.saving.model import load
+from dualform.models.saving.model import load, write
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
+from dualform.models.usage import usage_files
 from dualform.ops.device import chosen_device
 from dualform.train.checkpoint import read_position
 from dualform.train.optim import freeze
-from dualform.train.recipe import AUTO, RECIPE_FILE, Recipe
+from dualform.train.recipe import AUTO, RECIPE_FILE, Lora, Recipe
 
 _LAUNCHES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -150,14 +153,19 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
     """
     torch.manual_seed(recipe.seed)
     given, tokenizer = recipe.model, None
-    if isinstance(given, str) and given not in PRESETS and (Path(given).is_dir() or hub_name(given)):
+    if isinstance(given, str) and _is_saved(given):
 
         def read(folder: Path) -> tuple[LanguageModel, Tokenizer | None]:
             model = load(folder, dtype=torch.float32, kind=LanguageModel)
             own = None if recipe.data.tokenizer else load_tokenizer(folder, model.config.vocab_size)
+            if recipe.lora.rank:
+                _lay_adapters(recipe.lora, model, given, folder)
             return model, own
 
         model, tokenizer = undisturbed(lambda: model_folder(given), read)
+    elif recipe.lora.rank:
+        hint = "name a saved model: --set model=FOLDER, or owner/name of the Hugging Face Hub"
+        raise ConfigError(f"recipe: lora.rank is {recipe.lora.rank} for a model without trained weights", hint=hint)
     else:
         model = LanguageModel(ModelConfig.from_dict(given) if isinstance(given, dict) else preset(given))
     if recipe.data.tokenizer:
@@ -172,6 +180,41 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
         )
     freeze(model, recipe.optim.freeze)
     return model, tokenizer
+
+
+def save_model(folder: Path, recipe: Recipe, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Write a trained model with all that says how it is used, of the model that the run went on from.
+
+    Raises:
+        CheckpointError: when the disk refuses; what was saved there before still loads.
+    """
+    usage = _usage_of(recipe)
+    with replacing(folder) as new:
+        for name, content in usage.items():
+            (new / name).write_bytes(content)
+        write(model, new, tokenizer)
+
+
+def _usage_of(recipe: Recipe) -> dict[str, bytes]:
+    """The files that say how the model is used that a run goes on from, by their names; none for another tokenizer."""
+    given = recipe.model
+    if recipe.data.tokenizer or not isinstance(given, str) or not _is_saved(given):
+        return {}
+    return undisturbed(lambda: model_folder(given), usage_files)
+
+
+def _is_saved(model: str) -> bool:
+    """Whether a recipe's model is a folder or a name on the Hub, and no preset."""
+    return model not in PRESETS and (Path(model).is_dir() or bool(hub_name(model)))
+
+
+def _lay_adapters(lora: Lora, model: LanguageModel, given: str, folder: Path) -> None:
+    """Adapters on a model of a folder, which may be that of a name on the Hub."""
+    if adapter_of(folder) is not None:
+        hint = f"go on with them: dualform train RUN --resume; or merge them first: dualform convert {given} OUT"
+        raise ConfigError(f"recipe: model {given!r} has adapters already", hint=hint)
+    base = given if hub_name(given) else folder.resolve()
+    model.adaptation = adapt(model, base, base_digests(folder), **asdict(lora))
 
 
 def write_recipe(recipe: Recipe) -> None:

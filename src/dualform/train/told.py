@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dualform.train.best import Best
 from dualform.train.commands import resuming
@@ -29,6 +30,13 @@ def about_the_text(path: str, about: Mapping[str, Any]) -> Iterator[str]:
     if about.get("cut"):
         why = ": whole documents would be too much or too little" if train["documents"] > 1 else ""
         yield f"held out is the end of {about['cut']}{why}"
+
+
+def size(model: nn.Module) -> str:
+    """``486,384 parameters``, and how many of them are trained where some are not."""
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{every:,} parameters" + (f", {trained:,} of them trained" if trained < every else "")
 
 
 def devices(device: torch.device, processes: int) -> str:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualform import __version__
-from dualform.core.errors import CheckpointError, ConfigError
+from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
 from dualform.core.json_file import entry, kind_of, read_json
 from dualform.core.options import brief
 from dualform.models.backbone import Backbone
 from dualform.models.config import ModelConfig
 from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.adapter import adapter_of, base_folder
 from dualform.models.saving.files import CONFIG_FILE, current
 from dualform.models.tables.registry import SUPPORTED, Readable, Table, layout_of, written_as
 
@@ -52,6 +53,8 @@ def described(folder: Folder) -> Described:
         CheckpointError: where there is none that can be read; says which can.
         ConfigError: when its config has an unknown or missing key, or a value that cannot be; names it.
     """
+    if (adapter := adapter_of(Path(folder))) is not None:
+        return described(base_folder(adapter))
     path, about = _read_about(folder)
     own = "format" in about and "model" in about
     layout = None if own else layout_of(about, str(path))
@@ -74,9 +77,12 @@ def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Table | 
     """What ``config.json`` of a saved model holds, and the layout, None for this library's own.
 
     Raises:
-        ArgumentError: for a layout that there is not.
+        ArgumentError: for a layout that there is not, or a model with adapters in that of another library.
         ConfigError: for a model that the layout does not have; says what it lacks.
     """
+    if model.adaptation is not None and layout != "dualform":
+        hint = f"save it as it is, and then: dualform convert FOLDER OUT --to {layout}"
+        raise ArgumentError(f"save: a model with adapters as {layout!r}", hint=hint)
     written = written_as(model.config, layout)
     if written is not None:
         if not isinstance(model, LanguageModel):

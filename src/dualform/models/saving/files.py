@@ -28,6 +28,7 @@ except ImportError:  # Windows
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"  # of a model
 GENERATION_FILE, CHAT_TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"  # of how it is used
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 COMMITTED = ".committed"
 _THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _FULL = "free some space or choose another folder; what was saved there still loads"

@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 
 from dualform.core.errors import CheckpointError
-from dualform.models.saving.files import CONFIG_FILE, current
+from dualform.models.saving.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, current
 from dualform.models.saving.hub import hub_name, snapshot
 
 RECIPE_FILE, MODEL, BEST, CHECKPOINTS = "recipe.json", "model", "best", "checkpoints"
@@ -35,7 +35,8 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     saved = [place / MODEL for place in reversed(checkpoints(path / CHECKPOINTS))]
     for place in (path, path / MODEL, *saved):
-        if current(place, CONFIG_FILE).exists() or (place / CONFIG_FILE).exists():  # it may move between the two
+        names = CONFIG_FILE, ADAPTER_CONFIG_FILE
+        if any(current(place, name).exists() or (place / name).exists() for name in names):  # it may move in between
             return place
     if (path / RECIPE_FILE).exists():
         raise CheckpointError(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dualform.core.errors import CheckpointError
 from dualform.models.saving.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
@@ -26,6 +28,7 @@ BESIDE = (
 )
 """Files that say how a model is used."""
 _FILES = [CONFIG_FILE, *BESIDE, "manifest.json", WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors"]
+_FILES += [ADAPTER_CONFIG_FILE, ADAPTER_FILE]
 _PICKLES = [PYTORCH_FILE, PYTORCH_INDEX_FILE, "pytorch_model-*.bin"]
 _HINTS = {
     "GatedRepoError": "accept its terms on its page of the Hub, then: hf auth login",
@@ -54,7 +57,7 @@ def snapshot(name: str) -> Path:
 
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
-        if not any((folder / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
+        if not any((folder / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE, ADAPTER_FILE)):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_FILES, *_PICKLES]))
     except Exception as error:  # of the connection, which has many classes of errors
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,15 +18,24 @@ from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError, CheckpointError
 from dualform.core.json_file import to_json
 from dualform.core.shapes import dtype_of
+from dualform.models.adapters import adapter_tensors, stored_name
 from dualform.models.backbone import Backbone
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.adapter import adapter_of, base_digests, base_folder, check_base, merge, write_adapter
 from dualform.models.saving.described import POOLED, described, described_as
-from dualform.models.saving.files import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, replacing
+from dualform.models.saving.files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    current,
+    replacing,
+)
 from dualform.models.saving.folder import model_folder
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.saving.verify import check_files, manifest_of
-from dualform.models.saving.weights import Stored, each_tensor, found_files, own_files, stored_tensors
+from dualform.models.saving.weights import Files, Stored, each_tensor, found_files, own_files, stored_tensors
 from dualform.models.tables.layout import Piece
 from dualform.models.tables.registry import Readable
 from dualform.ops.device import usable_device
@@ -67,7 +76,7 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
 
     Raises:
         ArgumentError: for what is none of the library's models, such as a layer; says how to save that. Also for a
-            layout that is not one of these.
+            layout that is not one of these, or a model with adapters in that of another library.
         ConfigError: for a model that the layout does not have; says what it lacks. Nothing is written.
         CheckpointError: when the disk refuses.
     """
@@ -81,8 +90,16 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
 
 def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None, layout: str = "dualform") -> None:
     """Write the files of :func:`save` into a folder that its caller makes complete, such as one by ``replacing``."""
-    about, table = described_as(model, layout)
     text = tokenizer.to_json() if tokenizer is not None else None
+    if text is not None:
+        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    if model.adaptation is not None:
+        write_adapter(model, model.adaptation, folder)
+        return
+    if laid := next(iter(adapter_tensors(model)), None):
+        hint = "merge them first: merge_and_unload of PEFT's model"
+        raise ArgumentError(f"save: the model has adapters of PEFT, such as {laid!r}", hint=hint)
+    about, table = described_as(model, layout)
     tensors: dict[str, Tensor] = {}
     for name, tensor in unique_tensors(model).items():
         for piece in (Piece(name),) if table is None else table.pieces(model.config, name):
@@ -90,8 +107,6 @@ def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None
             tensors[piece.name] = stored.contiguous() if piece.alone else stored.clone()
     (folder / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    if text is not None:
-        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
 
 
 @overload
@@ -156,6 +171,12 @@ def _load(
     folder: Path, device: torch.device, dtype: torch.dtype | None, kind: type[Any] | None, verify: bool
 ) -> Backbone:
     """:func:`load` of the folder with the weights."""
+    if (adapter := adapter_of(folder)) is not None:
+        check_files(folder, digests=verify)
+        check_base(folder, base := base_folder(adapter), base_digests(base))
+        model = load(adapter.base, device=device, dtype=dtype, kind=kind, verify=verify)
+        merge(adapter, model)
+        return model
     found = described(folder)
     if kind is not None and not issubclass(found.kind, kind):
         raise CheckpointError(f"{folder}: a {found.kind.__name__}, expected a {kind.__name__}")
@@ -236,11 +257,20 @@ def check_tensors(folder: Folder) -> None:
     """
     found = described(folder)
     with torch.device("meta"):
-        _places(folder, found.build(), found.layout)
+        model = found.build()
+    if (adapter := adapter_of(Path(folder))) is not None:
+        merge(adapter, model)
+    else:
+        _places(folder, model, found.layout)
 
 
 def _places(folder: Folder, model: nn.Module, layout: Readable | None) -> dict[str, tuple[Stored, str, Piece]]:
     """By the names in the files: where a tensor is stored, what it is a piece of, and how; once all is known to fit."""
+    if isinstance(model, Backbone) and model.adaptation is not None:
+        expected, path = adapter_tensors(model), current(folder, ADAPTER_FILE)
+        check_base(folder, model.adaptation.base, model.adaptation.digests)
+        names = {stored_name(name): (name, Piece(stored_name(name))) for name in expected}
+        return _fitting(path, stored_tensors(Files([path])), expected, names, set())
     expected = unique_tensors(model)
     files = own_files(folder) if layout is None else found_files(folder)
     stored, where = stored_tensors(files), files.listing or files.paths[0]

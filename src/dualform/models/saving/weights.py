@@ -18,7 +18,7 @@ from torch import Tensor
 from dualform.core.errors import CheckpointError
 from dualform.core.json_file import entry, read_table
 from dualform.core.options import brief
-from dualform.models.saving.files import WEIGHTS_FILE, current
+from dualform.models.saving.files import ADAPTER_FILE, WEIGHTS_FILE, current
 
 INDEX_FILE = "model.safetensors.index.json"
 PYTORCH_FILE = "pytorch_model.bin"
@@ -53,7 +53,7 @@ def weight_names(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         CheckpointError: for an index that is damaged.
     """
-    for name in (WEIGHTS_FILE, INDEX_FILE, PYTORCH_FILE, PYTORCH_INDEX_FILE):
+    for name in (ADAPTER_FILE, WEIGHTS_FILE, INDEX_FILE, PYTORCH_FILE, PYTORCH_INDEX_FILE):
         path = current(folder, name)
         if path.exists():
             return sorted({name, *_weight_map(path).values()}) if path.suffix == ".json" else [name]
