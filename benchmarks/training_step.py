@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import preset
 from dualform.train.capture import capture
-from dualform.train.loop import Objective
+from dualform.train.objective import Objective
 
 
 def on_gpu(objective: Objective, windows: Tensor) -> list[dict[str, Any]]:

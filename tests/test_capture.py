@@ -16,7 +16,8 @@ from dualform.models.presets import preset
 from dualform.ops import SlowBackendWarning
 from dualform.train import loop
 from dualform.train.capture import as_written, capture
-from dualform.train.loop import Objective, train
+from dualform.train.loop import train
+from dualform.train.objective import Objective
 from dualform.train.recipe import Data, Recipe
 
 

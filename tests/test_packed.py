@@ -21,7 +21,8 @@ from dualform.models.lm import LanguageModel
 from dualform.models.tokenizer import ByteTokenizer
 from dualform.train.data import Dataset, open_dataset, prepare
 from dualform.train.evaluate import bits_per_byte
-from dualform.train.loop import Objective, train
+from dualform.train.loop import train
+from dualform.train.objective import Objective
 from dualform.train.packed import Packed, Sequences
 from dualform.train.recipe import Data, Optim, Recipe
 from dualform.train.report import read_metrics

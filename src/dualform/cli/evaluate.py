@@ -12,6 +12,9 @@ from dualform.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from dualform.models.chat import ChatTemplate
+    from dualform.models.tokenizer import Tokenizer
+
 EPILOG = """[bold]Examples[/bold]
   dualform eval runs/notes --set data.path=letters.txt      your text
   dualform eval OWNER/NAME --set data.path=book.txt         a model of the Hugging Face Hub
@@ -54,7 +57,8 @@ def evaluate(
         raise ConfigError("no text is given", hint="--set data.path=FILE_OR_FOLDER")
     data = Recipe.load(overrides=set_).data
     lm, tokenizer = load_model(model, device, dtype)
-    with whole_text(data, tokenizer) as dataset, _progress() as bar:
+    template = _template(model, tokenizer, lm.config.vocab_size) if data.chat else None
+    with whole_text(data, tokenizer, template) as dataset, _progress() as bar:
         task = None if bar is None else bar.add_task("reading", total=None)
 
         def tell(done: int, whole: int) -> None:
@@ -80,6 +84,20 @@ def evaluate(
     passed = f"; passed over {skipped} files that are not text" if skipped else ""
     read = f"{found.bytes:,} bytes, {found.tokens:,} tokens, {counts['documents']:,} documents"
     typer.echo(f"{Path(data.path).name}: {read}{passed}")
+
+
+def _template(model: str, tokenizer: "Tokenizer", vocab_size: int) -> "ChatTemplate":
+    from dualform.cli.folders import model_folder
+    from dualform.models.saving.undisturbed import undisturbed
+    from dualform.models.usage import read_usage
+
+    def read(folder: Path) -> "ChatTemplate | None":
+        return read_usage(folder, tokenizer, vocab_size).template
+
+    if found := undisturbed(lambda: model_folder(model), read):
+        return found
+    hint = "evaluate it on text, or take another model"
+    raise ConfigError(f"data.chat is true, and {model} has no chat template", hint=hint)
 
 
 def _progress() -> "Progress | nullcontext[None]":

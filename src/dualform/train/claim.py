@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from dualform.core.errors import CheckpointError, DataError, DualformError
 from dualform.core.json_file import read_table, to_json
+from dualform.models.chat import ChatTemplate
 from dualform.models.saving.folder import CHECKPOINTS, RECIPE_FILE, checkpoints
 from dualform.models.saving.incoming import lives
 from dualform.models.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ _TRIES, _PAUSE = 20, 0.05  # how often, each after how many seconds, a holder's 
 
 
 @contextmanager
-def claimed(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> Iterator[None]:
+def claimed(recipe: Recipe, tokenizer: Tokenizer, resume: bool, template: ChatTemplate | None = None) -> Iterator[None]:
     """Hold the run's folder: a new one with its tokens, or, resuming, one with a run.
 
     A run that ends before its recipe is in the folder leaves nothing of its own there.
@@ -63,7 +64,7 @@ def claimed(recipe: Recipe, tokenizer: Tokenizer, resume: bool) -> Iterator[None
                 raise CheckpointError(f"{out}: a run is there already", hint=hint)
             if not exists:
                 stack.callback(_remove_unused, out)
-                prepare(recipe.data, tokenizer, out / DATA)
+                prepare(recipe.data, tokenizer, out / DATA, template)
         except OSError as error:
             reason, hint = error.strerror or str(error), f"choose another folder: {elsewhere(out)}"
             raise CheckpointError(f"{out}: cannot be written: {reason}", hint=hint) from error

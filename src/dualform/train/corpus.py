@@ -9,12 +9,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dualform.core.errors import DataError
 from dualform.core.json_file import kind_of
+from dualform.core.options import brief
 from dualform.train.recipe import STDLIB, Data
 
+ASSISTANT = "assistant"  # the role of the messages that are learned
 HELD_OUT_BYTES = 2**22  # held out at most: plenty for two decimals, and the rest is worth training on
 _JSON_LINES = (".jsonl", ".ndjson")
 
@@ -74,7 +76,13 @@ class Corpus:
                 self.skipped.append(name)
 
     def _documents(self, path: Path, name: str, text: bytes) -> Iterator[Document]:
-        if path.suffix in _JSON_LINES:
+        if self.data.chat and path.suffix not in _JSON_LINES:
+            if str(path) == self.data.path:
+                raise DataError(
+                    f"{path}: not JSON lines, which data.chat reads", hint="name it .jsonl, if it holds them"
+                )
+            self.skipped.append(name)
+        elif path.suffix in _JSON_LINES:
             for number, line in enumerate(text.splitlines(), 1):
                 if line.strip() and (inside := self._text_of(line, f"{path}, line {number}")):
                     yield Document(f"{name}:{number}", inside)
@@ -87,6 +95,8 @@ class Corpus:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON that can be read: {error}") from error
+        if self.data.chat:
+            return _conversation(record, where)
         text = record.get(wanted) if isinstance(record, dict) else None
         if not isinstance(text, str):
             if isinstance(record, dict) and wanted in record:
@@ -102,6 +112,28 @@ class Corpus:
         return text.encode("utf-8", "replace")
 
 
+def _conversation(record: Any, where: str) -> bytes:
+    """The messages of a JSON line, as the text of a document.
+
+    Raises:
+        DataError: for a line without messages or without an answer; says where.
+    """
+    hint = 'a line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list):
+        keys = ", ".join(map(brief, record)) if isinstance(record, dict) else ""
+        found = f"has {keys or 'no key'}" if isinstance(record, dict) else f"is {kind_of(record)}"
+        raise DataError(f"{where}: no list of messages under 'messages'; it {found}", hint=hint)
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(f"{where}: message {number} is {brief(message)}, expected a role and a content", hint=hint)
+        if message["role"] == ASSISTANT and not message["content"]:
+            raise DataError(f"{where}: message {number} is an empty answer", hint="leave such lines out")
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise DataError(f"{where}: no message of the role {ASSISTANT!r}, so there is nothing to learn", hint=hint)
+    return json.dumps(messages).encode()
+
+
 def split(corpus: Corpus) -> Iterator[tuple[Document, bool]]:
     """Documents, and whether each is held out.
 
@@ -109,13 +141,19 @@ def split(corpus: Corpus) -> Iterator[tuple[Document, bool]]:
     differ in size and may be few, so that this may be far from the share of the text that ``data.held_out`` asks for:
     less than two thirds of it, or more than three halves. Then other whole documents are chosen, in the order of their
     hashes, or the one whose size is nearest to that share. Where no whole documents come near it, and so in a corpus of
-    one document, the end of the largest is held out; ``corpus.cut`` then has its name.
+    one document, the end of the largest is held out; ``corpus.cut`` then has its name. Conversations are never cut: of
+    them the smallest is held out.
 
     Raises:
-        DataError: when there is no text.
+        DataError: when there is no text, or one conversation alone.
     """
     corpus.cut, sizes = "", _Sizes()
     chosen = _choose(corpus, sizes)
+    if chosen is None and corpus.data.chat:
+        if sizes.documents == 1:
+            what = f"data.path {corpus.data.path!r} holds one conversation, so that none can be held out"
+            raise DataError(what, hint="give it two or more")
+        chosen = {sizes.smallest[1]: sizes.smallest[0]}
     if chosen is not None:
         for document in corpus:
             yield document, document.name in chosen
@@ -148,18 +186,19 @@ def _choose(corpus: Corpus, sizes: "_Sizes") -> dict[str, int] | None:
 
 @dataclass
 class _Sizes:
-    """How many documents there are, their bytes, and ``(bytes, name)`` of the largest."""
+    """How many documents there are, their bytes, and ``(bytes, name)`` of the largest and of the smallest."""
 
     documents: int = 0
     bytes: int = 0
     largest: tuple[int, str] = (0, "")
+    smallest: tuple[int, str] = (2**63, "")
 
     def counting(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The documents as they come, each counted."""
         for document in documents:
             mine = len(document.text), document.name
             self.documents, self.bytes = self.documents + 1, self.bytes + mine[0]
-            self.largest = max(self.largest, mine)
+            self.largest, self.smallest = max(self.largest, mine), min(self.smallest, mine)
             yield document
 
     def share(self, every: int) -> int:

@@ -10,7 +10,7 @@ processes see disjoint parts of what one process would see.
 import gzip
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,9 +26,11 @@ from torch import Tensor
 from dualform.core.errors import DataError
 from dualform.core.json_file import to_json
 from dualform.models.careful import carefully
+from dualform.models.chat import ChatTemplate
 from dualform.models.saving.files import creating
 from dualform.models.special_tokens import text_only
 from dualform.models.tokenizer import Tokenizer
+from dualform.train.chat import Encoded, conversations
 from dualform.train.corpus import Corpus, Document, split
 from dualform.train.mapped import Mapped
 from dualform.train.prepared import ABOUT_FILE, clear, open_arrays, read_about, verify_once
@@ -42,6 +44,7 @@ except ImportError:  # a Python that was compiled without it
 COMPARABLE = 2**14
 """Bytes of held-out text from which on compressors are a comparison: of less they write mostly headers."""
 _BATCH = 256  # documents tokenised together
+Encode = Callable[[Sequence[Document]], list[Encoded]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Dataset:
     begins with its separator.
     """
 
-    train: np.ndarray  # uint8, uint16 or uint32
+    train: np.ndarray  # uint8, uint16 or uint32; of conversations signed, with ~token for one that is only read
     held_out: np.ndarray
     nbytes: np.ndarray  # uint32
     about: dict[str, Any]
@@ -69,10 +72,10 @@ class Dataset:
             yield torch.from_numpy(self.train[some[:, None] + np.arange(data.length + 1)].astype(np.int64))
 
 
-def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
+def prepare(data: Data, tokenizer: Tokenizer, folder: Path, template: ChatTemplate | None = None) -> None:
     """Tokenise the corpus into a new folder, which appears only when it is complete.
 
-    Prepared data that is there already is replaced.
+    Prepared data that is there already is replaced. Conversations are written by the template.
 
     Raises:
         DataError: for a corpus that cannot be read, is empty, or is shorter than one window; for a folder that holds
@@ -81,26 +84,25 @@ def prepare(data: Data, tokenizer: Tokenizer, folder: Path) -> None:
     """
     clear(folder)
     with creating(folder) as new:
-        _write(new, data, tokenizer)
+        _write(new, data, tokenizer, template)
 
 
 @contextmanager
-def whole_text(data: Data, tokenizer: Tokenizer) -> Iterator[Dataset]:
+def whole_text(data: Data, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> Iterator[Dataset]:
     """All of a corpus as the held-out part of a data set, in a temporary folder: for evaluation alone.
 
     Raises:
         DataError: for a corpus that cannot be read, or is empty.
     """
-    corpus, encode, before = Corpus(data), _encoder(tokenizer), np.array(_before(data, tokenizer), np.uint32)
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    corpus, (encode, before, dtype) = Corpus(data), _encoding(data, tokenizer, template)
     with TemporaryDirectory(prefix="dualform-") as name:
         folder = Path(name)
         with (folder / "ids").open("wb") as ids_file, (folder / "nbytes").open("wb") as nbytes_file:
             part = _Part(ids_file, dtype)
             for batch in _batches((document, True) for document in corpus):
-                encoded = encode([document.text for document, _ in batch])
-                for (document, _), (ids, nbytes) in zip(batch, encoded, strict=True):
-                    part.add(document, np.concatenate([before, ids]))
+                encoded = encode([document for document, _ in batch])
+                for (_, _), (ids, nbytes) in zip(batch, encoded, strict=True):
+                    part.add(np.concatenate([before, ids]), int(nbytes.sum()))
                     nbytes_file.write(np.concatenate([np.zeros(len(before)), nbytes]).astype(np.uint32).tobytes())
         if not part.bytes:
             raise DataError(f"data.path {data.path!r} holds no text", hint="give it a file with text")
@@ -109,7 +111,7 @@ def whole_text(data: Data, tokenizer: Tokenizer) -> Iterator[Dataset]:
         yield Dataset(ids[:0], ids, nbytes, about, None, np.array(part.starts, np.int64))
 
 
-def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
+def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path, template: ChatTemplate | None = None) -> Dataset:
     """Map what :func:`prepare` wrote.
 
     Sizes are compared every time. Digests are, and token ids with the vocabulary, when the folder is opened first and
@@ -119,7 +121,7 @@ def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
         DataError: when it is missing, damaged, was made from another source, or is shorter than one window.
     """
     about = read_about(folder)
-    for name, value in _source(data, tokenizer).items():
+    for name, value in _source(data, tokenizer, template).items():
         if about["source"].get(name) != value:
             raise DataError(f"{folder} was made with {name} {about['source'].get(name)!r}, now it is {value!r}")
     arrays = open_arrays(folder, about, starts=data.packed)
@@ -129,18 +131,16 @@ def open_dataset(data: Data, tokenizer: Tokenizer, folder: Path) -> Dataset:
     return Dataset(train, held_out, nbytes, about, *starts)
 
 
-def _write(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
+def _write(folder: Path, data: Data, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
     """The files of :func:`prepare`."""
-    corpus, encode = Corpus(data), _encoder(tokenizer)
-    before = np.array(_before(data, tokenizer), np.uint32)
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    corpus, (encode, before, dtype) = Corpus(data), _encoding(data, tokenizer, template)
     held, added = list[bytes](), list[np.ndarray]()
     with (folder / "train.ids").open("wb") as one, (folder / "held_out.ids").open("wb") as other:
         train, held_out = _Part(one, dtype), _Part(other, dtype)
         for batch in _batches(split(corpus)):
-            encoded = encode([document.text for document, _ in batch])
+            encoded = encode([document for document, _ in batch])
             for (document, held_back), (ids, nbytes) in zip(batch, encoded, strict=True):
-                (held_out if held_back else train).add(document, np.concatenate([before, ids]))
+                (held_out if held_back else train).add(np.concatenate([before, ids]), int(nbytes.sum()))
                 if held_back:
                     held.append(document.text)
                     added += [np.zeros(len(before)), nbytes]
@@ -154,13 +154,13 @@ def _write(folder: Path, data: Data, tokenizer: Tokenizer) -> None:
     for name, part in (("train", train), ("held_out", held_out)):
         np.array(part.starts, np.int64).tofile(folder / f"{name}.starts")
     about = {
-        "source": _source(data, tokenizer),
+        "source": _source(data, tokenizer, template),
         "dtype": dtype.name,
         "train": train.counts(),
         "held_out": held_out.counts(),
         "skipped": len(corpus.skipped),
         "cut": corpus.cut,
-        **_compressed(text),
+        **_compressed(b"" if data.chat else text),
     }
     (folder / ABOUT_FILE).write_text(to_json(about), encoding="utf-8")
 
@@ -190,16 +190,20 @@ class _Part:
     dtype: np.dtype
     bytes: int = 0
     tokens: int = 0
+    learned: int = 0
     starts: "array[int]" = field(default_factory=lambda: array("q"))
 
-    def add(self, document: Document, ids: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, size: int) -> None:
+        """The tokens of a document, and the bytes that they stand for."""
         self.file.write(ids.astype(self.dtype).tobytes())
         self.starts.append(self.tokens)
-        self.bytes += len(document.text)
+        self.bytes += size
         self.tokens += len(ids)
+        self.learned += int((ids >= 0).sum())
 
     def counts(self) -> dict[str, int]:
-        return {"documents": len(self.starts), "bytes": self.bytes, "tokens": self.tokens}
+        learned = {"learned": self.learned} if self.dtype.kind == "i" else {}
+        return {"documents": len(self.starts), "bytes": self.bytes, "tokens": self.tokens, **learned}
 
 
 def _batches(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
@@ -208,11 +212,13 @@ def _batches(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[
         yield batch
 
 
-def _source(data: Data, tokenizer: Tokenizer) -> dict[str, Any]:
+def _source(data: Data, tokenizer: Tokenizer, template: ChatTemplate | None) -> dict[str, Any]:
     """What the tokens depend on."""
     told = tokenizer.to_json()
     kind = "bytes" if told is None else hashlib.sha256(told.encode()).hexdigest()
     names = ("path", "text_field", "separator", "held_out")
+    if template is not None:
+        kind = f"{kind}, {hashlib.sha256(template.source.encode()).hexdigest()} of a chat template"
     return {**{f"data.{name}": getattr(data, name) for name in names}, "tokenizer": kind}
 
 
@@ -225,15 +231,23 @@ def _before(data: Data, tokenizer: Tokenizer) -> list[int]:
     return separator if separator[len(separator) - len(begin) :] == begin else separator + begin
 
 
-def _encoder(tokenizer: Tokenizer) -> Callable[[list[bytes]], list[tuple[np.ndarray, np.ndarray]]]:
-    """A function from texts to the tokens of each, with the bytes of text that each token stands for."""
+def _encoding(data: Data, tokenizer: Tokenizer, template: ChatTemplate | None) -> "tuple[Encode, np.ndarray, np.dtype]":
+    """What makes tokens of documents, the tokens before each, and the dtype of all."""
+    if data.chat and template is not None:
+        return conversations(tokenizer, template), np.zeros(0, np.int64), np.min_scalar_type(-tokenizer.vocab_size)
+    before = np.array(_before(data, tokenizer), np.uint32)
+    return _encoder(tokenizer), before, np.min_scalar_type(tokenizer.vocab_size - 1)
+
+
+def _encoder(tokenizer: Tokenizer) -> "Encode":
+    """A function from documents to the tokens of each, with the bytes of text that each token stands for."""
     told = tokenizer.to_json()
     if told is None:
-        return lambda texts: [(np.frombuffer(t, np.uint8), np.ones(len(t), np.uint32)) for t in texts]
+        return lambda texts: [(np.frombuffer(t.text, np.uint8), np.ones(len(t.text), np.uint32)) for t in texts]
     raw = carefully(lambda: text_only(tokenizers.Tokenizer.from_str(told)), "data.tokenizer", DataError)
 
-    def encode(texts: list[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
-        decoded = [text.decode("utf-8") for text in texts]
+    def encode(texts: Sequence[Document]) -> list[Encoded]:
+        decoded = [text.text.decode("utf-8") for text in texts]
         found = carefully(lambda: raw.encode_batch(decoded, add_special_tokens=False), "data.tokenizer", DataError)
         return [(np.array(e.ids, np.uint32), _added(t, e.offsets)) for t, e in zip(decoded, found, strict=True)]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dualform.core.tree import nbytes
 from dualform.models.lm import IGNORED, LanguageModel
+from dualform.train.chat import read_and_targets
 from dualform.train.data import Dataset
 from dualform.train.packed import Sequences
 
@@ -140,13 +141,15 @@ def _read_documents(
         lines = lines[:: max(1, len(lines) * most // limit)]
     nats, text, read = torch.zeros((), dtype=torch.float64), 0, 0
     for number, chosen in enumerate(lines, 1):
-        tokens, cu_seqlens = sequences.line(chosen)
-        after = tokens[0].roll(-1).index_fill(0, cu_seqlens[1:] - 1, IGNORED).to(device)
+        line, cu_seqlens = sequences.line(chosen)
+        tokens, targets = read_and_targets(line)
+        after = targets[0].index_fill(0, cu_seqlens[1:] - 1, IGNORED)
+        count = int((after != IGNORED).sum())
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits, _ = model(tokens.to(device), cu_seqlens=cu_seqlens)
-        nats += F.cross_entropy(logits[0].float(), after, ignore_index=IGNORED, reduction="sum").cpu()
+        nats += F.cross_entropy(logits[0].float(), after.to(device), ignore_index=IGNORED, reduction="sum").cpu()
         predicted = np.delete(sequences.places(chosen), cu_seqlens[:-1].numpy())
-        text, read = text + int(dataset.nbytes[predicted].sum()), read + len(predicted)
+        text, read = text + int(dataset.nbytes[predicted].sum()), read + count
         tell(read, round(read * len(lines) / number))
     return Score(nats.item(), read, text)
 

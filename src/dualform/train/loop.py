@@ -30,6 +30,7 @@ from dualform.train.data import Dataset, open_dataset
 from dualform.train.evaluate import bits_per_byte
 from dualform.train.finite import magnitude, not_finite
 from dualform.train.interrupt import Interrupts
+from dualform.train.objective import Objective
 from dualform.train.optim import build_optimizer, schedule, set_learning_rate
 from dualform.train.packed import Packed, Portion
 from dualform.train.recipe import Recipe
@@ -75,32 +76,18 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     """
     recipe, accelerator = setup.settled(recipe, resume), setup.build_accelerator(recipe)
     model, tokenizer = setup.build_model(recipe)
-    device = setup.device_of(recipe, accelerator)
+    device, template = setup.device_of(recipe, accelerator), setup.template_of(recipe, model, tokenizer)
     with ExitStack() as stack:
         if device.type == "cuda" and device.index is not None:
             stack.enter_context(torch.cuda.device(device))  # graphs and kernels, too
         with setup.all_or_none(accelerator):
             if accelerator.is_main_process:
-                stack.enter_context(claimed(recipe, tokenizer, resume))
+                stack.enter_context(claimed(recipe, tokenizer, resume, template))
             else:
                 console = Console(quiet=True)
-        dataset = open_dataset(recipe.data, tokenizer, Path(recipe.out) / DATA)
+        dataset = open_dataset(recipe.data, tokenizer, Path(recipe.out) / DATA, template)
         run = _Run(recipe, accelerator, device, model, tokenizer, dataset)
         return run.go(console or Console())
-
-
-class Objective(nn.Module):
-    """Mean cross-entropy of the next token, in nats: what data parallelism wraps."""
-
-    def __init__(self, model: LanguageModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Of windows ``(B, length + 1)``, or of packed sequences ``(1, T)``."""
-        if cu_seqlens is None:
-            return self.model.loss(tokens[:, :-1], tokens[:, 1:])
-        return self.model.loss(tokens, cu_seqlens=cu_seqlens)
 
 
 class _Run:
@@ -127,7 +114,7 @@ class _Run:
         self.packed = None
         if recipe.data.packed:
             self.packed = Packed(dataset.train, dataset.train_starts, recipe.data.length, recipe.seed)
-        self.wrapped: nn.Module = accelerator.prepare(Objective(self.model), device_placement=[False])
+        self.wrapped: nn.Module = accelerator.prepare(Objective(self.model, recipe.data.chat), device_placement=[False])
         self.objective, self.captured = cast("Callable[..., Tensor]", self.wrapped), False
         self.step, self.elapsed, self.counted = at.step, at.elapsed, at.loss_count
         self.losses = torch.tensor(at.loss_sum, device=self.device)
@@ -258,7 +245,7 @@ class _Run:
     def _in_bits(self, loss: float) -> float:
         """Bits per byte of the text that is trained on, of a loss in nats per token."""
         trained = self.dataset.about["train"]
-        return loss / math.log(2) * trained["tokens"] / trained["bytes"]
+        return loss / math.log(2) * trained.get("learned", trained["tokens"]) / trained["bytes"]
 
     def _measure(self) -> None:
         """Loss and tokens per second over the steps since the last line in metrics.jsonl, if there are any."""

@@ -56,6 +56,10 @@ class Sequences:
         self.ids = ids
         self.begins = np.repeat(starts, pieces) + offsets
         self.sizes = np.minimum(length, np.repeat(sizes, pieces) - offsets)  # predicted tokens; one more is read
+        self.learned = self.sizes
+        if ids.dtype.kind == "i":  # of conversations, in which a token that is only read is negative
+            upto = np.concatenate([[0], np.cumsum(np.append(np.asarray(ids[:]) >= 0, ids[0] >= 0))])
+            self.learned = upto[self.begins + self.sizes + 1] - upto[self.begins + 1]
 
     def places(self, chosen: np.ndarray) -> np.ndarray:
         """Where the tokens of the chosen sequences stand in ``ids``, end to end.
@@ -105,10 +109,10 @@ class Packed:
         for at in range(0, len(mine), data.batch // parts):
             some = mine[at : at + data.batch // parts]
             tokens, cu_seqlens = self._sequences.line(np.concatenate(some))
-            yield Portion(tokens, cu_seqlens, self._count(some) * parts / total)
+            yield Portion(tokens, cu_seqlens, self._count(some) * parts / max(total, 1))
 
     def predicted(self, data: Data, step: int) -> int:
-        """Tokens that a step predicts, over all processes together."""
+        """Tokens that a step learns to predict, over all processes together."""
         return self._count(self._step(data, step))
 
     def _step(self, data: Data, step: int) -> list[np.ndarray]:
@@ -116,7 +120,7 @@ class Packed:
         return [self._windows[self._order(epoch)[i]] for epoch, i in places]
 
     def _count(self, windows: list[np.ndarray]) -> int:
-        return sum(int(self._sequences.sizes[one].sum()) for one in windows)
+        return sum(int(self._sequences.learned[one].sum()) for one in windows)
 
 
 def _random(seed: int, key: int) -> np.random.Generator:

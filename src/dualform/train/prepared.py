@@ -28,7 +28,7 @@ from dualform.train.mapped import Mapped
 ABOUT_FILE = "about.json"
 PARTS = ("train", "held_out")
 _VERIFIED_FILE = ".verified"
-_DTYPES = ("uint8", "uint16", "uint32")
+_DTYPES = ("uint8", "uint16", "uint32", "int16", "int32", "int64")  # those with a sign for conversations
 _COUNTS = ("documents", "bytes", "tokens")
 _NAMES = (ABOUT_FILE, "train.ids", "held_out.ids", "train.starts", "held_out.starts", "held_out.nbytes", MANIFEST_FILE)
 _HINT = "copy the folder again, or start a new run in another folder"
@@ -112,11 +112,16 @@ def check_numbers(folder: Path, about: dict[str, Any], vocab: int | None = None)
     for part in PARTS:
         ids = arrays[f"{part}.ids"]
         spans = (ids[at : at + _SPAN] for at in range(0, len(ids), _SPAN))
-        if vocab is not None and (largest := max(int(span.max()) for span in spans)) >= vocab:
+        if vocab is not None and (largest := max(_largest(span) for span in spans)) >= vocab:
             raise DataError(f"{folder / part}.ids: token {largest}; the vocabulary is 0 to {vocab - 1}", hint=_HINT)
     text, said = int(arrays["held_out.nbytes"].sum(dtype=np.int64)), about["held_out"]["bytes"]
     if text != said:
         raise DataError(f"{folder / 'held_out.nbytes'}: sums to {text} bytes, but {said} were held out", hint=_HINT)
+
+
+def _largest(ids: np.ndarray) -> int:
+    """The largest token; one that is only read stands as ``~token``."""
+    return max(int(ids.max()), int(~ids.min()) if ids.dtype.kind == "i" else 0)
 
 
 def verify_once(folder: Path, about: dict[str, Any], vocab: int) -> None:

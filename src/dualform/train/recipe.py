@@ -33,6 +33,9 @@ class Data:
     Args:
         path: a file or folder of text or JSON lines, or ``"stdlib"``, the Python standard library's own source.
         text_field: the key of a JSON line that holds its text.
+        chat: whether JSON lines hold conversations, as a list of ``"messages"``. The chat template of the model that
+            the run goes on from writes them; their answers are learned, the rest is only read. Each is a sequence of
+            its own, as with ``packed``, which this implies; ``separator`` and ``text_field`` are not used.
         tokenizer: a ``tokenizer.json``; empty for bytes.
         separator: the text that goes before every document. Here the name of a special token means that token; in the
             documents it is text. The tokens with which the tokenizer opens a document follow the separator.
@@ -49,6 +52,7 @@ class Data:
 
     path: str = STDLIB
     text_field: str = "text"
+    chat: bool = False
     tokenizer: str = ""
     separator: str = "\n"
     held_out: int = 20
@@ -59,6 +63,8 @@ class Data:
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")
+        if self.chat:
+            object.__setattr__(self, "packed", True)
         _demand(self.path != "", "data.path", self.path, "a file, a folder or 'stdlib'")
         _demand(self.separator != "", "data.separator", self.separator, "at least one character")
         _demand(self.held_out >= 2, "data.held_out", self.held_out, "at least 2")

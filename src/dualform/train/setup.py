@@ -17,17 +17,18 @@ from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.json_file import to_json
 from dualform.core.options import brief
 from dualform.models.adapters import adapt
+from dualform.models.chat import ChatTemplate
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import PRESETS, preset
 from dualform.models.saving.adapter import adapter_of, base_digests
-from dualform.models.saving.files import replacing, replacing_file
+from dualform.models.saving.files import CHAT_TEMPLATE_FILE, replacing, replacing_file
 from dualform.models.saving.folder import CHECKPOINTS, checkpoints, model_folder
 from dualform.models.saving.hub import hub_name
 from dualform.models.saving.model import load, write
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
-from dualform.models.usage import usage_files
+from dualform.models.usage import read_usage, usage_files
 from dualform.ops.device import chosen_device
 from dualform.train.checkpoint import read_position
 from dualform.train.optim import freeze
@@ -180,6 +181,26 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
         )
     freeze(model, recipe.optim.freeze)
     return model, tokenizer
+
+
+def template_of(recipe: Recipe, model: LanguageModel, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template that writes conversations, of the model that the run goes on from; None where text is trained on.
+
+    Raises:
+        ConfigError: for conversations without a template.
+        CheckpointError: for a template that cannot be read.
+    """
+    given = recipe.model
+    if not recipe.data.chat:
+        return None
+    found = None
+    if isinstance(given, str) and _is_saved(given):
+        size = model.config.vocab_size
+        found = undisturbed(lambda: model_folder(given), lambda folder: read_usage(folder, tokenizer, size).template)
+    if found is None:
+        hint = f"go on from a model that chats: --set model=FOLDER; or put its {CHAT_TEMPLATE_FILE} beside the weights"
+        raise ConfigError("recipe: data.chat is true for a model without a chat template", hint=hint)
+    return found
 
 
 def save_model(folder: Path, recipe: Recipe, model: LanguageModel, tokenizer: Tokenizer) -> None:

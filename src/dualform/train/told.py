@@ -24,6 +24,7 @@ def about_the_text(path: str, about: Mapping[str, Any]) -> Iterator[str]:
     share = held_out["bytes"] / (train["bytes"] + held_out["bytes"])
     documents = f"{train['documents']} and {held_out['documents']} documents"
     sizes = f"{amount(train['bytes'], 'B')} to train on, {amount(held_out['bytes'], 'B')} held out, {share:.1%}"
+    sizes += ", of answers" if "learned" in train else ""
     yield f"{path}: {sizes} ({documents})"
     if about["skipped"]:
         yield f"{path}: passed over {about['skipped']} files that are not text"
