@@ -190,11 +190,22 @@ def test_a_run_on_conversations(recipe, rank, dualform, tmp_path):
     assert code == 0, err
 
 
+@pytest.mark.parametrize("size, dtype", [(128, "int8"), (129, "int16"), (2**15 + 1, "int32")])
+def test_tokens_take_the_narrowest_integer_with_a_sign(tmp_path, size, dtype):
+    class Letters(ByteTokenizer):
+        vocab_size = size
+
+    _, dataset = written(Letters(), tmp_path, talks(6))
+    assert dataset.train.dtype == dataset.about["dtype"] == dtype
+
+
 def test_a_model_without_a_template_is_refused(recipe, base, dualform):
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match=r"data\.chat is true for a model without a chat template"):
         train(recipe, console=QUIET)
     assert not Path(recipe.out).exists()
+    with pytest.raises(DataError, match="no template was given"):
+        prepare(recipe.data, ByteTokenizer(), Path(recipe.out))
     with pytest.raises(ConfigError, match="without a chat template"):
         train(replace(recipe, model="byte-mamba2"), console=QUIET)
     args = ("eval", base, "--set", f"data.path={recipe.data.path}", "--set", "data.chat=true")

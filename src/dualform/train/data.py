@@ -233,7 +233,9 @@ def _before(data: Data, tokenizer: Tokenizer) -> list[int]:
 
 def _encoding(data: Data, tokenizer: Tokenizer, template: ChatTemplate | None) -> "tuple[Encode, np.ndarray, np.dtype]":
     """What makes tokens of documents, the tokens before each, and the dtype of all."""
-    if data.chat and template is not None:
+    if data.chat:
+        if template is None:
+            raise DataError("data.chat is true, and no template was given", hint="that of the model's read_usage")
         return conversations(tokenizer, template), np.zeros(0, np.int64), np.min_scalar_type(-tokenizer.vocab_size)
     before = np.array(_before(data, tokenizer), np.uint32)
     return _encoder(tokenizer), before, np.min_scalar_type(tokenizer.vocab_size - 1)

@@ -28,7 +28,7 @@ from dualform.train.mapped import Mapped
 ABOUT_FILE = "about.json"
 PARTS = ("train", "held_out")
 _VERIFIED_FILE = ".verified"
-_DTYPES = ("uint8", "uint16", "uint32", "int16", "int32", "int64")  # those with a sign for conversations
+_DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32")  # those with a sign for conversations
 _COUNTS = ("documents", "bytes", "tokens")
 _NAMES = (ABOUT_FILE, "train.ids", "held_out.ids", "train.starts", "held_out.starts", "held_out.nbytes", MANIFEST_FILE)
 _HINT = "copy the folder again, or start a new run in another folder"
