@@ -208,6 +208,12 @@ def test_adapters_need_weights_below_them(recipe, tmp_path):
     assert build_model(replace(recipe, model=str(out), lora=Lora()))[0].adaptation is None  # merged
 
 
+def test_a_block_in_several_places_takes_no_adapters(recipe, tmp_path):
+    LanguageModel(ModelConfig(256, 8, PARTS, "AMA", shared="A")).save(tmp_path / "shared")
+    with pytest.raises(ConfigError, match=r"a block that stands in several places of it \('A'\)"):
+        build_model(replace(recipe, model=str(tmp_path / "shared")))
+
+
 def test_another_base_is_refused(recipe, base, tmp_path):
     out = train(replace(recipe, steps=1), console=QUIET)
     kept = base.rename(tmp_path / "kept")

@@ -234,6 +234,9 @@ def _lay_adapters(lora: Lora, model: LanguageModel, given: str, folder: Path) ->
     if adapter_of(folder) is not None:
         hint = f"go on with them: dualform train RUN --resume; or merge them first: dualform convert {given} OUT"
         raise ConfigError(f"recipe: model {given!r} has adapters already", hint=hint)
+    if model.config.shared:  # PEFT lays an adapter on one of the places of a map, and merging would change all
+        what = f"a block that stands in several places of it ({', '.join(map(repr, model.config.shared))})"
+        raise ConfigError(f"recipe: no adapters for model {given!r}: it has {what}", hint="train it without lora")
     base = given if hub_name(given) else folder.resolve()
     model.adaptation = adapt(model, base, base_digests(folder), **asdict(lora))
 
