@@ -203,6 +203,22 @@ def test_labels_of_minus_100_do_not_count(x, dtype):
     assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
+def test_logits_that_are_not_finite_do_not_count_under_a_label_of_minus_100(x):
+    model, labels, seen = classifier(), torch.tensor([2, -100, 0, 1]), []
+
+    def plant(module, args, logits):
+        seen.append(logits.index_fill(0, torch.tensor([1]), torch.nan))
+        seen[0].retain_grad()
+        return seen[0]
+
+    want = model.loss(x, labels)
+    model.head.register_forward_hook(plant)
+    loss = model.loss(x, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, want)
+    assert seen[0].grad.isfinite().all() and not seen[0].grad[1].any() and seen[0].grad[0].any()
+
+
 @pytest.mark.parametrize(
     ("labels", "says"),
     [

@@ -330,6 +330,26 @@ def test_loss_never_holds_all_logits(monkeypatch):
     assert max(sizes) <= 5 * V and sum(sizes) == 32 * V  # each once, and never all
 
 
+@pytest.mark.parametrize("options", [{}, {"logit_cap": 3.0}, {"tie_embeddings": False, "head_bias": True}], ids=str)
+@pytest.mark.parametrize("name", ["", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_where_no_target_counts_stays_there(options, name, value):
+    model, x, targets = build("MF", **options), tokens(3, 6), tokens(3, 6).clone()
+    targets[1] = targets[2, 3:] = -100
+
+    def run(h):
+        h = h.detach().requires_grad_()
+        with backend(name):
+            loss = model.head_loss(h, targets)
+            head = model.embed.weight if model.head is None else model.head.weight
+            return [loss, *torch.autograd.grad(loss, [h, head])]
+
+    h = model.features(x)[0]
+    want = run(h)
+    close(want[0], model.loss(x, targets))
+    close(run(h.masked_fill((targets == -100)[..., None], value)), want)
+
+
 @pytest.mark.parametrize("frozen", ["embed", "blocks"])
 def test_loss_with_frozen_parts(frozen):
     model, x = build("M"), tokens(2, 6)
@@ -570,6 +590,7 @@ def test_bad_step(model):
         (torch.ones(2, 4, dtype=torch.int64), r"attention_mask has shape \(2, 4\), expected \(B, T\)"),
         (torch.ones(5, dtype=torch.int64), "attention_mask has shape"),
         (torch.full((2, 5), 2), "other than 0 and 1"),
+        (torch.zeros(2, 5), "attention_mask is torch.float32 and 0 everywhere"),
         (torch.tensor([[0.0, 0, 0, -torch.inf, -torch.inf]] * 2), "other than 0 and 1"),
     ],
 )

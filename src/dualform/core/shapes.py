@@ -127,6 +127,32 @@ def check_real(where: str, **tensors: Tensor | None) -> None:
             raise ArgumentError(f"{where}: {name} is {tensor.dtype}, expected {kind} dtype")
 
 
+def check_indices(where: str, name: str, indices: Tensor, below: int, ignored: int = 0, hint: str = "") -> None:
+    """Indices must be whole numbers from 0; their values are read where that costs nothing, on the CPU.
+
+    Args:
+        where: name of the function, first word of every error.
+        name: of the argument.
+        indices: of any shape.
+        below: the first number that is none.
+        ignored: a number that is allowed as well; 0 for no other.
+        hint: for the error.
+
+    Raises:
+        ArgumentError: names the argument, its dtype or the first number outside.
+    """
+    if indices.dtype not in (torch.int32, torch.int64):
+        hint = hint if indices.is_floating_point() else f"{name}.long()"
+        raise ArgumentError(f"{where}: {name} is {indices.dtype}, expected int32 or int64", hint=hint)
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
+        return
+    outside = (indices < 0) | (indices >= below)
+    if ignored:
+        outside &= indices != ignored
+    if outside.any():
+        raise ArgumentError(f"{where}: {name} holds {int(indices[outside][0])}, expected 0 to {below - 1}", hint=hint)
+
+
 def dtype_of(where: str, dtype: str | torch.dtype, among: Sequence[torch.dtype] = FLOATING) -> torch.dtype:
     """A dtype, or the one of a name such as ``float32``.
 

@@ -40,6 +40,10 @@ class DualformConfig(PreTrainedConfig):
         """V."""
         return self.model.get("vocab_size", 0)
 
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.model = {**self.model, "vocab_size": size}
+
     @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""

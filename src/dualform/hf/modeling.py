@@ -1,6 +1,7 @@
 """A language model of this library under the interface of transformers."""
 
 import os
+from dataclasses import replace
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -12,10 +13,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dualform.core.errors import ArgumentError
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_indices, check_tensors
 from dualform.hf.cache import StateCache
 from dualform.hf.configuration import DualformConfig
-from dualform.models.linear_loss import IGNORED
+from dualform.hf.inputs import cache_of, check_mask, check_options, check_positions, places_to_keep
+from dualform.models.backbone import EMBEDDING_STD
+from dualform.models.linear_loss import IGNORED, mean_cross_entropy
 from dualform.models.lm import LanguageModel
 from dualform.models.padding import lay_out
 from dualform.models.saving.folder import model_folder
@@ -72,43 +75,51 @@ class DualformForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: ``(B, T)``.
-            attention_mask: ``(B, T)``, 1 for a token and 0 for padding. After earlier calls it may be longer, and its
-                last T columns count.
-            labels: ``(B, T)``, the token at each position itself, as transformers has them; -100 does not count.
+            attention_mask: ``(B, T)``, 1 for a token and 0 for padding. After earlier calls it may have their columns
+                before its own.
+            labels: ``(B, T)``, the token at each position itself, as transformers has them; -100 does not count. All
+                that count go into the loss, whichever logits are kept.
             use_cache: whether the state is returned; by default outside of training.
             output_hidden_states: whether what the head reads is returned.
             logits_to_keep: the number of last positions whose logits are needed, or their indices; 0 is all of them.
             return_dict: False returns a tuple.
             options: ``cache`` or ``past_key_values`` of an earlier call, and ``num_items_in_batch`` of the Trainer, the
-                number by which the sum of the losses is divided. ``inputs_embeds`` is refused; others change nothing.
+                number by which the sum of the losses is divided. ``position_ids`` must be those that follow from the
+                order of the tokens. ``token_type_ids`` and ``cache_position`` change nothing.
 
         Raises:
-            ArgumentError: for no tokens, or embeddings in their place; labels of another shape.
+            ArgumentError: for no tokens, or embeddings in their place; labels, a mask or positions that do not fit
+                them; a cache of another kind, and a keyword that would change nothing.
         """
         if options.get("inputs_embeds") is not None or input_ids is None:
             raise ArgumentError("forward: a model of this library reads tokens", hint="give input_ids alone")
+        check_options(options)
         check_tensors("forward", input_ids=(input_ids, "B T"), labels=(labels, "? B T"))
-        cache: StateCache | None = options.get("cache") or options.get("past_key_values")
-        length, state = input_ids.shape[1], None if cache is None else cache.state
-        mask = None if attention_mask is None else attention_mask[:, -length:]
+        cache, length = cache_of(options), input_ids.shape[1]
+        state, seen = (None, 0) if cache is None else (cache.state, cache.seen)
+        mask = check_mask(attention_mask, input_ids, seen)
+        check_positions(options.get("position_ids"), input_ids, attention_mask, seen)
+        places = places_to_keep(logits_to_keep, length, input_ids.device)
+        targets = None if labels is None else _targets(labels, mask)
+        if targets is not None:
+            check_indices("forward", "labels", targets, self.config.vocab_size, IGNORED, "-100 does not count")
         loss = logits = h = None
-        if labels is not None and self.training and not self.training_logits:
-            targets = _targets(labels, mask)
+        if targets is not None and self.training and not self.training_logits and not output_hidden_states:
             loss, state = self.model.loss_and_state(input_ids, targets, state, attention_mask=mask)
-            loss = loss * (targets != IGNORED).sum() / _divisor(targets, options)
         else:
-            h, state = self._features(input_ids, mask, state)
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.model.logits(h[:, kept])
-            if labels is not None:
-                targets, each = _targets(labels, mask), logits if logits.shape[1] == length else self.model.logits(h)
-                each = each.to(wide(each)).flatten(0, 1)
-                loss = F.cross_entropy(each, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-                loss = loss / _divisor(targets, options)
+            h, state, losses = self._features(input_ids, mask, state)
+            logits = self.model.logits(h[:, places])
+            whole = isinstance(places, slice) and logits.shape[1] == length
+            if targets is not None and whole and not torch.is_grad_enabled():
+                loss = mean_cross_entropy(logits.flatten(0, 1), targets.long().flatten())
+            elif targets is not None:
+                loss = sum(losses, self.model.head_loss(h, targets))
+        if loss is not None and targets is not None:
+            loss = loss * (targets != IGNORED).sum() / _divisor(targets, options)
         left: Any = None
         if use_cache or (use_cache is None and not self.training):
             left = StateCache(state) if cache is None else cache
-            left.state, left.seen = state, left.seen + length
+            left.state, left.seen = state, seen + length
         read = (h,) if output_hidden_states and h is not None else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=read, **{CACHE: left})
         return output if return_dict is not False else output.to_tuple()
@@ -119,6 +130,9 @@ class DualformForCausalLM(PreTrainedModel, GenerationMixin):
         """What ``forward`` gets of ``generate``: the tokens that the state has not seen, and where there is padding."""
         cache: StateCache | None = kwargs.get(CACHE)
         count = kwargs.get("next_sequence_length") or input_ids.shape[1] - (0 if cache is None else cache.seen)
+        if count < 1:
+            what = f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {input_ids.shape[1] - count}"
+            raise ArgumentError(f"generate: {what}: none is left to read", hint="give more tokens, or no cache")
         mask = kwargs.get("attention_mask") if cache is None or count > 1 else None  # a new token is no padding
         given = {"input_ids": input_ids[:, -count:], "attention_mask": mask, CACHE: cache}
         return {**given, "use_cache": kwargs.get("use_cache"), "logits_to_keep": kwargs.get("logits_to_keep") or 0}
@@ -139,10 +153,29 @@ class DualformForCausalLM(PreTrainedModel, GenerationMixin):
         """Put another head in the place of the model's."""
         self.model.add_module("head", new_embeddings)
 
-    def _features(self, tokens: Tensor, mask: Tensor | None, state: State | None) -> tuple[Tensor, State]:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Another number of tokens: embedding, head and configs, as transformers documents it.
+
+        Args:
+            new_num_tokens: V, or None for the same number.
+            pad_to_multiple_of: V is raised to a multiple of it.
+            mean_resizing: whether new tokens begin near the mean of the others; otherwise as in a new model.
+        """
+        before = self.config.vocab_size
+        embedding: nn.Embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.model.config = replace(self.model.config, vocab_size=len(embedding.weight))
+        if not mean_resizing:
+            with torch.no_grad():
+                nn.init.normal_(embedding.weight[before:], std=EMBEDDING_STD)
+        return embedding
+
+    def _features(self, tokens: Tensor, mask: Tensor | None, state: State | None) -> tuple[Tensor, State, list[Tensor]]:
+        """What the head reads, the state, and the losses that parts have beside the model's while it trains."""
         line = lay_out("forward", tokens, state, None, mask)
-        h, state = self.model.features(line.x, line.state, cu_seqlens=line.packing)
-        return line.unpack(h), line.rows(state)
+        h, state, losses = self.model.line_features(line)
+        return line.unpack(h), line.rows(state), losses
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: a language model begins as it was built."""

@@ -17,7 +17,7 @@ from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import brief
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_floating, check_tensors, wide
+from dualform.core.shapes import check_floating, check_indices, check_tensors, wide
 from dualform.layers.block import Block
 from dualform.layers.context import EMBEDDING, Context, Told
 from dualform.layers.low_rank import another_use
@@ -28,6 +28,7 @@ from dualform.models.adapters import Adaptation
 from dualform.models.config import ModelConfig
 from dualform.ops.op import backend, forced
 
+EMBEDDING_STD = 0.02  # of the embedding of a new model
 _STATE = "a state is given and returned: y, state = model(x, state)"
 ELSEWHERE = {
     "input_ids": "tokens come first: model(tokens)",
@@ -102,7 +103,7 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm: Any = make_norm(config.norm, config.d_model, config.norm_eps)
         if inputs is None:
-            nn.init.normal_(self.embed.weight, std=0.02)
+            nn.init.normal_(self.embed.weight, std=EMBEDDING_STD)
         residual_parts = sum(len(config.parts[letter]) for letter in config.pattern)
         for block in first:
             block.initialise(residual_parts)
@@ -290,21 +291,7 @@ class Backbone(nn.Module):
         hint = "is this the tokenizer of this model?"
         if isinstance(tokens, Tensor) and tokens.is_floating_point():
             hint = "text becomes tokens with a tokenizer's encode"
-        self._check_indices(name, tokens, self.config.vocab_size, ignored, hint)
-
-    def _check_indices(self, name: str, indices: Tensor, below: int, ignored: int = 0, hint: str = "") -> None:
-        """That indices are whole numbers from 0; their values where reading them costs nothing, on the CPU."""
-        if indices.dtype not in (torch.int32, torch.int64):
-            hint = hint if indices.is_floating_point() else f"{name}.long()"
-            raise ArgumentError(f"{self._name}: {name} is {indices.dtype}, expected int32 or int64", hint=hint)
-        if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
-            return
-        outside = (indices < 0) | (indices >= below)
-        if ignored:
-            outside &= indices != ignored
-        if outside.any():
-            came = int(indices[outside][0])
-            raise ArgumentError(f"{self._name}: {name} holds {came}, expected 0 to {below - 1}", hint=hint)
+        check_indices(self._name, name, tokens, self.config.vocab_size, ignored, hint)
 
     @property
     def _name(self) -> str:

@@ -12,12 +12,12 @@ from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors, wide, widest
+from dualform.core.shapes import check_indices, check_tensors, wide, widest
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Step
 from dualform.models.backbone import ELSEWHERE, Backbone
 from dualform.models.config import ModelConfig
-from dualform.models.linear_loss import IGNORED
+from dualform.models.linear_loss import IGNORED, mean_cross_entropy
 from dualform.models.padding import lay_out
 
 POOLINGS = ("mean", "last", "max")
@@ -251,9 +251,8 @@ class SequenceClassifier(PooledModel):
         """
         logits, _, losses = self.forward_and_losses(x, **options)
         check_tensors(self._name, logits=(logits, "B classes"), labels=(labels, "B"))
-        self._check_indices("labels", labels, self.outputs, ignored=IGNORED, hint="classes are numbered from 0")
-        total = F.cross_entropy(logits.to(wide(logits)), labels.long(), ignore_index=IGNORED, reduction="sum")
-        return sum(losses, total / (labels != IGNORED).sum().clamp(min=1))
+        check_indices(self._name, "labels", labels, self.outputs, IGNORED, "classes are numbered from 0")
+        return sum(losses, mean_cross_entropy(logits, labels.long()))
 
 
 @explained(elsewhere=ELSEWHERE)

@@ -19,8 +19,25 @@ LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # of a span: large enough to be 
 _WORTH_COMPILING = 2**22  # logits; fewer are done before a compiler has begun
 
 
+def counted(h: Tensor, targets: Tensor) -> Tensor:
+    """``h`` ``(M, D)`` with 0 in the rows whose target does not count: whatever they hold, NaN too, reaches no sum."""
+    return h.masked_fill((targets == IGNORED)[:, None], 0)
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the targets that count, in nats; 0 where none does.
+
+    Args:
+        logits: ``(M, V)``. Its gradient is finite where those of targets that count are.
+        targets: ``(M,)``, int64; -100 does not count.
+    """
+    logits = counted(logits, targets).to(wide(logits))
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """``sum_i logsumexp(W h_i) - (W h_i)[targets_i]``, in nats.
+    """``sum_i logsumexp(W h_i) - (W h_i)[targets_i]`` over the targets that count, in nats.
 
     The gradient is computed along with the loss, span by span, and kept instead of the logits: three matrix products
     in all, none of them twice. Logits and their gradient are in the dtype of the product (bfloat16 under autocast),
@@ -33,7 +50,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         targets: ``(M,)``, int64; -100 does not count.
     """
     if forced() == "reference":
-        logits = F.linear(h, weight)
+        logits = F.linear(counted(h, targets), weight)
         return F.cross_entropy(logits.to(wide(logits)), targets, ignore_index=IGNORED, reduction="sum")
     if not torch.compiler.is_compiling():
         refuse_transforms(_NAME, [h, weight])
@@ -53,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=wide(weight)) if ctx.needs_input_grad[1] else None
         losses, scale = [], 1.0
         for i in range(0, count, rows) if spans > 1 else (0,):
-            part = h[i : i + rows]
+            part = counted(h[i : i + rows], targets[i : i + rows])
             logits = F.linear(part, weight)
             if dh is None and dweight is None:
                 logits = logits.to(wide(logits))

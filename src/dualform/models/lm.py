@@ -11,11 +11,11 @@ from dualform.core.calls import explained
 from dualform.core.errors import ConfigError
 from dualform.core.packing import Borders
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_tensors
 from dualform.layers.mixer import Step
 from dualform.models.backbone import ELSEWHERE, Backbone
 from dualform.models.config import ModelConfig
-from dualform.models.linear_loss import IGNORED, linear_cross_entropy
+from dualform.models.linear_loss import IGNORED, counted, linear_cross_entropy, mean_cross_entropy
 from dualform.models.padding import Line, lay_out
 
 
@@ -65,7 +65,7 @@ class LanguageModel(Backbone):
             ArgumentError: names the argument, what came and what was expected.
         """
         line = lay_out(self._name, tokens, state, cu_seqlens, attention_mask, intervals)
-        h, state, _ = self._line_features(line, rate)
+        h, state, _ = self.line_features(line, rate)
         return line.unpack(self.logits(h)), line.rows(state)
 
     def logits(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
@@ -145,7 +145,7 @@ class LanguageModel(Backbone):
             ArgumentError: names the argument, what came and what was expected.
         """
         line = lay_out(self._name, tokens, state, cu_seqlens, attention_mask, intervals)
-        h, state, losses = self._line_features(line, rate)
+        h, state, losses = self.line_features(line, rate)
         packing = line.packing
         if targets is None:
             targets = F.pad(line.x[:, 1:], (0, 1), value=IGNORED) if line.x.shape[1] else line.x
@@ -160,20 +160,29 @@ class LanguageModel(Backbone):
             targets = targets.masked_fill(F.pad(ids.diff() != 0, (0, 1), value=True), IGNORED)
         if (counted := line.counted()) is not None:
             targets = targets.masked_fill(~counted, IGNORED)
-        loss = self._loss(h.flatten(0, 1), targets.long().flatten())
+        loss = self.head_loss(h, targets)
         return sum(losses, loss), line.rows(state)
 
-    def _line_features(self, line: Line, rate: float) -> tuple[Tensor, State, list[Tensor]]:
-        given = {"cu_seqlens": line.packing, "intervals": line.intervals, "rate": rate}
-        return self._features(line.x, line.state, given, line.counted())
+    def head_loss(self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+        """Mean cross-entropy of :meth:`logits` of ``h``, in nats; 0 where no target counts.
 
-    def _loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        """The mean over the targets that count."""
-        count = (targets != IGNORED).sum().clamp(min=1)
+        Args:
+            h: of :meth:`features`. What it holds where no target counts reaches neither the loss nor the gradients.
+            targets: the token after each position; -100 does not count.
+        """
+        h, targets = h.flatten(0, 1), targets.long().flatten()
         if self.config.logit_cap is None and (self.head is None or type(self.head) is nn.Linear):
             head: Any = self.embed if self.head is None else self.head
             if getattr(head, "bias", None) is None:
-                scale = self.config.logit_scale
+                scale, count = self.config.logit_scale, (targets != IGNORED).sum().clamp(min=1)
                 return linear_cross_entropy(h if scale == 1 else scale * h, head.weight, targets) / count
-        logits = self.logits(h)  # bounded, or of a wrapper around a linear map: quantised, adapted
-        return F.cross_entropy(logits.to(wide(logits)), targets, ignore_index=IGNORED, reduction="sum") / count
+        logits = self.logits(counted(h, targets))  # bounded, or of a wrapper around a linear map: quantised, adapted
+        return mean_cross_entropy(logits, targets)
+
+    def line_features(self, line: Line, rate: float = 1.0) -> tuple[Tensor, State, list[Tensor]]:
+        """:meth:`features` of a line that :func:`~dualform.models.padding.lay_out` has made.
+
+        And the losses that parts have beside them while the model trains, such as those of routers.
+        """
+        given = {"cu_seqlens": line.packing, "intervals": line.intervals, "rate": rate}
+        return self._features(line.x, line.state, given, line.counted())

@@ -11,6 +11,8 @@ from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors
 from dualform.core.tree import Tree, concat, take
 
+_VALUES = "1 or true for an element, 0 or false for padding; where all is padding, in whole numbers or bool"
+
 
 class Line(NamedTuple):
     """What a model runs on, and the way back to the rows that a caller gave; made by :func:`lay_out`.
@@ -87,7 +89,11 @@ def lay_out(
         mask = attention_mask.cpu()
         shown = mask != 0
         if not torch.equal(shown.to(mask.dtype), mask):
-            raise ArgumentError(f"{where}: attention_mask has values other than 0 and 1")
+            raise ArgumentError(f"{where}: attention_mask has values other than 0 and 1", hint=_VALUES)
+        if (
+            mask.is_floating_point() and mask.numel() and not shown.any()
+        ):  # to add, as attention takes it, it hides nothing
+            raise ArgumentError(f"{where}: attention_mask is {mask.dtype} and 0 everywhere", hint=_VALUES)
         if shown.all():
             return Line(x, state, None, intervals)
         order = shown.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
