@@ -2,8 +2,13 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -237,6 +242,53 @@ def test_replacing_a_file(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"), replacing_file(path) as new:
         new.write_text("second")
     assert path.read_text() == "first" and os.listdir(path.parent) == ["a"]
+
+
+HOLDS = """
+import fcntl, os, sys
+handle = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextmanager
+def held(folder):
+    """Another process moves the files of a folder, and does not end before a line comes."""
+    with subprocess.Popen([sys.executable, "-c", HOLDS, folder], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks on Windows")
+def test_a_save_does_not_wait_for_ever(tmp_path, monkeypatch):
+    assert files._PATIENCE == 60
+    old = build(seed=1)
+    save(old, tmp_path)
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
+    with held(tmp_path):
+        message = f"{re.escape(str(tmp_path))}: cannot save: another process has held this folder for 0.1 seconds"
+        with pytest.raises(CheckpointError, match=rf"{message}\n.*end that process"):
+            save(build(), tmp_path)
+        assert same(load(tmp_path), old) and sorted(os.listdir(tmp_path)) == FILES
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks on Windows")
+def test_a_save_waits_for_another_process(tmp_path, monkeypatch):
+    save(build(seed=1), tmp_path)
+    with held(tmp_path) as process:
+        waits = []
+
+        def pause(seconds):
+            waits.append(seconds)
+            if len(waits) == 3:
+                process.communicate("\n")
+
+        monkeypatch.setattr(files.time, "sleep", pause)
+        save(build(), tmp_path)
+    assert len(waits) >= 3 and same(load(tmp_path), build())
 
 
 # --- damage ---

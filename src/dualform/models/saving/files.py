@@ -10,9 +10,11 @@ to their places, and the hidden folder is gone. Where a kill leaves the moving u
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -31,6 +33,7 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 COMMITTED = ".committed"
 _THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_PATIENCE, _PAUSE = 60.0, 0.02  # seconds that a save waits for another process, and between two looks
 _FULL = "free some space or choose another folder; what was saved there still loads"
 
 
@@ -44,7 +47,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     all the new ones.
 
     Raises:
-        CheckpointError: when the disk refuses.
+        CheckpointError: when the disk refuses, or another process holds the folder for a minute.
     """
     folder = Path(folder)
     committed, target = folder / COMMITTED, folder / "all"
@@ -167,19 +170,40 @@ def _permit(path: Path, mode: int) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time moves the files of a folder. The lock is the kernel's, and ends with its process."""
+    """One process at a time moves the files of a folder. The lock is the kernel's, and ends with its process.
+
+    Raises:
+        CheckpointError: when another one holds it for longer than moving takes, such as one that was stopped.
+    """
     if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(fcntl, handle, folder)
         yield
     finally:
         with suppress(OSError):  # closing is not enough: a process that was forked meanwhile holds the same lock
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def _lock(fcntl: Any, handle: int, folder: Path) -> None:
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise CheckpointError(
+                    f"{folder}: cannot save: another process has held this folder for {_PATIENCE:g} seconds",
+                    hint="end that process, which may have been stopped (lsof and fuser name it), and save again; or "
+                    "choose another folder; what was saved there still loads",
+                ) from None
+            time.sleep(_PAUSE)
+        except OSError:  # a file system without locks
+            return
 
 
 def _move_to_places(folder: Path) -> None:
