@@ -100,6 +100,51 @@ def test_a_message_follows_an_answer():
         template("{{ messages | length }}").encode_next(tokenizer, TALK[0], last=0)
 
 
+@pytest.mark.parametrize("source", [CHATML, INSTRUCT])
+@pytest.mark.parametrize("said", ["An engineer.", "<|im_end|>é</s>"])
+def test_answers_are_told_from_what_is_read(source, said):
+    tokenizer, chat = SubwordTokenizer(made()), template(source)
+    talk = [TALK[0], {"role": "assistant", "content": said}, *TALK[2:], {"role": "assistant", "content": "In 1960."}]
+    pieces = chat.encode_answers(tokenizer, talk)
+    assert [token for tokens, _ in pieces for token in tokens] == chat.encode(tokenizer, talk, answer=False)
+    assert [number for _, number in pieces] == [None, 1, None, 3]
+    end = tokenizer.encode("<|im_end|>" if source is CHATML else "</s>", special=True)
+    end += tokenizer.encode("\n") if source is CHATML else []
+    assert pieces[1][0] == [*tokenizer.encode(said), *end]
+    assert pieces[0][0] == chat.encode(tokenizer, talk[:1])
+    assert pieces[0][0] + pieces[1][0] + pieces[2][0] == chat.encode(tokenizer, talk[:3])
+    assert chat.encode_answers(tokenizer, talk[:1]) == [(chat.encode(tokenizer, talk[:1], answer=False), None)]
+
+
+@pytest.mark.parametrize(
+    "merge, what",
+    [
+        ("ab", "the last characters before the answer in message 1 and its first ones"),
+        (";u", "the last characters of the answer in message 1 and the first after it"),
+    ],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_an_answer_whose_border_is_inside_of_a_token_is_refused(merge, what, last):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: i for i, token in enumerate([*letters, merge])}
+    pairs = tokenizers.Tokenizer(models.BPE(tokens, [tuple(merge)]))
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    chat = template(
+        "{% for m in messages %}{{ 'a' if m.role == 'assistant' }}{{ m.content }};{% endfor %}"
+        "{{ 'a' if add_generation_prompt }}"
+    )
+    talk = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "u"}]
+    talk = talk[:2] if last else talk
+    if last and merge == ";u":
+        assert [number for _, number in chat.encode_answers(SubwordTokenizer(pairs), talk)] == [None, 1]
+        return
+    with pytest.raises(ArgumentError, match=f"chat_template: this tokenizer makes one token of {what}"):
+        chat.encode_answers(SubwordTokenizer(pairs), talk)
+    talk[1] = {"role": "assistant", "content": "c"}
+    if merge == "ab":
+        assert len(chat.encode_answers(SubwordTokenizer(pairs), talk)) == len(talk)
+
+
 @pytest.mark.parametrize(
     "source, error, sentence",
     [

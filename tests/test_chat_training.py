@@ -183,6 +183,9 @@ def test_a_run_on_conversations(recipe, rank, dualform, tmp_path):
     assert code == 0, err
     every = [json.loads(line)["messages"] for line in Path(recipe.data.path).read_text().splitlines()]
     found = json.loads(text)
+    assert found["of"] == "answers"
+    shown = dualform("eval", out, "--set", f"data.path={recipe.data.path}", "--set", "data.chat=true")[1]
+    assert "per token of answers\n" in shown and f"{found['tokens']:,} tokens of answers, 14 documents" in shown
     want = torch.cat([alone(df.load(out), subwords(), talk) for talk in every])
     assert found["tokens"] == len(want) and found["nats"] == pytest.approx(want.sum().item(), rel=1e-4)
     assert dualform("verify", out)[0] == 0
@@ -249,7 +252,14 @@ def test_lines_that_are_no_conversations_are_named(tmp_path, line, message):
             "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
             "writes the answer in message 2 otherwise",
         ),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "writes the answer in message 2"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "writes nothing of the answer in message 2",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}",
+            "does not write the answer in message 2 where generation would begin it",
+        ),
     ],
 )
 def test_templates_in_which_no_answer_can_be_found_are_refused(tmp_path, template, message):
@@ -257,6 +267,66 @@ def test_templates_in_which_no_answer_can_be_found_are_refused(tmp_path, templat
     path.write_text((json.dumps({"messages": TALK}) + "\n") * 3)
     with pytest.raises(DataError, match=message):
         prepare(Data(path=str(path), chat=True), ByteTokenizer(), tmp_path / "data", ChatTemplate(template))
+
+
+def test_a_conversation_that_begins_with_an_answer(tmp_path):
+    """Nothing foretells its first token, which is not learned from the end of another conversation."""
+    talk = [{"role": "assistant", "content": "éa"}, {"role": "user", "content": "b"}]
+    path, template = tmp_path / "talks.jsonl", ChatTemplate("{% for m in messages %}{{ m.content }};{% endfor %}")
+    path.write_text((json.dumps({"messages": talk}) + "\n") * 3)
+    data = Data(path=str(path), chat=True, length=8)
+    prepare(data, ByteTokenizer(), tmp_path / "data", template)
+    found = open_dataset(data, ByteTokenizer(), tmp_path / "data", template)
+    first, *answer = "éa;".encode()
+    assert found.held_out.tolist() == [~first, *answer, ~ord("b"), ~ord(";")]
+    assert found.nbytes.tolist() == [0, 1, 1, 1, 0, 0] and found.about["held_out"]["learned"] == 3
+
+
+def test_conversations_that_are_cut_are_counted(recipe):
+    def said(length):
+        shown = StringIO()
+        some = replace(recipe, out=f"{recipe.out}-{length}", steps=1, data=replace(recipe.data, length=length))
+        out = train(some, console=Console(file=shown, width=300))
+        kinds = (("ids", np.int16), ("starts", np.int64))
+        tokens, starts = (np.fromfile(out / "data" / f"train.{name}", kind) for name, kind in kinds)
+        return shown.getvalue(), np.diff(starts, append=len(tokens))
+
+    text, sizes = said(40)
+    longest = int(sizes.max()) - 1  # predicted tokens
+    cut = int((sizes - 1 > 40).sum())
+    assert 0 < cut < len(sizes)
+    assert f"warning: {cut} of {len(sizes)} conversations have more than 40 tokens (data.length) and are cut" in text
+    assert text.count("are cut") == 1 and f"--set data.length={longest}\n" in text
+    assert "are cut" in said(longest - 1)[0] and "are cut" not in said(longest)[0]
+
+
+def test_a_corpus_of_conversations_is_known_without_being_told(tmp_path, dualform):
+    path = tmp_path / "talks.jsonl"
+    path.write_text((json.dumps({"messages": TALK, "topic": "x"}) + "\n") * 3)
+    with pytest.raises(DataError, match=r"no text under 'text'.*\n.*conversations: --set data\.chat=true$"):
+        prepare(Data(path=str(path)), ByteTokenizer(), tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("learned", None, r"train: the key 'learned' is missing"),
+        ("learned", 2.0, "learned is 2.0, expected a whole number"),
+        ("learned", 0, r"train\.learned is 0, expected 1 to train\.tokens"),
+        ("learned", 10**9, r"train\.learned is 1000000000, expected 1 to train\.tokens"),
+        ("learned", 1, r"train\.ids: [\d,]+ tokens are learned, but about\.json speaks of 1"),
+    ],
+)
+def test_what_is_learned_is_what_was_prepared(tmp_path, key, value, message):
+    data, _ = written(subwords(), tmp_path, [TALK] * 6)
+    about = json.loads((tmp_path / "data" / "about.json").read_text())
+    about["train"] |= {key: value}
+    if value is None:
+        del about["train"][key]
+    (tmp_path / "data" / "about.json").write_text(json.dumps(about))
+    (tmp_path / "data" / "manifest.json").unlink()
+    with pytest.raises(DataError, match=message):
+        open_dataset(data, subwords(), tmp_path / "data", ChatTemplate(CHATML))
 
 
 def test_text_in_a_folder_of_conversations_is_passed_over(tmp_path):

@@ -26,7 +26,17 @@ def test_hangs():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_hang_outside_of_python_ends_with_all_stacks(tmp_path, workers):
     (tmp_path / "test_it.py").write_text(HANGS)
-    limits = ("-o", "timeout=0.2", "-o", "faulthandler_timeout=0.5", "-n", str(workers), "--max-worker-restart=0", "-p", "no:cacheprovider")
+    limits = (
+        "-o",
+        "timeout=0.2",
+        "-o",
+        "faulthandler_timeout=0.5",
+        "-n",
+        str(workers),
+        "--max-worker-restart=0",
+        "-p",
+        "no:cacheprovider",
+    )
     command = [sys.executable, "-m", "pytest", "-c", CONFIG, *limits, tmp_path / "test_it.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0, done.stdout

@@ -12,9 +12,6 @@ from dualform.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from dualform.models.chat import ChatTemplate
-    from dualform.models.tokenizer import Tokenizer
-
 EPILOG = """[bold]Examples[/bold]
   dualform eval runs/notes --set data.path=letters.txt      your text
   dualform eval OWNER/NAME --set data.path=book.txt         a model of the Hugging Face Hub
@@ -44,9 +41,11 @@ def evaluate(
     """Bits per byte and perplexity of a text, read from its beginning to its end with constant memory.
 
     A state passes from each token to the next, and from one document into the next unless data.packed is true.
-    Attention without a window, whose state would grow, begins anew after data.length tokens.
+    Attention without a window, whose state would grow, begins anew after data.length tokens. With data.chat=true the
+    figures are those of the answers.
     """
     from dualform.cli.folders import load_model
+    from dualform.models.usage import usage_of
     from dualform.train.data import whole_text
     from dualform.train.evaluate import score
     from dualform.train.recipe import Recipe
@@ -57,7 +56,10 @@ def evaluate(
         raise ConfigError("no text is given", hint="--set data.path=FILE_OR_FOLDER")
     data = Recipe.load(overrides=set_).data
     lm, tokenizer = load_model(model, device, dtype)
-    template = _template(model, tokenizer, lm.config.vocab_size) if data.chat else None
+    template = usage_of(model, tokenizer, lm.config.vocab_size).template if data.chat else None
+    if data.chat and template is None:
+        hint = "evaluate it on text, or take another model"
+        raise ConfigError(f"data.chat is true, and {model} has no chat template", hint=hint)
     with whole_text(data, tokenizer, template) as dataset, _progress() as bar:
         task = None if bar is None else bar.add_task("reading", total=None)
 
@@ -70,6 +72,7 @@ def evaluate(
     document = {
         "model": model,
         "path": data.path,
+        "of": "answers" if data.chat else "text",
         "documents": counts["documents"],
         "bytes": found.bytes,
         "tokens": found.tokens,
@@ -80,24 +83,11 @@ def evaluate(
     if as_json:
         print_json(document)
         return
-    typer.echo(f"{found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.4g} per token")
+    answers = " of answers" if data.chat else ""
+    typer.echo(f"{found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.4g} per token{answers}")
     passed = f"; passed over {skipped} files that are not text" if skipped else ""
-    read = f"{found.bytes:,} bytes, {found.tokens:,} tokens, {counts['documents']:,} documents"
+    read = f"{found.bytes:,} bytes, {found.tokens:,} tokens{answers}, {counts['documents']:,} documents"
     typer.echo(f"{Path(data.path).name}: {read}{passed}")
-
-
-def _template(model: str, tokenizer: "Tokenizer", vocab_size: int) -> "ChatTemplate":
-    from dualform.cli.folders import model_folder
-    from dualform.models.saving.undisturbed import undisturbed
-    from dualform.models.usage import read_usage
-
-    def read(folder: Path) -> "ChatTemplate | None":
-        return read_usage(folder, tokenizer, vocab_size).template
-
-    if found := undisturbed(lambda: model_folder(model), read):
-        return found
-    hint = "evaluate it on text, or take another model"
-    raise ConfigError(f"data.chat is true, and {model} has no chat template", hint=hint)
 
 
 def _progress() -> "Progress | nullcontext[None]":

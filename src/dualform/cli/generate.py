@@ -80,14 +80,14 @@ def generate(
     resume = state is not None and state.exists()
     text = read_prompt(prompt, required=not resume)
 
-    from dualform.cli.folders import load_model, model_folder
+    from dualform.cli.folders import load_model
     from dualform.generation.engine import generate as engine
     from dualform.generation.session import WINDOW, Session
-    from dualform.models.usage import read_usage
+    from dualform.models.usage import usage_of
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     lm, tokenizer = load_model(model, device)
-    usage = read_usage(model_folder(model), tokenizer, lm.config.vocab_size)
+    usage = usage_of(model, tokenizer, lm.config.vocab_size)
     template = None if raw else usage.template
     if system is not None and (template is None or resume):
         why = "the conversation has begun" if template is not None else "there is no chat template"

@@ -27,6 +27,10 @@ from dualform.models.tokenizer import Tokenizer
 _LARGEST = 2**24  # characters or entries that one operation of a template may make
 _FAILS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 
+ASSISTANT = "assistant"  # the role of a model's answers
+Piece = tuple[list[int], int | None]
+"""Tokens, and the number of the message whose answer they are."""
+
 Message = Mapping[str, Any]
 """``{"role": "user", "content": "..."}``, with further keys where a template reads them."""
 
@@ -110,6 +114,61 @@ class ChatTemplate:
             raise CheckpointError(f"{self.where}: does not write an answer as it is, so that nothing can follow one")
         tokens = hidden.encode(text.partition(answered)[2])
         return tokens[1:] if tokens[:1] == [last] else tokens
+
+    def encode_answers(self, tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[Piece]:
+        """The tokens of :meth:`encode`, without a place for one more answer, in pieces.
+
+        An answer is what the template writes of a message of the role ``"assistant"``, with what ends it: from where
+        generation would begin to where the next message does. Other pieces are only read.
+
+        Returns:
+            ``(tokens, number of the message)`` for each answer, and ``(tokens, None)`` between; none is empty.
+
+        Raises:
+            ArgumentError: for a template in whose text an answer cannot be told from the rest; for a tokenizer that
+                makes one token of the last characters before an answer and its first, or of its last and what follows.
+                Otherwise as :meth:`render`.
+        """
+        _check(messages)
+        hidden = _Hidden(tokenizer)
+        shown, given = hidden.within(messages), hidden.within(variables)
+
+        def text(count: int, answer: bool) -> str:
+            return self.render(shown[:count], answer=answer, **given)
+
+        whole = text(len(shown), False)
+        tokens, pieces, done = hidden.encode(whole), list[Piece](), 0
+
+        def upto(border: str, merged: str) -> int:
+            before = hidden.encode(border)
+            if tokens[: len(before)] != before:
+                hint = "end what is written before and after an answer with a special token, or leave such lines out"
+                raise ArgumentError(f"{self.where}: this tokenizer makes one token of {merged}", hint=hint)
+            return len(before)
+
+        for number, message in enumerate(messages):
+            if message["role"] != ASSISTANT:
+                continue
+            begin, end = text(number, True), text(number + 1, False)
+            self._check_places(number, whole, begin, end)
+            at = upto(begin, f"the last characters before the answer in message {number} and its first ones")
+            to = upto(end, f"the last characters of the answer in message {number} and the first after it")
+            if to <= max(at, done):
+                raise ArgumentError(f"{self.where}: the template writes nothing of the answer in message {number}")
+            pieces += [(tokens[done:at], None), (tokens[max(at, done) : to], number)]
+            done = to
+        return [piece for piece in (*pieces, (tokens[done:], None)) if piece[0]]
+
+    def _check_places(self, number: int, whole: str, begin: str, end: str) -> None:
+        """That an answer stands where generation would begin it, and that what follows leaves it as it was."""
+        answer = f"the answer in message {number}"
+        if not whole.startswith(end):
+            hint = "make it several conversations, each of which ends with the answer that is to be learned"
+            raise ArgumentError(f"{self.where}: the template writes {answer} otherwise once others follow", hint=hint)
+        if not end.startswith(begin):
+            hint = "let it write the same for add_generation_prompt and before an answer that is there"
+            what = f"the template does not write {answer} where generation would begin it"
+            raise ArgumentError(f"{self.where}: {what}", hint=hint)
 
     def __repr__(self) -> str:
         return f"ChatTemplate({brief(self.source)})"

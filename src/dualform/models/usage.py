@@ -16,7 +16,9 @@ from dualform.models.saving.files import (
     TOKENIZER_CONFIG_FILE,
     current,
 )
+from dualform.models.saving.folder import model_folder
 from dualform.models.saving.hub import BESIDE
+from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.tokenizer import Tokenizer
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -52,6 +54,15 @@ def read_usage(folder: str | os.PathLike[str], tokenizer: Tokenizer, vocab_size:
     if (name := special.get("eos_token")) and len(found := tokenizer.encode(name, special=True)) == 1:
         ends[found[0]] = None
     return Usage(tuple(ends), _template(folder, about, special))
+
+
+def usage_of(model: str | os.PathLike[str], tokenizer: Tokenizer, vocab_size: int) -> Usage:
+    """:func:`read_usage` of a saved model, a training run or a name of the Hub, while another process may save it.
+
+    Raises:
+        CheckpointError: where there is no model; otherwise as :func:`read_usage`.
+    """
+    return undisturbed(lambda: model_folder(model), lambda folder: read_usage(folder, tokenizer, vocab_size))
 
 
 def usage_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from dualform.core.errors import DataError, DualformError
 from dualform.models.chat import ChatTemplate
 from dualform.models.lm import IGNORED
 from dualform.models.tokenizer import Tokenizer
-from dualform.train.corpus import ASSISTANT, Document
+from dualform.train.corpus import Document
 
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -45,26 +45,15 @@ def read_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _encoded(tokenizer: Tokenizer, template: ChatTemplate, document: Document) -> Encoded:
     messages = json.loads(document.text)
-
-    def written(count: int, answer: bool) -> list[int]:
-        try:
-            return template.encode(tokenizer, messages[:count], answer=answer)
-        except DualformError as error:
-            raise DataError(f"{document.name}: {error}") from error
-
-    whole = written(len(messages), False)
-    ids, nbytes = ~np.array(whole, np.int64), np.zeros(len(whole), np.uint32)
-    for number, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
-            continue
-        before, after = written(number, True), written(number + 1, False)
-        begin, end = len(before), len(after)
-        if whole[:begin] != before or whole[:end] != after or end <= begin:
-            raise DataError(
-                f"{document.name}: the template writes the answer in message {number} otherwise once others follow",
-                hint="make it several lines, each of which ends with the answer that is to be learned",
-            )
-        ids[begin:end] = whole[begin:end]
-        size = len(message["content"].encode("utf-8", "replace"))
-        nbytes[begin:end] = np.diff(np.arange(end - begin + 1) * size // (end - begin))
-    return ids, nbytes
+    try:
+        pieces = template.encode_answers(tokenizer, messages)
+    except DualformError as error:
+        raise DataError(f"{document.name}: {error}") from error
+    ids, nbytes = list[np.ndarray](), list[np.ndarray]()
+    for place, (tokens, number) in enumerate(pieces):
+        learned = 0 if number is None else len(tokens) - (place == 0)  # nothing foretells the first token of all
+        size = 0 if number is None else len(messages[number]["content"].encode("utf-8", "replace"))
+        only_read, row = len(tokens) - learned, np.array(tokens, np.int64)
+        ids += [~row[:only_read], row[only_read:]]
+        nbytes += [np.zeros(only_read), np.diff(np.arange(learned + 1) * size // max(learned, 1))]
+    return np.concatenate(ids), np.concatenate(nbytes).astype(np.uint32)

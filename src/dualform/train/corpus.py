@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from dualform.core.errors import DataError
 from dualform.core.json_file import kind_of
 from dualform.core.options import brief
+from dualform.models.chat import ASSISTANT
 from dualform.train.recipe import STDLIB, Data
 
-ASSISTANT = "assistant"  # the role of the messages that are learned
+MESSAGES = "messages"  # the key of a conversation in a line of JSON
 HELD_OUT_BYTES = 2**22  # held out at most: plenty for two decimals, and the rest is worth training on
 _JSON_LINES = (".jsonl", ".ndjson")
 
@@ -108,6 +109,8 @@ class Corpus:
             texts = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
             named = shlex.quote(texts[0]) if texts else "KEY"
             hint = f"say which key holds the text: --set data.text_field={named}"
+            if isinstance(record, dict) and isinstance(record.get(MESSAGES), list):
+                hint = "to train on the answers of conversations: --set data.chat=true"
             raise DataError(f"{where}: no text under {wanted!r}; it {has}", hint=hint)
         return text.encode("utf-8", "replace")
 
@@ -119,11 +122,11 @@ def _conversation(record: Any, where: str) -> bytes:
         DataError: for a line without messages or without an answer; says where.
     """
     hint = 'a line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-    messages = record.get("messages") if isinstance(record, dict) else None
+    messages = record.get(MESSAGES) if isinstance(record, dict) else None
     if not isinstance(messages, list):
         keys = ", ".join(map(brief, record)) if isinstance(record, dict) else ""
         found = f"has {keys or 'no key'}" if isinstance(record, dict) else f"is {kind_of(record)}"
-        raise DataError(f"{where}: no list of messages under 'messages'; it {found}", hint=hint)
+        raise DataError(f"{where}: no list of messages under {MESSAGES!r}; it {found}", hint=hint)
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise DataError(f"{where}: message {number} is {brief(message)}, expected a role and a content", hint=hint)

@@ -337,6 +337,8 @@ class _Run:
         """What is trained, on what, from where on."""
         recipe = self.recipe
         lines = list(told.about_the_text(recipe.data.path, self.dataset.about))
+        if recipe.data.chat and self.dataset.train_starts is not None:
+            lines += told.of_cut_conversations(self.dataset.train_starts, len(self.dataset.train), recipe.data.length)
         precision = "bfloat16" if self.bfloat16 else "float32"
         where = told.devices(self.device, self.accelerator.num_processes)
         lines.append(f"{self._name()}: {told.size(self.model)}, on {where}, {precision}")

@@ -61,10 +61,22 @@ def read_about(folder: Path) -> dict[str, Any]:
         for name in _COUNTS:
             if not 1 <= entry(counts, name, int, f"{path}, {part}", error=DataError) < 2**62:
                 raise DataError(f"{path}: {part}.{name} is {counts[name]}, expected at least 1", hint=_HINT)
+        if _signed(about) and not 1 <= (learned := _learned(counts, path, part)) <= counts["tokens"]:
+            expected = f"expected 1 to {part}.tokens, {counts['tokens']}"
+            raise DataError(f"{path}: {part}.learned is {learned}, {expected}", hint=_HINT)
     for name, least in (("skipped", 0), ("gzip", 0), ("xz", 0)):
         if about[name] is not None and about[name] < least:
             raise DataError(f"{path}: {name} is {about[name]}, expected {least} or more", hint=_HINT)
     return about
+
+
+def _signed(about: dict[str, Any]) -> bool:
+    """Whether tokens have a sign: of conversations, in which one that is only read stands as ``~token``."""
+    return about["dtype"].startswith("int")
+
+
+def _learned(counts: dict[str, Any], path: Path, part: str) -> int:
+    return entry(counts, "learned", int, f"{path}, {part}", error=DataError)
 
 
 def open_arrays(folder: Path, about: dict[str, Any], *, starts: bool = True) -> dict[str, Mapped]:
@@ -111,9 +123,16 @@ def check_numbers(folder: Path, about: dict[str, Any], vocab: int | None = None)
     arrays = open_arrays(folder, about, starts=all((folder / f"{part}.starts").exists() for part in PARTS))
     for part in PARTS:
         ids = arrays[f"{part}.ids"]
-        spans = (ids[at : at + _SPAN] for at in range(0, len(ids), _SPAN))
+        spans = [ids[at : at + _SPAN] for at in range(0, len(ids), _SPAN)]
         if vocab is not None and (largest := max(_largest(span) for span in spans)) >= vocab:
             raise DataError(f"{folder / part}.ids: token {largest}; the vocabulary is 0 to {vocab - 1}", hint=_HINT)
+        learned = sum(int((span >= 0).sum()) for span in spans) if _signed(about) else 0
+        if _signed(about) and learned != about[part]["learned"]:
+            raise DataError(
+                f"{folder / part}.ids: {learned:,} tokens are learned, but {ABOUT_FILE} speaks of "
+                f"{about[part]['learned']:,}",
+                hint=_HINT,
+            )
     text, said = int(arrays["held_out.nbytes"].sum(dtype=np.int64)), about["held_out"]["bytes"]
     if text != said:
         raise DataError(f"{folder / 'held_out.nbytes'}: sums to {text} bytes, but {said} were held out", hint=_HINT)

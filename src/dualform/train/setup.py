@@ -28,7 +28,7 @@ from dualform.models.saving.hub import hub_name
 from dualform.models.saving.model import load, write
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
-from dualform.models.usage import read_usage, usage_files
+from dualform.models.usage import usage_files, usage_of
 from dualform.ops.device import chosen_device
 from dualform.train.checkpoint import read_position
 from dualform.train.optim import freeze
@@ -195,8 +195,7 @@ def template_of(recipe: Recipe, model: LanguageModel, tokenizer: Tokenizer) -> C
         return None
     found = None
     if isinstance(given, str) and _is_saved(given):
-        size = model.config.vocab_size
-        found = undisturbed(lambda: model_folder(given), lambda folder: read_usage(folder, tokenizer, size).template)
+        found = usage_of(given, tokenizer, model.config.vocab_size).template
     if found is None:
         hint = f"go on from a model that chats: --set model=FOLDER; or put its {CHAT_TEMPLATE_FILE} beside the weights"
         raise ConfigError("recipe: data.chat is true for a model without a chat template", hint=hint)

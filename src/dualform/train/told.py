@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,6 +32,21 @@ def about_the_text(path: str, about: Mapping[str, Any]) -> Iterator[str]:
     if about.get("cut"):
         why = ": whole documents would be too much or too little" if train["documents"] > 1 else ""
         yield f"held out is the end of {about['cut']}{why}"
+
+
+def of_cut_conversations(starts: np.ndarray, tokens: int, length: int) -> Iterator[str]:
+    """A warning, where conversations are longer than a sequence.
+
+    Args:
+        starts: where each conversation begins.
+        tokens: of all of them.
+        length: the most tokens that one sequence predicts.
+    """
+    predicted = np.diff(starts, append=tokens) - 1  # of each; nothing foretells its first token
+    if cut := int((predicted > length).sum()):
+        some = f"{cut:,} of {len(predicted):,} conversations have more than {length:,} tokens (data.length)"
+        why = "the answers in a later piece are learned without what came before it"
+        yield f"warning: {some} and are cut: {why}; whole: --set data.length={predicted.max()}"
 
 
 def size(model: nn.Module) -> str:
