@@ -25,9 +25,8 @@ from dualform.train.evaluate import score
 from dualform.train.loop import train
 from dualform.train.packed import Packed
 from dualform.train.recipe import Data, Lora, Optim, Recipe
-from dualform.train.report import read_metrics
+from small_runs import QUIET, losses, small_recipe
 
-QUIET = Console(quiet=True)
 CHATML = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -150,16 +149,8 @@ def base(tmp_path):
 def recipe(tmp_path, base):
     text = tmp_path / "talks.jsonl"
     text.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks(14)))
-    return Recipe(
-        model=str(base),
-        out=str(tmp_path / "run"),
-        steps=6,
-        save_every=3,
-        log_every=2,
-        device="cpu",
-        data=Data(path=str(text), chat=True, length=48, batch=2),
-        optim=Optim(lr=0.05, warmup=1),
-    )
+    data = {"chat": True, "length": 48}
+    return small_recipe(base, text, tmp_path / "run", data=data, optim=Optim(lr=0.05, warmup=1))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -168,8 +159,7 @@ def test_a_run_on_conversations(recipe, rank, dualform, tmp_path):
     recipe = replace(recipe, lora=Lora(rank=rank))
     out = train(recipe, console=Console(file=shown, width=200))
     assert ", of answers (" in shown.getvalue()
-    rows = [row for row in read_metrics(out) if row["kind"] == "train"]
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert losses(out)[-1] < losses(out)[0]
     assert Recipe.load(out).data.packed
     level = replace(recipe, optim=replace(recipe.optim, floor=1.0))  # the rate does not depend on the steps
     two = train(replace(level, out=recipe.out + "-two", steps=3), console=QUIET)

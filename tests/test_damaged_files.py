@@ -25,8 +25,12 @@ from dualform.generation.session import Session
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba import MambaConfig
+from dualform.models.adapters import adapt, adapter_tensors
+from dualform.models.chat import ChatTemplate
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
+from dualform.models.saving.adapter import base_digests
+from dualform.models.saving.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from dualform.models.saving.model import load, save
 from dualform.models.saving.state import load_meta, load_state, save_state
 from dualform.models.tokenizer import ByteTokenizer
@@ -36,9 +40,20 @@ from dualform.train.data import open_dataset, prepare
 from dualform.train.optim import build_optimizer
 from dualform.train.recipe import Data, Recipe
 
+try:
+    import peft
+except ImportError:
+    peft = None
+
 TRIES = int(os.environ.get("DUALFORM_DAMAGES", "20"))
 CONFIG = ModelConfig(256, 4, {"L": (LSTMConfig(hidden=2),), "A": (AttentionConfig(heads=1),)}, "LA")
 ABSURD = [-1, 0, 1, 2**31, 2**63, 10**30, -(10**18), 0.5, 1e308, "", "x", "F32", None, True, [], {}, [[]], {"a": {}}]
+
+TEMPLATE = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+
+
+def chat_data(root):
+    return Data(path=str(root / "talks.jsonl"), chat=True, length=8, held_out=2)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +73,16 @@ def made(tmp_path_factory):
     optimizer.step()
     save_checkpoint(root, recipe, Position(1, 2.5, 3.5, 1), model, optimizer, ByteTokenizer())
     model.save(root / "model")
+    if peft:
+        torch.manual_seed(1)
+        adapted = load(root / "model")
+        adapted.adaptation = adapt(adapted, root / "model", base_digests(root / "model"), rank=2, alpha=4.0)
+        for matrix in adapter_tensors(adapted).values():
+            torch.nn.init.normal_(matrix)
+        adapted.save(root / "adapters")
+    talk = [{"role": "user", "content": "some words"}, {"role": "assistant", "content": "an answer"}]
+    (root / "talks.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 5)
+    prepare(chat_data(root), ByteTokenizer(), root / "chat", TEMPLATE)
     Best(root / "best", resumed=False).offer(2.5, 7, model, ByteTokenizer())
     generate(model, b"import ", 0).state.save(root / "a.session", model)
     _, state = model(torch.randint(256, (2, 3)))
@@ -73,6 +98,7 @@ class Reader:
 
     def __init__(self, root, recipe, model):
         self.root, self.recipe, self.model = root, recipe, model
+        self.talks = Path(recipe.data.path).parent  # which is not copied
         self.like, self.fresh = model.init_state(1), LanguageModel(CONFIG)
 
     def weights(self):
@@ -89,6 +115,14 @@ class Reader:
         found = open_dataset(self.recipe.data, ByteTokenizer(), self.root / "data")
         arrays = [found.train, found.held_out, found.nbytes, found.train_starts, found.held_out_starts]
         return [found.about, *(array.tolist() for array in arrays)]
+
+    def chat(self):
+        found = open_dataset(chat_data(self.talks), ByteTokenizer(), self.root / "chat", TEMPLATE)
+        return [found.about, *(array.tolist() for array in (found.train, found.held_out, found.nbytes))]
+
+    def adapters(self):
+        model = load(self.root / "adapters", verify=(self.root / "adapters" / "manifest.json").exists())
+        return [model.config.to_dict(), *model.state_dict().values()]
 
     def best(self):
         best = Best(self.root / "best", resumed=True)
@@ -120,12 +154,16 @@ KINDS = [  # the file that is damaged, and what reads it
     ("data/held_out.nbytes", "prepared"),
     ("data/about.json", "prepared"),
     ("data/manifest.json", "prepared"),
+    ("chat/train.ids", "chat"),
+    ("chat/about.json", "chat"),
     ("best/evaluation.json", "best"),
     ("best/model.safetensors", "best"),
     ("best/manifest.json", "best"),
     ("a.session", "session"),
     ("a.state", "state"),
 ]
+if peft:
+    KINDS += [(f"adapters/{file}", "adapters") for file in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, "manifest.json")]
 
 
 def flipped(data, rng):

@@ -20,12 +20,11 @@ from dualform.models.lm import LanguageModel
 from dualform.models.saving.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MANIFEST_FILE
 from dualform.train.checkpoint import MOMENTS_FILE, checkpoints
 from dualform.train.loop import train
-from dualform.train.recipe import Data, Lora, Optim, Recipe
-from dualform.train.report import read_metrics
+from dualform.train.recipe import Lora
 from dualform.train.setup import build_model
+from small_runs import QUIET, losses, small_recipe
 
 peft = pytest.importorskip("peft")
-QUIET = Console(quiet=True)
 PARTS = {"M": (Mamba2Config(d_state=4, d_head=4), MLPConfig(d_hidden=8)), "A": (AttentionConfig(heads=2),)}
 
 
@@ -40,27 +39,13 @@ def base(tmp_path):
 def recipe(tmp_path, base):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and saw a bird. " * 120)
-    return Recipe(
-        model=str(base),
-        out=str(tmp_path / "run"),
-        steps=6,
-        save_every=3,
-        log_every=2,
-        device="cpu",
-        data=Data(path=str(text), length=16, batch=2),
-        optim=Optim(lr=0.02, warmup=1),
-        lora=Lora(rank=2, alpha=8.0),
-    )
+    return small_recipe(base, text, tmp_path / "run", data={"length": 16}, lora=Lora(rank=2, alpha=8.0))
 
 
 def logits(model):
     tokens = torch.arange(24).reshape(2, 12)
     with torch.inference_mode():
         return model.eval()(tokens)[0]
-
-
-def losses(out):
-    return [row["loss"] for row in read_metrics(out) if row["kind"] == "train"]
 
 
 def adapters(folder):
@@ -251,6 +236,10 @@ def _tensors(change):
         (_about(rank_pattern={"a": 3}), "rank_pattern is"),
         (_about(r=0), "r is 0, expected at least 1"),
         (_about(r="2"), "r is '2'"),
+        (_about(r=10**400), "r is .*, expected at least 1 and at most"),
+        (_about(r=3), r"has A \(2, \d+\) and B \(\d+, 2\), expected \(r, \d+\) and \(\d+, r\), r = 3"),
+        (_about(lora_alpha=10**400), "lora_alpha is .*, expected at least"),
+        (_about(lora_alpha=1e300), "lora_alpha is 1e.?300, expected at least"),
         (_about(base_model_name_or_path=None), "base_model_name_or_path is None"),
         (lambda folder: (folder / ADAPTER_CONFIG_FILE).write_text("{"), ADAPTER_CONFIG_FILE),
         (lambda folder: (folder / ADAPTER_FILE).write_bytes(b"x" * 9), f"{ADAPTER_FILE}: cannot be read"),

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dualform.core.errors import CheckpointError
-from dualform.core.json_file import entry, read_table, to_json
+from dualform.core.json_file import entry, parse_json, read_table, to_json
 from dualform.core.options import brief
 from dualform.models.adapters import Adaptation, adapted_map, adapter_tensors, stored_name
 from dualform.models.saving.digest import file_digest
@@ -28,6 +28,7 @@ from dualform.models.saving.weights import Files, each_tensor, stored_tensors, w
 
 _PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
 _BASE = "dualform_base"  # in the header: the digests of the base's files, by name
+_MOST = 2**31  # of r and lora_alpha; larger ones overflow
 _HINT = "merge it with the library that wrote it, and convert the result"
 
 
@@ -37,11 +38,13 @@ class Adapter(NamedTuple):
     Attributes:
         folder: of the adapters.
         base: the model that they change.
+        rank: r.
         scale: the factor of B A.
     """
 
     folder: Path
     base: str
+    rank: int
     scale: float
 
 
@@ -61,10 +64,13 @@ def adapter_of(folder: Path) -> Adapter | None:
         if (value := about.get(name) or plain) != plain:
             raise CheckpointError(f"{path}: {name} is {brief(value)}, expected {plain}", hint=_HINT)
     base, rank = entry(about, "base_model_name_or_path", str, path), entry(about, "r", int, path)
-    alpha = float(entry(about, "lora_alpha", float, path))
-    if rank < 1:
-        raise CheckpointError(f"{path}: r is {rank}, expected at least 1")
-    return Adapter(folder, base, alpha / (rank**0.5 if about.get("use_rslora") else rank))
+    alpha = entry(about, "lora_alpha", float, path)
+    for name, value, least in (("r", rank, 1), ("lora_alpha", alpha, -_MOST)):
+        if not least <= value <= _MOST:
+            raise CheckpointError(
+                f"{path}: {name} is {brief(value)}, expected at least {least:,} and at most {_MOST:,}"
+            )
+    return Adapter(folder, base, rank, alpha / (rank**0.5 if about.get("use_rslora") else rank))
 
 
 def base_folder(adapter: Adapter) -> Path:
@@ -118,7 +124,7 @@ def check_base(folder: str | os.PathLike[str], base: str | Path, digests: Mappin
     path = current(folder, ADAPTER_FILE)
     try:
         with safe_open(path, "pt") as file:
-            wanted = json.loads((file.metadata() or {}).get(_BASE, "{}"))
+            wanted = parse_json((file.metadata() or {}).get(_BASE, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}", hint="copy the folder again") from error
     if wanted and wanted != digests:
@@ -143,15 +149,15 @@ def merge(adapter: Adapter, model: nn.Module) -> None:
     with torch.no_grad():
         for name, pair in matrices.items():
             weight = model.get_parameter(f"{name}.weight")
-            _check(files.paths[0], name, pair, weight)
+            _check(files.paths[0], name, pair, weight, adapter.rank)
             if weight.device.type != "meta":
                 a, b = (pair[mark].to(weight.device, torch.float32) for mark in ("lora_A", "lora_B"))
                 weight.copy_(weight.float() + adapter.scale * (b @ a))
 
 
-def _check(path: Path, name: str, pair: Mapping[str, Tensor], weight: Tensor) -> None:
+def _check(path: Path, name: str, pair: Mapping[str, Tensor], weight: Tensor, rank: int) -> None:
     shapes = [tuple(pair[mark].shape) if mark in pair else None for mark in ("lora_A", "lora_B")]
     a, b = shapes
     out, inputs = weight.shape
-    if a is None or b is None or len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != (out, inputs):
-        raise CheckpointError(f"{path}: {name} has A {a} and B {b}, expected (r, {inputs}) and ({out}, r)")
+    if a != (rank, inputs) or b != (out, rank):
+        raise CheckpointError(f"{path}: {name} has A {a} and B {b}, expected (r, {inputs}) and ({out}, r), r = {rank}")
