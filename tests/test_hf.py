@@ -328,6 +328,8 @@ def test_saved_and_found_by_its_type(model, tokens, tmp_path):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     with pytest.raises(ConfigError, match="pattern"):
         hf.DualformConfig({**model.config.model, "pattern": "X"})
+    with pytest.raises(ConfigError, match="vocab_size is 51, but the model's is 50"):
+        hf.DualformConfig(model.config.model, vocab_size=51)
 
 
 def test_models_of_the_hub_become_models_of_transformers(tmp_path):

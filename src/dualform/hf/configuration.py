@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dualform.core.errors import ConfigError
 from dualform.models.config import ModelConfig
 
 
@@ -16,7 +17,7 @@ class DualformConfig(PreTrainedConfig):
         options: those of every config of transformers, such as ``eos_token_id``.
 
     Raises:
-        ConfigError: for a table that describes no model; names the key.
+        ConfigError: for a table that describes no model, or an option that contradicts it; names the key.
     """
 
     model_type = "dualform"
@@ -26,8 +27,10 @@ class DualformConfig(PreTrainedConfig):
         if model and not isinstance(model, ModelConfig):
             model = ModelConfig.from_dict(model)
         self.model = model.to_dict() if isinstance(model, ModelConfig) else {}  # where transformers only asks defaults
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-            options.pop(name, None)  # follow from the model
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):  # follow from the model
+            came, own = options.pop(name, None), getattr(self, name)
+            if self.model and came not in (None, own):
+                raise ConfigError(f"DualformConfig: {name} is {came}, but the model's is {own}", hint="leave it out")
         super().__init__(**{"tie_word_embeddings": False, **options})  # embedding and head are one tensor, or two
 
     @property
