@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 11  // of this interface
+#define DUALFORM_VERSION 12  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -244,6 +244,63 @@ typedef struct {
   View dz;                // if there is a z
   void *dweight, *dbias;  // (D)
 } Norm;
+
+// y = W x + b for a few rows of x: W is read once. Numbers of 16 bits are computed with in float.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // that is computed in: of the bias
+  int64_t rows, inputs, outputs;
+  View x;            // (rows, 1, inputs)
+  View weight;       // (outputs, 1, inputs), of the dtype that is computed in, or of 16 bits beside float
+  const void* bias;  // (outputs), or null
+  View y;            // (rows, 1, outputs)
+} Linear;
+
+// One step of a block: x + out(mixer(norm(x))) with a Mamba as the mixer, of M features, D channels, N states, rank R
+// and W taps. All tensors are contiguous. The next states may be where the states are.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;     // that is computed in: of all but the matrices
+  int64_t matrices;  // the dtype of the matrices: the same, or of 16 bits beside float
+  int64_t rows, features, width, states, rank, taps;
+  double eps;
+  const void *x, *conv, *h;             // (rows, M), (rows, D, W - 1), (rows, D, N)
+  const void* norm;                     // (M)
+  const void *in_weight, *in_bias;      // (2 D, M), (2 D) or null
+  const void *conv_weight, *conv_bias;  // (D, W), (D) or null
+  const void *maps, *steps;             // (R + 2 N, D) and (D, R), matrices
+  const void *dt_bias, *a, *d;          // (D), (D, N), (D)
+  const void *out_weight, *out_bias;    // (M, D), (M) or null
+  void *y, *next_conv, *next_h;
+} MambaStep;
+
+// The same with a Mamba-2, of H heads of width P and G groups, whose convolution has D = H P + 2 G N channels.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;     // that is computed in: of all but the matrices
+  int64_t matrices;  // the dtype of the matrices: the same, or of 16 bits beside float
+  int64_t rows, features, heads, width, states, groups, taps;
+  int64_t norm_before_gate;
+  double eps, gate_eps, low, high;      // the last two: bounds of the step
+  const void *x, *conv, *h;             // (rows, M), (rows, D, W - 1), (rows, H, P, N)
+  const void* norm;                     // (M)
+  const void *in_weight, *in_bias;      // (H P + D + H, M), (H P + D + H) or null
+  const void *conv_weight, *conv_bias;  // (D, W), (D) or null
+  const void *dt_bias, *a, *d;          // (H) each
+  const void* gate;                     // (H P), the weight of the norm at the gate; or null, where there is no norm
+  const void *out_weight, *out_bias;    // (M, H P), (M) or null
+  void *y, *next_conv, *next_h;
+} Mamba2Step;
+
+enum { MAMBA_STEP = 0, MAMBA2_STEP = 1 };
+
+// Steps of blocks, one after the other.
+typedef struct {
+  int64_t threads;
+  int64_t count;
+  const int64_t* kinds;  // (count): MAMBA_STEP or MAMBA2_STEP
+  const int64_t* steps;  // (count): the addresses of the structures
+} Steps;
 
 #ifdef __cplusplus
 }

@@ -1,7 +1,9 @@
 // Compiled once for every instruction set, with its flags and its name in DUALFORM_ISA.
 #include "kernels.h"
 
+#include "block.h"
 #include "causal_conv1d.h"
+#include "dense.h"
 #include "diagonal_ssm.h"
 #include "linear_scan.h"
 #include "norm.h"
@@ -35,5 +37,9 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::update::conv<float>, isa::update::conv<double>},
     {isa::norm::forward<float>, isa::norm::forward<double>},
     {isa::norm::backward<float>, isa::norm::backward<double>},
+    {isa::dense::read_rows<float>, isa::dense::read_rows<double>},
+    {isa::dense::forward<float>, isa::dense::forward<double>},
+    {isa::block::mamba<float>, isa::block::mamba<double>},
+    {isa::block::mamba2<float>, isa::block::mamba2<double>},
     {isa::add_groups<float>, isa::add_groups<double>},
 };

@@ -4,25 +4,31 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
 #include <new>
 #include <vector>
 
-#include "kernels.h"
-#include "pool.h"
+#include "support.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#if defined(__x86_64__)
+// Whether there are instructions that convert 16 bits to 32; not every compiler's __builtin_cpu_supports knows the
+// name.
+static bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
-namespace {
-
-const Kernels* find(const char* name) {
+static const Kernels* find(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (avx512 && (!*name || !strcmp(name, kernels_avx512.name))) return &kernels_avx512;
@@ -33,50 +39,17 @@ const Kernels* find(const char* name) {
 
 const Kernels* kernels = find("");
 
+namespace {
+
 constexpr int64_t WIDEST_SHARE = 64;           // slices: what a tile reads and writes of them stays in a core's cache
 constexpr int64_t WIDEST_TIMED_SHARE = 16;     // where time is contiguous: every channel lies on a page of its own
 constexpr int64_t SCRATCH_OF_STEPS = 1 << 16;  // numbers that the steps of a convolution hold at a time, if it can be
-constexpr int64_t WORTH_A_THREAD = 1 << 15;    // multiplications: waking a thread takes about as long
 
-int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
-int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t lanes(int64_t dtype) { return kernels->width / (dtype == FLOAT64 ? 8 : 4); }
-
-// What a caller got wrong. Python checks its arguments, too, and explains; this keeps a mistake there from reaching
-// memory that is not ours.
-struct Refused {};
-
-void require(bool fits) {
-  if (!fits) throw Refused();
-}
-
-bool is_flag(int64_t value) { return value == 0 || value == 1; }
-
-// Sizes of at least 0; false where one is 0, so that there is nothing to compute.
-bool check_sizes(std::initializer_list<int64_t> sizes) {
-  bool some = true;
-  for (int64_t size : sizes) require(size >= 0), some = some && size > 0;
-  return some;
-}
-
-void check_groups(int64_t groups, int64_t channels) { require(groups > 0 && channels % groups == 0); }
-void check_state_dtype(int64_t dtype) { require(dtype == FLOAT32 || dtype == FLOAT64); }
-
-void check_view(const View& view, bool fits) {
-  require(fits && view.data && view.dtype >= FLOAT32 && view.dtype <= FLOAT16);
-}
-
-void check_views(std::initializer_list<const View*> views) {
-  for (const View* view : views) check_view(*view, view->inner == 1);
-}
 
 // Views in which time may be contiguous.
 void check_timed(std::initializer_list<const View*> views) {
   for (const View* view : views) check_view(*view, view->inner == 1 || view->time == 1);
-}
-
-void check_pointers(std::initializer_list<const void*> pointers) {
-  for (const void* pointer : pointers) require(pointer);
 }
 
 // Packed, the borders rise from 0 to the length of the one row.
@@ -86,22 +59,6 @@ bool check_sequences(const Sequences& s) {
   require(s.rows == 1 && s.count > 0 && s.borders[0] == 0 && s.borders[s.count] == s.length);
   for (int64_t i = 0; i < s.count; i++) require(s.borders[i] <= s.borders[i + 1]);
   return true;
-}
-
-// Run f(i, memory) for every i below `tasks`, in scratch memory of the size that f(i, nullptr) asks for.
-template <class F>
-void in_scratch(int64_t threads, int64_t tasks, const F& f) {
-  std::atomic<bool> failed{false};
-  parallel(threads, tasks, [&](int64_t i) {
-    void* memory = scratch(f(i, nullptr));
-    if (memory) {
-      NoDenormals here;
-      f(i, memory);
-    } else {
-      failed.store(true);
-    }
-  });
-  if (failed.load()) throw std::bad_alloc();
 }
 
 // How the channels are cut: into slices, which do not cross the borders of groups; slices into shares; and the rows of
@@ -216,22 +173,6 @@ struct MapSums {
       add_up(parts, s.dtype, strides, s.width * s.states, out.data);
   }
 };
-
-template <class F>
-int guarded(const F& f) {
-  try {
-    f();
-    return DONE;
-  } catch (const std::bad_alloc&) {
-    return NO_MEMORY;
-  } catch (const Refused&) {
-    return REFUSED;
-  }
-}
-
-int64_t threads_for(int64_t wanted, int64_t work) {
-  return std::min(at_least_one(wanted), at_least_one(work / WORTH_A_THREAD));
-}
 
 // B, C or its gradient, which has groups or is constant.
 void check_map(const SelectiveScan& s, int64_t groups, int64_t constant, const View& map) {

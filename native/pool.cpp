@@ -19,14 +19,6 @@ namespace {
 
 constexpr int SPINS = 2000;  // how often a thread looks for work before it sleeps: some tens of microseconds
 
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
 // Runs one job at a time. A worker may join a job while it has seats. When no task is left the caller takes the seats
 // away and waits for the workers that have joined, never for one that has not woken up.
 class Pool {
@@ -167,6 +159,16 @@ struct Memory {
 thread_local Memory memory;
 
 }  // namespace
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+void give_way() { std::this_thread::yield(); }
 
 void parallel(int64_t threads, int64_t tasks, void (*f)(void*, int64_t), void* context) {
   if (threads > 1 && tasks > 1 && team())

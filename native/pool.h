@@ -14,6 +14,15 @@ void parallel(int64_t threads, int64_t tasks, const F& f) {
       threads, tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&f));
 }
 
+// Wait for what another thread is about to do: looking for it first, then leaving the processor to others in between.
+void relax();
+void give_way();
+template <class F>
+void wait_until(const F& f) {
+  constexpr int64_t LOOKS = 20000;
+  for (int64_t i = 0; !f(); i++) i < LOOKS ? relax() : give_way();
+}
+
 // At least `bytes` of uninitialised memory, aligned to a page, that the calling thread may use until it calls this
 // again. Null when there is none.
 void* scratch(int64_t bytes);

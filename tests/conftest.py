@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emulation import emulated, folder  # noqa: F401  # fixtures
+from instructions import instructions, threads  # noqa: F401
 
 torch.set_num_threads(1)
 with torch.device(

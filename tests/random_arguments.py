@@ -1,5 +1,6 @@
 """Random arguments of every operator: valid ones, the same in other memory, and ones that do not fit."""
 
+import functools
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.check.block_steps import mamba2_block, mamba_block
 from dualform.core.dplr import DiscreteDPLR
 from dualform.ops.attention import Past
+from dualform.ops.mamba2_step import Mamba2Weights
+from dualform.ops.mamba_step import MATRICES, MambaWeights
 
 Arguments = dict[str, Any]
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -475,6 +479,55 @@ def gated_norm(draw: Draw) -> Arguments:
     }
 
 
+def linear(draw: Draw) -> Arguments:
+    batch, width, outputs = draw.one(0, 1, 3, 16, 17), draw.one(0, 1, 3, 17, 64, 100), draw.one(1, 3, 4, 33)
+    return {
+        "x": draw.normal(batch, width),
+        "weight": draw.normal(outputs, width),
+        "bias": draw.maybe(lambda: draw.normal(outputs)),
+    }
+
+
+def block(draw: Draw, tensors: dict[str, Tensor], weights: Any, optional: tuple[str, ...]) -> Arguments:
+    """A step of a block: matrices of 16 bits beside float32 at times, optional tensors left out, some out of place."""
+    narrow = draw.real if draw.real == torch.float64 else draw.dtype
+    kept = {k: m for k, m in tensors.items() if k not in optional or draw.chance(0.5)}
+    cast = {k: laid_out(m.to(narrow if k in MATRICES else draw.real), draw) for k, m in kept.items()}
+    given = {k: cast.pop(k) for k in ("x", "conv", "h")}
+    return {**given, "weights": weights(**{name: cast.get(name) for name in weights._fields})}
+
+
+def mamba_step(draw: Draw) -> Arguments:
+    sizes = (draw.one(0, 1, 3, 16), *(draw.one(1, 3, 17, 33) for _ in range(2)), *(draw.one(1, 2, 5) for _ in range(3)))
+    optional = ("in_bias", "conv_bias", "out_bias")
+    normal = functools.partial(draw.normal, dtype=torch.float64)
+    return {
+        **block(draw, mamba_block(normal, bias=True, sizes=sizes), MambaWeights, optional),
+        "eps": draw.one(1e-5, 0.1),
+    }
+
+
+def mamba2_step(draw: Draw) -> Arguments:
+    groups, rows = draw.one(1, 2, 3), draw.one(0, 1, 3, 16)
+    sizes = (
+        rows,
+        draw.one(1, 3, 17, 33),
+        groups * draw.one(1, 2),
+        *(draw.one(1, 4, 5, 19) for _ in range(2)),
+        draw.one(1, 4),
+    )
+    optional = ("in_bias", "conv_bias", "out_bias", "gate")
+    normal = functools.partial(draw.normal, dtype=torch.float64)
+    return {
+        **block(draw, mamba2_block(normal, groups, bias=True, sizes=sizes), Mamba2Weights, optional),
+        "groups": groups,
+        "eps": draw.one(1e-5, 0.1),
+        "gate_eps": 0.1,
+        "norm_before_gate": draw.chance(0.5),
+        "dt_limit": draw.one((0.0, float("inf")), (0.1, 0.5)),
+    }
+
+
 CALLS: dict[str, Callable[[Draw], Arguments]] = {
     make.__name__: make
     for make in (
@@ -506,6 +559,9 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         lstm,
         slstm,
         grouped_linear,
+        linear,
+        mamba_step,
+        mamba2_step,
     )
 }
 # Those without kernels.
@@ -610,6 +666,6 @@ def spoiled(arguments: Arguments, draw: Draw) -> Arguments:
             arguments[name] = draw.one(None, 0, 2)
         elif isinstance(value, int):
             arguments[name] = draw.one(0, -1, 2**40)
-        elif name not in ("chunk", "system"):
+        elif name not in ("chunk", "system", "weights"):
             arguments[name] = draw.one(None, draw.normal(draw.one(0, 1, 3)), 1)
     return arguments

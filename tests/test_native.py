@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,27 +18,12 @@ from dualform.core.packing import Packing
 from dualform.ops import OPS, backend, causal_conv1d_update, selective_scan, selective_state_update
 from dualform.ops.native import library
 from dualform.ops.structs import Structure
+from instructions import INSTRUCTIONS
 
 pytestmark = pytest.mark.skipif(bool(library.missing), reason=library.missing)
 
-INSTRUCTIONS = [name for name in ("avx512", "avx2", "baseline") if library.choose(name) == name]
-library.choose()
 TOLERANCE = {float32: 5e-6, float64: 2e-14, bfloat16: 1e-2, float16: 2e-3}
 SHORT = [0, 0, 1, 3, 3, 4, 8, 41, 41, 42, 130, 130]  # borders of sequences, empty ones among them
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=INSTRUCTIONS)
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.choose(request.param)
-    yield request.param
-    library.choose()
 
 
 def normal(*shape: int, dtype: torch.dtype = float32) -> Tensor:

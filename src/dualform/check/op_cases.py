@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.check.block_steps import mamba2_block, mamba_block, one_mamba2_step, one_mamba_step
 from dualform.core.dplr import DiscreteDPLR
 from dualform.core.packing import from_lengths
 from dualform.ops.add_norm import add_norm
@@ -22,6 +23,7 @@ from dualform.ops.gated_norm import gated_norm
 from dualform.ops.grouped_linear import grouped_linear
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
+from dualform.ops.linear import linear
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
 from dualform.ops.lstm import lstm
@@ -296,6 +298,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     narrow = selective(3, 3, 2, without=("z",), width=6)  # groups of fewer channels than a vector has lanes
     seen = {"length": torch.tensor([9, 0, 4, 7])}
     runs, silu, step = {"cu_seqlens": packed}, {"activation": "silu"}, {"dt_softplus": True}
+    two_norms = {"groups": 3, "norm_before_gate": True, "dt_limit": (0.1, 2.0)}
     return [
         OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
         OpCase("linear_scan complex", "linear_scan", linear_scan, scan_(3, 3, True)),
@@ -369,5 +372,10 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("slstm", "slstm", slstm, scaled_gates(3, 3)),
         OpCase("slstm packed", "slstm", slstm, scaled_gates(1, rows), runs),
         OpCase("grouped_linear", "grouped_linear", grouped_linear, groups, {"ends": packed[1:].long()}),
+        OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
+        OpCase("mamba_step", "mamba_step", one_mamba_step, mamba_block(normal, bias=True)),
+        OpCase("mamba_step no bias", "mamba_step", one_mamba_step, mamba_block(normal, bias=False)),
+        OpCase("mamba2_step", "mamba2_step", one_mamba2_step, mamba2_block(normal, bias=True)),
+        OpCase("mamba2_step groups", "mamba2_step", one_mamba2_step, mamba2_block(normal, 3), two_norms),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]

@@ -17,8 +17,10 @@ from dualform.layers.low_rank import adapt
 from dualform.layers.mixer import Mixer, PartConfig, Prepared, Step
 from dualform.layers.norms import check_norm_kind, make_norm
 from dualform.layers.part import ELSEWHERE
+from dualform.layers.stream_step import StreamStep
 
 Call = Callable[[Any, Tensor], Tensor]  # (part, y) -> what it makes of y
+Residual = Callable[[Any, Tensor], Tensor | None]  # (part, x) -> the stream behind it
 
 
 @options
@@ -209,23 +211,34 @@ class Block(nn.Module):
         """One element ``(B, D)``."""
         given = self.timing("Block", rate=rate)
         steps = [partial(part.step, **given) for part in self._mixers()]
-        return self._step(steps, x, state, interval=interval, context=context)
+        return self._step(steps, {}, x, state, interval=interval, context=context)
 
     def prepare(self, *, rate: float = 1.0) -> Prepared:
         """Steps with prepared mixers, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
         given = self.timing("Block", rate=rate)
-        return Prepared(partial(self._step, [part.prepare(**given).step for part in self._mixers()]))
+        steps = [part.prepare(**given).step for part in self._mixers()]
+        return Prepared(partial(self._step, steps, self.residuals() if rate == 1 else {}))
+
+    def residuals(self) -> dict[Any, StreamStep]:
+        """The parts whose steps take the stream to the stream, norm and sum included, and those steps."""
+        found = {}
+        for s, norm, part, _ in self._sublayers():
+            plain = s == SublayerConfig(s.part, eps=s.eps) and not self.parallel and isinstance(part, Mixer)
+            if plain and (step := part.prepare_residual(norm)) is not None:
+                found[part] = step
+        return found
 
     def _step(
         self,
         steps: list[Step],
+        residuals: dict[Any, StreamStep],
         x: Tensor,
         state: State,
         *,
         interval: Tensor | None = None,
         context: Context | None = None,
     ) -> tuple[Tensor, State]:
-        """One element, given the steps of the mixers in order."""
+        """One element, given the steps of the mixers in order, and those of :meth:`residuals`."""
         timing = self.timing("Block", interval=interval)
         old, new = self._states(state), []
 
@@ -237,13 +250,27 @@ class Block(nn.Module):
             new.append(left)
             return made
 
-        return self._run(x, call, context), tuple(new)
+        def residual(part: Any, x: Tensor) -> Tensor | None:
+            if part not in residuals or timing or (made := residuals[part](x, old[len(new)])) is None:
+                return None
+            new.append(made[1])
+            return made[0]
 
-    def _run(self, x: Tensor, call: Call, context: Context | None) -> Tensor:
-        """The sub-layers over ``x``, ``(B, T, D)`` or ``(B, D)``, given what calls a part."""
+        return self._run(x, call, context, residual if residuals else None), tuple(new)
+
+    def _run(self, x: Tensor, call: Call, context: Context | None, residual: Residual | None = None) -> Tensor:
+        """The sub-layers over ``x``, ``(B, T, D)`` or ``(B, D)``, given what calls a part, or makes more in one call.
+
+        ``residual(part, x)`` is the stream behind a part, or None.
+        """
         made: Tensor | None = None  # by the part before, and not yet added
         total: Tensor | None = None  # of the branches
         for s, norm, part, after in self._sublayers():
+            if residual is not None:
+                x, made = x if made is None else x + made, None
+                if (behind := residual(part, x)) is not None:
+                    x = behind
+                    continue
             if s.joined is not None:
                 x = x if made is None else x + made
                 y = norm(torch.cat([x, _value(context, s.joined, x)], -1))

@@ -16,8 +16,11 @@ from dualform.core.tree import state_class
 from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import RMSNorm
 from dualform.layers.poles import check_steps
+from dualform.layers.projection import project
+from dualform.layers.stream_step import StreamStep, stream_step_dtype, wide_of
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.irregular_scan import irregular_scan
+from dualform.ops.mamba_step import MambaStep, mamba_step_op
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 
 
@@ -179,7 +182,7 @@ class Mamba(Mixer):
             check_intervals("mamba", x, interval, wide(self.A_log))
             y, state = self.forward(x[:, None], state, intervals=interval[:, None])
             return y[:, 0], state
-        x, z = self.in_proj(x).chunk(2, -1)
+        x, z = project(self.in_proj, x).chunk(2, -1)
         x, conv = causal_conv1d_update(x, state.conv, self.conv_weight, self.conv_bias, activation="silu")
         dt, B, C = self._maps(x)
         y, h = selective_state_update(
@@ -194,7 +197,30 @@ class Mamba(Mixer):
             dt_bias=self.dt_bias,
             dt_softplus=True,
         )
-        return self.out_proj(y), MambaState(conv, h)
+        return project(self.out_proj, y), MambaState(conv, h)
+
+    def prepare_residual(self, norm: Any) -> StreamStep | None:
+        """By :func:`dualform.ops.mamba_step.mamba_step`, where the layer has no heads and no norms of its maps."""
+        c, matrix = self.config, stream_step_dtype(norm, self, self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        if matrix is None or c.heads > 1 or c.norm_maps is not None:
+            return None
+        A = self.A()
+        weights = (
+            wide_of(norm.weight),
+            self.in_proj.weight,
+            wide_of(self.in_proj.bias),
+            wide_of(self.conv_weight),
+            wide_of(self.conv_bias),
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            wide_of(self.dt_bias),
+            A,
+            wide_of(self.D),
+            self.out_proj.weight,
+            wide_of(self.out_proj.bias),
+            norm.eps,
+        )
+        return StreamStep(mamba_step_op, lambda x, conv, h: MambaStep(x, conv, h, *weights), MambaState, A.dtype)
 
     def A(self) -> Tensor:
         """The decay rates ``(D, N)``: negative, so that the recurrence is stable."""
@@ -203,14 +229,14 @@ class Mamba(Mixer):
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The step ``(..., D)``, and B and C ``(..., heads, N)``."""
         c = self.config
-        maps = self.x_proj(x) if c.heads == 1 else self.x_proj(x.unflatten(-1, (c.heads, -1)))
+        maps = project(self.x_proj, x) if c.heads == 1 else self.x_proj(x.unflatten(-1, (c.heads, -1)))
         low, B, C = maps.split([self.dt_rank, c.d_state, c.d_state], -1)
         if c.norm_maps is not None and c.norm_weights:
             low, B, C = self.dt_norm(low), self.B_norm(B), self.C_norm(C)
         elif c.norm_maps is not None:
             low, B, C = (_rms(m, c.norm_maps) for m in (low, B, C))
         if c.heads == 1:
-            return self.dt_proj(low), B.unsqueeze(-2), C.unsqueeze(-2)
+            return project(self.dt_proj, low), B.unsqueeze(-2), C.unsqueeze(-2)
         return self.dt_proj(low).flatten(-2), B, C
 
 

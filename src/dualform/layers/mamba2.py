@@ -1,7 +1,7 @@
 """Mamba-2: projections and a short convolution around state space duality, one decay per head."""
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,10 @@ from dualform.layers.mamba import check_sizes, initial_step
 from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import GatedRMSNorm
 from dualform.layers.poles import check_steps
+from dualform.layers.projection import plain, project
+from dualform.layers.stream_step import StreamStep, stream_step_dtype, wide_of
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from dualform.ops.mamba2_step import Mamba2Step, mamba2_step_op
 from dualform.ops.selective_scan import selective_state_update
 from dualform.ops.ssd import limit_step, ssd
 
@@ -206,7 +209,34 @@ class Mamba2(Mixer):
         x, B, C = self._maps(xBC)
         dt = limit_step(dt.to(wide(dt)), self.dt_bias, True, self.config.dt_limit)
         y, h = selective_state_update(state.h, x, dt[..., None], self.A()[:, None, None], B, C, self.D[:, None])
-        return self.out_proj(self.norm(y.flatten(1), z)), Mamba2State(conv, h)
+        return project(self.out_proj, self.norm(y.flatten(1), z)), Mamba2State(conv, h)
+
+    def prepare_residual(self, norm: Any) -> StreamStep | None:
+        """By :func:`dualform.ops.mamba2_step.mamba2_step`, where nothing is scaled behind the projection in."""
+        c, matrix = self.config, stream_step_dtype(norm, self, self.in_proj, self.out_proj)
+        gate = type(self.norm) is _Gate or plain(self.norm, kind=GatedRMSNorm)
+        if matrix is None or c.scales is not None or not gate:
+            return None
+        A = self.A()
+        weights = (
+            wide_of(norm.weight),
+            self.in_proj.weight,
+            wide_of(self.in_proj.bias),
+            wide_of(self.conv_weight),
+            wide_of(self.conv_bias),
+            wide_of(self.dt_bias),
+            A,
+            wide_of(self.D),
+            wide_of(self.norm.weight) if isinstance(self.norm, GatedRMSNorm) else None,
+            self.out_proj.weight,
+            wide_of(self.out_proj.bias),
+            c.groups,
+            norm.eps,
+            c.norm_eps,
+            c.norm and c.norm_before_gate,
+            *map(float, c.dt_limit),
+        )
+        return StreamStep(mamba2_step_op, lambda x, conv, h: Mamba2Step(x, conv, h, *weights), Mamba2State, A.dtype)
 
     def A(self) -> Tensor:
         """The decay rates ``(H,)``: negative, so that the recurrence is stable."""
@@ -221,7 +251,7 @@ class Mamba2(Mixer):
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate, what enters the convolution, and the step before its bias."""
-        zxBCdt = self.in_proj(x)
+        zxBCdt = project(self.in_proj, x)
         if self.config.scales is not None:
             width = self.config.groups * self.config.d_state
             sizes = (self.d_inner, self.d_inner, width, width, self.heads)

@@ -3,7 +3,7 @@
 import os
 from abc import abstractmethod
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Real
@@ -24,6 +24,7 @@ from dualform.layers.low_rank import another_use
 from dualform.layers.mixer import Prepared, Step
 from dualform.layers.norms import make_norm
 from dualform.layers.part import Part
+from dualform.layers.stream_step import StreamSteps
 from dualform.models.adapters import Adaptation
 from dualform.models.config import ModelConfig
 from dualform.ops.op import backend, forced
@@ -39,6 +40,13 @@ ELSEWHERE = {
     "targets": "model.loss(x, targets) is the loss",
 }
 """Hints for keywords that models do not have, or not everywhere."""
+
+
+class Steps(NamedTuple):
+    """How the blocks of a model take a step: each by itself, and where there is a kernel, all together."""
+
+    alone: list[Step]
+    together: StreamSteps | None
 
 
 @explained(elsewhere=ELSEWHERE)
@@ -191,28 +199,36 @@ class Backbone(nn.Module):
         """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
         self._check_timing(rate=rate)
         steps = {block: block.prepare(rate=rate).step for block in self._stack()}  # a shared block once
-        return Prepared(partial(self._step, [steps[block] for block in self._stack()]))
+        found = Steps([steps[block] for block in self._stack()], self._stream_steps() if rate == 1 else None)
+        return Prepared(partial(self._step, found))
+
+    def _stream_steps(self) -> StreamSteps | None:
+        """The steps of all blocks together, where each is one layer that takes the stream to the stream."""
+        residuals = {block: block.residuals() for block in self._stack()}
+        if any(len(found) != 1 or len(block.parts) != 1 for block, found in residuals.items()):
+            return None
+        return StreamSteps([next(iter(residuals[block].values())) for block in self._stack()])
 
     @abstractmethod
-    def _step(
-        self, steps: list[Step], x: Tensor, state: State, *, interval: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def _step(self, steps: "Steps", x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
         """One element, given the steps of the blocks in order."""
 
-    def _block_steps(self, rate: float) -> list[Step]:
+    def _block_steps(self, rate: float) -> "Steps":
         self._check_timing(rate=rate)
-        return [partial(block.step, rate=rate) for block in self._stack()]
+        return Steps([partial(block.step, rate=rate) for block in self._stack()], None)
 
-    def _step_features(
-        self, steps: list[Step], x: Tensor, state: State, interval: Tensor | None
-    ) -> tuple[Tensor, State]:
+    def _step_features(self, steps: "Steps", x: Tensor, state: State, interval: Tensor | None) -> tuple[Tensor, State]:
         self._check_inputs(x, "B")
         self._check_timing(interval=interval)
         if interval is not None:
             check_tensors(self._name, x=(x, "B ..."), interval=(interval, "B"))
         h, new = self._embed(x), []
+        if interval is None and steps.together is not None:
+            old = state if steps.together.continues(state, x.shape[0]) else self._states(state, x.shape[0])
+            if (made := steps.together(h, old)) is not None:
+                return self._final(made[0]), made[1]
         context = Context({EMBEDDING: h[:, None]})
-        for step, old in zip(steps, self._states(state, x.shape[0]), strict=True):
+        for step, old in zip(steps.alone, self._states(state, x.shape[0]), strict=True):
             h, left = step(h, old, interval=interval, context=context)
             new.append(left)
         return self._final(h), tuple(new)

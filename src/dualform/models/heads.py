@@ -14,8 +14,7 @@ from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_indices, check_tensors, wide, widest
 from dualform.core.tree import state_class
-from dualform.layers.mixer import Step
-from dualform.models.backbone import ELSEWHERE, Backbone
+from dualform.models.backbone import ELSEWHERE, Backbone, Steps
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED, mean_cross_entropy
 from dualform.models.padding import lay_out
@@ -142,7 +141,7 @@ class PooledModel(Backbone):
         return self._step(self._block_steps(rate), x, state, interval=interval)
 
     def _step(
-        self, steps: list[Step], x: Tensor, state: PooledState, *, interval: Tensor | None = None
+        self, steps: Steps, x: Tensor, state: PooledState, *, interval: Tensor | None = None
     ) -> tuple[Tensor, PooledState]:
         self._check_inputs(x, "B")
         old = self._split(state, x.shape[0])

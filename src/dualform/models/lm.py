@@ -12,8 +12,8 @@ from dualform.core.errors import ConfigError
 from dualform.core.packing import Borders
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors
-from dualform.layers.mixer import Step
-from dualform.models.backbone import ELSEWHERE, Backbone
+from dualform.layers.projection import project, project_by
+from dualform.models.backbone import ELSEWHERE, Backbone, Steps
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED, counted, linear_cross_entropy, mean_cross_entropy
 from dualform.models.padding import Line, lay_out
@@ -89,11 +89,10 @@ class LanguageModel(Backbone):
         """One token per row."""
         return self._step(self._block_steps(rate), tokens, state, interval=interval)
 
-    def _step(
-        self, steps: list[Step], x: Tensor, state: State, *, interval: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def _step(self, steps: Steps, x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
         h, state = self._step_features(steps, x, state, interval)
-        return self.logits(h), state
+        logits = project_by(self.embed.weight, h) if self.head is None else project(self.head, h)
+        return self._bounded(logits), state
 
     def loss(
         self,

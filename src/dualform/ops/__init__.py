@@ -18,9 +18,12 @@ from dualform.ops.gated_norm import gated_norm
 from dualform.ops.grouped_linear import grouped_linear
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
+from dualform.ops.linear import linear
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
 from dualform.ops.lstm import lstm
+from dualform.ops.mamba2_step import mamba2_step
+from dualform.ops.mamba_step import mamba_step
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
 from dualform.ops.selective_scan import selective_scan, selective_state_update
@@ -51,7 +54,17 @@ for _name in (
     "wkv7",
 ):
     import_module(f"dualform.ops.triton.{_name}")
-for _name in ("causal_conv1d", "diagonal_ssm", "linear_scan", "norm", "selective_scan", "ssd", "step"):
+for _name in (
+    "block",
+    "causal_conv1d",
+    "diagonal_ssm",
+    "linear",
+    "linear_scan",
+    "norm",
+    "selective_scan",
+    "ssd",
+    "step",
+):
     import_module(f"dualform.ops.native.{_name}")
 if torch.version.cuda:
     for _name in ("causal_conv1d", "diagonal_ssm", "selective_scan"):
@@ -83,9 +96,12 @@ __all__ = [
     "grouped_linear",
     "irregular_scan",
     "irregular_ssm",
+    "linear",
     "linear_scan",
     "long_conv",
     "lstm",
+    "mamba2_step",
+    "mamba_step",
     "mimo_ssm",
     "selective_scan",
     "selective_state_update",

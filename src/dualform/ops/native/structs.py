@@ -7,7 +7,7 @@ from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
 from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 11  # DUALFORM_VERSION
+VERSION = 12  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
@@ -176,3 +176,36 @@ NORM = Structure(
     (STEP, "y r dy dr dx dresidual dz"),
     (POINTER, "dweight dbias"),
 )
+
+LINEAR = Structure(
+    "Linear",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (INT64, "rows inputs outputs"),
+    (STEP, "x weight"),
+    (POINTER, "bias"),
+    (STEP, "y"),
+)
+
+MAMBA_STEP = Structure(
+    "MambaStep",
+    (INT64, "threads"),
+    (DTYPE, "dtype matrices"),
+    (INT64, "rows features width states rank taps"),
+    (DOUBLE, "eps"),
+    (POINTER, "x conv h norm in_weight in_bias conv_weight conv_bias maps steps dt_bias a d out_weight out_bias"),
+    (POINTER, "y next_conv next_h"),
+)
+
+MAMBA2_STEP = Structure(
+    "Mamba2Step",
+    (INT64, "threads"),
+    (DTYPE, "dtype matrices"),
+    (INT64, "rows features heads width states groups taps"),
+    (FLAG, "norm_before_gate"),
+    (DOUBLE, "eps gate_eps low high"),
+    (POINTER, "x conv h norm in_weight in_bias conv_weight conv_bias dt_bias a d gate out_weight out_bias"),
+    (POINTER, "y next_conv next_h"),
+)
+
+STEPS_OF_BLOCKS = Structure("Steps", (INT64, "threads count"), (POINTER, "kinds steps"))

@@ -1,0 +1,177 @@
+// y = W x for a few rows x: every number of W is read once from memory, by one thread, and widened in registers. A sum
+// runs over the lanes of one vector, whatever else is summed beside it, so that a row of y does not depend on how many
+// rows there are.
+#pragma once
+
+#include <type_traits>
+
+#include "tile.h"
+
+namespace DUALFORM_ISA {
+namespace dense {
+
+// As many weights as a vector has lanes, widened to what is computed in.
+INLINE vec<float> widen(const float* p) { return load(p); }
+INLINE vec<double> widen(const double* p) { return load(p); }
+#if defined(__AVX512F__)
+INLINE vec<float> widen(const bfloat16* p) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+INLINE vec<float> widen(const float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#elif defined(__AVX2__)
+INLINE vec<float> widen(const bfloat16* p) {
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+}
+INLINE vec<float> widen(const float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#else
+template <class W>
+INLINE vec<float> widen(const W* p) {
+  float lanes[LANES<float>];
+  for (int i = 0; i < LANES<float>; i++) lanes[i] = number(p[i]);
+  return load(lanes);
+}
+#endif
+
+// The last `count` weights of a row; the other lanes are 0.
+template <class T, class W>
+INLINE vec<T> widen_some(const W* p, int64_t count) {
+  T lanes[LANES<T>] = {};
+  for (int64_t i = 0; i < count; i++) lanes[i] = number(p[i]);
+  return load(lanes);
+}
+
+// Outputs that are summed at once, each a stream of memory of its own; rows of x that share what is read.
+constexpr int OUTPUTS = 4, ROWS = WIDTH == 64 ? 6 : 2;
+
+// The sum over the lanes of each of four vectors.
+INLINE void totals(const vec<float>* v, float* sums) {
+  float lanes[LANES<float>];
+  store(lanes, merge(v));
+  for (int j = 0; j < 4; j++) {
+    sums[j] = lanes[j];
+    for (int i = 4; i < LANES<float>; i += 4) sums[j] += lanes[i + j];
+  }
+}
+INLINE void totals(const vec<double>* v, double* sums) {
+  for (int pair = 0; pair < 2; pair++) {
+    double lanes[LANES<double>];
+    store(lanes, merge(v + 2 * pair));
+    for (int j = 0; j < 2; j++) {
+      sums[2 * pair + j] = lanes[j];
+      for (int i = 2; i < LANES<double>; i += 2) sums[2 * pair + j] += lanes[i + j];
+    }
+  }
+}
+
+// Rows of numbers, `stride` apart.
+template <class T>
+struct Lines {
+  const T* data;
+  int64_t stride;
+  const T* operator[](int64_t i) const { return data + i * stride; }
+};
+
+// The sums of OUTPUTS rows of W with R rows of x. Meanwhile the next OUTPUTS rows of W are on their way to the cache:
+// the processor's own prefetching, which begins anew with every row, leaves half of the memory's speed unused.
+template <int R, class T, class W>
+INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, T (&sums)[R][OUTPUTS]) {
+  constexpr int L = LANES<T>;
+  vec<T> sum[R][OUTPUTS] = {};
+  int64_t k = 0;
+  for (; k + L <= depth; k += L) {
+    vec<T> column[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) column[r] = load(x[r] + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < OUTPUTS; m++) {
+      __builtin_prefetch(w[m] + k + OUTPUTS * depth, 0, 3);
+      const vec<T> weights = widen(w[m] + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r][m] = fma(weights, column[r], sum[r][m]);
+    }
+  }
+  if (k < depth) {
+    const int64_t count = depth - k;
+    for (int m = 0; m < OUTPUTS; m++) {
+      const vec<T> weights = widen_some<T>(w[m] + k, count);
+      for (int r = 0; r < R; r++) sum[r][m] = fma(weights, load_some(x[r] + k, count), sum[r][m]);
+    }
+  }
+  for (int r = 0; r < R; r++) totals(sum[r], sums[r]);
+}
+
+// give(output, row, sum) for `count` outputs from `at` on, at most OUTPUTS, and R rows from `row` on, then the others.
+template <int R, class T, class W, class F>
+INLINE void across(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, int64_t rows, int64_t at, int64_t count,
+                   const F& give, int64_t row = 0) {
+  for (; rows - row >= R; row += R) {
+    T sums[R][OUTPUTS];
+    tile<R>(w, Lines<T>{x[row], x.stride}, depth, sums);
+    for (int r = 0; r < R; r++)
+      for (int64_t m = 0; m < count; m++) give(at + m, row + r, sums[r][m]);
+  }
+  if constexpr (R > 1)
+    if (row < rows) across<R - 1>(w, x, depth, rows, at, count, give, row);
+}
+
+// give(output, row, sum) for the outputs [first, end) of W, whose rows have `depth` numbers, and every row of x.
+template <class T, class W, class F>
+INLINE void outputs(Lines<W> weight, Lines<T> x, int64_t depth, int64_t rows, int64_t first, int64_t end,
+                    const F& give) {
+  for (int64_t at = first; at < end; at += OUTPUTS) {
+    const int64_t count = least(OUTPUTS, end - at);
+    const W* w[OUTPUTS];
+    for (int m = 0; m < OUTPUTS; m++) w[m] = weight[at + least(m, count - 1)];  // the last one again: it is in a cache
+    across<ROWS>(w, x, depth, rows, at, count, give);
+  }
+}
+
+template <class P>
+using Pointed = std::remove_const_t<std::remove_pointer_t<P>>;
+
+// f(pointer) with the type of the weights behind it, as far as they are computed with in T.
+template <class T, class F>
+INLINE void weights_of(const void* data, int64_t dtype, const F& f) {
+  if constexpr (sizeof(T) == 8) {
+    f(static_cast<const double*>(data));
+  } else {
+    if (dtype == FLOAT32) f(static_cast<const float*>(data));
+    if (dtype == BFLOAT16) f(static_cast<const bfloat16*>(data));
+    if (dtype == FLOAT16) f(static_cast<const float16*>(data));
+  }
+}
+
+// Outputs [first, end) of every row. x (rows, D) are numbers of type T.
+template <class T>
+void forward(const Linear& s, const void* x, int64_t first, int64_t end) {
+  const Lines<T> rows = {static_cast<const T*>(x), s.inputs};
+  weights_of<T>(s.weight.data, s.weight.dtype, [&](const auto* weight) {
+    auto give_to = [&](auto* y) {
+      outputs(Lines<Pointed<decltype(weight)>>{weight, s.weight.row}, rows, s.inputs, s.rows, first, end,
+              [&](int64_t output, int64_t row, T sum) __attribute__((always_inline)) {
+                if (s.bias) sum += static_cast<const T*>(s.bias)[output];
+                put(y + row * s.y.row + output, sum);
+              });
+    };
+    if (s.y.dtype == FLOAT32) give_to(static_cast<float*>(s.y.data));
+    if (s.y.dtype == FLOAT64) give_to(static_cast<double*>(s.y.data));
+    if (s.y.dtype == BFLOAT16) give_to(static_cast<bfloat16*>(s.y.data));
+    if (s.y.dtype == FLOAT16) give_to(static_cast<float16*>(s.y.data));
+  });
+}
+
+// The rows of x as numbers of type T, side by side.
+template <class T>
+void read_rows(const Linear& s, void* to) {
+  for (int64_t row = 0; row < s.rows; row++)
+    copy(s.x, {row, 0, 1, 0, s.inputs, s.inputs}, static_cast<T*>(to) + row * s.inputs);
+}
+
+}  // namespace dense
+}  // namespace DUALFORM_ISA

@@ -1,0 +1,179 @@
+// The plain C functions of products with a few rows, and of steps of whole blocks, which are made of those.
+#include <deque>
+
+#include "support.h"
+
+namespace {
+
+constexpr int64_t TASKS = 16;    // of each thread: what one of them loses to another program, the others take over
+constexpr int64_t TOGETHER = 4;  // outputs that a kernel sums at once
+
+bool is_narrow(int64_t dtype) { return dtype == BFLOAT16 || dtype == FLOAT16; }
+
+void check_matrices(int64_t dtype, int64_t matrices) {
+  check_state_dtype(dtype);
+  require(matrices == dtype || (dtype == FLOAT32 && is_narrow(matrices)));
+}
+
+// Run kernel(first, end) over parts of `size` units, of which `together` stay together.
+template <class K>
+void by_parts(int64_t wanted, int64_t work, int64_t size, int64_t together, const K& kernel) {
+  const int64_t threads = threads_for(wanted, work), units = over(size, together);
+  const int64_t tasks = threads == 1 ? 1 : std::min(units, TASKS * threads);
+  parallel(threads, tasks, [&](int64_t i) {
+    NoDenormals here;
+    kernel(units * i / tasks * together, std::min(size, units * (i + 1) / tasks * together));
+  });
+}
+
+// Memory of a step, for `count` numbers: that of the calling thread, which no kernel of a phase asks for again.
+void* memory_for(int64_t count, int64_t dtype) {
+  void* found = scratch(count * (dtype == FLOAT64 ? 8 : 4));
+  if (!found) throw std::bad_alloc();
+  return found;
+}
+
+// A part of a step after which all threads meet: `size` units, of which `together` stay together, are cut into tasks.
+struct Phase {
+  const void* step;
+  void (*run)(const Phase& phase, int64_t first, int64_t end, void* memory);
+  int64_t number, size, together, tasks;
+  std::atomic<int64_t> next{0}, done{0};
+
+  Phase(const void* of, decltype(run) kernel, int64_t index, int64_t units, int64_t kept, int64_t count)
+      : step(of), run(kernel), number(index), size(units), together(kept), tasks(count) {}
+};
+
+// Steps one after the other, in one go.
+class Line {
+ public:
+  void add(const MambaStep& s) {
+    check_matrices(s.dtype, s.matrices);
+    if (!check_sizes({s.rows, s.features, s.width, s.states, s.rank, s.taps})) return;
+    check_pointers({s.x, s.h, s.norm, s.in_weight, s.conv_weight, s.maps, s.steps, s.dt_bias, s.a, s.d, s.out_weight,
+                    s.y, s.next_h});
+    if (s.taps > 1) check_pointers({s.conv, s.next_conv});
+    const int64_t M = s.features, D = s.width, all = s.rank + 2 * s.states, rows = s.rows;
+    needs(rows * (M + 5 * D + all), s.dtype);
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+      const MambaStep& step = *static_cast<const MambaStep*>(phase.step);
+      kernels->mamba_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(rows, 1, rows * M);
+    phase(2 * D, TOGETHER, rows * 2 * D * M);
+    phase(all, TOGETHER, rows * all * D);
+    phase(D, TOGETHER, rows * D * (s.rank + 8 * s.states));
+    phase(M, TOGETHER, rows * M * D);
+  }
+
+  void add(const Mamba2Step& s) {
+    check_matrices(s.dtype, s.matrices);
+    require(is_flag(s.norm_before_gate));
+    if (!check_sizes({s.rows, s.features, s.heads, s.width, s.states, s.taps})) return;
+    check_groups(s.groups, s.heads);
+    check_pointers({s.x, s.h, s.norm, s.in_weight, s.conv_weight, s.dt_bias, s.a, s.d, s.out_weight, s.y, s.next_h});
+    if (s.taps > 1) check_pointers({s.conv, s.next_conv});
+    const int64_t M = s.features, D = s.heads * s.width, rows = s.rows;
+    const int64_t all = 2 * D + 2 * s.groups * s.states + s.heads;
+    needs(rows * (M + all + D), s.dtype);
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+      const Mamba2Step& step = *static_cast<const Mamba2Step*>(phase.step);
+      kernels->mamba2_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(rows, 1, rows * M);
+    phase(all, TOGETHER, rows * all * M);
+    phase(rows * s.heads, 1, rows * D * s.states * 2);
+    phase(rows, 1, rows * D * 4);
+    phase(M, TOGETHER, rows * M * D);
+  }
+
+  // A thread that comes late begins where the others are, and none waits for it.
+  void run() {
+    void* memory = bytes_ > 0 ? scratch(bytes_) : nullptr;
+    if (bytes_ > 0 && !memory) throw std::bad_alloc();
+    parallel(threads_, threads_, [&](int64_t) {
+      NoDenormals here;
+      for (Phase& phase : phases_) {
+        const int64_t parts = over(phase.size, phase.together);
+        for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) {
+          const int64_t end = std::min(phase.size, parts * (i + 1) / phase.tasks * phase.together);
+          phase.run(phase, parts * i / phase.tasks * phase.together, end, memory);
+          phase.done.fetch_add(1, std::memory_order_release);
+        }
+        wait_until([&] { return phase.done.load(std::memory_order_acquire) == phase.tasks; });
+      }
+    });
+  }
+
+ private:
+  void needs(int64_t numbers, int64_t dtype) { bytes_ = std::max(bytes_, numbers * (dtype == FLOAT64 ? 8 : 4)); }
+
+  void begin(const void* step, int64_t threads, decltype(Phase::run) run) {
+    step_ = step, wanted_ = threads, run_ = run, number_ = 0;
+  }
+
+  void phase(int64_t size, int64_t together, int64_t work) {
+    const int64_t threads = threads_for(wanted_, work);
+    const int64_t tasks = threads == 1 ? 1 : std::min(over(size, together), TASKS * threads);
+    threads_ = std::max(threads_, std::min(threads, tasks));
+    phases_.emplace_back(step_, run_, number_++, size, together, tasks);
+  }
+
+  const void* step_ = nullptr;
+  decltype(Phase::run) run_ = nullptr;
+  int64_t wanted_ = 1, number_ = 0, threads_ = 1, bytes_ = 0;
+  std::deque<Phase> phases_;
+};
+
+}  // namespace
+
+EXPORT int dualform_linear(const Linear* s) {
+  return guarded([&] {
+    check_state_dtype(s->dtype);
+    require(s->inputs >= 0);
+    if (!check_sizes({s->rows, s->outputs})) return;
+    check_views({&s->y});
+    if (s->inputs > 0) {
+      check_views({&s->x, &s->weight});
+      check_matrices(s->dtype, s->weight.dtype);
+    }
+    const void* x = s->x.data;
+    if (s->x.dtype != s->dtype || s->x.row != s->inputs) {
+      void* copy = memory_for(at_least_one(s->rows * s->inputs), s->dtype);
+      if (s->inputs > 0) kernels->read_rows[s->dtype](*s, copy);
+      x = copy;
+    }
+    auto kernel = kernels->linear[s->dtype];
+    by_parts(s->threads, s->rows * s->inputs * s->outputs, s->outputs, TOGETHER,
+             [&](int64_t first, int64_t end) { kernel(*s, x, first, end); });
+  });
+}
+
+template <class S>
+static int run_step(const S* s) {
+  return guarded([&] {
+    Line line;
+    line.add(*s);
+    line.run();
+  });
+}
+
+EXPORT int dualform_mamba_step(const MambaStep* s) { return run_step(s); }
+EXPORT int dualform_mamba2_step(const Mamba2Step* s) { return run_step(s); }
+
+EXPORT int dualform_steps(const Steps* s) {
+  return guarded([&] {
+    if (!check_sizes({s->count})) return;
+    check_pointers({s->kinds, s->steps});
+    Line line;
+    for (int64_t i = 0; i < s->count; i++) {
+      require((s->kinds[i] == MAMBA_STEP || s->kinds[i] == MAMBA2_STEP) && s->steps[i]);
+      const void* step = reinterpret_cast<const void*>(s->steps[i]);
+      if (s->kinds[i] == MAMBA_STEP)
+        line.add(*static_cast<const MambaStep*>(step));
+      else
+        line.add(*static_cast<const Mamba2Step*>(step));
+    }
+    line.run();
+  });
+}

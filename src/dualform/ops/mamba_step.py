@@ -1,0 +1,190 @@
+"""One step of a block with a Mamba in it: everything from the residual stream to the residual stream."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualform.core.errors import ArgumentError
+from dualform.core.shapes import check_real, check_tensors, once_per_shape
+from dualform.ops.causal_conv1d import ConvUpdate, conv_update_op
+from dualform.ops.normalize import check_norm, normalize, scale
+from dualform.ops.op import Op
+from dualform.ops.selective_scan import SelectiveUpdate, selective_update_op
+
+_WHERE = "mamba_step"
+
+
+def mamba_step(
+    x: Tensor,
+    conv: Tensor,
+    h: Tensor,
+    weights: "MambaWeights",
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + out(y silu(z))`` of one element, where ``u, z = in(norm(x))``.
+
+    ``u = silu(conv(u))``; ``dt, B, C = maps(u)``; ``h = exp(dt A) h + dt B u``; ``y = C h + D u``, where dt has been
+    through its own map and softplus, and ``norm(x) = x / sqrt(mean(x^2) + eps)`` times a weight.
+
+    The matrices may have 16 bits beside a float32 stream; everything else has the dtype of x, in which all of it is
+    computed, and nothing is rounded in between.
+
+    Args:
+        x: ``(B, M)``, the residual stream, float32 or float64.
+        conv: ``(B, D, W - 1)``, the last inputs of the convolution.
+        h: ``(B, D, N)``.
+        weights: of the norm and the layer.
+        eps: added to the mean square.
+
+    Returns:
+        The stream ``(B, M)``, and the next conv and h.
+
+    Raises:
+        ArgumentError: for shapes, dtypes or devices that do not fit together.
+
+    References:
+        Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2.
+    """
+    a = MambaStep(x, conv, h, *weights, eps)
+    _check(a)
+    y, conv, h = mamba_step_op(a)
+    return y, conv, h
+
+
+class MambaWeights(NamedTuple):
+    """What a block with a Mamba is made of, by the names of its parameters."""
+
+    norm: Tensor  # (M,)
+    in_weight: Tensor  # (2 D, M), a matrix
+    in_bias: Tensor | None  # (2 D,)
+    conv_weight: Tensor  # (D, W)
+    conv_bias: Tensor | None  # (D,)
+    maps: Tensor  # (R + 2 N, D), a matrix: the bottleneck of the step, B and C
+    steps: Tensor  # (D, R), a matrix
+    dt_bias: Tensor  # (D,)
+    A: Tensor  # (D, N)
+    D: Tensor  # (D,)
+    out_weight: Tensor  # (M, D), a matrix
+    out_bias: Tensor | None  # (M,)
+
+
+class MambaStep(NamedTuple):
+    """The arguments of the operator, as in :func:`mamba_step`."""
+
+    x: Tensor
+    conv: Tensor
+    h: Tensor
+    norm: Tensor
+    in_weight: Tensor
+    in_bias: Tensor | None
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    maps: Tensor
+    steps: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+    out_weight: Tensor
+    out_bias: Tensor | None
+    eps: float
+
+
+MATRICES = ("in_weight", "maps", "steps", "out_weight")
+
+
+def check_step_dtypes(where: str, a: NamedTuple, matrices: tuple[str, ...]) -> None:
+    """Matrices are of one dtype, that of x or 16 bits beside float32; everything else has that of x.
+
+    Raises:
+        ArgumentError: names the tensor, its dtype and the one that was expected.
+    """
+    named = {name: m for name, m in a._asdict().items() if isinstance(m, Tensor)}
+    check_real(where, **named)
+    x, matrix = named["x"].dtype, named["in_weight"].dtype
+    if x not in (torch.float32, torch.float64):
+        raise ArgumentError(f"{where}: x is {x}, expected float32 or float64")
+    if matrix != x and (x != torch.float32 or matrix.itemsize > 2):
+        raise ArgumentError(f"{where}: in_weight is {matrix}, expected {x}, or 16 bits beside float32")
+    for name, m in named.items():
+        want = matrix if name in matrices else x
+        if m.dtype != want:
+            raise ArgumentError(f"{where}: {name} is {m.dtype}, expected {want}")
+
+
+def _check(a: MambaStep) -> None:
+    check_norm(_WHERE, a.eps)
+    _check_tensors(*a[:-1])
+
+
+@once_per_shape
+def _check_tensors(*tensors: Tensor | None) -> None:
+    a = MambaStep._make((*tensors, 0.0))
+    sizes = check_tensors(
+        _WHERE,
+        x=(a.x, "B M"),
+        conv=(a.conv, "B D *"),
+        h=(a.h, "B D N"),
+        norm=(a.norm, "M"),
+        in_weight=(a.in_weight, "* M"),
+        in_bias=(a.in_bias, "? *"),
+        conv_weight=(a.conv_weight, "D W"),
+        conv_bias=(a.conv_bias, "? D"),
+        maps=(a.maps, "* D"),
+        steps=(a.steps, "D R"),
+        dt_bias=(a.dt_bias, "D"),
+        A=(a.A, "D N"),
+        D=(a.D, "D"),
+        out_weight=(a.out_weight, "M D"),
+        out_bias=(a.out_bias, "? M"),
+    )
+    D, N, R, W = (sizes[letter] for letter in "DNRW")
+    expected = {
+        "conv": (a.conv, 2, W - 1),
+        "in_weight": (a.in_weight, 0, 2 * D),
+        "in_bias": (a.in_bias, 0, 2 * D),
+        "maps": (a.maps, 0, R + 2 * N),
+    }
+    check_axes(_WHERE, expected)
+    if W < 1 or 0 in (D, N, R, sizes["M"]):
+        raise ArgumentError(f"{_WHERE}: a size of the weights is 0: M, D, N, R, W = {sizes['M']}, {D}, {N}, {R}, {W}")
+    check_step_dtypes(_WHERE, a, MATRICES)
+
+
+def check_axes(where: str, expected: dict[str, tuple[Tensor | None, int, int]]) -> None:
+    """That axes have sizes which follow from others.
+
+    Raises:
+        ArgumentError: names the tensor, its shape and the size that was expected.
+    """
+    for name, (m, axis, size) in expected.items():
+        if m is not None and m.shape[axis] != size:
+            raise ArgumentError(f"{where}: {name} has shape {tuple(m.shape)}, expected {size} on axis {axis}")
+
+
+def _reference(a: MambaStep) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, states = a.x.dtype, a.A.shape[1]
+
+    def of(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, matrix.to(dtype), bias)
+
+    u, z = of(scale(normalize(a.x, 1, a.eps, False), a.norm, None), a.in_weight, a.in_bias).chunk(2, -1)
+    u, conv = conv_update_op.reference(convolution(u, a.conv, a.conv_weight, a.conv_bias))
+    low, B, C = of(u, a.maps).split([a.steps.shape[1], states, states], -1)
+    dt, B, C = of(low, a.steps), B[:, None], C[:, None]
+    y, h = selective_update_op.reference(SelectiveUpdate(a.h, u, dt, a.A, B, C, a.D, z, a.dt_bias, True, None, None))
+    return a.x + of(y, a.out_weight, a.out_bias), conv, h
+
+
+def convolution(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> ConvUpdate:
+    """The record of one step of a convolution with SiLU."""
+    return ConvUpdate(x, state, weight, bias, True, None, None, None)
+
+
+def _fake(a: MambaStep) -> list[Tensor]:
+    return [m.new_empty(m.shape) for m in (a.x, a.conv, a.h)]
+
+
+mamba_step_op = Op(_WHERE, MambaStep, _reference, fake=_fake, check=_check, outputs=3, stepwise=True)
