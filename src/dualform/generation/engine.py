@@ -13,10 +13,9 @@ from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.options import brief
 from dualform.core.tree import clone
+from dualform.generation.decoder import Decoder
 from dualform.generation.options import Sampling
-from dualform.generation.sampling import sample, uniform
 from dualform.generation.session import WINDOW, Session, mark
-from dualform.layers.mixer import Prepared
 from dualform.models.lm import LanguageModel
 
 # Features of the residual stream in one piece of a prompt: bounds the memory of a prompt of any length. Small on a CPU,
@@ -116,8 +115,8 @@ class Generation(Iterator[int]):
         features = PREFILL["cpu" if self._device.type == "cpu" else "accelerator"]
         self._piece = max(_LEAST_PIECE, features // model.config.d_model)
         self._remaining = max_new_tokens
-        self._prompt, self._pending = prompt, None
-        self._prepared: Prepared | None = None
+        self._prompt = prompt
+        self._decoder: Decoder | None = None
         self._state, self._logits = session.state, session.logits
         self._history = deque((token for token in session.history[0].tolist() if token >= 0), maxlen=WINDOW)
         self._generated = 0 if len(prompt) else int(session.generated)
@@ -127,9 +126,13 @@ class Generation(Iterator[int]):
         if self.finish or not self._remaining:
             self.finish = self.finish or "length"
             raise StopIteration
-        self._read()
-        token = self._draw()
-        self._pending = token
+        with _evaluating(self.model):
+            self._read()
+            if self._decoder is None:
+                given = self._state, self._logits, self._window()
+                self._decoder = Decoder(self.model, *given, self.sampling, [self._seed], [self._position])
+                self._state = None
+            (token,) = self._decoder.next()
         self._remember([token])
         self._generated += 1
         self._remaining -= 1
@@ -140,17 +143,22 @@ class Generation(Iterator[int]):
     @property
     def state(self) -> Session:
         """The session after every token yielded so far: a copy, to be kept, saved, forked or continued."""
-        self._read()
+        with _evaluating(self.model):
+            self._read()
+            state, logits = clone((self._state, self._logits)) if self._decoder is None else self._decoder.state
+        generated, position, seed = (torch.tensor([n]) for n in (self._generated, self._position, self._seed))
+        return Session(state, logits, self._window(), generated, position, seed, clone(self._mark))
+
+    def _window(self) -> Tensor:
+        """The last of the tokens that were seen, as a session holds them."""
         history = torch.full((1, WINDOW), -1, dtype=torch.int64)
         if self._history:
             history[0, -len(self._history) :] = torch.tensor(self._history)
-        generated, position, seed = (torch.tensor([n]) for n in (self._generated, self._position, self._seed))
-        session = Session(self._state, self._logits, history, generated, position, seed, self._mark)
-        return clone(session)
+        return history
 
     def _read(self) -> None:
-        """Bring the state up to every token seen: the prompt in pieces, or the one token just yielded."""
-        with torch.inference_mode(), _evaluating(self.model):
+        """Bring the state up to the end of the prompt, in pieces."""
+        with torch.inference_mode():
             while len(self._prompt):
                 piece, rest = self._prompt[: self._piece], self._prompt[self._piece :]
                 features, self._state = self.model.features(piece[None].to(self._device), self._state)
@@ -158,17 +166,6 @@ class Generation(Iterator[int]):
                 self._remember(piece[-WINDOW:].tolist(), len(piece))
                 if not len(rest):
                     self._logits = self.model.logits(features[:, -1:])[:, 0].float()
-            if self._pending is not None:
-                token = torch.tensor([self._pending], device=self._device)
-                self._prepared = self._prepared or self.model.prepare()
-                logits, self._state = self._prepared.step(token, self._state)
-                self._logits, self._pending = logits.float(), None
-
-    def _draw(self) -> int:
-        with torch.inference_mode():
-            history = torch.tensor([list(self._history)]) if self.sampling.repetition_penalty != 1 else None
-            draw = torch.tensor([uniform(self._seed, self._position)], dtype=torch.float64)
-            return int(sample(self._logits, self.sampling, draw, history))
 
     def _remember(self, tokens: list[int], seen: int = 1) -> None:
         self._history.extend(tokens)

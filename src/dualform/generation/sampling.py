@@ -5,8 +5,13 @@ what the one before it left. Randomness is counter-based: the draw at a position
 only, so a generation that is interrupted, moved to another machine or batched with others keeps its random stream.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
@@ -26,6 +31,14 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed + _GOLDEN) + (position + 1) * _GOLDEN) >> 11) * 2.0**-53
 
 
+def uniforms(seeds: Sequence[int], positions: Sequence[int], count: int) -> NDArray[np.float64]:
+    """:func:`uniform` of ``count`` positions from each row's own on, ``(B, count)``."""
+    with np.errstate(over="ignore"):
+        start = _mix(np.array(seeds, np.uint64) + np.uint64(_GOLDEN))
+        step = np.array(positions, np.uint64)[:, None] + np.arange(1, count + 1, dtype=np.uint64)
+        return (_mix(start[:, None] + step * np.uint64(_GOLDEN)) >> np.uint64(11)) * 2.0**-53
+
+
 def sample(
     logits: Float[Tensor, "B V"],
     sampling: Sampling,
@@ -43,15 +56,35 @@ def sample(
     Raises:
         ArgumentError: for logits that hold NaN or infinity, or no finite value at all.
     """
+    tokens, finite = choose(logits, sampling, draws, history)
+    if not finite.all():
+        raise not_finite()
+    return tokens
+
+
+def not_finite() -> ArgumentError:
+    """What is raised for logits that are not finite."""
+    return ArgumentError(
+        "sample: the logits are not finite",
+        hint="the weights or the state hold NaN or infinity; was the training stable, is the dtype wide enough?",
+    )
+
+
+def choose(
+    logits: Float[Tensor, "B V"], sampling: Sampling, draws: Float[Tensor, " B"], history: Int[Tensor, "B L"] | None
+) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"]]:
+    """:func:`sample` without waiting for the device: the tokens, and whether the logits of each row are finite."""
     if logits.device.type == "mps":  # has no float64
         logits = logits.cpu()
-    logits = logits.double()
-    if not logits.max(-1).values.isfinite().all():
-        raise ArgumentError(
-            "sample: the logits are not finite",
-            hint="the weights or the state hold NaN or infinity; was the training stable, is the dtype wide enough?",
-        )
-    if history is not None and sampling.repetition_penalty != 1:
+    top, likeliest = logits.max(-1)
+    penal = history is not None and sampling.repetition_penalty != 1
+    if sampling.temperature == 0 and not penal:
+        return likeliest, top.isfinite()
+    return _drawn(logits.double(), sampling, draws, history if penal else None), top.isfinite()
+
+
+def _drawn(logits: Tensor, sampling: Sampling, draws: Tensor, history: Tensor | None) -> Tensor:
+    if history is not None:
         logits = penalize(logits, history.to(logits.device), sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -64,7 +97,8 @@ def sample(
         logits = keep_min_p(logits, sampling.min_p)
     cumulative = logits.softmax(-1).cumsum(-1)
     target = draws.to(cumulative) * cumulative[:, -1]
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return found.clamp(max=logits.shape[-1] - 1)  # of logits that are not finite: a token all the same
 
 
 def penalize(logits: Float[Tensor, "B V"], history: Int[Tensor, "B L"], penalty: float) -> Float[Tensor, "B V"]:
@@ -99,8 +133,12 @@ def keep_min_p(logits: Float[Tensor, "B V"], p: float) -> Float[Tensor, "B V"]:
     return logits.masked_fill(relative < p, -_INF)
 
 
-def _mix(z: int) -> int:
-    z &= _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+def _mix(z: Any) -> Any:
+    """The finaliser of SplitMix64, of a whole number or of an array of 64 bits without a sign."""
+    a, b, mask, (first, second, third) = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, _MASK, (30, 27, 31)
+    if isinstance(z, np.ndarray):
+        a, b, mask, first, second, third = (np.uint64(n) for n in (a, b, mask, first, second, third))
+    z = z & mask
+    z = ((z ^ (z >> first)) * a) & mask
+    z = ((z ^ (z >> second)) * b) & mask
+    return z ^ (z >> third)

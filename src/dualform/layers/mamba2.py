@@ -234,7 +234,8 @@ class Mamba2(Mixer):
             norm.eps,
             c.norm_eps,
             c.norm and c.norm_before_gate,
-            *map(float, c.dt_limit),
+            float(c.dt_limit[0]),
+            float(c.dt_limit[1]),
         )
         return StreamStep(mamba2_step_op, lambda x, conv, h: Mamba2Step(x, conv, h, *weights), Mamba2State, A.dtype)
 

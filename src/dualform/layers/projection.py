@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from dualform.ops.linear import FEW, linear
-from dualform.ops.native.library import why_missing
+from dualform.ops.native import library
 from dualform.ops.op import forced
+from dualform.ops.triton import support
 
-_KERNELS = ("", "native")
+_KERNELS = {"cpu": ("native", library.why_missing), "cuda": ("triton", support.missing)}
+_CAPTURED = 4  # rows up to which the kernel on a GPU is the faster one, in a graph, where its launch costs nothing
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 _OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -19,7 +21,7 @@ _OWN = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def project(module: Any, x: Tensor) -> Tensor:
-    """``module(x)``: of up to 16 rows on a CPU by a kernel that reads the weights at the memory's speed.
+    """``module(x)``: of a few rows by a kernel that reads the weights at the memory's speed, where there is one.
 
     The module itself is called where gradients are recorded, where PyTorch looks into the call, and where it is more
     than a linear map: wrapped by an adapter or a quantiser, or with hooks.
@@ -28,14 +30,14 @@ def project(module: Any, x: Tensor) -> Tensor:
         module: a linear map.
         x: ``(..., D)``.
     """
-    if x.is_cpu and plain(module) and _stands_in(x, module.weight):
+    if plain(module) and _stands_in(x, module.weight):
         return _by_kernel(x, module.weight, module.bias)
     return module(x)
 
 
 def project_by(weight: Tensor, x: Tensor) -> Tensor:
     """``W x`` of ``x`` ``(..., D)``, in the same two ways."""
-    return _by_kernel(x, weight, None) if x.is_cpu and _stands_in(x, weight) else F.linear(x, weight)
+    return _by_kernel(x, weight, None) if _stands_in(x, weight) else F.linear(x, weight)
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,12 +50,23 @@ def _stands_in(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is the faster one for x, and nothing is lost with it."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() > FEW * x.shape[-1] or not x.numel():
         return False
-    return type(x) is Tensor and type(weight) in _PLAIN and x.dtype == weight.dtype in _DTYPES and kernels_run()
+    if not x.is_cpu and (x.numel() > _CAPTURED * x.shape[-1] or not (x.is_cuda and _capturing())):
+        return False
+    plainly = type(x) is Tensor and type(weight) in _PLAIN and x.dtype == weight.dtype in _DTYPES
+    return plainly and kernels_run(x.device.type)
 
 
-def kernels_run() -> bool:
-    """Whether the CPU kernels are there and no other backend was asked for."""
-    return forced() in _KERNELS and not why_missing() and not torch.is_autocast_enabled("cpu")
+def _capturing() -> bool:
+    """Whether calls are recorded into a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def kernels_run(device: str) -> bool:
+    """Whether a device has kernels for steps, they can run, and no other backend was asked for."""
+    if device not in _KERNELS:
+        return False
+    name, missing = _KERNELS[device]
+    return forced() in ("", name) and not missing() and not torch.is_autocast_enabled(device)
 
 
 def plain(*maps: Any, kind: type[nn.Module] = nn.Linear) -> bool:
@@ -64,7 +77,7 @@ def plain(*maps: Any, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def plain_parameters(part: nn.Module) -> torch.dtype | None:
-    """The dtype of all parameters of a part, where they are plain tensors on the CPU and of one; else None."""
+    """The dtype of all parameters of a part, where they are plain tensors of one dtype and device; else None."""
     found = list(part.parameters())
-    same = all(type(p) is nn.Parameter and p.is_cpu and p.dtype == found[0].dtype for p in found)
-    return found[0].dtype if found and same else None
+    kinds = {(type(p), p.dtype, p.device) for p in found}
+    return found[0].dtype if len(kinds) == 1 and type(found[0]) is nn.Parameter else None

@@ -15,17 +15,20 @@ from dualform.ops.linear import FEW
 from dualform.ops.native.block import Program, Record
 from dualform.ops.op import Op
 
+_ROWS = {"cpu": FEW, "cuda": 256}  # of a step that the kernels run; the products of more take more time than all else
+
 
 def stream_step_dtype(norm: Any, part: nn.Module, *maps: Any) -> torch.dtype | None:
     """The dtype of the matrices of a layer that a kernel may run; None for one that it may not.
 
     It may where the norm is an RMS norm, the maps are linear ones, nothing wraps or hooks them, and the parameters are
-    plain tensors of one dtype on the CPU.
+    plain tensors of one dtype and device.
     """
-    dtype = plain_parameters(part)
-    if not kernels_run() or not plain(norm, kind=RMSNorm) or not plain(*maps):
+    if not plain(norm, kind=RMSNorm) or not plain(*maps):
         return None
-    return dtype if dtype == norm.weight.dtype and norm.weight.is_cpu else None
+    dtype, weight = plain_parameters(part), norm.weight
+    same = dtype == weight.dtype and maps[0].weight.device == weight.device
+    return dtype if same and kernels_run(weight.device.type) else None
 
 
 def wide_of(m: Tensor | None) -> Any:
@@ -48,11 +51,12 @@ class StreamStep:
 
     def __call__(self, x: Tensor, state: Any) -> tuple[Tensor, State] | None:
         """A step, or None for one that the kernel does not run, such as one of many rows."""
-        if x.shape[0] > FEW or x.dtype != self.dtype or not kernels_run():
+        if x.shape[0] > _ROWS.get(x.device.type, 0) or x.dtype != self.dtype or not kernels_run(x.device.type):
             return None
         if not isinstance(state, self.kind) or any(m.dtype != self.dtype for m in state):
             return None
-        record = self.record(x, state)
+        in_place = not x.is_cpu and all(map(may_write, state))  # on a CPU steps of a whole model do so
+        record = self.record(x, state)._replace(in_place=in_place)
         self.op.check(record)
         x, *new = self.op(record)
         return x, self.kind(*new)
@@ -93,9 +97,11 @@ class StreamSteps:
 
     def continues(self, states: Any, rows: int) -> bool:
         """Whether a state of so many rows is the one that the last step made, which may be written in place."""
-        if states is not self._made or states is None or not kernels_run():
+        if states is not self._made or states is None or not kernels_run("cpu"):
             return False
         first = states[0][0][0]
+        if not first.is_cpu:
+            return False
         fits = self._program is None or self._program.fits(rows)
         return fits and first.shape[0] == rows and may_write(first)
 

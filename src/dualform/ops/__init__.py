@@ -42,6 +42,7 @@ for _name in (
 ):
     import_module(f"dualform.ops.{_name}")
 for _name in (
+    "block",
     "causal_conv1d",
     "diagonal_ssm",
     "gated_delta_rule",

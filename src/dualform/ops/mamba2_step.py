@@ -29,6 +29,7 @@ def mamba2_step(
     gate_eps: float = 1e-5,
     norm_before_gate: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x + out(norm(y silu(z)))`` of one element, where ``z, uBC, dt = in(norm(x))``.
 
@@ -48,6 +49,7 @@ def mamba2_step(
         gate_eps: of the norm at the gate.
         norm_before_gate: whether the gate multiplies the norm of y, ``norm(y) silu(z)``.
         dt_limit: bounds of dt.
+        in_place: whether the next conv and h may be written where these lie.
 
     Returns:
         The stream ``(B, M)``, and the next conv and h.
@@ -59,7 +61,7 @@ def mamba2_step(
         Dao & Gu (2024), arXiv:2405.21060, section 7.1.
     """
     low, high = dt_limit
-    a = Mamba2Step(x, conv, h, *weights, groups, eps, gate_eps, norm_before_gate, low, high)
+    a = Mamba2Step(x, conv, h, *weights, groups, eps, gate_eps, norm_before_gate, low, high, in_place)
     _check(a)
     y, conv, h = mamba2_step_op(a)
     return y, conv, h
@@ -104,6 +106,7 @@ class Mamba2Step(NamedTuple):
     norm_before_gate: bool
     low: float
     high: float
+    in_place: bool = False
 
 
 MATRICES = ("in_weight", "out_weight")
@@ -119,7 +122,7 @@ def _check(a: Mamba2Step) -> None:
 
 @once_per_shape
 def _check_tensors(groups: int, *tensors: Tensor | None) -> None:
-    a = Mamba2Step._make((*tensors, groups, 0.0, 0.0, False, 0.0, 0.0))
+    a = Mamba2Step._make((*tensors, groups, 0.0, 0.0, False, 0.0, 0.0, False))
     sizes = check_tensors(
         _WHERE,
         x=(a.x, "B M"),

@@ -23,6 +23,7 @@ def mamba_step(
     weights: "MambaWeights",
     *,
     eps: float = 1e-5,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x + out(y silu(z))`` of one element, where ``u, z = in(norm(x))``.
 
@@ -38,6 +39,7 @@ def mamba_step(
         h: ``(B, D, N)``.
         weights: of the norm and the layer.
         eps: added to the mean square.
+        in_place: whether the next conv and h may be written where these lie.
 
     Returns:
         The stream ``(B, M)``, and the next conv and h.
@@ -48,7 +50,7 @@ def mamba_step(
     References:
         Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2.
     """
-    a = MambaStep(x, conv, h, *weights, eps)
+    a = MambaStep(x, conv, h, *weights, eps, in_place)
     _check(a)
     y, conv, h = mamba_step_op(a)
     return y, conv, h
@@ -90,6 +92,7 @@ class MambaStep(NamedTuple):
     out_weight: Tensor
     out_bias: Tensor | None
     eps: float
+    in_place: bool = False
 
 
 MATRICES = ("in_weight", "maps", "steps", "out_weight")
@@ -116,12 +119,12 @@ def check_step_dtypes(where: str, a: NamedTuple, matrices: tuple[str, ...]) -> N
 
 def _check(a: MambaStep) -> None:
     check_norm(_WHERE, a.eps)
-    _check_tensors(*a[:-1])
+    _check_tensors(*a[:-2])
 
 
 @once_per_shape
 def _check_tensors(*tensors: Tensor | None) -> None:
-    a = MambaStep._make((*tensors, 0.0))
+    a = MambaStep._make((*tensors, 0.0, False))
     sizes = check_tensors(
         _WHERE,
         x=(a.x, "B M"),

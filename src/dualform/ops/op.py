@@ -107,7 +107,8 @@ class Op(Generic[Arguments]):
         arguments: the record, a NamedTuple whose annotations give the operator its schema: ``Tensor``,
             ``Tensor | None``, ``Packing | None``, bool, int, float or a dtype. A field ``out_state`` is memory for the
             state that comes out: a backend may write there, and return it, or not. In a compiled program the operator
-            ``name_`` writes there, see :mod:`dualform.ops.in_place`.
+            ``name_`` writes there, see :mod:`dualform.ops.in_place`. A field ``in_place`` says that states may be
+            written where they lie; an eager call alone does so.
         reference: the definition, in plain PyTorch and the letters of its paper: ``(a) -> outputs``.
         fake: the outputs, empty.
         check: raises for a record whose shapes, dtypes or devices do not fit together. Public functions check what
@@ -241,6 +242,8 @@ class Op(Generic[Arguments]):
                 hint=f"call dualform.ops.{self.name}, or leave out_state out",
             )
         a = self.arguments(*args)
+        if "in_place" in self.fields:
+            a = a._replace(in_place=False)  # pyright: ignore[reportAttributeAccessIssue]
         self.check(a)
         return a, wrong
 

@@ -17,7 +17,8 @@ Record = MambaStep | Mamba2Step
 
 
 def _run(a: Record) -> list[Tensor]:
-    out = [m.new_empty(m.shape) for m in (a.x, a.conv, a.h)]
+    there = a.in_place and a.conv.is_contiguous() and a.h.is_contiguous()
+    out = [a.x.new_empty(a.x.shape), *(m if there else m.new_empty(m.shape) for m in (a.conv, a.h))]
     if out[0].numel() > 0:
         name, structure, of = _KERNELS[type(a)]
         library.call(name, structure, **of(a), **_shared(a, out))

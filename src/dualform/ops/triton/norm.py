@@ -33,7 +33,8 @@ def _add_backward(grads: list[Tensor], kept: list[Tensor], a: AddNorm) -> dict[s
     return {"x": dx, "residual": dresidual, **sums}
 
 
-def _gated(a: GatedNorm) -> list[Tensor]:
+def gated_norm(a: GatedNorm) -> list[Tensor]:
+    """The norm with its gate, if there is one."""
     y = a.x.new_empty(a.x.shape, dtype=a.dtype)
     if y.numel() > 0:
         _forward(a, None, None if a.z is None else _rows(a.z), y, None)
@@ -115,4 +116,4 @@ def _refuses(a: AddNorm | GatedNorm) -> str | None:
 
 
 add_backend(add_norm_op, forward=_add, backward=_add_backward, refuses=_refuses, unread=lambda a: a.unread())
-add_backend(gated_norm_op, forward=_gated, backward=_gated_backward, refuses=_refuses)
+add_backend(gated_norm_op, forward=gated_norm, backward=_gated_backward, refuses=_refuses)

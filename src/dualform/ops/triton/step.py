@@ -1,5 +1,7 @@
 """The one-step updates in Triton, each a single pass over its state."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,11 +10,12 @@ from dualform.ops.layout import inner_contiguous, lay, next_state, time_last
 from dualform.ops.selective_scan import SelectiveUpdate, selective_update_op
 from dualform.ops.triton.support import add_backend, blocks, kernels, power_of_two
 
-_MOST_STATES = 256
+MOST_STATES = 256
 _ELEMENTS = 1024  # of the states of a program
 
 
-def _selective(a: SelectiveUpdate) -> list[Tensor]:
+def selective_update(a: SelectiveUpdate, limits: tuple[float, float] = (0.0, math.inf)) -> list[Tensor]:
+    """The step of the scan, with bounds of dt behind its softplus."""
     inner, by_head = a.x.shape, a.by_head
     after, given = next_state(a.out_state, a.state, inner[0], a.A.dtype, a.state.dim() - 1)
     y = a.x.new_empty(inner)
@@ -29,18 +32,20 @@ def _selective(a: SelectiveUpdate) -> list[Tensor]:
         state, x, dt, A, B, C, D, z, bias, y, after, _contiguous(a.rows), len(state), width, per_head, per_skip,
         width // B.shape[1], width // C.shape[1], state.stride(0), x.stride(0), dt.stride(0),
         0 if z is None else z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1), after.stride(0),
-        SOFTPLUS=a.dt_softplus, BY_HEAD=by_head, TABLE=given, N=states, NP=padded, BD=channels,
+        SOFTPLUS=a.dt_softplus, LIMITED=limits != (0.0, math.inf), LOW=limits[0], HIGH=limits[1], BY_HEAD=by_head,
+        TABLE=given, N=states, NP=padded, BD=channels,
     )  # fmt: skip
     return [y, after]
 
 
 def _refuses(a: SelectiveUpdate) -> str | None:
-    if not 0 < a.state.shape[-1] <= _MOST_STATES:
-        return f"N is {a.state.shape[-1]}, expected 1 to {_MOST_STATES}"
+    if not 0 < a.state.shape[-1] <= MOST_STATES:
+        return f"N is {a.state.shape[-1]}, expected 1 to {MOST_STATES}"
     return a.broadcast
 
 
-def _convolve(a: ConvUpdate) -> list[Tensor]:
+def convolve(a: ConvUpdate) -> list[Tensor]:
+    """The step of the convolution."""
     after, given = next_state(a.out_state, a.state, len(a.x), a.dtype)
     y, state, steps, size = a.x.new_empty(a.x.shape), a.state, a.steps, a.state.shape[2]
     if y.numel() == 0:
@@ -82,5 +87,5 @@ def _skip(a: SelectiveUpdate) -> tuple[Tensor | None, int]:
     return _like(a.D, a.x), 1
 
 
-add_backend(selective_update_op, forward=_selective, refuses=_refuses)
-add_backend(conv_update_op, forward=_convolve)
+add_backend(selective_update_op, forward=selective_update, refuses=_refuses)
+add_backend(conv_update_op, forward=convolve)

@@ -138,6 +138,9 @@ def selective_state_update(
     stride_c_group,
     stride_after,
     SOFTPLUS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
     BY_HEAD: tl.constexpr,
     TABLE: tl.constexpr,
     N: tl.constexpr,
@@ -167,6 +170,8 @@ def selective_state_update(
         dt += tl.load(bias_ptr + d // per_head, mask=mask, other=0.0).to(dtype)
     if SOFTPLUS:
         dt = softplus(dt)
+    if LIMITED:
+        dt = tl.where(dt < LOW, LOW, tl.where(dt > HIGH, HIGH, dt))  # NaN stays NaN
     if BY_HEAD:
         rates = tl.load(A_ptr + d // per_head, mask=mask, other=0.0)[:, None]
     else:
