@@ -13,12 +13,13 @@ from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import options
 from dualform.core.recurrence import State
 from dualform.layers.context import Context
+from dualform.layers.drop import Drop, check_rates, left
 from dualform.layers.low_rank import adapt
 from dualform.layers.mixer import Mixer, PartConfig, Prepared, Step
 from dualform.layers.norms import check_norm_kind, make_norm
 from dualform.layers.part import ELSEWHERE
 
-Call = Callable[[Any, Tensor], Tensor]  # (part, y) -> what it makes of y
+Call = Callable[[Any, Tensor], Tensor]  # (part, y) -> what it makes of y; (how it stands, that) -> what is left of it
 
 
 @options
@@ -40,6 +41,8 @@ class SublayerConfig:
             block. The part then reads 2 D features, and still makes D.
         saved: a name under which the output is kept for later parts; it is then not added.
         low_rank: rank of matrices that every use of a shared block adds to the part's first map; 0 for none.
+        dropout: the share of the numbers of its output that training drops; None is the model's where it is added.
+        drop_path: the share of rows, or of packed sequences, to which training adds nothing; None is the model's.
     """
 
     part: PartConfig
@@ -53,6 +56,8 @@ class SublayerConfig:
     joined: str | None = None
     saved: str | None = None
     low_rank: int = 0
+    dropout: float | None = None
+    drop_path: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("norm", "after"):
@@ -64,6 +69,14 @@ class SublayerConfig:
             raise ConfigError(f"sublayer: eps is {self.eps}, expected a small positive number, or none")
         if self.low_rank < 0:
             raise ConfigError(f"sublayer: low_rank is {self.low_rank}, expected at least 0")
+        check_rates("sublayer", dropout=self.dropout, drop_path=self.drop_path)
+        if self.drop_path and not self.added:
+            raise ConfigError(f"sublayer: drop_path is {self.drop_path} of an output that is not added to the stream")
+
+    @property
+    def added(self) -> bool:
+        """Whether its output is added to the stream, and neither takes its place nor is saved for later."""
+        return self.stream != 0 and self.saved is None
 
     def build(self, d_model: int, norm_eps: float = 1e-5) -> "Block":
         """A block of this sub-layer alone."""
@@ -159,6 +172,7 @@ class Block(nn.Module):
             bool(s.joined or s.saved) or getattr(part, "in_context", False)
             for s, part in zip(self.standing, self.parts, strict=True)
         )
+        self._drops: bool = any(s.dropout or s.drop_path for s in self.standing)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> State:
         """One state per mixer."""
@@ -178,8 +192,11 @@ class Block(nn.Module):
         intervals: Tensor | None = None,
         rate: float = 1.0,
         context: Context | None = None,
+        drop: Drop | None = None,
     ) -> tuple[Tensor, State]:
         """``x`` ``(B, T, D)`` -> the same shape, and the state.
+
+        ``drop`` is what training drops of the sub-layers that do not say it themselves.
 
         Raises:
             ArgumentError: when the state is not one of this block, or a mixer takes no ``intervals`` or ``rate``.
@@ -195,7 +212,9 @@ class Block(nn.Module):
             new.append(left)
             return made
 
-        return self._run(x, call, context), tuple(new)
+        drops = self.training and torch.is_grad_enabled() and (self._drops or drop is not None)
+        dropped = partial(left, drop or Drop(), cu_seqlens) if drops else None
+        return self._run(x, call, context, dropped), tuple(new)
 
     def step(
         self,
@@ -239,8 +258,8 @@ class Block(nn.Module):
 
         return self._run(x, call, context), tuple(new)
 
-    def _run(self, x: Tensor, call: Call, context: Context | None) -> Tensor:
-        """The sub-layers over ``x``, ``(B, T, D)`` or ``(B, D)``, given what calls a part."""
+    def _run(self, x: Tensor, call: Call, context: Context | None, dropped: Call | None = None) -> Tensor:
+        """The sub-layers over ``x``, ``(B, T, D)`` or ``(B, D)``, given what calls a part and what drops its output."""
         made: Tensor | None = None  # by the part before, and not yet added
         total: Tensor | None = None  # of the branches
         for s, norm, part, after in self._sublayers():
@@ -256,6 +275,8 @@ class Block(nn.Module):
             out: Tensor = after(call(part, y if s.scale_in == 1 else s.scale_in * y))
             if s.scale != 1:
                 out = s.scale * out.to(x.dtype)
+            if dropped is not None:
+                out = dropped(s, out)
             made = None
             if s.saved is not None:
                 _save(context, s.saved, out, x)

@@ -169,6 +169,7 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
         raise ConfigError(f"recipe: lora.rank is {recipe.lora.rank} for a model without trained weights", hint=hint)
     else:
         model = LanguageModel(ModelConfig.from_dict(given) if isinstance(given, dict) else preset(given))
+    model.config = replace(model.config, **recipe.rates)
     if recipe.data.tokenizer:
         tokenizer = SubwordTokenizer.from_file(recipe.data.tokenizer)
     tokenizer = tokenizer or ByteTokenizer()

@@ -21,7 +21,7 @@ from dualform.layers.mlp import MLPConfig, hidden_width
 from dualform.layers.mlstm import MLSTMConfig
 from dualform.layers.moe import MoEConfig
 from dualform.layers.rglru import RGLRUConfig
-from dualform.models.config import DEEPEST, ModelConfig, sublayers
+from dualform.models.config import DEEPEST, RATES, ModelConfig, sublayers
 from dualform.models.tables.layout import Options, Piece, encoded, rank, scan_width
 from dualform.models.tables.names import NAMES, Names
 from dualform.models.tables.rope import flat, nested
@@ -178,14 +178,17 @@ def _written(family: "Family", config: ModelConfig) -> ModelConfig:
 
 
 def explicit(config: ModelConfig) -> ModelConfig:
-    """The same model with the widths written out that its parts would choose by themselves."""
+    """The same function with the widths written out that its parts would choose, and without what training drops."""
     parts = {letter: tuple(_explicit(part, config.d_model) for part in parts) for letter, parts in config.parts.items()}
-    return replace(config, parts=parts)
+    return replace(config, parts=parts, **dict.fromkeys(RATES, 0.0))
 
 
 def _explicit(part: Any, width: int) -> Any:
     if isinstance(part, SublayerConfig):
-        return replace(part, part=_explicit(part.part, 2 * width if part.joined else width))
+        inner = _explicit(part.part, 2 * width if part.joined else width)
+        plain = replace(part, part=inner, dropout=None, drop_path=None)
+        said = (part.dropout, part.drop_path) != (None, None)
+        return inner if said and plain == SublayerConfig(inner) else plain
     if isinstance(part, ChainConfig | ParallelConfig):
         return replace(part, parts=tuple(_explicit(inner, width) for inner in part.parts))
     if isinstance(part, MLPConfig | MoEConfig) and part.d_hidden is None:
