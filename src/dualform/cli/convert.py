@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from dualform.models.backbone import Backbone
     from dualform.models.lm import LanguageModel
 
 EPILOG = """[bold]Examples[/bold]
@@ -16,16 +17,18 @@ EPILOG = """[bold]Examples[/bold]
   dualform convert runs/notes notes-hf --to hf              for transformers
   dualform convert runs/tuned merged                        a run with adapters, merged into its model
   dualform convert RWKV-x070-World-0.1B.pth world           a file of RWKV-7
+  dualform convert runs/notes notes.onnx --to onnx          one step, for devices without Python
   dualform convert mamba-130m half --dtype bfloat16         in half the bytes"""
 
 
 class To(StrEnum):
-    """The layouts: those of ``dualform.models.tables.registry.LAYOUTS``, which would load torch."""
+    """The layouts: those of ``dualform.models.tables.registry.LAYOUTS``, which would load torch; and a step in ONNX."""
 
     dualform = "dualform"
     hf = "hf"
     mamba_ssm = "mamba_ssm"
     rwkv7 = "rwkv7"
+    onnx = "onnx"
 
 
 def convert(
@@ -36,15 +39,22 @@ def convert(
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="A folder that is not there yet, or with --to rwkv7 a file.")
+        Path,
+        typer.Argument(metavar="TARGET", help="A folder that is not there yet, or with --to rwkv7 or onnx a file."),
     ],
     to: Annotated[
         To,
-        typer.Option(help="Whose layout: this library's, that of transformers, of mamba-ssm, or of RWKV-7's authors."),
+        typer.Option(
+            help="Whose layout: this library's, that of transformers, of mamba-ssm, or of RWKV-7's authors; or onnx, "
+            "one step of the model."
+        ),
     ] = (To.dualform),
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights, such as bfloat16; without it they keep theirs.")
     ] = None,
+    max_len: Annotated[
+        int, typer.Option(min=0, help="With --to onnx: tokens that attention without a window has room for.")
+    ] = 0,
 ) -> None:
     """Write a model in another layout, with its tokenizer.
 
@@ -52,6 +62,27 @@ def convert(
     """
     from dualform.cli.folders import model_folder
     from dualform.core.errors import CheckpointError
+
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target}: is there already", hint="give a name that is not there yet")
+    if to == To.onnx:
+        from dualform.models.saving.model import load, shape
+        from dualform.models.saving.onnx_file import check_step, export_onnx
+
+        check_step(shape(model_folder(source)), max_len)
+        with _told(f"reading {source}"):
+            model = load(model_folder(source), dtype=dtype or "float32")
+        with _told(f"writing {target}"):
+            export_onnx(model, target, max_len=max_len)
+    else:
+        model = _written(source, target, to, dtype)
+    size = sum(path.stat().st_size for path in (target.iterdir() if target.is_dir() else [target]))
+    typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
+
+
+def _written(source: str, target: Path, to: To, dtype: str | None) -> "Backbone":
+    """Read a model, and write it in the layout of a library."""
+    from dualform.cli.folders import model_folder
     from dualform.core.json_file import to_json
     from dualform.models.saving.described import described_as
     from dualform.models.saving.files import GENERATION_FILE, creating
@@ -60,8 +91,6 @@ def convert(
     from dualform.models.tables.rwkv7 import RWKV7File
     from dualform.models.usage import read_ends, usage_files
 
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: is there already", hint="give a name that is not there yet")
     _, table = described_as(shape(model_folder(source)), to)  # refused before anything is read
 
     def read(folder: Path) -> "tuple[LanguageModel, dict[str, bytes]]":
@@ -80,8 +109,7 @@ def convert(
                 write(model, new, layout=to)
                 for name, content in beside.items():
                     (new / name).write_bytes(content)
-    size = sum(path.stat().st_size for path in (target.iterdir() if target.is_dir() else [target]))
-    typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
+    return model
 
 
 def _told(what: str) -> "Status":
