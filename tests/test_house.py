@@ -100,6 +100,9 @@ def test_nothing_is_unpickled(module):
             if name == "models/saving/weights.py" and called == "torch.load":
                 assert "weights_only=True" in map(ast.unparse, node.keywords)
                 continue
+            if name == "models/saving/weights.py" and called == "torch.save":  # of tensors, where others read no more
+                assert ast.unparse(node.args[0]) == "dict(tensors)"
+                continue
             assert called not in {"torch.load", "torch.save", "accelerator.save_state", "accelerator.load_state"}
             assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords)
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 
 from dualform.core.errors import ConfigError
+from dualform.models.config import RATES
 from dualform.models.presets import preset
 from dualform.train.recipe import RECIPE_FILE, RECIPES, Data, Lora, Optim, Recipe, setting
 
@@ -28,9 +29,9 @@ def test_a_recipe_file_says_what_it_says(tmp_path):
 
 
 def test_the_built_in_recipe_names_every_key():
-    """All but ``steps``, which it shows in a comment; a key that is left at its default has the default's value."""
+    """Those that are none by default in a comment; a key that is left at its default has the default's value."""
     options = tomllib.loads((RECIPES / "stdlib.toml").read_text())
-    assert set(options) | {"steps"} == {f.name for f in fields(Recipe)}
+    assert set(options) | {"steps", *RATES} == {f.name for f in fields(Recipe)}
     assert set(options["data"]) == {f.name for f in fields(Data)}
     assert set(options["optim"]) == {f.name for f in fields(Optim)}
     assert "# steps = " in (RECIPES / "stdlib.toml").read_text()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dualform.models.lm import LanguageModel
     from dualform.models.presets import preset
     from dualform.models.saving.model import load, save
+    from dualform.models.saving.onnx_file import export_onnx
     from dualform.ops.op import backend
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "StateSpace",
     "__version__",
     "backend",
+    "export_onnx",
     "generate",
     "identify",
     "load",
@@ -63,6 +65,7 @@ _HOME = {
     "Session": "generation.session",
     "StateSpace": "core.system",
     "backend": "ops.op",
+    "export_onnx": "models.saving.onnx_file",
     "generate": "generation.engine",
     "identify": "core.identify",
     "load": "models.saving.model",

@@ -242,6 +242,7 @@ def _mixers() -> list[Case]:
         mixer_case("", RWKVChannelConfig(d_hidden=1), 1),
         mixer_case("", RWKVChannelConfig(d_hidden=2), 3),
         mixer_case("no receptance", RWKVChannelConfig(d_hidden=5, receptance=False), 17),
+        mixer_case("previous", RWKVChannelConfig(d_hidden=5, previous=True), 3),
         mixer_case("", RWKV6Config(d_head=1, mix_rank=1, decay_rank=1, norm_eps=0.1), 1),
         mixer_case("", RWKV6Config(d_head=3, mix_rank=2, decay_rank=1, norm_eps=0.1), 3),
         mixer_case("", RWKV6Config(d_head=17, mix_rank=1, decay_rank=2, norm_eps=0.1), 17),

@@ -9,34 +9,52 @@ import typer
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from dualform.models.backbone import Backbone
     from dualform.models.lm import LanguageModel
 
 EPILOG = """[bold]Examples[/bold]
   dualform convert state-spaces/mamba-130m-hf mamba-130m    from the Hugging Face Hub
   dualform convert runs/notes notes-hf --to hf              for transformers
   dualform convert runs/tuned merged                        a run with adapters, merged into its model
+  dualform convert RWKV-x070-World-0.1B.pth world           a file of RWKV-7
+  dualform convert runs/notes notes.onnx --to onnx          one step, for devices without Python
   dualform convert mamba-130m half --dtype bfloat16         in half the bytes"""
 
 
 class To(StrEnum):
-    """The layouts: those of ``dualform.models.tables.registry.LAYOUTS``, which would load torch."""
+    """The layouts: those of ``dualform.models.tables.registry.LAYOUTS``, which would load torch; and a step in ONNX."""
 
     dualform = "dualform"
     hf = "hf"
     mamba_ssm = "mamba_ssm"
+    rwkv7 = "rwkv7"
+    onnx = "onnx"
 
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Folder of a model or a training run, or a name of the Hub.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Folder of a model or a training run, a file of RWKV-7, or a name of the Hub."
+        ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A folder that is not there yet.")],
-    to: Annotated[To, typer.Option(help="Whose layout: this library's, that of transformers, or of mamba-ssm.")] = (
-        To.dualform
-    ),
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="TARGET", help="A folder that is not there yet, or with --to rwkv7 or onnx a file."),
+    ],
+    to: Annotated[
+        To,
+        typer.Option(
+            help="Whose layout: this library's, that of transformers, of mamba-ssm, or of RWKV-7's authors; or onnx, "
+            "one step of the model."
+        ),
+    ] = (To.dualform),
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights, such as bfloat16; without it they keep theirs.")
     ] = None,
+    max_len: Annotated[
+        int, typer.Option(min=0, help="With --to onnx: tokens that attention without a window has room for.")
+    ] = 0,
 ) -> None:
     """Write a model in another layout, with its tokenizer.
 
@@ -44,16 +62,36 @@ def convert(
     """
     from dualform.cli.folders import model_folder
     from dualform.core.errors import CheckpointError
+
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target}: is there already", hint="give a name that is not there yet")
+    if to == To.onnx:
+        from dualform.models.saving.model import load, shape
+        from dualform.models.saving.onnx_file import check_step, export_onnx
+
+        check_step(shape(model_folder(source)), max_len)
+        with _told(f"reading {source}"):
+            model = load(model_folder(source), dtype=dtype or "float32")
+        with _told(f"writing {target}"):
+            export_onnx(model, target, max_len=max_len)
+    else:
+        model = _written(source, target, to, dtype)
+    size = sum(path.stat().st_size for path in (target.iterdir() if target.is_dir() else [target]))
+    typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
+
+
+def _written(source: str, target: Path, to: To, dtype: str | None) -> "Backbone":
+    """Read a model, and write it in the layout of a library."""
+    from dualform.cli.folders import model_folder
     from dualform.core.json_file import to_json
     from dualform.models.saving.described import described_as
     from dualform.models.saving.files import GENERATION_FILE, creating
-    from dualform.models.saving.model import load, shape, write
+    from dualform.models.saving.model import load, shape, write, write_file
     from dualform.models.saving.undisturbed import undisturbed
+    from dualform.models.tables.rwkv7 import RWKV7File
     from dualform.models.usage import read_ends, usage_files
 
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: is there already", hint="give a folder that is not there yet")
-    described_as(shape(model_folder(source)), to)  # refused before anything is read
+    _, table = described_as(shape(model_folder(source)), to)  # refused before anything is read
 
     def read(folder: Path) -> "tuple[LanguageModel, dict[str, bytes]]":
         model, beside = load(folder, dtype=dtype), usage_files(folder)
@@ -63,12 +101,15 @@ def convert(
 
     with _told(f"reading {source}"):
         model, beside = undisturbed(lambda: model_folder(source), read)
-    with _told(f"writing {target}"), creating(target) as new:
-        write(model, new, layout=to)
-        for name, content in beside.items():
-            (new / name).write_bytes(content)
-    size = sum(path.stat().st_size for path in target.iterdir())
-    typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
+    with _told(f"writing {target}"):
+        if isinstance(table, RWKV7File):
+            write_file(model, target, table)
+        else:
+            with creating(target) as new:
+                write(model, new, layout=to)
+                for name, content in beside.items():
+                    (new / name).write_bytes(content)
+    return model
 
 
 def _told(what: str) -> "Status":

@@ -52,7 +52,7 @@ def info(
 def _exists(model: str) -> bool:
     from pathlib import Path
 
-    return Path(model).is_dir()
+    return Path(model).exists()
 
 
 def _preset(name: str) -> "Backbone":
@@ -76,11 +76,10 @@ def _weights(name: str) -> dict[str, Any]:
     """Where the weights of a saved model are, whose layout they have, and their bytes; None where one is missing."""
     from dualform.cli.folders import model_folder
     from dualform.models.saving.described import described
-    from dualform.models.saving.files import current
-    from dualform.models.saving.weights import weight_names
+    from dualform.models.saving.weights import weight_paths
 
     folder = model_folder(name)
-    layout, paths = described(folder).layout, [current(folder, name) for name in weight_names(folder)]
+    layout, paths = described(folder).layout, weight_paths(folder)
     size = sum(path.stat().st_size for path in paths) if all(path.exists() for path in paths) else None
     where = paths[0] if len(paths) == 1 else folder
     return {"path": str(where), "bytes": size, "layout": "dualform" if layout is None else layout.name}

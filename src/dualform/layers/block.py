@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import options
 from dualform.core.recurrence import State
-from dualform.layers.context import Context
+from dualform.layers.context import Context, save_from, value_for
+from dualform.layers.drop import Drop, check_rates, left
 from dualform.layers.low_rank import adapt
 from dualform.layers.mixer import Mixer, PartConfig, Prepared, Step
 from dualform.layers.norms import check_norm_kind, make_norm
-from dualform.layers.part import ELSEWHERE
+from dualform.layers.part import ELSEWHERE, as_weights, check_parts
 from dualform.layers.stream_step import StreamStep
 
-Call = Callable[[Any, Tensor], Tensor]  # (part, y) -> what it makes of y
+Call = Callable[[Any, Tensor], Tensor]  # (part, y) -> what it makes of y; (how it stands, that) -> what is left of it
 Residual = Callable[[Any, Tensor], Tensor | None]  # (part, x) -> the stream behind it
 
 
@@ -42,6 +43,8 @@ class SublayerConfig:
             block. The part then reads 2 D features, and still makes D.
         saved: a name under which the output is kept for later parts; it is then not added.
         low_rank: rank of matrices that every use of a shared block adds to the part's first map; 0 for none.
+        dropout: the share of the numbers of its output that training drops; None is the model's where it is added.
+        drop_path: the share of rows, or of packed sequences, to which training adds nothing; None is the model's.
     """
 
     part: PartConfig
@@ -55,6 +58,8 @@ class SublayerConfig:
     joined: str | None = None
     saved: str | None = None
     low_rank: int = 0
+    dropout: float | None = None
+    drop_path: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("norm", "after"):
@@ -66,6 +71,14 @@ class SublayerConfig:
             raise ConfigError(f"sublayer: eps is {self.eps}, expected a small positive number, or none")
         if self.low_rank < 0:
             raise ConfigError(f"sublayer: low_rank is {self.low_rank}, expected at least 0")
+        check_rates("sublayer", dropout=self.dropout, drop_path=self.drop_path)
+        if self.drop_path and not self.added:
+            raise ConfigError(f"sublayer: drop_path is {self.drop_path} of an output that is not added to the stream")
+
+    @property
+    def added(self) -> bool:
+        """Whether its output is added to the stream, and neither takes its place nor is saved for later."""
+        return self.stream != 0 and self.saved is None
 
     def build(self, d_model: int, norm_eps: float = 1e-5) -> "Block":
         """A block of this sub-layer alone."""
@@ -83,7 +96,7 @@ class ChainConfig:
     parts: tuple[PartConfig, ...]
 
     def __post_init__(self) -> None:
-        _check_parts("chain", self.parts)
+        check_parts("chain", self.parts)
 
     def build(self, d_model: int, norm_eps: float = 1e-5) -> "Block":
         """The parts as one."""
@@ -104,7 +117,7 @@ class ParallelConfig:
     parts: tuple[PartConfig, ...]
 
     def __post_init__(self) -> None:
-        _check_parts("parallel", self.parts)
+        check_parts("parallel", self.parts)
         if any((s.stream, s.normed) != (1.0, False) for s in map(standing, self.parts)):
             raise ConfigError("parallel: a branch has stream or normed, but nothing that it is added to")
 
@@ -161,6 +174,7 @@ class Block(nn.Module):
             bool(s.joined or s.saved) or getattr(part, "in_context", False)
             for s, part in zip(self.standing, self.parts, strict=True)
         )
+        self._drops: bool = any(s.dropout or s.drop_path for s in self.standing)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> State:
         """One state per mixer."""
@@ -180,8 +194,11 @@ class Block(nn.Module):
         intervals: Tensor | None = None,
         rate: float = 1.0,
         context: Context | None = None,
+        drop: Drop | None = None,
     ) -> tuple[Tensor, State]:
         """``x`` ``(B, T, D)`` -> the same shape, and the state.
+
+        ``drop`` is what training drops of the sub-layers that do not say it themselves.
 
         Raises:
             ArgumentError: when the state is not one of this block, or a mixer takes no ``intervals`` or ``rate``.
@@ -197,7 +214,9 @@ class Block(nn.Module):
             new.append(left)
             return made
 
-        return self._run(x, call, context), tuple(new)
+        drops = self.training and torch.is_grad_enabled() and (self._drops or drop is not None)
+        dropped = partial(left, drop or Drop(), cu_seqlens) if drops else None
+        return self._run(x, call, context, dropped), tuple(new)
 
     def step(
         self,
@@ -223,7 +242,8 @@ class Block(nn.Module):
         """The parts whose steps take the stream to the stream, norm and sum included, and those steps."""
         found = {}
         for s, norm, part, _ in self._sublayers():
-            plain = s == SublayerConfig(s.part, eps=s.eps) and not self.parallel and isinstance(part, Mixer)
+            usual = SublayerConfig(s.part, eps=s.eps, dropout=s.dropout, drop_path=s.drop_path)  # steps drop nothing
+            plain = s == usual and not self.parallel and isinstance(part, Mixer)
             if plain and (step := part.prepare_residual(norm)) is not None:
                 found[part] = step
         return found
@@ -256,12 +276,19 @@ class Block(nn.Module):
             new.append(made[1])
             return made[0]
 
-        return self._run(x, call, context, residual if residuals else None), tuple(new)
+        return self._run(x, call, context, residual=residual if residuals else None), tuple(new)
 
-    def _run(self, x: Tensor, call: Call, context: Context | None, residual: Residual | None = None) -> Tensor:
-        """The sub-layers over ``x``, ``(B, T, D)`` or ``(B, D)``, given what calls a part, or makes more in one call.
+    def _run(
+        self,
+        x: Tensor,
+        call: Call,
+        context: Context | None,
+        dropped: Call | None = None,
+        residual: Residual | None = None,
+    ) -> Tensor:
+        """The sub-layers over ``x``, ``(B, T, D)`` or ``(B, D)``, given what calls a part and what drops its output.
 
-        ``residual(part, x)`` is the stream behind a part, or None.
+        ``residual(part, x)`` is the stream behind a part that one call takes from stream to stream, or None.
         """
         made: Tensor | None = None  # by the part before, and not yet added
         total: Tensor | None = None  # of the branches
@@ -273,19 +300,21 @@ class Block(nn.Module):
                     continue
             if s.joined is not None:
                 x = x if made is None else x + made
-                y = norm(torch.cat([x, _value(context, s.joined, x)], -1))
+                y = norm(torch.cat([x, value_for(x, context, s.joined)], -1))
             else:
                 y, x = (norm(x), x) if made is None else norm(made, x)
             if s.norm is None and not isinstance(part, Block):
-                y = _as_weights(part, y)
+                y = as_weights(part, y)
             if s.normed:
                 x = y.to(x.dtype)
             out: Tensor = after(call(part, y if s.scale_in == 1 else s.scale_in * y))
             if s.scale != 1:
                 out = s.scale * out.to(x.dtype)
+            if dropped is not None:
+                out = dropped(s, out)
             made = None
             if s.saved is not None:
-                _save(context, s.saved, out, x)
+                save_from(x, context, s.saved, out)
             elif self.parallel:
                 total = out if total is None else total + out
             elif s.stream == 0:
@@ -366,35 +395,3 @@ def _build(part: PartConfig, d_model: int, norm_eps: float) -> nn.Module:
 def _mixes(part: Any) -> bool:
     """Whether a part has a state."""
     return isinstance(part, Mixer | Block)
-
-
-def _as_weights(part: nn.Module, y: Tensor) -> Tensor:
-    """``y`` in the dtype of a part's weights, where no norm has given it that."""
-    weight = next((p for p in part.parameters() if p.is_floating_point()), y)
-    return y.to(weight.dtype)
-
-
-def _value(context: Context | None, name: str, like: Tensor) -> Tensor:
-    """A value of the context, shaped as the stream: without its time axis in a step."""
-    if context is None:
-        raise ArgumentError(f"Block: no context, which {name!r} is read from", hint="a model gives it to its blocks")
-    value = context[name]
-    return (value if like.dim() == value.dim() else value[:, 0]).to(like.dtype)
-
-
-def _save(context: Context | None, name: str, made: Tensor, like: Tensor) -> None:
-    if context is not None:
-        context[name] = made[:, None] if like.dim() == 2 else made
-
-
-def _check_parts(where: str, parts: Any) -> None:
-    """That there are parts.
-
-    Raises:
-        ConfigError: says what came.
-    """
-    if not parts:
-        raise ConfigError(f"{where}: parts is empty, expected the configs of its sub-layers")
-    for part in parts:
-        if isinstance(part, type) or not callable(getattr(part, "build", None)):
-            raise ConfigError(f"{where}: parts has {part!r}, expected a config with build(d_model)")

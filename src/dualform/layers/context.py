@@ -69,3 +69,21 @@ class Context:
         """Take over what was said in another one."""
         self.values = {**self.values, **told.values}
         self.losses = [*self.losses, *told.losses]
+
+
+def value_for(stream: Tensor, context: Context | None, name: str) -> Tensor:
+    """A value of the context, shaped as the stream: without its time axis in a step.
+
+    Raises:
+        ArgumentError: where there is no context, or nothing of that name in it.
+    """
+    if context is None:
+        raise ArgumentError(f"Block: no context, which {name!r} is read from", hint="a model gives it to its blocks")
+    value = context[name]
+    return (value if stream.dim() == value.dim() else value[:, 0]).to(stream.dtype)
+
+
+def save_from(stream: Tensor, context: Context | None, name: str, made: Tensor) -> None:
+    """Keep what was made of the stream in the context, if there is one, with a time axis."""
+    if context is not None:
+        context[name] = made[:, None] if stream.dim() == 2 else made

@@ -154,7 +154,7 @@ class H3(Poles, Mixer):
 
     def _step(self, taps: Tensor, system: DiagonalSystem, x: Tensor, state: H3State) -> tuple[Tensor, H3State]:
         check_tensors("h3", x=(x, f"B {self.d_model}"))
-        state = check_state("h3", state, self.init_state(len(x)))
+        state = check_state("h3", state, self.init_state(x.shape[0]))
         q, k, v = self._qkv(x)
         with exactly(x.device.type):
             k, shift = causal_conv1d_update(k.flatten(1), state.shift, taps)

@@ -143,7 +143,7 @@ class HyenaModal(HyenaOperator):
         self, filters: tuple[DiagonalSystem, ...], x: Tensor, state: HyenaModalState
     ) -> tuple[Tensor, HyenaModalState]:
         check_tensors("hyena_modal", x=(x, f"B {self.d_model}"))
-        state = check_state("hyena_modal", state, self.init_state(len(x)))
+        state = check_state("hyena_modal", state, self.init_state(x.shape[0]))
         p, conv = self._short_step(x, state.conv)
         last = []
 

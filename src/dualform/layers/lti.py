@@ -147,7 +147,7 @@ class LTI(Mixer):
         self._check_causal()
         check_tensors(self._name, x=(x, f"B {self.d_model}"))
         more = self._more(x, interval)
-        h, u = self._start(state, len(x)), x.to(wide(self.D))
+        h, u = self._start(state, x.shape[0]), x.to(wide(self.D))
         s, h = system.step(u, h, *more)
         return self._out(self._skip(s, u), x), h
 

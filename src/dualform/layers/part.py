@@ -130,3 +130,22 @@ def _mixed(part: Part, x: Tensor) -> ArgumentError | None:
         f"{type(part).__name__}: x is {x.dtype}, but the weights are {weight.dtype}",
         hint=f"x.to({weight.dtype}), or layer.to({x.dtype})" if x.is_floating_point() else f"x.to({weight.dtype})",
     )
+
+
+def check_parts(where: str, parts: Any) -> None:
+    """That there are parts.
+
+    Raises:
+        ConfigError: says what came.
+    """
+    if not parts:
+        raise ConfigError(f"{where}: parts is empty, expected the configs of its sub-layers")
+    for part in parts:
+        if isinstance(part, type) or not callable(getattr(part, "build", None)):
+            raise ConfigError(f"{where}: parts has {part!r}, expected a config with build(d_model)")
+
+
+def as_weights(part: nn.Module, y: Tensor) -> Tensor:
+    """``y`` in the dtype of a part's weights, where no norm has given it that."""
+    weight = next((p for p in part.parameters() if p.is_floating_point()), y)
+    return y.to(weight.dtype)

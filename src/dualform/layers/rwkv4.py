@@ -113,10 +113,12 @@ class RWKVChannelConfig:
     Args:
         d_hidden: the inner width; None is ``4 d_model``.
         receptance: whether a gate of the features multiplies the output, as in RWKV-4 to RWKV-6; RWKV-7 has none.
+        previous: whether a mix is the share of the previous input, as RWKV-7 stores it, in place of that of the input.
     """
 
     d_hidden: int | None = None
     receptance: bool = True
+    previous: bool = False
 
     def build(self, d_model: int) -> "RWKVChannel":
         """The layer, freshly initialised."""
@@ -133,7 +135,8 @@ class RWKVChannelState(NamedTuple):
 class RWKVChannel(Mixer):
     """``y = s(R x^r_t) V relu(K x^k_t)^2``, where ``x^k_t = mix x_t + (1 - mix) x_{t-1}``, and ``x^r_t`` likewise.
 
-    A feed-forward that sees the previous input, too, and so has a state. ``s`` is the logistic function.
+    A feed-forward that sees the previous input, too, and so has a state. ``s`` is the logistic function. With
+    ``previous`` it is ``x^k_t = (1 - mix) x_t + mix x_{t-1}``.
 
     Raises:
         ConfigError: for a size below 1.
@@ -151,9 +154,10 @@ class RWKVChannel(Mixer):
         self.config, self.d_model = config, d_model
         hidden = 4 * d_model if config.d_hidden is None else config.d_hidden
         check_sizes("rwkv_channel", d_model=d_model, d_hidden=hidden)
-        feature = torch.arange(d_model) / d_model
-        self.mix_key = nn.Parameter(feature**0.5)
-        self.mix_receptance = nn.Parameter(feature**0.5) if config.receptance else None
+        share = (torch.arange(d_model) / d_model) ** 0.5  # of the input
+        share = 1 - share if config.previous else share
+        self.mix_key = nn.Parameter(share)
+        self.mix_receptance = nn.Parameter(share.clone()) if config.receptance else None
         self.key = nn.Linear(d_model, hidden, bias=False)
         self.receptance = nn.Linear(d_model, d_model, bias=False) if config.receptance else None
         self.value = nn.Linear(hidden, d_model, bias=False)
@@ -170,7 +174,8 @@ class RWKVChannel(Mixer):
         packing = Packing.of("rwkv_channel", cu_seqlens, x)
         state = check_state("rwkv_channel", state, self.init_state(x.shape[0] if packing is None else packing.rows))
         before, last = shift(x, state.x, packing)
-        y = self.value(F.relu(self.key(torch.lerp(before, x, self.mix_key))).square())
+        start, end = (x, before) if self.config.previous else (before, x)
+        y = self.value(F.relu(self.key(torch.lerp(start, end, self.mix_key))).square())
         if self.receptance is not None and self.mix_receptance is not None:
-            y = self.receptance(torch.lerp(before, x, self.mix_receptance)).sigmoid() * y
+            y = self.receptance(torch.lerp(start, end, self.mix_receptance)).sigmoid() * y
         return y, RWKVChannelState(last)

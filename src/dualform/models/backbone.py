@@ -2,6 +2,7 @@
 
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from dualform.core.recurrence import State
 from dualform.core.shapes import check_floating, check_indices, check_tensors, wide
 from dualform.layers.block import Block
 from dualform.layers.context import EMBEDDING, Context, Told
+from dualform.layers.drop import Drop, depth_rates, dropout
 from dualform.layers.low_rank import another_use
 from dualform.layers.mixer import Prepared, Step
 from dualform.layers.norms import make_norm
@@ -60,6 +62,9 @@ class Backbone(nn.Module):
     Initialised as Mamba: the embedding normal with deviation 0.02, biases of linear maps zero, what each sub-layer
     adds to the stream divided by the root of their number; everything else is the layers' own. The map of features
     keeps PyTorch's initialisation with its bias: without one the first norm would leave of a single input its sign.
+
+    While the model trains (``model.train()``, gradients recorded), its config's ``dropout``, ``drop_path`` and
+    ``embed_dropout`` leave out random parts; ``step`` never does.
 
     With ``model.recompute = True`` training keeps only what enters each block, and the backward runs a block once more
     before it differentiates it: the same gradients for a third more work, in the memory of one block instead of all.
@@ -174,10 +179,13 @@ class Backbone(nn.Module):
         packing = Packing.of(self._name, cu_seqlens, x)
         rows = x.shape[0] if packing is None else packing.rows
         options = {"cu_seqlens": packing, "intervals": intervals, "rate": rate}
-        h, new = self._embed(x), []
-        context = Context({EMBEDDING: h}, collects=self.training and torch.is_grad_enabled(), counted=counted)
-        for block, old in zip(self._stack(), self._states(state, rows), strict=True):
-            h, left = self._run(block, h, old, options, context)
+        h, new, trains = self._embed(x), [], self.training and torch.is_grad_enabled()
+        if trains:
+            h = dropout(h, self.config.embed_dropout)
+        context = Context({EMBEDDING: h}, collects=trains, counted=counted)
+        drops = self._drops(h) if trains else (None,) * len(self.blocks)
+        for block, old, drop in zip(self._stack(), self._states(state, rows), drops, strict=True):
+            h, left = self._run(block, h, old, options | {"drop": drop}, context)
             new.append(left)
         return self._final(h), tuple(new), context.losses
 
@@ -255,6 +263,12 @@ class Backbone(nn.Module):
         if block.in_context:
             context.hear(told)
         return h, state
+
+    def _drops(self, h: Tensor) -> Sequence[Drop | None]:
+        """What training drops in each block, where the model's config has a rate."""
+        config, depth = self.config, len(self.blocks)
+        paths = depth_rates(config.drop_path, depth, h) if config.drop_path else (None,) * depth
+        return [Drop(config.dropout, path) if config.dropout or config.drop_path else None for path in paths]
 
     def _stack(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))

@@ -9,6 +9,7 @@ from dualform.core.errors import ConfigError
 from dualform.core.options import brief, check_keys, check_types, joined, options, suggestion
 from dualform.layers.block import COMPOSED, SublayerConfig, standing
 from dualform.layers.context import EMBEDDING
+from dualform.layers.drop import check_rates
 from dualform.layers.mixer import PartConfig
 from dualform.layers.norms import check_norm_kind
 from dualform.layers.recall import RecallConfig
@@ -18,6 +19,8 @@ DEEPEST = 10_000
 """Sub-layers of a model; a file that asks for more is damaged."""
 NESTED = 8
 """Parts inside of parts; no model here comes near."""
+RATES = ("dropout", "drop_path", "embed_dropout")
+"""What a model leaves out at random while it trains. Evaluated, it is the same function with any."""
 
 
 @options
@@ -44,6 +47,11 @@ class ModelConfig:
         logit_scale: a factor of the logits.
         logit_cap: c, with which logits are ``c tanh(logits / c)``; None for no such bound.
         head_bias: whether a head that is not tied has a bias.
+        dropout: the share of the numbers which each sub-layer adds to the stream that training drops; for those that
+            a letter lists, where they do not say it themselves.
+        drop_path: the share of rows, or of packed sequences, for which training leaves out a sub-layer of the last
+            block; in block ``l`` of L it is ``drop_path l / L``.
+        embed_dropout: the share of the numbers that enter the first block which training drops.
 
     Raises:
         ConfigError: for a letter that is not defined, an empty pattern, a shared letter that is not used, a size
@@ -63,6 +71,9 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     head_bias: bool = False
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    embed_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("vocab_size", 0), ("d_model", 1)):
@@ -98,6 +109,7 @@ class ModelConfig:
                 raise ConfigError(f"model: {name} is {getattr(self, name)}, expected a finite number")
         if self.logit_cap is not None and not 0 < self.logit_cap < math.inf:
             raise ConfigError(f"model: logit_cap is {self.logit_cap}, expected a positive number, or none")
+        check_rates("model", **{name: getattr(self, name) for name in RATES})
         if self.head_bias and self.tie_embeddings:
             raise ConfigError("model: head_bias is True, and the head is the embedding", hint="tie_embeddings=False")
 

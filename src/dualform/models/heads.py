@@ -201,8 +201,7 @@ class PooledModel(Backbone):
                 hint="a state comes from init_state, forward or step of the same model",
             )
         self._check_rows(state, rows)
-        width = self.config.d_model
-        check_tensors(self._name, pooled=(state.pooled, f"{rows} {width}"), seen=(state.seen, f"{rows}"))
+        check_tensors(self._name, pooled=(state.pooled, f"R {self.config.d_model}"), seen=(state.seen, "R"))
         return state
 
     def _check_causal(self) -> None:

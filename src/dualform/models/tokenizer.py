@@ -7,7 +7,6 @@ begins a session. Tokens that the tokenizer would put after a text, such as ``</
 goes on.
 """
 
-import codecs
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,8 @@ from dualform.core.json_file import read_text
 from dualform.models.careful import AGAIN, carefully
 from dualform.models.saving.files import TOKENIZER_FILE, current
 from dualform.models.special_tokens import opening, text_only, unlimited
+from dualform.models.text_bytes import ByteStream, surrogate, utf8
+from dualform.models.world_tokenizer import VOCABULARY_FILE, WorldTokenizer
 
 T = TypeVar("T")
 _REPLACEMENT = "\ufffd"
@@ -92,10 +93,7 @@ class ByteTokenizer:
         Raises:
             ArgumentError: for any other lone surrogate, which is not text.
         """
-        try:
-            return list(text.encode("utf-8", "surrogateescape"))
-        except UnicodeEncodeError as error:
-            raise _surrogate(error) from error
+        return list(utf8(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of bytes; those that are not UTF-8 become U+FFFD."""
@@ -103,7 +101,7 @@ class ByteTokenizer:
 
     def stream(self) -> TextStream:
         """A decoder of one byte at a time."""
-        return _ByteStream()
+        return ByteStream(_bytes)
 
     def to_json(self) -> str | None:
         """None: a saved model with 256 tokens and without ``tokenizer.json`` gets this tokenizer."""
@@ -168,7 +166,7 @@ class SubwordTokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise _surrogate(error) from error
+            raise surrogate(error) from error
         return carefully(lambda: (self._names if special else self._text).encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -192,37 +190,39 @@ class SubwordTokenizer:
         return unlimited(tokenizers.Tokenizer.from_str(self._tokenizer.to_str()))
 
 
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file: a ``tokenizer.json``, or the vocabulary of RWKV's World models, a ``.txt``.
+
+    Raises:
+        CheckpointError: where it is missing, or describes no tokenizer.
+    """
+    path = Path(path)
+    if path.suffix == ".txt":
+        return WorldTokenizer.from_file(path)
+    return WorldTokenizer.from_json(path) or SubwordTokenizer.from_file(path)
+
+
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a saved model: its ``tokenizer.json``, or bytes where there is none and 256 tokens.
+
+    That of a file of weights is the vocabulary of RWKV's World models beside it.
 
     Raises:
         CheckpointError: when neither fits a model of ``vocab_size`` tokens.
     """
-    path = current(folder, TOKENIZER_FILE)
+    file = Path(folder).is_file()
+    path = Path(folder).with_name(VOCABULARY_FILE) if file else current(folder, TOKENIZER_FILE)
     if path.exists():
-        tokenizer = SubwordTokenizer.from_file(path)
+        tokenizer = read_tokenizer(path)
         if tokenizer.vocab_size > vocab_size:
             raise CheckpointError(f"{path} has {tokenizer.vocab_size} tokens, but the model only {vocab_size}")
         return tokenizer
     if vocab_size != ByteTokenizer.vocab_size:
         raise CheckpointError(
-            f"{folder}: no {TOKENIZER_FILE}, and a vocabulary of {vocab_size} is not bytes",
-            hint=f"put the model's {TOKENIZER_FILE} beside its weights",
+            f"{folder}: no {path.name}{' beside it' if file else ''}, and a vocabulary of {vocab_size} is not bytes",
+            hint=f"put the model's {path.name} beside its weights",
         )
     return ByteTokenizer()
-
-
-class _ByteStream:
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(_bytes([token]))
-
-    def flush(self) -> str:
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
 
 
 class _SubwordStream:
@@ -263,10 +263,6 @@ class _SubwordStream:
             if _REPLACEMENT not in text or len(self._ids) > 4 * _WINDOW:
                 self._ids, self._given = self._ids[-keep:], max(0, len(text) - held)
                 return
-
-
-def _surrogate(error: UnicodeEncodeError) -> ArgumentError:
-    return ArgumentError(f"encode: character {error.start} of the text is a lone surrogate, which is not text")
 
 
 def _bytes(ids: Sequence[int]) -> bytes:

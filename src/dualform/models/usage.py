@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualform.core.errors import CheckpointError
-from dualform.core.json_file import read_table, read_text
+from dualform.core.json_file import read_table, read_text, to_json
 from dualform.core.options import brief
 from dualform.models.chat import ChatTemplate
 from dualform.models.saving.files import (
@@ -14,12 +14,14 @@ from dualform.models.saving.files import (
     CONFIG_FILE,
     GENERATION_FILE,
     TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
     current,
 )
 from dualform.models.saving.folder import model_folder
 from dualform.models.saving.hub import BESIDE
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.tokenizer import Tokenizer
+from dualform.models.world_tokenizer import BETWEEN, VOCABULARY_FILE, WorldTokenizer
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _TEMPLATE, _END = "chat_template", "eos_token_id"
@@ -66,7 +68,19 @@ def usage_of(model: str | os.PathLike[str], tokenizer: Tokenizer, vocab_size: in
 
 
 def usage_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
-    """The files beside a model's weights that say how it is used, by their names; they are copied as they are."""
+    """The files beside a model's weights that say how it is used, by their names; they are copied as they are.
+
+    Beside a file of weights that is the vocabulary of RWKV's World models, given as the files of a folder.
+
+    Raises:
+        CheckpointError: for a vocabulary that is damaged.
+    """
+    if Path(folder).is_file():
+        path = Path(folder).with_name(VOCABULARY_FILE)
+        if not path.exists():
+            return {}
+        tokenizer = WorldTokenizer.from_file(path)
+        return {TOKENIZER_FILE: tokenizer.to_json().encode(), GENERATION_FILE: to_json({_END: [BETWEEN]}).encode()}
     return {name: path.read_bytes() for name in BESIDE if (path := current(folder, name)).is_file()}
 
 
@@ -76,6 +90,8 @@ def read_ends(folder: str | os.PathLike[str], vocab_size: int) -> list[int]:
     Raises:
         CheckpointError: for a file that cannot be read, or a token outside of the vocabulary; names the file and key.
     """
+    if Path(folder).is_file():
+        return [BETWEEN] if Path(folder).with_name(VOCABULARY_FILE).exists() else []
     for file in (GENERATION_FILE, CONFIG_FILE):
         found = _table(folder, file).get(_END)
         if found is None:

@@ -107,8 +107,7 @@ class Op(Generic[Arguments]):
         arguments: the record, a NamedTuple whose annotations give the operator its schema: ``Tensor``,
             ``Tensor | None``, ``Packing | None``, bool, int, float or a dtype. A field ``out_state`` is memory for the
             state that comes out: a backend may write there, and return it, or not. In a compiled program the operator
-            ``name_`` writes there, see :mod:`dualform.ops.in_place`. A field ``in_place`` says that states may be
-            written where they lie; an eager call alone does so.
+            ``name_`` writes there, see :mod:`dualform.ops.in_place`. ``in_place`` is for eager calls alone.
         reference: the definition, in plain PyTorch and the letters of its paper: ``(a) -> outputs``.
         fake: the outputs, empty.
         check: raises for a record whose shapes, dtypes or devices do not fit together. Public functions check what
@@ -241,9 +240,7 @@ class Op(Generic[Arguments]):
                 f"{self.name}: out_state was given, but an operator writes to none of its arguments",
                 hint=f"call dualform.ops.{self.name}, or leave out_state out",
             )
-        a = self.arguments(*args)
-        if "in_place" in self.fields:
-            a = a._replace(in_place=False)  # pyright: ignore[reportAttributeAccessIssue]
+        a = self.arguments(*(False if f == "in_place" else m for f, m in zip(self.fields, args, strict=True)))
         self.check(a)
         return a, wrong
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dualform.core.errors import CheckpointError, ConfigError
 from dualform.core.json_file import entry, read_table, to_json
+from dualform.models.config import RATES
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.described import read_config
 from dualform.models.saving.files import (
@@ -50,7 +51,7 @@ _FILES = {MOMENTS_FILE, POSITION_FILE, MANIFEST_FILE, MODEL}
 _MODEL_FILES = {CONFIG_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE, TOKENIZER_FILE, MANIFEST_FILE}
 # What a resumed run may change: how long, how often, where and how fast, but not what it sees.
 _FREE = ("out", "steps", "minutes", "eval_every", "save_every", "log_every", "keep")
-_FREE += ("precision", "recompute", "graphs", "device")
+_FREE += ("precision", "recompute", "graphs", "device", *RATES)
 _FREE_TABLES, _HELD = ("optim.", "data.accumulate"), "optim.freeze"
 
 
@@ -156,7 +157,9 @@ def restore_checkpoint(
         check_files(folder, digests=True, hint=_remedy(place))
     position, trained = read_position(place)
     moments = read_moments(place)
-    if differing := _differences(read_config(place / MODEL).to_dict(), model.config.to_dict()):
+    differing = _differences(read_config(place / MODEL).to_dict(), model.config.to_dict())
+    ours = {*trained.rates, *recipe.rates}  # which a model with adapters does not save, and a resumed run may change
+    if differing := {name: pair for name, pair in differing.items() if name not in ours}:
         hint = f"begin a new run: the same command with {elsewhere(recipe.out)}, and without --resume"
         raise CheckpointError(f"{place} is of another model: {_told(differing)[0]}", hint=hint)
     differing = _differences(trained.to_dict(), recipe.to_dict())

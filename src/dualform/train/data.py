@@ -30,6 +30,7 @@ from dualform.models.chat import ChatTemplate
 from dualform.models.saving.files import creating
 from dualform.models.special_tokens import text_only
 from dualform.models.tokenizer import Tokenizer
+from dualform.models.world_tokenizer import WorldTokenizer
 from dualform.train.chat import Encoded, conversations
 from dualform.train.corpus import Corpus, Document, split
 from dualform.train.mapped import Mapped
@@ -246,6 +247,8 @@ def _encoder(tokenizer: Tokenizer) -> "Encode":
     told = tokenizer.to_json()
     if told is None:
         return lambda texts: [(np.frombuffer(t.text, np.uint8), np.ones(len(t.text), np.uint32)) for t in texts]
+    if isinstance(tokenizer, WorldTokenizer):
+        return lambda texts: [_sized(tokenizer, tokenizer.encode_bytes(t.text)) for t in texts]
     raw = carefully(lambda: text_only(tokenizers.Tokenizer.from_str(told)), "data.tokenizer", DataError)
 
     def encode(texts: Sequence[Document]) -> list[Encoded]:
@@ -254,6 +257,10 @@ def _encoder(tokenizer: Tokenizer) -> "Encode":
         return [(np.array(e.ids, np.uint32), _added(t, e.offsets)) for t, e in zip(decoded, found, strict=True)]
 
     return encode
+
+
+def _sized(tokenizer: WorldTokenizer, ids: list[int]) -> Encoded:
+    return np.array(ids, np.uint32), np.array(tokenizer.sizes(ids), np.uint32)
 
 
 def _added(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from dualform.core.errors import ConfigError
 from dualform.core.json_file import kind_of, parse_json, parse_toml, read_text
 from dualform.core.options import brief, check_names, check_types, options, suggestion
-from dualform.models.config import ModelConfig
-from dualform.models.presets import preset
+from dualform.models.config import RATES, ModelConfig
+from dualform.models.presets import PRESETS, preset
 from dualform.models.saving.folder import RECIPE_FILE  # of a run; JSON, because TOML has no null
 
 AUTO: Literal["auto"] = "auto"
@@ -160,6 +160,10 @@ class Recipe:
             memory, same result.
         graphs: whether a step on one CUDA device is captured in CUDA graphs, its blocks compiled: same result, without
             the overhead of launching kernels. A packed step is not captured, because its shapes change.
+        dropout: the share of the numbers which each sub-layer adds to the stream that training drops. A number takes
+            the place of what the model's config says, here and in the next two.
+        drop_path: the share of sequences for which training leaves out a sub-layer of the last block; less below.
+        embed_dropout: the share of the numbers that enter the first block which training drops.
         device: ``"auto"``, a GPU if there is one, or a name such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. Of several
             processes each takes a GPU of its own.
         data: the training data.
@@ -179,6 +183,9 @@ class Recipe:
     precision: str = "auto"
     recompute: bool = False
     graphs: bool = True
+    dropout: float | None = None
+    drop_path: float | None = None
+    embed_dropout: float | None = None
     device: str = "auto"
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
@@ -198,8 +205,15 @@ class Recipe:
         for name in ("log_every", "keep"):
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _demand(self.out != "", "out", self.out, "a folder")
+        for name, rate in self.rates.items():
+            _demand(0 <= rate < 1, name, rate, "a share, from 0 to below 1")
         _one_of(self.precision, "precision", ("auto", "float32", "bfloat16"))
         _demand(self.device != "", "device", self.device, "'auto', or a name such as 'cpu' or 'cuda:1'")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Rates of the model's config that the recipe says in its place."""
+        return {name: getattr(self, name) for name in RATES if getattr(self, name) is not None}
 
     def settled(self) -> "Recipe":
         """With a number for the warm-up, where the run is counted in steps alone: a longer one then keeps it."""
@@ -319,6 +333,9 @@ def _override(options: dict[str, Any], override: str) -> str:
     for depth, name in enumerate(path):
         inner = table.setdefault(name, {})
         if depth == 0 and name == "model" and isinstance(inner, str):
+            if last in RATES and inner not in PRESETS:
+                hint = f"of a saved model it is a key of the recipe: --set {last}={text.strip()}"
+                raise ConfigError(f"override {override!r}: model is {inner!r}, no preset", hint=hint)
             inner = table[name] = preset(inner).to_dict()
         if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(path[: depth + 1])} is no table")

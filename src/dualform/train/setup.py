@@ -27,7 +27,7 @@ from dualform.models.saving.folder import CHECKPOINTS, checkpoints, model_folder
 from dualform.models.saving.hub import hub_name
 from dualform.models.saving.model import load, write
 from dualform.models.saving.undisturbed import undisturbed
-from dualform.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, load_tokenizer
+from dualform.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer
 from dualform.models.usage import usage_files, usage_of
 from dualform.ops.device import chosen_device
 from dualform.train.checkpoint import read_position
@@ -169,8 +169,9 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
         raise ConfigError(f"recipe: lora.rank is {recipe.lora.rank} for a model without trained weights", hint=hint)
     else:
         model = LanguageModel(ModelConfig.from_dict(given) if isinstance(given, dict) else preset(given))
+    model.config = replace(model.config, **recipe.rates)
     if recipe.data.tokenizer:
-        tokenizer = SubwordTokenizer.from_file(recipe.data.tokenizer)
+        tokenizer = read_tokenizer(recipe.data.tokenizer)
     tokenizer = tokenizer or ByteTokenizer()
     size, wanted = model.config.vocab_size, tokenizer.vocab_size
     if size < wanted or (isinstance(tokenizer, ByteTokenizer) and size != wanted):
@@ -224,8 +225,8 @@ def _usage_of(recipe: Recipe) -> dict[str, bytes]:
 
 
 def _is_saved(model: str) -> bool:
-    """Whether a recipe's model is a folder or a name on the Hub, and no preset."""
-    return model not in PRESETS and (Path(model).is_dir() or bool(hub_name(model)))
+    """Whether a recipe's model is a folder, a file or a name on the Hub, and no preset."""
+    return model not in PRESETS and (Path(model).exists() or bool(hub_name(model)))
 
 
 def _lay_adapters(lora: Lora, model: LanguageModel, given: str, folder: Path) -> None:

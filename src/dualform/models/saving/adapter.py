@@ -24,7 +24,7 @@ from dualform.models.adapters import Adaptation, adapted_map, adapter_tensors, s
 from dualform.models.saving.digest import file_digest
 from dualform.models.saving.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, current
 from dualform.models.saving.folder import model_folder
-from dualform.models.saving.weights import Files, each_tensor, stored_tensors, weight_names
+from dualform.models.saving.weights import Files, each_tensor, stored_tensors, weight_paths
 
 _PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
 _BASE = "dualform_base"  # in the header: the digests of the base's files, by name
@@ -80,10 +80,12 @@ def base_folder(adapter: Adapter) -> Path:
         CheckpointError: where there is none, or it holds adapters itself.
     """
     base = model_folder(adapter.base)
-    if not base.is_dir():
+    if not base.exists():
         hint = "adapters do not hold the model that they change: put it there, or write its place into that file"
         path = current(adapter.folder, ADAPTER_CONFIG_FILE)
-        raise CheckpointError(f"{path}: base_model_name_or_path is {brief(adapter.base)}, no such folder", hint=hint)
+        raise CheckpointError(
+            f"{path}: base_model_name_or_path is {brief(adapter.base)}, no such folder or file", hint=hint
+        )
     if current(base, ADAPTER_CONFIG_FILE).exists():
         hint = f"merge that one first: dualform convert {base} OUT"
         raise CheckpointError(f"{adapter.folder}: its base {base} holds adapters, too", hint=hint)
@@ -97,7 +99,7 @@ def base_digests(folder: Path) -> dict[str, str]:
         CheckpointError: for a file that cannot be read.
     """
     try:
-        return {name: file_digest(current(folder, name)) for name in weight_names(folder)}
+        return {path.name: file_digest(path) for path in weight_paths(folder)}
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
 

@@ -14,7 +14,8 @@ from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegre
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.adapter import adapter_of, base_folder
 from dualform.models.saving.files import CONFIG_FILE, current
-from dualform.models.tables.registry import SUPPORTED, Readable, Table, layout_of, written_as
+from dualform.models.saving.weights import FILES, Files, stored_tensors
+from dualform.models.tables.registry import SUPPORTED, Readable, layout_of, layout_of_file, written_as
 
 FORMAT = 1
 POOLED: dict[str, type[PooledModel]] = {kind.__name__: kind for kind in (SequenceClassifier, SequenceRegressor)}
@@ -22,9 +23,9 @@ Folder = str | os.PathLike[str]
 
 
 class Described(NamedTuple):
-    """A model in a folder, without its weights."""
+    """A model in a folder or a file, without its weights."""
 
-    path: Path  # of config.json
+    path: Path  # of config.json, or of the file
     kind: type[Any]
     config: ModelConfig
     head: dict[str, Any]  # options of a classifier or regressor
@@ -55,6 +56,8 @@ def described(folder: Folder) -> Described:
     """
     if (adapter := adapter_of(Path(folder))) is not None:
         return described(base_folder(adapter))
+    if Path(folder).is_file() and Path(folder).suffix in FILES:
+        return _of_file(Path(folder))
     path, about = _read_about(folder)
     own = "format" in about and "model" in about
     layout = None if own else layout_of(about, str(path))
@@ -73,7 +76,14 @@ def described(folder: Folder) -> Described:
     return Described(path, POOLED[name], config, head, None)
 
 
-def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Table | None]:
+def _of_file(path: Path) -> Described:
+    """The model of a file of tensors, by their names and shapes."""
+    shapes = {name: stored.shape for name, stored in stored_tensors(Files([path])).items()}
+    layout = layout_of_file(shapes, str(path))
+    return Described(path, LanguageModel, layout.read(shapes, f"{path}: "), {}, layout)
+
+
+def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Readable | None]:
     """What ``config.json`` of a saved model holds, and the layout, None for this library's own.
 
     Raises:
@@ -113,9 +123,9 @@ def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
     """The path of ``config.json`` and what it holds."""
     path = current(_existing(folder), CONFIG_FILE)
     if not path.exists():
-        raise CheckpointError(
-            f"{folder}: no {CONFIG_FILE}", hint="give a folder written by save, or that of a training run"
-        )
+        alone = sorted(found for found in path.parent.glob("*.pth") if found.is_file())
+        hint = f"give the file: {alone[0]}" if alone else "give a folder written by save, or that of a training run"
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE}", hint=hint)
     hint = "copy the folder again, or save the model again"
     about = read_json(path, hint=hint, infinite=True)
     if not isinstance(about, dict):
@@ -138,7 +148,8 @@ def _existing(folder: Folder) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=f"try {path.parent}")
+        hint = f"try {path.parent}; or a file of RWKV-7, which ends in {', '.join(FILES)}"
+        raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=hint)
     raise CheckpointError(
         f"{folder}: no such folder",
         hint="give a folder written by save, that of a training run, or a name of the Hugging Face Hub, owner/name",

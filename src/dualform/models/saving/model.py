@@ -30,14 +30,24 @@ from dualform.models.saving.files import (
     WEIGHTS_FILE,
     current,
     replacing,
+    replacing_file,
 )
 from dualform.models.saving.folder import model_folder
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.saving.verify import check_files, manifest_of
-from dualform.models.saving.weights import Files, Stored, each_tensor, found_files, own_files, stored_tensors
+from dualform.models.saving.weights import (
+    Files,
+    Stored,
+    each_tensor,
+    found_files,
+    own_files,
+    stored_tensors,
+    write_tensors,
+)
 from dualform.models.tables.layout import Piece
 from dualform.models.tables.registry import Readable
+from dualform.models.tables.rwkv7 import RWKV7File
 from dualform.ops.device import usable_device
 
 _OF_A_LAYER = (
@@ -72,7 +82,8 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
         folder: where to; it need not be there.
         tokenizer: of the model.
         layout: how the files are written: ``"dualform"``, ``"hf"`` for transformers, or ``"mamba_ssm"``. The last two
-            take language models that those libraries have; :func:`load` reads all three.
+            take language models that those libraries have; :func:`load` reads all three. With ``"rwkv7"`` ``folder``
+            is one file that ends in ``.pth`` or ``.safetensors``, as RWKV's authors have it, without the tokenizer.
 
     Raises:
         ArgumentError: for what is none of the library's models, such as a layer; says how to save that. Also for a
@@ -83,7 +94,10 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
     if not isinstance(model, Backbone):
         kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *POOLED.values()))
         raise ArgumentError(f"save: model is {type(model).__name__}, expected one of {kinds}", hint=_OF_A_LAYER)
-    described_as(model, layout)
+    _, table = described_as(model, layout)
+    if isinstance(table, RWKV7File):
+        write_file(model, Path(folder), table)
+        return
     with replacing(folder) as new:
         write(model, new, tokenizer, layout)
 
@@ -100,13 +114,33 @@ def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None
         hint = "merge them first: merge_and_unload of PEFT's model"
         raise ArgumentError(f"save: the model has adapters of PEFT, such as {laid!r}", hint=hint)
     about, table = described_as(model, layout)
+    (folder / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
+    save_file(_written(model, table), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def write_file(model: Backbone, path: Path, table: RWKV7File) -> None:
+    """Write the tensors of a model to one file, in the layout of a table.
+
+    Raises:
+        ArgumentError: for a name that ends otherwise than in ``.pth`` or ``.safetensors``.
+        CheckpointError: when the disk refuses.
+    """
+    if path.suffix not in (".pth", ".safetensors"):
+        hint = "RWKV's own programs read .pth, others .safetensors"
+        raise ArgumentError(f"{path}: a file in the layout {table.name!r} ends in .pth or .safetensors", hint=hint)
+    tensors = _written(model, table)
+    with replacing_file(path) as new:
+        write_tensors(tensors, new, pickled=path.suffix == ".pth")
+
+
+def _written(model: Backbone, table: Readable | None) -> dict[str, Tensor]:
+    """The tensors of a model by their names in a file."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in unique_tensors(model).items():
         for piece in (Piece(name),) if table is None else table.pieces(model.config, name):
             stored = piece.of(tensor.detach()).cpu()
             tensors[piece.name] = stored.contiguous() if piece.alone else stored.clone()
-    (folder / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    return tensors
 
 
 @overload
@@ -140,7 +174,8 @@ def load(
 
     Models of transformers and of mamba-ssm are read, too, as language models: those whose architecture is in the
     tables. Their weights may be in one safetensors file, in several with an index, or in ``pytorch_model.bin``. A name
-    of the Hugging Face Hub, ``owner/name``, is downloaded to the Hub's cache.
+    of the Hugging Face Hub, ``owner/name``, is downloaded to the Hub's cache. A file of RWKV-7, ``RWKV-x070-....pth``
+    or the same tensors as ``.safetensors``, needs no folder.
     The global random generators are left as they are. Where another process saves to the folder meanwhile, what is read
     is of one save.
 

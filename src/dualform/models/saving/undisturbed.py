@@ -14,7 +14,7 @@ from typing import TypeVar
 from dualform.core.errors import CheckpointError
 from dualform.models.saving.files import COMMITTED
 
-_KINDS = (".json", ".safetensors", ".bin")  # of files that belong together in a folder
+_KINDS = (".json", ".safetensors", ".bin", ".pth")  # of files that belong together in a folder
 _PAUSES = (0.0, 0.02, 0.1, 0.3, 1.0)  # seconds before each try
 Mark = dict[str, tuple[int, int, int, int]]
 T = TypeVar("T")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dualform.core.errors import CheckpointError
@@ -47,6 +48,20 @@ class Files(NamedTuple):
     listing: Path | None = None
 
 
+FILES = (".safetensors", ".pth", ".pt", ".bin")
+"""How the names of files of weights end."""
+
+
+def weight_paths(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of :func:`weight_names`; a file of weights is its own.
+
+    Raises:
+        CheckpointError: for an index that is damaged.
+    """
+    path = Path(folder)
+    return [path] if path.is_file() else [current(folder, name) for name in weight_names(folder)]
+
+
 def weight_names(folder: str | os.PathLike[str]) -> list[str]:
     """The names of the files that the weights of a folder of any library are in, whether they are there or not.
 
@@ -75,9 +90,13 @@ def own_files(folder: str | os.PathLike[str]) -> Files:
 def found_files(folder: str | os.PathLike[str]) -> Files:
     """The files with the weights of a folder of any library: safetensors before PyTorch's own, one before several.
 
+    A file of weights is its own.
+
     Raises:
         CheckpointError: where there are none, or an index is damaged or names a file that is missing.
     """
+    if Path(folder).is_file():
+        return Files([Path(folder)])
     for name in (WEIGHTS_FILE, INDEX_FILE, PYTORCH_FILE, PYTORCH_INDEX_FILE):
         path = current(folder, name)
         if path.exists():
@@ -127,6 +146,19 @@ def each_tensor(places: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
                 size += tensor.nbytes
                 yield name, tensor
                 del tensor
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, pickled: bool) -> None:
+    """Write tensors by their names: in safetensors, or as PyTorch does, for programs that read nothing else.
+
+    Raises:
+        OSError: from the operating system.
+        SafetensorError: likewise.
+    """
+    if pickled:
+        torch.save(dict(tensors), path)
+    else:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
 def _listed(index: Path) -> list[Path]:

@@ -21,7 +21,8 @@ from dualform.layers.mlp import MLPConfig, hidden_width
 from dualform.layers.mlstm import MLSTMConfig
 from dualform.layers.moe import MoEConfig
 from dualform.layers.rglru import RGLRUConfig
-from dualform.models.config import DEEPEST, ModelConfig, sublayers
+from dualform.layers.rwkv4 import RWKVChannelConfig
+from dualform.models.config import DEEPEST, RATES, ModelConfig, sublayers
 from dualform.models.tables.layout import Options, Piece, encoded, rank, scan_width
 from dualform.models.tables.names import NAMES, Names
 from dualform.models.tables.rope import flat, nested
@@ -126,8 +127,8 @@ class Family:
             raise self._lacks(str(error).split("\n")[0]) from error
         except (LookupError, StopIteration, AttributeError, TypeError, ValueError, ArithmeticError) as error:
             raise self._lacks("blocks in another order") from error
-        if difference := _difference(config, explicit(again)):
-            raise self._lacks(difference)
+        if differing := difference(config, explicit(again)):
+            raise self._lacks(differing)
         return about
 
     def pieces(self, config: ModelConfig, name: str) -> tuple[Piece, ...]:
@@ -178,14 +179,17 @@ def _written(family: "Family", config: ModelConfig) -> ModelConfig:
 
 
 def explicit(config: ModelConfig) -> ModelConfig:
-    """The same model with the widths written out that its parts would choose by themselves."""
+    """The same function with the widths written out that its parts would choose, and without what training drops."""
     parts = {letter: tuple(_explicit(part, config.d_model) for part in parts) for letter, parts in config.parts.items()}
-    return replace(config, parts=parts)
+    return replace(config, parts=parts, **dict.fromkeys(RATES, 0.0))
 
 
 def _explicit(part: Any, width: int) -> Any:
     if isinstance(part, SublayerConfig):
-        return replace(part, part=_explicit(part.part, 2 * width if part.joined else width))
+        inner = _explicit(part.part, 2 * width if part.joined else width)
+        plain = replace(part, part=inner, dropout=None, drop_path=None)
+        said = (part.dropout, part.drop_path) != (None, None)
+        return inner if said and plain == SublayerConfig(inner) else plain
     if isinstance(part, ChainConfig | ParallelConfig):
         return replace(part, parts=tuple(_explicit(inner, width) for inner in part.parts))
     if isinstance(part, MLPConfig | MoEConfig) and part.d_hidden is None:
@@ -198,6 +202,8 @@ def _explicit(part: Any, width: int) -> Any:
         own = {"dt_rank": part.dt_rank or rank(width)} if isinstance(part, MambaConfig) else {}
         unused = {"d_inner": None, "expand": type(part).expand}  # one of them says the width
         return replace(part, **{**own, **unused, **scan_width(channels, width)})
+    if isinstance(part, RWKVChannelConfig):
+        return replace(part, d_hidden=part.d_hidden or 4 * width)
     if isinstance(part, MLSTMConfig):
         head = width // part.heads
         return replace(part, d_key=part.d_key or head, d_value=part.d_value or head)
@@ -221,7 +227,7 @@ def _part(config: ModelConfig, letter: str, rest: str) -> tuple[Any, str | None]
         parts = (part,) if isinstance(part, SublayerConfig) else part.parts
 
 
-def _difference(config: ModelConfig, again: ModelConfig) -> str:
+def difference(config: ModelConfig, again: ModelConfig) -> str:
     """What a model has that the one read from its description does not; empty where there is nothing."""
     for f in fields(ModelConfig):
         if f.name in ("parts", "pattern", "shared") or getattr(config, f.name) == getattr(again, f.name):

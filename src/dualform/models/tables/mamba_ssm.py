@@ -104,6 +104,7 @@ _ONLY_ATTENTION = {
     "rotary_emb_interleaved": False,
     "softmax_scale": None,
 }
+_ENDS = ("norm", "embed_norm", "embed_scale", "logit_scale", "logit_cap", "head_bias")  # as there, by default
 _MLP_MULTIPLE = 128  # of the inner width of a feed-forward, which is rounded up to it
 
 
@@ -148,6 +149,10 @@ def upstream_config(config: ModelConfig) -> dict[str, Any]:
         raise _lacks("blocks that are shared, or that are neither one kind of Mamba nor attention")
     if config.norm_eps != 1e-5:
         raise _lacks(f"a norm_eps of {config.norm_eps}, where its own is 1e-05")
+    for f in fields(ModelConfig):
+        value = getattr(config, f.name)
+        if f.name in _ENDS and value != f.default:
+            raise _lacks(f"{f.name} = {value!r}")
     sizes = {
         "n_layer": len(config.pattern),
         "d_intermediate": hidden,

@@ -28,13 +28,14 @@ from dualform.models.tables.qwen3 import QWEN3
 from dualform.models.tables.qwen3_next import QWEN3_5, QWEN3_NEXT
 from dualform.models.tables.recurrent_gemma import RECURRENT_GEMMA
 from dualform.models.tables.rwkv import RWKV
+from dualform.models.tables.rwkv7 import RWKV7_FILE, RWKV7File
 from dualform.models.tables.wrapped import MODEL_TYPE, WRAPPED, Wrapped
 from dualform.models.tables.xlstm import XLSTM
 from dualform.models.tables.zamba import ZAMBA
 from dualform.models.tables.zamba2 import ZAMBA2
 
 Table = Layout | Family
-Readable = Table | Wrapped
+Readable = Table | Wrapped | RWKV7File
 _FAMILIES = (
     MAMBA,
     MAMBA2,
@@ -64,8 +65,8 @@ HF = {family.model_type: family for family in _FAMILIES}
 """The families of transformers by their ``model_type``."""
 
 SUPPORTED = f"folders of dualform, of transformers ({', '.join(HF)}) and of mamba-ssm can be read"
-LAYOUTS = ("dualform", "hf", "mamba_ssm")
-"""What a model can be written as."""
+LAYOUTS = ("dualform", "hf", "mamba_ssm", "rwkv7")
+"""What a model can be written as; the last is a file, the others are folders."""
 
 
 def layout_of(about: Mapping[str, Any], where: str) -> Readable:
@@ -86,7 +87,26 @@ def layout_of(about: Mapping[str, Any], where: str) -> Readable:
     raise CheckpointError(f"{where}: not a config of this library, nor of another one that it knows", hint=SUPPORTED)
 
 
-def written_as(config: ModelConfig, name: str) -> tuple[Table, dict[str, Any]] | None:
+def layout_of_file(shapes: Mapping[str, Any], where: str) -> RWKV7File:
+    """The layout of a file of tensors that needs no ``config.json``: that of RWKV-7.
+
+    Args:
+        shapes: of its tensors, by their names.
+        where: what errors begin with.
+
+    Raises:
+        CheckpointError: for another one.
+    """
+    if RWKV7_FILE.known(shapes):
+        return RWKV7_FILE
+    hint = "give the folder that it lies in, with its config.json; of files alone those of RWKV-7 (x070) are read"
+    if any(name.startswith("blocks.0.att.time_") for name in shapes):
+        raise CheckpointError(f"{where}: a model of RWKV before version 7 (x070)", hint=hint)
+    named = f"tensors such as {brief(min(shapes))}" if shapes else "no tensors"
+    raise CheckpointError(f"{where}: holds {named}, which do not say what model it is", hint=hint)
+
+
+def written_as(config: ModelConfig, name: str) -> tuple[Table | RWKV7File, dict[str, Any]] | None:
     """The layout called ``name`` for a model, and its ``config.json``; None for this library's own.
 
     Raises:
@@ -97,6 +117,8 @@ def written_as(config: ModelConfig, name: str) -> tuple[Table, dict[str, Any]] |
         raise ArgumentError(f"save: layout is {brief(name)}", hint=suggestion(str(name), LAYOUTS))
     if name == "dualform":
         return None
+    if name == RWKV7_FILE.name:
+        return RWKV7_FILE, RWKV7_FILE.write(config)
     layouts: list[Table] = list(HF.values()) if name == "hf" else [MAMBA_SSM]
     kinds = {type(sub.part) for letter in config.pattern for sub in sublayers(config.parts[letter])} - {*COMPOSED}
     fitting = [layout for layout in layouts if kinds <= {*layout.parts, RecallConfig}] or layouts
