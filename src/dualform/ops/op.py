@@ -240,7 +240,8 @@ class Op(Generic[Arguments]):
                 f"{self.name}: out_state was given, but an operator writes to none of its arguments",
                 hint=f"call dualform.ops.{self.name}, or leave out_state out",
             )
-        a = self.arguments(*(False if f == "in_place" else m for f, m in zip(self.fields, args, strict=True)))
+        args = tuple(False if f == "in_place" else m for f, m in zip(self.fields, args, strict=True))
+        a = self.arguments(*args)
         self.check(a)
         return a, wrong
 
