@@ -591,6 +591,14 @@ def triton_backend(op: Op):
     return next(b for b in op.backends if b.name == "triton")
 
 
+def test_a_convolution_of_many_taps_is_left_to_others():
+    """Its kernels unroll them, and Triton would compile for minutes."""
+    few, many = (conv(1, 4, 3, taps) for taps in (8, 9))
+    refuses = triton_backend(OPS["causal_conv1d"]).refuses
+    assert refuses(record_of(few, torch.float32)) is None
+    assert refuses(record_of(many, torch.float32)) == "a width of 9, more than 8"
+
+
 def test_triton_is_imported_by_the_first_launch():
     code = "import sys, dualform.ops; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

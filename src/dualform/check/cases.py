@@ -247,7 +247,8 @@ def _mixers() -> list[Case]:
         mixer_case("", RWKV6Config(d_head=3, mix_rank=2, decay_rank=1, norm_eps=0.1), 3),
         mixer_case("", RWKV6Config(d_head=17, mix_rank=1, decay_rank=2, norm_eps=0.1), 17),
         mixer_case("heads", RWKV6Config(d_head=3, mix_rank=2, decay_rank=1, norm_eps=0.1), 6),
-        mixer_case("", RWKV7Config(d_head=1, decay_rank=1, rate_rank=1, gate_rank=1, norm_eps=0.1), 1),
+        # A key of width 1 is its sign once it is normalised: gradients through it are the rounding of float32.
+        mixer_case("", RWKV7Config(d_head=2, decay_rank=1, rate_rank=1, gate_rank=1, norm_eps=0.1), 2),
         mixer_case("", RWKV7Config(d_head=3, decay_rank=1, rate_rank=2, gate_rank=1, norm_eps=0.1), 3),
         mixer_case("", RWKV7Config(d_head=17, decay_rank=2, rate_rank=1, gate_rank=3, norm_eps=0.1), 17),
         mixer_case("heads", RWKV7Config(d_head=3, decay_rank=1, rate_rank=2, gate_rank=1, norm_eps=0.1), 6),

@@ -22,12 +22,17 @@ class Worst(NamedTuple):
     where: str = ""
 
 
-def deviation(got: Tree | Mapping[str, Tensor], want: Tree | Mapping[str, Tensor], what: str) -> Worst:
-    """The greatest relative error between the leaves of two trees, or the entries of two mappings, of one structure."""
+def deviation(
+    got: Tree | Mapping[str, Tensor], want: Tree | Mapping[str, Tensor], what: str, *, beside: float = 0.0
+) -> Worst:
+    """The greatest relative error between the leaves of two trees, or the entries of two mappings, of one structure.
+
+    ``beside`` is the largest entry among the tensors of other trees that belong to these, see :func:`largest`.
+    """
     pairs, wanted = _named(got), _named(want)
     if pairs.keys() != wanted.keys():
         return Worst(math.inf, f"{what}: leaves {', '.join(pairs)}, expected {', '.join(wanted)}")
-    top = max((_largest(leaf) for leaf in wanted.values()), default=0.0)
+    top = max(beside, largest(want))
     found = []
     for name, leaf in wanted.items():
         other, where = pairs[name], f"{what} {name}".strip()
@@ -36,6 +41,11 @@ def deviation(got: Tree | Mapping[str, Tensor], want: Tree | Mapping[str, Tensor
         else:
             found.append(Worst(relative(other, leaf, top), where))
     return worst(found)
+
+
+def largest(tree: Tree | Mapping[str, Tensor]) -> float:
+    """The largest finite entry of a tree, by its absolute value; 0 where there is none."""
+    return max((_largest(leaf) for leaf in _named(tree).values()), default=0.0)
 
 
 def worst(found: Iterable[Worst]) -> Worst:

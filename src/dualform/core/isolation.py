@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.core.deviation import Worst, deviation, worst
+from dualform.core.deviation import Worst, deviation, largest, worst
 from dualform.core.errors import DualformError
 from dualform.core.forms import Form, alone, chunked, packed, padded, stepped, whole
 from dualform.core.recurrence import State
@@ -80,9 +80,11 @@ def contained(trial: Trial) -> Worst | None:
                 got = _results(trial, form, row, value)
             except DualformError:
                 continue
+            want = {name: take(tree, others) for name, tree in clean[equal].items()}
+            top = max(largest(tree) for name, tree in want.items() if name.startswith("gradient"))
             for name, tree in got.items():
-                where = f"{name} of other rows, {what}, with {value} in one:"
-                found.append(deviation(take(tree, others), take(clean[equal][name], others), where))
+                where, beside = f"{name} of other rows, {what}, with {value} in one:", name.startswith("gradient") * top
+                found.append(deviation(take(tree, others), want[name], where, beside=beside))
     return worst(found)
 
 

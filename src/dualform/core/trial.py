@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.core.deviation import Worst, deviation, worst
+from dualform.core.deviation import Worst, deviation, largest, worst
 from dualform.core.forms import Form
 from dualform.core.recurrence import Recurrence, State
 from dualform.core.tree import Tree, clone, concat, leaves, tree_map
@@ -148,14 +148,18 @@ def gradients(trial: Trial, form: Form, of: str) -> Gradients:
 
 
 def compare_gradients(got: Gradients, want: Gradients, what: str) -> Worst:
-    """Every output and every gradient of two forms; ``what`` names the first one in the message."""
+    """Every output and every gradient of two forms; ``what`` names the first one in the message.
+
+    All gradients belong together: that of an initial state that is all but forgotten is the rounding of the others.
+    """
+    top = max(map(largest, want[2:]))
     return worst(
         [
             deviation(got.y, want.y, f"output, {what}:"),
             deviation(got.state, want.state, f"final state, {what}:"),
-            deviation(got.parameters, want.parameters, f"gradient, {what}, of parameter"),
-            deviation(got.input, want.input, f"gradient, {what}, of input"),
-            deviation(got.initial, want.initial, f"gradient, {what}, of initial state"),
+            deviation(got.parameters, want.parameters, f"gradient, {what}, of parameter", beside=top),
+            deviation(got.input, want.input, f"gradient, {what}, of input", beside=top),
+            deviation(got.initial, want.initial, f"gradient, {what}, of initial state", beside=top),
         ]
     )
 

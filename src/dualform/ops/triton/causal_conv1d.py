@@ -11,6 +11,7 @@ from dualform.ops.causal_conv1d import CausalConv1d, causal_conv1d_op
 from dualform.ops.layout import inner_contiguous, lay, time_last
 from dualform.ops.triton.support import add_backend, blocks, kernels, owners, power_of_two
 
+_MOST_TAPS = 8  # the kernels unroll them: of many, Triton compiles for minutes
 _AHEAD = 4  # rows requested before they are used
 _FORWARD, _BACKWARD = (64, 16), (128, 8)  # steps of a program, and the bytes of each row that a thread reads
 
@@ -104,6 +105,8 @@ def _contiguous(m: Tensor | None) -> Tensor | None:
 
 
 def _refuses(a: CausalConv1d) -> str | None:
+    if a.weight.shape[1] > _MOST_TAPS:
+        return f"a width of {a.weight.shape[1]}, more than {_MOST_TAPS}"
     return None if a.ids is None else "it takes no seq_idx"
 
 
