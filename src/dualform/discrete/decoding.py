@@ -1,0 +1,152 @@
+"""The most likely path of a Markov chain."""
+
+import torch
+from torch import Tensor
+
+from dualform.discrete.passes import chunk_size, in_chunks, in_rows, safe_log
+
+_WARM = 64  # steps that a chunk looks back, and ahead, to guess how it begins and ends
+_ROUNDS = 4
+
+
+@torch.no_grad()
+def viterbi(start: Tensor, A: Tensor, log_b: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``argmax_z p(z, y)`` and ``max_z log p(z, y)``: the path ``(B, T)`` and its log-probability ``(B,)``.
+
+    Args:
+        start: of the first state ``(B, K)``.
+        A: transition ``(K, K)``, or ``(B, T - 1, K, K)`` with the one after each step.
+        log_b: log-likelihoods of the states ``(B, T, K)``, T above 0.
+        keep: steps that there are ``(B, T)``, from the first on; the path is -1 after them.
+
+    References:
+        Viterbi (1967), "Error bounds for convolutional codes and an asymptotically optimum decoding algorithm";
+        Rabiner (1989), "A tutorial on hidden Markov models", section III.B.
+    """
+    rows, length = log_b.shape[:2]
+    size, log_A, first = chunk_size(rows, length), safe_log(A), safe_log(start)
+    top = log_b.amax(-1, keepdim=True)
+    relative = log_b - torch.where(top.isfinite(), top, 0)
+    path = None
+    if A.dim() == 2 and keep is None and size < length:
+        path = _chunks(first, log_A, relative, size)
+    path = _loop(first, log_A, relative, keep) if path is None else path
+    return (path if keep is None else torch.where(keep, path, -1)), path_score(first, log_A, log_b, path, keep)
+
+
+def path_score(first: Tensor, log_A: Tensor, log_b: Tensor, path: Tensor, keep: Tensor | None) -> Tensor:
+    """``log p(z, y)`` ``(B,)`` of a path ``(B, T)``."""
+    seen = log_b.gather(-1, path.unsqueeze(-1)).squeeze(-1)
+    before, after = path[:, :-1], path[:, 1:]
+    if log_A.dim() == 2:
+        moved = log_A[before, after]
+    else:
+        of_source = log_A.gather(-2, before[..., None, None].expand(*before.shape, 1, log_A.shape[-1])).squeeze(-2)
+        moved = of_source.gather(-1, after.unsqueeze(-1)).squeeze(-1)
+    if keep is not None:
+        seen, moved = torch.where(keep, seen, 0), torch.where(keep[:, 1:], moved, 0)
+    begin = first.gather(-1, path[:, :1]).squeeze(-1)
+    begin = begin if keep is None else torch.where(keep[:, 0], begin, 0)
+    return begin + seen.sum(-1) + moved.sum(-1)
+
+
+def _loop(first: Tensor, log_A: Tensor, log_b: Tensor, keep: Tensor | None) -> Tensor:
+    best, steps = first + log_b[:, 0], []
+    stay = torch.arange(best.shape[-1], device=best.device).expand_as(best)
+    for t in range(1, log_b.shape[1]):
+        move = log_A if log_A.dim() == 2 else log_A[:, t - 1]
+        top, source = (best.unsqueeze(-1) + move).max(-2)
+        now = top + log_b[:, t]
+        if keep is not None:
+            here = keep[:, t, None]
+            now, source = torch.where(here, now, best), torch.where(here, source, stay)
+        best = now
+        steps.append(source)
+    state = best.argmax(-1)
+    path = [state]
+    for source in reversed(steps):
+        state = source.gather(-1, state.unsqueeze(-1)).squeeze(-1)
+        path.append(state)
+    return torch.stack(path[::-1], 1)
+
+
+def _chunks(first: Tensor, log_A: Tensor, log_b: Tensor, size: int) -> Tensor | None:
+    """The loop over chunks of time that stand side by side; None where their guesses do not come true.
+
+    Which state is how much better than the others soon depends no more on the distant past, nor the best path on the
+    distant future. So each chunk guesses both from the steps beside it. The guesses are then compared with what the
+    chunk before ends in, and with what the chunk after begins with.
+    """
+    rows, length, states = log_b.shape
+    laid = in_chunks(log_b, size).mT.contiguous()  # (size, K, rows * chunks)
+    chunks, lift = laid.shape[2] // rows, log_A[:, :, None]
+
+    def shifted(ends: Tensor) -> Tensor:
+        """The ends of all chunks, one transition later, as the starts of those after them."""
+        moved = (ends[:, None] + lift).amax(0)
+        moved = (moved - moved.amax(0)).view(states, rows, chunks)
+        return torch.cat([first.mT[:, :, None], moved[:, :, :-1]], 2).flatten(1)
+
+    starts = shifted(_run(torch.zeros_like(laid[0]), lift, laid[-_WARM:]))
+    scores = torch.empty_like(laid)
+    for _ in range(_ROUNDS):
+        wanted = shifted(_run(starts, lift, laid, scores))
+        gap = torch.where(wanted == starts, 0, (wanted - starts).abs())
+        starts = wanted
+        if (gap <= 1e3 * torch.finfo(gap.dtype).eps * (1 + wanted.abs())).all():
+            break
+    else:
+        return None
+    return _trace(scores, log_A, rows, length)
+
+
+def _run(start: Tensor, lift: Tensor, laid: Tensor, scores: Tensor | None = None) -> Tensor:
+    """The recursion over the first axis: the best score of a path into each state, written into scores; the last."""
+    now, states = start.clone(), len(start)
+    out, moved = torch.empty_like(start), start.new_empty(states, *start.shape)
+    for t, b_t in enumerate(laid.unbind(0)):
+        out = out if scores is None else scores[t]
+        torch.add(now, b_t, out=out)
+        torch.add(out[:, None], lift, out=moved)
+        torch.amax(moved, 0, out=now)
+    return out
+
+
+def _trace(scores: Tensor, log_A: Tensor, rows: int, length: int) -> Tensor | None:
+    """The best path, back through all chunks side by side; None where the guesses of their ends do not come true."""
+    size, both = len(scores), scores.shape[2]
+    chunks = both // rows
+    tail = length - (chunks - 1) * size  # steps of the last chunk
+    last = torch.arange(rows, device=scores.device) * chunks + chunks - 1
+    everything = torch.arange(both, device=scores.device)
+    inner = everything[(everything + 1) % chunks != 0]
+
+    def back(steps: int, which: Tensor, ends: Tensor, path: Tensor | None = None) -> Tensor:
+        """From the states at the end of some chunks to those at their first step."""
+        some = scores if len(which) == both else scores[:, :, which]
+        finished = (which + 1) % chunks == 0 if steps >= tail else None
+        state = ends
+        for t in range(steps - 1, -1, -1):
+            if t < steps - 1:
+                state = (some[t] + log_A[:, state]).argmax(0)
+            if finished is not None and t == tail - 1:
+                state = torch.where(finished, some[t].argmax(0), state)
+            if path is not None:
+                path[t, which] = state
+        return state
+
+    ahead = min(_WARM, size)
+    begins = back(ahead, everything, scores[ahead - 1].argmax(0))
+    path = torch.empty(size, both, dtype=torch.int64, device=scores.device)
+    which, ends = everything, scores[-1].argmax(0)
+    ends[inner] = (scores[-1][:, inner] + log_A[:, begins[inner + 1]]).argmax(0)
+    ends[last] = scores[tail - 1][:, last].argmax(0)
+    for _ in range(_ROUNDS):
+        back(size, which, ends[which], path)
+        wanted = ends.clone()
+        wanted[inner] = (scores[-1][:, inner] + log_A[:, path[0, inner + 1]]).argmax(0)
+        which = (wanted != ends).nonzero().squeeze(1)
+        ends = wanted
+        if not len(which):
+            return in_rows(path, rows, length)
+    return None

@@ -1,0 +1,162 @@
+"""Expectation and maximisation: the parameters of a hidden Markov model from data."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.core.errors import ArgumentError
+from dualform.discrete.chain import stationary_distribution
+from dualform.discrete.passes import safe_log
+from dualform.discrete.series import Series
+from dualform.discrete.smoothing import both_passes, pair_counts
+
+_TRIAL = 15  # iterations of each starting point
+_LEAST_LOGIT = 300.0  # transitions rarer than e^-300 are as good as none, and keep a gradient
+_WHERE = "HiddenMarkov.fit"
+
+
+class Fit(NamedTuple):
+    """What became of a fit."""
+
+    log_likelihood: float  # of the data, without priors
+    converged: bool  # whether the last iteration gained less than the tolerance
+    iterations: int
+    history: tuple[
+        float, ...
+    ]  # the objective, the log-likelihood and priors, before the first iteration and after each
+    observed: int  # steps of which something was observed
+    restarts: tuple[float, ...]  # the objective of each starting point when the best was chosen
+
+
+class _Expected(NamedTuple):
+    """What a model thinks of the data."""
+
+    log_likelihood: float
+    objective: float
+    weights: Tensor  # (B, T, K)
+    counts: Tensor  # (K, K)
+    first: Tensor  # (K,)
+
+
+@torch.no_grad()
+def baum_welch(model: Any, series: Series, restarts: int, max_iterations: int, tolerance: float, seed: int) -> Fit:
+    """Fit a model in place; 0 restarts go on from its parameters."""
+    steps = series.steps()
+    observed = _check_enough(steps, model.states)
+    model.emission.prepare(steps)
+    gain = tolerance * observed
+    if not restarts:
+        last, history, converged = _climb(model, series, max_iterations, gain)
+        return Fit(last.log_likelihood, converged, len(history) - 1, tuple(history), observed, ())
+    generator, found = torch.Generator().manual_seed(seed), []
+    for i in range(restarts):
+        _begin(model, series, generator, i)
+        tries = min(_TRIAL, max_iterations) if restarts > 1 else 0
+        _, history, converged = _climb(model, series, tries, gain)
+        found.append((history[-1], {k: v.clone() for k, v in model.state_dict().items()}, history, converged))
+    _, parameters, history, converged = max(found, key=lambda f: f[0])
+    model.load_state_dict(parameters)
+    remaining = 0 if converged else max_iterations - (len(history) - 1)
+    last, more, again = _climb(model, series, remaining, gain)
+    history = [*history, *more[1:]]
+    return Fit(
+        last.log_likelihood, converged or again, len(history) - 1, tuple(history), observed, tuple(f[0] for f in found)
+    )
+
+
+def _check_enough(x: Tensor, states: int) -> int:
+    seen = ~x.isnan() if x.is_floating_point() else torch.ones_like(x, dtype=torch.bool)
+    observed = int(seen.any(-1).sum())
+    if not observed:
+        raise ArgumentError(f"{_WHERE}: X has no values" if not len(x) else f"{_WHERE}: all values of X are missing")
+    empty = (~seen.any(0)).nonzero()
+    if len(empty):
+        raise ArgumentError(f"{_WHERE}: all values of component {int(empty[0])} of X are missing", hint="leave it out")
+    if observed < states:
+        raise ArgumentError(f"{_WHERE}: {states} states, but X has {observed} observations", hint="take fewer states")
+    return observed
+
+
+def _begin(model: Any, series: Series, generator: torch.Generator, attempt: int) -> None:
+    """Parameters from a first guess of the states."""
+    guess = model.emission.guess(series.steps(), generator, attempt).to(model.transition.dtype)
+    weights = guess.new_zeros(*series.x.shape[:2], guess.shape[-1])
+    if series.keep is None:
+        weights = guess.view_as(weights)
+    else:
+        weights[series.keep] = guess
+    model.emission.maximise(series.x, weights)
+    counts = 1 + torch.einsum("bti,btj->ij", weights[:, :-1], weights[:, 1:])
+    model.transition_logits.copy_((counts / counts.sum(-1, keepdim=True)).log())
+    if model.initial_logits is not None:
+        first = weights[:, 0].sum(0) + 1
+        model.initial_logits.copy_((first / first.sum()).log())
+
+
+def _climb(model: Any, series: Series, iterations: int, gain: float) -> tuple[_Expected, list[float], bool]:
+    """Iterations until one gains less: what the last parameters think, the history, and whether one has."""
+    expected = _expect(model, series)
+    history = [expected.objective]
+    for _ in range(iterations):
+        _maximise(model, series, expected)
+        expected = _expect(model, series)
+        history.append(expected.objective)
+        if history[-1] - history[-2] < gain:
+            return expected, history, True
+    return expected, history, False
+
+
+def _expect(model: Any, series: Series) -> _Expected:
+    start, A, log_b = model.chain(series)
+    both = both_passes(_WHERE, start, A, log_b, model.form)
+    log_likelihood = float(series.masked(both.log_c).sum())
+    weights = series.masked(both.probs)
+    counts = pair_counts(both, A, series.keep)
+    return _Expected(
+        log_likelihood, log_likelihood + float(model.emission.log_prior()), weights, counts, weights[:, 0].sum(0)
+    )
+
+
+def _maximise(model: Any, series: Series, expected: _Expected) -> None:
+    model.emission.maximise(series.x, expected.weights)
+    if model.initial_logits is None:
+        _maximise_stationary(model, expected)
+        return
+    total = expected.counts.sum(-1, keepdim=True)
+    moved = safe_log(expected.counts / torch.where(total > 0, total, 1))
+    model.transition_logits.copy_(torch.where(total > 0, moved, model.transition_logits))
+    first = expected.first / expected.first.sum()
+    model.initial_logits.copy_(safe_log(first))
+
+
+@torch.enable_grad()
+def _maximise_stationary(model: Any, expected: _Expected) -> None:
+    """The transition also decides the distribution of the first state, so that its maximum has no closed form.
+
+    It is close to the one that has, and found from there.
+    """
+    counts = expected.counts
+    shares = counts / counts.sum(-1, keepdim=True).clamp_min(torch.finfo(counts.dtype).tiny)
+    before = model.transition_logits.detach().log_softmax(-1)
+    logits = torch.where(shares > 0, safe_log(shares), before).clamp_min(-_LEAST_LOGIT).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=20, tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+    scale = counts.sum() + expected.first.sum()
+
+    def value(logits: Tensor) -> Tensor:
+        log_pi = safe_log(stationary_distribution(logits.softmax(-1)))
+        moved = torch.where(counts > 0, counts * logits.log_softmax(-1), 0)
+        return -(moved.sum() + torch.where(expected.first > 0, expected.first * log_pi, 0).sum()) / scale
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = value(logits)
+        found.backward()
+        return found.detach()
+
+    optimizer.step(loss)  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        if value(logits) <= value(before):
+            model.transition_logits.copy_(logits)

@@ -1,0 +1,376 @@
+"""Hidden Markov models."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dualform.core.calls import explained
+from dualform.core.errors import ArgumentError
+from dualform.core.linalg import check_finite
+from dualform.core.packing import Borders, Packing, unpack
+from dualform.core.shapes import check_tensors, wide
+from dualform.core.tree import state_class
+from dualform.discrete.chain import stationary_distribution
+from dualform.discrete.decoding import viterbi
+from dualform.discrete.emission import Emission, check_distribution, given, widened
+from dualform.discrete.fit import Fit, baum_welch
+from dualform.discrete.passes import safe_log
+from dualform.discrete.series import Series
+from dualform.discrete.smoothing import Both, Form, both_passes, log_likelihood, one_pass, pair_probs
+
+
+class Filtered(NamedTuple):
+    """``p(z_t | y_1 .. y_t)``, and ``log p(y_t | y_1 .. y_{t-1})``."""
+
+    probs: Tensor  # (B, T, K)
+    loglik: Tensor  # (B, T)
+
+
+class Smoothed(NamedTuple):
+    """``p(z_t | y_1 .. y_T)``, and ``p(z_t, z_{t+1} | y_1 .. y_T)``."""
+
+    probs: Tensor  # (B, T, K)
+    pairs: Tensor  # (B, T - 1, K, K); 0 where the later step is not there
+
+
+@state_class
+class HiddenState(NamedTuple):
+    """What a filter keeps: ``p(z_{t+1} | y_1 .. y_t)``, and the observations that the next one may depend on."""
+
+    probs: Tensor  # (B, K)
+    lags: Tensor  # (B, L, M), the last one last; 0 before the first observation
+    seen: Tensor  # (B,), int64: how many of them there are
+
+
+@explained
+class HiddenMarkov(nn.Module):
+    """A hidden Markov model, whose filter is a :class:`~dualform.core.recurrence.Recurrence`.
+
+        p(z_1 = i) = initial_i,   p(z_{t+1} = j | z_t = i) = transition_ij,   y_t ~ emission(z_t)
+
+    Observations ``(B, T, M)`` -> :class:`Filtered`; the state is the distribution of the next hidden state, so that
+    the initial state is ``initial``, and **no transition comes before the first observation**. **NaN means missing**,
+    component by component where the emission allows it.
+
+    Every result has its gradient, of any order, but for paths and samples. The gradient of a log-likelihood is made of
+    posterior probabilities, which takes no graph of the recursion.
+
+    Probabilities are multiplied, divided at each step by their sum; where that may lose what matters, in a chain with
+    transitions that are almost impossible, everything is computed again with logarithms.
+
+    Args:
+        emission: what a state emits, such as :class:`~dualform.discrete.poisson.PoissonEmission`.
+        initial: distribution of the first state ``(K,)``; None is uniform.
+        transition: ``(K, K)``, rows are the states moved from; None is uniform.
+        stationary: the first state has the stationary distribution of ``transition``, instead of one of its own.
+        parallel: the form of passes over time: True is an associative scan of depth ``O(log T)``, False a loop. None
+            is a loop where gradients are recorded on a CPU, the scan on other devices, and without gradients a loop
+            over chunks of the sequence that stand side by side.
+        scaled: True multiplies probabilities, False adds logarithms; None as described above.
+
+    Raises:
+        ArgumentError: for shapes that do not fit, or rows that are no distribution.
+
+    References:
+        Rabiner (1989), "A tutorial on hidden Markov models and selected applications in speech recognition";
+        Sarkka and Garcia-Fernandez (2021), "Temporal parallelization of Bayesian smoothers", arXiv:1905.13002, and
+        Hassan, Sarkka and Garcia-Fernandez (2021), "Temporal parallelization of inference in hidden Markov models",
+        arXiv:2102.05743, for the scan.
+
+    Example:
+        >>> import dualform as df
+        >>> model = df.HiddenMarkov(df.discrete.PoissonEmission.of([15.0, 26.0]), transition=[[0.9, 0.1], [0.2, 0.8]])
+        >>> model.predict([13, 14, 8, 27, 32, 36])
+        tensor([0, 0, 0, 1, 1, 1])
+    """
+
+    def __init__(
+        self,
+        emission: Emission,
+        *,
+        initial: Any = None,
+        transition: Any = None,
+        stationary: bool = False,
+        parallel: bool | None = None,
+        scaled: bool | None = None,
+    ):
+        super().__init__()
+        if not isinstance(emission, Emission):
+            hint = "such as dualform.discrete.GaussianEmission(states=3, width=2)"
+            raise ArgumentError(f"HiddenMarkov: emission is {type(emission).__name__}, expected an Emission", hint=hint)
+        if stationary and initial is not None:
+            raise ArgumentError("HiddenMarkov: initial is given, but stationary takes it from transition")
+        self.emission, self.stationary, self.form = emission, stationary, Form(parallel, scaled)
+        k, like = emission.states, next(emission.parameters())
+        start = torch.full((k,), 1 / k) if initial is None else given("HiddenMarkov", initial=initial)["initial"]
+        moves = torch.full((k, k), 1 / k) if transition is None else given("HiddenMarkov", t=transition)["t"]
+        sizes = {"initial": (start, f"{k}"), "transition": (moves, f"{k} {k}")}
+        check_tensors("HiddenMarkov", **sizes)
+        check_distribution("HiddenMarkov", "initial", start)
+        check_distribution("HiddenMarkov", "transition", moves)
+        self.transition_logits = nn.Parameter(safe_log(moves).to(like))
+        self.initial_logits = None if stationary else nn.Parameter(safe_log(start).to(like))
+
+    @property
+    def states(self) -> int:
+        """K."""
+        return self.emission.states
+
+    @property
+    def transition(self) -> Tensor:
+        """``(K, K)``; row i is the distribution of the state after state i."""
+        return widened(self.transition_logits).softmax(-1)
+
+    @property
+    def initial(self) -> Tensor:
+        """The distribution of the first state ``(K,)``."""
+        if self.initial_logits is not None:
+            return widened(self.initial_logits).softmax(-1)
+        return stationary_distribution(self.transition)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows beside the emission."""
+        return f"states={self.states}{', stationary' if self.stationary else ''}"
+
+    def free_parameters(self) -> int:
+        """How many numbers describe the model."""
+        k = self.states
+        return k * (k - 1) + (0 if self.stationary else k - 1) + self.emission.free_parameters()
+
+    def init_state(self, batch: int, *, max_len: int = 0) -> HiddenState:
+        """``initial`` for each row; ``max_len`` is ignored, the state has a constant size."""
+        initial, e = self.initial, self.emission
+        lags, seen = initial.new_zeros(batch, e.lags, e.width), initial.new_zeros(batch, dtype=torch.int64)
+        return HiddenState(initial.repeat(batch, 1), lags, seen)
+
+    def forward(
+        self, x: Tensor, state: HiddenState | None = None, *, cu_seqlens: Borders = None
+    ) -> tuple[Filtered, HiddenState]:
+        """Filter observations ``x`` ``(B, T, M)``.
+
+        Args:
+            x: observations; NaN is missing.
+            state: the distribution of the next hidden state, B rows, or n with ``cu_seqlens``; None means ``initial``.
+            cu_seqlens: borders ``(n + 1,)`` of series laid end to end on the time axis, with B = 1.
+
+        Returns:
+            The probabilities of every step, and the state after the last, one row per series.
+
+        Raises:
+            ArgumentError: for shapes, dtypes or devices that do not fit, values that no state can emit, or
+                observations of probability 0.
+        """
+        where = "HiddenMarkov.forward"
+        x, packing = self._check(where, x, "B T"), Packing.of(where, cu_seqlens, x)
+        if packing is None:
+            return self._filter(where, x, self._check_state(where, len(x), x, state), None)
+        keep = packing.keep_mask()
+        state = self._check_state(where, packing.rows, x, state)
+        out, last = self._filter(where, unpack(x, keep), state, keep)
+        return Filtered(out.probs[keep][None], out.loglik[keep][None]), last
+
+    def step(self, x: Tensor, state: HiddenState) -> tuple[Filtered, HiddenState]:
+        """One observation ``x`` ``(B, M)``; outputs have no time axis.
+
+        Raises:
+            ArgumentError: as :meth:`forward`.
+        """
+        where = "HiddenMarkov.step"
+        x = self._check(where, x, "B")
+        out, state = self._filter(where, x[:, None], self._check_state(where, len(x), x, state), None)
+        return Filtered(out.probs[:, 0], out.loglik[:, 0]), state
+
+    def filter(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Filtered:
+        """``p(z_t | y_1 .. y_t)`` and ``log p(y_t | y_1 .. y_{t-1})``, in the layout of X.
+
+        Args:
+            X: as :meth:`predict_proba`.
+            lengths: as there.
+            cu_seqlens: as there.
+        """
+        where = "HiddenMarkov.filter"
+        series = Series.of(where, self.emission, X, lengths, cu_seqlens)
+        out, _ = self._filter(where, series.x, self.init_state(len(series.x)), series.keep)
+        return Filtered(series.back(out.probs), series.back(out.loglik))
+
+    def log_likelihood(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
+        """``log p(y_1 .. y_T)`` of each series ``(B,)``; of one series without axes.
+
+        Args:
+            X: as :meth:`predict_proba`.
+            lengths: as there.
+            cu_seqlens: as there.
+        """
+        where = "HiddenMarkov.log_likelihood"
+        series = Series.of(where, self.emission, X, lengths, cu_seqlens)
+        start, A, log_b = self.chain(series)
+        return series.of_series(log_likelihood(where, start, A, log_b, self.form))
+
+    def score(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
+        """The sum of :meth:`log_likelihood` over the series, without axes."""
+        return self.log_likelihood(X, lengths, cu_seqlens=cu_seqlens).sum()
+
+    def predict_proba(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
+        """``p(z_t = k | y_1 .. y_T)``, in the layout of X: ``(T, K)``, ``(B, T, K)``; 0 after the end of a row.
+
+        Args:
+            X: ``(T, M)``, or ``(T,)`` for M = 1: one series, or several end to end with ``lengths``; or ``(B, T, M)``,
+                a batch, with ``lengths`` where rows are padded at their ends. A tensor, array or list.
+            lengths: of the series end to end, summing to T; or of the rows.
+            cu_seqlens: borders of series end to end in ``(1, T, M)``.
+
+        Raises:
+            ArgumentError: for shapes and lengths that do not fit, values that no state can emit, or observations of
+                probability 0.
+        """
+        series = Series.of("HiddenMarkov.predict_proba", self.emission, X, lengths, cu_seqlens)
+        return series.back(series.masked(self._both("HiddenMarkov.predict_proba", series)[0].probs))
+
+    def smooth(self, X: Any, lengths: Any = None) -> Smoothed:
+        """The probabilities of states and of pairs of neighbouring states, given everything.
+
+        Args:
+            X: one series, or a batch ``(B, T, M)``, as :meth:`predict_proba`.
+            lengths: of the rows of a batch; with series end to end the result has rows as well.
+        """
+        series = Series.of("HiddenMarkov.smooth", self.emission, X, lengths)
+        both, A = self._both("HiddenMarkov.smooth", series)
+        probs, pairs = series.masked(both.probs), pair_probs(both, A)
+        if series.keep is not None:
+            pairs = torch.where(series.keep[:, 1:, None, None], pairs, 0)
+        return Smoothed(probs[0], pairs[0]) if series.layout == "one" else Smoothed(probs, pairs)
+
+    def predict(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
+        """The most likely path of states, int64, in the layout of X; -1 after the end of a row."""
+        return self.decode(X, lengths, cu_seqlens=cu_seqlens)[1]
+
+    def decode(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> tuple[Tensor, Tensor]:
+        """The log-probability of the most likely path and the observations, ``(B,)``, and the path, by Viterbi.
+
+        Args and errors are those of :meth:`predict_proba`.
+        """
+        series = Series.of("HiddenMarkov.decode", self.emission, X, lengths, cu_seqlens)
+        with torch.no_grad():
+            start, A, log_b = self.chain(series)
+            path, score = viterbi(start, A, log_b, series.keep)
+        if bool((score == -torch.inf).any()):
+            row = int((score == -torch.inf).nonzero()[0])
+            raise ArgumentError(f"HiddenMarkov.decode: every path of series {row} has probability 0")
+        return series.of_series(score), series.back(path)
+
+    def fit(
+        self,
+        X: Any,
+        lengths: Any = None,
+        *,
+        restarts: int = 6,
+        max_iterations: int = 1000,
+        tolerance: float = 1e-7,
+        seed: int = 0,
+        from_data: bool = True,
+    ) -> Fit:
+        """Maximise the likelihood, times the priors, by expectation and maximisation (Baum-Welch), in place.
+
+        Args:
+            X: as :meth:`predict_proba`.
+            lengths: as there.
+            restarts: how many starting points are tried, each for a few iterations; the best goes on. The first is from
+                k-means, the second from k-means of moving averages, the others from random centres of either.
+            max_iterations: of the one that goes on.
+            tolerance: it has converged when an iteration gains less, per observed step.
+            seed: of the starting points.
+            from_data: False starts from the parameters that the model has, once.
+
+        Returns:
+            The log-likelihood, whether it has converged, and the history.
+
+        Raises:
+            ArgumentError: for X as :meth:`predict_proba`; for fewer observations than states; for a component that is
+                missing everywhere.
+
+        References:
+            Baum, Petrie, Soules and Weiss (1970), "A maximization technique occurring in the statistical analysis of
+            probabilistic functions of Markov chains".
+        """
+        series = Series.of("HiddenMarkov.fit", self.emission, X, lengths)
+        if restarts < 1 or max_iterations < 0 or not tolerance >= 0:
+            raise ArgumentError(
+                f"HiddenMarkov.fit: restarts {restarts}, max_iterations {max_iterations}, tolerance {tolerance}, "
+                "expected 1, 0 and 0 or more"
+            )
+        return baum_welch(self, series, restarts if from_data else 0, max_iterations, tolerance, seed)
+
+    @torch.no_grad()
+    def sample(self, length: int, batch: int = 1, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw observations and the states behind them; no gradients.
+
+        Args:
+            length: T, the number of steps.
+            batch: B, the number of independent series.
+            generator: source of randomness, on the model's device.
+
+        Returns:
+            ``y`` ``(B, T, M)`` and ``z`` ``(B, T)``, int64.
+
+        Raises:
+            ArgumentError: for a negative length or batch.
+        """
+        if length < 0 or batch < 0:
+            raise ArgumentError(f"HiddenMarkov.sample: length {length} and batch {batch}, expected 0 or more")
+        until, moves = self.initial.cumsum(-1), self.transition.cumsum(-1)
+        drawn = torch.rand(length, batch, 1, generator=generator, dtype=until.dtype, device=until.device)
+        path, last = [], self.states - 1
+        for u in drawn:
+            now = torch.searchsorted(until.expand(batch, -1).contiguous(), u * until[..., -1:]).squeeze(-1)
+            now = now.clamp(max=last)
+            path.append(now)
+            until = moves[now]
+        states = torch.stack(path, 1) if path else drawn.new_zeros(batch, 0, dtype=torch.int64)
+        return self.emission.draw(states, generator), states
+
+    def chain(self, series: Series) -> tuple[Tensor, Tensor, Tensor]:
+        """The distribution of the first state ``(B, K)``, the transition, and ``log p(y_t | z_t)`` ``(B, T, K)``."""
+        state = self.init_state(len(series.x))
+        return state.probs, self.transition, series.masked(self.emission.log_prob(series.x, state.lags, state.seen))
+
+    def _both(self, where: str, series: Series) -> tuple[Both, Tensor]:
+        start, A, log_b = self.chain(series)
+        if not log_b.shape[1]:
+            raise ArgumentError(f"{where}: X has no steps")
+        return both_passes(where, start, A, log_b, self.form), A
+
+    def _check(self, where: str, x: Tensor, axes: str) -> Tensor:
+        """Observations in the dtype of the parameters; integers stay."""
+        like = self.transition_logits
+        check_tensors(where, x=(x, f"{axes} {self.emission.width}"), model=(like, "* *"))
+        if x.is_complex():
+            raise ArgumentError(f"{where}: complex values in x, expected real ones")
+        self.emission.check(where, "x", x)
+        return x.to(wide(like)) if x.is_floating_point() else x
+
+    def _check_state(self, where: str, rows: int, x: Tensor, state: HiddenState | None) -> HiddenState:
+        if state is None:
+            return self.init_state(rows)
+        e, like = self.emission, self.transition_logits
+        sizes = {"probs": (state.probs, f"{rows} {e.states}"), "lags": (state.lags, f"{rows} {e.lags} {e.width}")}
+        check_tensors(f"{where}: state", model=(like, "* *"), seen=(state.seen, f"{rows}"), **sizes)
+        check_finite(where, {"state.probs": state.probs, "state.lags": state.lags})
+        return HiddenState(state.probs.to(wide(like)), state.lags.to(wide(like)), state.seen)
+
+    def _filter(self, where: str, x: Tensor, state: HiddenState, keep: Tensor | None) -> tuple[Filtered, HiddenState]:
+        (rows, length, _), (start, lags, seen) = x.shape, state
+        if not length or not rows:
+            empty = start.new_zeros(rows, length, self.states) * start[:, None]
+            return Filtered(empty, empty.sum(-1)), state
+        A, log_b = self.transition, self.emission.log_prob(x, lags, seen)
+        log_b = log_b if keep is None else torch.where(keep.unsqueeze(-1), log_b, 0)
+        found, log = one_pass(where, start, A, log_b, self.form)
+        out = Filtered(found.p.exp() if log else found.p, found.log_c)
+        line = torch.cat([lags, x.to(lags.dtype)], 1)
+        if keep is None:
+            return out, HiddenState(out.probs[:, -1] @ A, line[:, length:], (seen + length).clamp(max=lags.shape[1]))
+        row, ends = torch.arange(rows, device=x.device), keep.sum(1)
+        last = torch.where(ends[:, None] > 0, out.probs[row, (ends - 1).clamp_min(0)] @ A, start)
+        latest = line[row[:, None], ends[:, None] + torch.arange(lags.shape[1], device=x.device)]
+        return out, HiddenState(last, latest, (seen + ends).clamp(max=lags.shape[1]))

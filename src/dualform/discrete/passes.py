@@ -1,0 +1,247 @@
+"""One pass over the time of a Markov chain: a loop, a scan, and a loop over chunks that stand side by side.
+
+A pass starts from a vector ``v_1`` and makes, for every step, ``p_t = v_t e_t / c_t`` with ``c_t = sum(v_t e_t)`` and
+``v_{t+1} = p_t A``. From the distribution of the first state it is the filter; over the reversed sequence with ``A^T``
+and from ones, it gives the backward messages of the smoother.
+
+Each form is written twice. The *scaled* one multiplies probabilities, with ``e_t`` relative to the likeliest state
+of the step. What is smaller than the smallest number relative to the rest is lost there, which can only matter where a
+transition has a probability below :func:`negligible` and the observations insist on it. The *log* one keeps
+logarithms, and loses nothing.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.core.scan import associative_scan
+
+_WARM = 64  # steps that a chunk looks back to guess its start
+_GUESSES = 3  # rounds of guesses before the starts are computed
+
+
+class Pass(NamedTuple):
+    """``p_t``, or its logarithm in a log form, and ``log c_t``."""
+
+    p: Tensor  # (B, T, K)
+    log_c: Tensor  # (B, T)
+
+
+def negligible(dtype: torch.dtype) -> float:
+    """Transitions that are likelier than this lose nothing in a scaled form."""
+    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+
+
+def safe_log(x: Tensor) -> Tensor:
+    """The logarithm of what may be 0, which has no gradient there."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1).log(), -math.inf)
+
+
+def logsumexp(x: Tensor, dim: int) -> Tensor:
+    """``log sum exp``, where all may be -inf; the gradient is finite there."""
+    top = x.detach().amax(dim, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    return safe_log((x - top).exp().sum(dim)) + top.squeeze(dim)
+
+
+def relative_likelihoods(log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """``e_t`` ``(B, T, K)``, 1 for the likeliest state, and the logarithm of what it was divided by, ``(B, T)``."""
+    top = log_b.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    return (log_b - top).exp(), top.squeeze(-1)
+
+
+def scaled_loop(start: Tensor, A: Tensor, e: Tensor) -> Pass:
+    """One step after the other; A is ``(K, K)``, or ``(B, T - 1, K, K)`` with the transition after each step."""
+    now, probs, scales = start, [], []
+    moves = None if A.dim() == 2 else A.unbind(1)
+    for t, e_t in enumerate(e.unbind(1)):
+        joint = now * e_t
+        c = joint.sum(-1, keepdim=True)
+        p = joint / c
+        probs.append(p)
+        scales.append(c)
+        if moves is None:
+            now = p @ A
+        elif t < len(moves):
+            now = (p.unsqueeze(-2) @ moves[t]).squeeze(-2)
+    return Pass(torch.stack(probs, 1), torch.cat(scales, 1).log())
+
+
+def log_loop(start: Tensor, A: Tensor, log_b: Tensor) -> Pass:
+    """:func:`scaled_loop` on logarithms."""
+    log_A, now, probs, scales = safe_log(A), safe_log(start), [], []
+    moves = None if A.dim() == 2 else log_A.unbind(1)
+    for t, b_t in enumerate(log_b.unbind(1)):
+        joint = now + b_t
+        c = logsumexp(joint, -1)
+        p = joint - torch.where(c.isfinite(), c, 0).unsqueeze(-1)
+        probs.append(p)
+        scales.append(c)
+        if moves is None or t < len(moves):
+            now = logsumexp(p.unsqueeze(-1) + (log_A if moves is None else moves[t]), -2)
+    return Pass(torch.stack(probs, 1), torch.stack(scales, 1))
+
+
+class Moves(NamedTuple):
+    """From each state before some steps to each state after them: ``exp(log_scale_i) P_ij``."""
+
+    P: Tensor  # (..., K, K); rows sum to 1
+    log_scale: Tensor  # (..., K)
+
+
+def combine_moves(earlier: Moves, later: Moves) -> Moves:
+    """The product of two, each row scaled for itself."""
+    top = later.log_scale.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    P = (earlier.P * (later.log_scale - top).exp().unsqueeze(-2)) @ later.P
+    total = P.sum(-1)
+    P = P / torch.where(total > 0, total, 1).unsqueeze(-1)
+    return Moves(P, earlier.log_scale + safe_log(total) + top)
+
+
+def combine_log_moves(earlier: Tensor, later: Tensor) -> Tensor:
+    """The product of two matrices of logarithms."""
+    return logsumexp(earlier.unsqueeze(-1) + later.unsqueeze(-3), -2)
+
+
+def _each(A: Tensor, log_b: Tensor) -> Tensor:
+    """The transition after each step but the last, ``(B, T - 1, K, K)``."""
+    return A.expand(*log_b.shape[:1], log_b.shape[1] - 1, *A.shape[-2:])
+
+
+def scaled_scan(start: Tensor, A: Tensor, e: Tensor) -> Pass:
+    """All ``v_t`` by an associative scan of depth ``O(log T)``, then all steps at once."""
+    products = associative_scan(combine_moves, Moves(_each(A, e), safe_log(e[:, :-1])))
+    top = products.log_scale.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    weights = start[:, None] * (products.log_scale - top).exp()
+    v = (weights.unsqueeze(-2) @ products.P).squeeze(-2)
+    v = torch.cat([start[:, None], v / weights.sum(-1, keepdim=True)], 1)
+    joint = v * e
+    c = joint.sum(-1, keepdim=True)
+    return Pass(joint / c, c.squeeze(-1).log())
+
+
+def log_scan(start: Tensor, A: Tensor, log_b: Tensor) -> Pass:
+    """:func:`scaled_scan` on logarithms."""
+    log_start = safe_log(start)[:, None]
+    products = associative_scan(combine_log_moves, log_b[:, :-1].unsqueeze(-1) + safe_log(_each(A, log_b)))
+    v = logsumexp(log_start.unsqueeze(-1) + products, -2)
+    joint = torch.cat([log_start, v], 1) + log_b
+    total = logsumexp(joint, -1)
+    p = joint - torch.where(total.isfinite(), total, 0).unsqueeze(-1)
+    before = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1)
+    return Pass(p, torch.where(total.isfinite(), total - before, total))
+
+
+@torch.no_grad()
+def scaled_chunks(start: Tensor, A: Tensor, e: Tensor) -> Pass:
+    """The loop, over chunks of time that stand side by side as rows; without gradients, and A is ``(K, K)``.
+
+    A chain forgets where it started. So each chunk but the first guesses its start from the steps before it, and
+    guesses are compared with what the chunk before then ends in. Where these differ by more than rounding, the starts
+    are computed: from the product of each chunk, one chunk after the other.
+    """
+    (rows, length, states), dtype = e.shape, e.dtype
+    size = chunk_size(rows, length)
+    if size >= length:
+        return scaled_loop(start, A, e)
+    laid = in_chunks(e, size)  # (size, rows * chunks, K)
+    chunks = laid.shape[1] // rows
+
+    def shifted(ends: Tensor) -> Tensor:
+        """The end of each chunk as the start of the next."""
+        ends = ends.view(rows, chunks, states)
+        return torch.cat([start[:, None], ends[:, :-1]], 1).flatten(0, 1)
+
+    uniform = torch.full_like(laid[0], 1 / states)
+    starts = shifted(_run(uniform, A, laid[-_WARM:]))
+    p, c = torch.empty_like(laid), laid.new_empty(*laid.shape[:2], 1)
+    wanted = shifted(_run(starts, A, laid, p, c))
+    for _ in range(_GUESSES):
+        wrong = ~_equal(starts, wanted, 64 * torch.finfo(dtype).eps)
+        if not wrong.any():
+            break
+        redone = wrong.nonzero().squeeze(1)
+        starts[redone] = wanted[redone]
+        some, scale = torch.empty_like(laid[:, redone]), c[:, redone]
+        ends = _run(starts[redone], A, laid[:, redone], some, scale)
+        p[:, redone], c[:, redone] = some, scale
+        wanted = _after(wanted, redone, ends, rows, chunks)
+    else:
+        if not _equal(starts, wanted, 64 * torch.finfo(dtype).eps).all():
+            _run(_starts(start, A, laid), A, laid, p, c)
+    return Pass(in_rows(p, rows, length), in_rows(c, rows, length).squeeze(-1).log())
+
+
+def _after(wanted: Tensor, redone: Tensor, ends: Tensor, rows: int, chunks: int) -> Tensor:
+    """The starts that follow from new ends of some chunks."""
+    wanted = wanted.clone()
+    inner = (redone + 1) % chunks != 0  # the last chunk of a row has none after it
+    wanted[redone[inner] + 1] = ends[inner]
+    return wanted
+
+
+def _equal(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
+    """Which rows agree in each probability, relative to it; NaN agrees with nothing but NaN."""
+    close = (a - b).abs() <= tolerance * (a.abs() + b.abs())
+    return (close | (a.isnan() & b.isnan())).all(-1)
+
+
+def _starts(start: Tensor, A: Tensor, laid: Tensor) -> Tensor:
+    """``v`` at the start of each chunk: the products of all chunks side by side, then chunk after chunk."""
+    size, both, states = laid.shape
+    rows = len(start)
+    eye = torch.eye(states, dtype=laid.dtype, device=laid.device)
+    e = laid[:, :, None].expand(size, both, states, states)
+    now = eye.expand(both, states, states).contiguous()
+    log_scale = laid.new_zeros(both, states)
+    for e_t in e.unbind(0):
+        joint = now * e_t
+        c = joint.sum(-1, keepdim=True)
+        log_scale += c.squeeze(-1).log()
+        now = (joint / torch.where(c > 0, c, 1)) @ A
+    P, scale = now.unflatten(0, (rows, -1)), log_scale.unflatten(0, (rows, -1))
+    found, v = [start], start
+    for i in range(P.shape[1] - 1):
+        weights = v * (scale[:, i] - scale[:, i].amax(-1, keepdim=True)).exp()
+        v = (weights[:, None] @ P[:, i]).squeeze(1) / weights.sum(-1, keepdim=True)
+        found.append(v)
+    return torch.stack(found, 1).flatten(0, 1)
+
+
+def _run(start: Tensor, A: Tensor, laid: Tensor, p: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+    """The loop over the first axis, written into p and c where they are given; the last ``v``."""
+    now = start.clone()
+    p_once, c_once = torch.empty_like(now), now.new_empty(len(now), 1)
+    for t, e_t in enumerate(laid.unbind(0)):
+        p_t, c_t = (p_once, c_once) if p is None or c is None else (p[t], c[t])
+        torch.mul(now, e_t, out=p_t)
+        torch.sum(p_t, -1, keepdim=True, out=c_t)
+        p_t.div_(c_t)
+        torch.mm(p_t, A, out=now)
+    return now
+
+
+def chunk_size(rows: int, length: int) -> int:
+    """Steps of a chunk: as many chunks as steps in one, and at least twice the steps of a guess."""
+    return max(2 * _WARM, math.isqrt(length * max(1, rows)) // max(1, min(rows, 4)))
+
+
+def in_chunks(x: Tensor, size: int) -> Tensor:
+    """``(B, T, ...)`` -> ``(size, B * chunks, ...)``, ones after the end: steps that were not observed."""
+    rows, length = x.shape[:2]
+    chunks = -(-length // size)
+    if chunks * size > length:
+        x = torch.cat([x, x.new_ones(rows, chunks * size - length, *x.shape[2:])], 1)
+    return x.unflatten(1, (chunks, size)).permute(2, 0, 1, *range(3, x.dim() + 1)).flatten(1, 2).contiguous()
+
+
+def in_rows(laid: Tensor, rows: int, length: int) -> Tensor:
+    """The inverse of :func:`in_chunks`."""
+    x = laid.unflatten(1, (rows, -1))
+    return x.permute(1, 2, 0, *range(3, x.dim())).flatten(1, 2)[:, :length]
