@@ -127,6 +127,25 @@ def test_chunks_side_by_side_equal_the_loop(states, stay):
     close(score, best, 1e-13)
 
 
+@pytest.mark.parametrize("stay", [0.0, 20.0, 1e6])
+@pytest.mark.parametrize("lengths", [None, [700, 0, 650, 1]])
+def test_posteriors_and_gradients_by_chunks_equal_those_of_the_loop(stay, lengths):
+    g = torch.Generator().manual_seed(6)
+    A = torch.rand(3, 3, generator=g, dtype=torch.float64) + stay * torch.eye(3)
+    y = torch.randint(9, (4, 700, 1), generator=g).double()
+    found = []
+    for parallel in (None, False):
+        emission = PoissonEmission.of([3.0, 4.0, 5.0])
+        model = df.HiddenMarkov(emission, transition=A / A.sum(-1, keepdim=True), parallel=parallel)
+        probs, weights = model.predict_proba(y, lengths), torch.tensor([1.0, 2.0, -1.0, 0.5], dtype=torch.float64)
+        loss = (model.log_likelihood(y, lengths) * weights).sum()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        steps = model.fit(y, lengths, from_data=False, max_iterations=2)
+        found.append((probs, loss, torch.tensor(steps.history), *gradients, *model.parameters()))
+    for got, want in zip(*found, strict=True):
+        close(got, want, 1e-8)
+
+
 def test_chunks_are_not_guessed_where_the_chain_never_forgets():
     """A state that is never left: which one it is, only the first observation says."""
     A, start = torch.eye(3, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

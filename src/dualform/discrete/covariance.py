@@ -69,12 +69,14 @@ class Covariances(nn.Module):
 
     def log_normal(self, error: Tensor) -> Tensor:
         """``log N(error; 0, Sigma_k)`` of ``(..., K, M)``, of what is not NaN, ``(..., K)``."""
-        seen = ~error.isnan()
+        seen = ~error[..., :1, :].isnan()
         if not self.dense:
             deviation = self.deviations()
+            constant = deviation.log() + math.log(2 * math.pi) / 2
+            if not torch.compiler.is_compiling() and bool(seen.all()):
+                return (error / deviation).square().sum(-1) / -2 - constant.sum(-1)
             white = torch.where(seen, error, 0) / deviation
-            each = -(white.square() + math.log(2 * math.pi)) / 2 - deviation.log()
-            return torch.where(seen, each, 0).sum(-1)
+            return torch.where(seen, white.square() / -2 - constant, 0).sum(-1)
         flat, known = error.flatten(0, -3), seen.flatten(0, -3)[:, 0]
         if torch.compiler.is_compiling() or bool(known.all()):
             return self._log_normal(flat, self.cholesky()).unflatten(0, error.shape[:-2])

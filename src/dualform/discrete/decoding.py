@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dualform.discrete.passes import chunk_size, in_chunks, in_rows, safe_log
+from dualform.discrete.chunks import chunk_size, in_chunks, in_rows
+from dualform.discrete.passes import safe_log
 
 _WARM = 64  # steps that a chunk looks back, and ahead, to guess how it begins and ends
 _ROUNDS = 4
@@ -93,7 +94,8 @@ def _chunks(first: Tensor, log_A: Tensor, log_b: Tensor, size: int) -> Tensor | 
         wanted = shifted(_run(starts, lift, laid, scores))
         gap = torch.where(wanted == starts, 0, (wanted - starts).abs())
         starts = wanted
-        if (gap <= 1e3 * torch.finfo(gap.dtype).eps * (1 + wanted.abs())).all():
+        largest = scores[-1].amax(0).abs().max()
+        if (gap <= 64 * torch.finfo(gap.dtype).eps * (1 + largest)).all():
             break
     else:
         return None
@@ -116,33 +118,32 @@ def _trace(scores: Tensor, log_A: Tensor, rows: int, length: int) -> Tensor | No
     """The best path, back through all chunks side by side; None where the guesses of their ends do not come true."""
     size, both = len(scores), scores.shape[2]
     chunks = both // rows
-    tail = length - (chunks - 1) * size  # steps of the last chunk
+    tail, into = length - (chunks - 1) * size, log_A.mT.contiguous()  # the tail: steps of the last chunk
     last = torch.arange(rows, device=scores.device) * chunks + chunks - 1
     everything = torch.arange(both, device=scores.device)
     inner = everything[(everything + 1) % chunks != 0]
 
-    def back(steps: int, which: Tensor, ends: Tensor, path: Tensor | None = None) -> Tensor:
-        """From the states at the end of some chunks to those at their first step."""
+    def back(steps: int, which: Tensor, ends: Tensor) -> Tensor:
+        """The states of some chunks, ``(steps, chunks)``, from those that they end in."""
         some = scores if len(which) == both else scores[:, :, which]
         finished = (which + 1) % chunks == 0 if steps >= tail else None
-        state = ends
+        state, states = ends, []
         for t in range(steps - 1, -1, -1):
             if t < steps - 1:
-                state = (some[t] + log_A[:, state]).argmax(0)
+                state = (some[t] + into.index_select(0, state).mT).max(0).indices
             if finished is not None and t == tail - 1:
-                state = torch.where(finished, some[t].argmax(0), state)
-            if path is not None:
-                path[t, which] = state
-        return state
+                state = torch.where(finished, some[t].max(0).indices, state)
+            states.append(state)
+        return torch.stack(states[::-1])
 
     ahead = min(_WARM, size)
-    begins = back(ahead, everything, scores[ahead - 1].argmax(0))
+    begins = back(ahead, everything, scores[ahead - 1].argmax(0))[0]
     path = torch.empty(size, both, dtype=torch.int64, device=scores.device)
     which, ends = everything, scores[-1].argmax(0)
     ends[inner] = (scores[-1][:, inner] + log_A[:, begins[inner + 1]]).argmax(0)
     ends[last] = scores[tail - 1][:, last].argmax(0)
     for _ in range(_ROUNDS):
-        back(size, which, ends[which], path)
+        path[:, which] = back(size, which, ends[which])
         wanted = ends.clone()
         wanted[inner] = (scores[-1][:, inner] + log_A[:, path[0, inner + 1]]).argmax(0)
         which = (wanted != ends).nonzero().squeeze(1)

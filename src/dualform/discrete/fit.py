@@ -9,7 +9,7 @@ from dualform.core.errors import ArgumentError
 from dualform.discrete.chain import stationary_distribution
 from dualform.discrete.passes import safe_log
 from dualform.discrete.series import Series
-from dualform.discrete.smoothing import both_passes, pair_counts
+from dualform.discrete.smoothing import expect
 
 _TRIAL = 15  # iterations of each starting point
 _LEAST_LOGIT = 300.0  # transitions rarer than e^-300 are as good as none, and keep a gradient
@@ -109,13 +109,10 @@ def _climb(model: Any, series: Series, iterations: int, gain: float) -> tuple[_E
 
 def _expect(model: Any, series: Series) -> _Expected:
     start, A, log_b = model.chain(series)
-    both = both_passes(_WHERE, start, A, log_b, model.form)
-    log_likelihood = float(series.masked(both.log_c).sum())
-    weights = series.masked(both.probs)
-    counts = pair_counts(both, A, series.keep)
-    return _Expected(
-        log_likelihood, log_likelihood + float(model.emission.log_prior()), weights, counts, weights[:, 0].sum(0)
-    )
+    found = expect(_WHERE, start, A, log_b, model.form, series.keep)
+    log_likelihood, weights = float(series.masked(found.log_c).sum()), series.masked(found.probs)
+    objective = log_likelihood + float(model.emission.log_prior())
+    return _Expected(log_likelihood, objective, weights, A * found.by_A, weights[:, 0].sum(0))
 
 
 def _maximise(model: Any, series: Series, expected: _Expected) -> None:

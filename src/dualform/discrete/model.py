@@ -17,7 +17,9 @@ from dualform.discrete.emission import Emission, check_distribution, given, wide
 from dualform.discrete.fit import Fit, baum_welch
 from dualform.discrete.passes import safe_log
 from dualform.discrete.series import Series
-from dualform.discrete.smoothing import Both, Form, both_passes, log_likelihood, one_pass, pair_probs
+from dualform.discrete.smoothing import Form, both_passes, log_likelihood, one_pass, pair_probs, posterior, records
+
+_SPAN = 1 << 16  # numbers of an emission that are computed at a time
 
 
 class Filtered(NamedTuple):
@@ -53,8 +55,8 @@ class HiddenMarkov(nn.Module):
     the initial state is ``initial``, and **no transition comes before the first observation**. **NaN means missing**,
     component by component where the emission allows it.
 
-    Every result has its gradient, of any order, but for paths and samples. The gradient of a log-likelihood is made of
-    posterior probabilities, which takes no graph of the recursion.
+    :meth:`forward`, :meth:`filter`, :meth:`smooth` and :meth:`log_likelihood` have gradients of any order. That of a
+    log-likelihood is made of posterior probabilities, which takes no graph of the recursion.
 
     Probabilities are multiplied, divided at each step by their sum; where that may lose what matters, in a chain with
     transitions that are almost impossible, everything is computed again with logarithms.
@@ -211,8 +213,11 @@ class HiddenMarkov(nn.Module):
         """The sum of :meth:`log_likelihood` over the series, without axes."""
         return self.log_likelihood(X, lengths, cu_seqlens=cu_seqlens).sum()
 
+    @torch.no_grad()
     def predict_proba(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
         """``p(z_t = k | y_1 .. y_T)``, in the layout of X: ``(T, K)``, ``(B, T, K)``; 0 after the end of a row.
+
+        Without gradients; :meth:`smooth` has them.
 
         Args:
             X: ``(T, M)``, or ``(T,)`` for M = 1: one series, or several end to end with ``lengths``; or ``(B, T, M)``,
@@ -224,8 +229,9 @@ class HiddenMarkov(nn.Module):
             ArgumentError: for shapes and lengths that do not fit, values that no state can emit, or observations of
                 probability 0.
         """
-        series = Series.of("HiddenMarkov.predict_proba", self.emission, X, lengths, cu_seqlens)
-        return series.back(series.masked(self._both("HiddenMarkov.predict_proba", series)[0].probs))
+        where = "HiddenMarkov.predict_proba"
+        series = Series.of(where, self.emission, X, lengths, cu_seqlens)
+        return series.back(series.masked(posterior(where, *self._some(where, series), self.form)))
 
     def smooth(self, X: Any, lengths: Any = None) -> Smoothed:
         """The probabilities of states and of pairs of neighbouring states, given everything.
@@ -235,7 +241,8 @@ class HiddenMarkov(nn.Module):
             lengths: of the rows of a batch; with series end to end the result has rows as well.
         """
         series = Series.of("HiddenMarkov.smooth", self.emission, X, lengths)
-        both, A = self._both("HiddenMarkov.smooth", series)
+        start, A, log_b = self._some("HiddenMarkov.smooth", series)
+        both = both_passes("HiddenMarkov.smooth", start, A, log_b, self.form)
         probs, pairs = series.masked(both.probs), pair_probs(both, A)
         if series.keep is not None:
             pairs = torch.where(series.keep[:, 1:, None, None], pairs, 0)
@@ -252,7 +259,7 @@ class HiddenMarkov(nn.Module):
         """
         series = Series.of("HiddenMarkov.decode", self.emission, X, lengths, cu_seqlens)
         with torch.no_grad():
-            start, A, log_b = self.chain(series)
+            start, A, log_b = self._some("HiddenMarkov.decode", series)
             path, score = viterbi(start, A, log_b, series.keep)
         if bool((score == -torch.inf).any()):
             row = int((score == -torch.inf).nonzero()[0])
@@ -332,13 +339,27 @@ class HiddenMarkov(nn.Module):
     def chain(self, series: Series) -> tuple[Tensor, Tensor, Tensor]:
         """The distribution of the first state ``(B, K)``, the transition, and ``log p(y_t | z_t)`` ``(B, T, K)``."""
         state = self.init_state(len(series.x))
-        return state.probs, self.transition, series.masked(self.emission.log_prob(series.x, state.lags, state.seen))
+        log_b = self._log_prob(series.x, state.lags, state.seen)
+        return state.probs, self.transition, series.masked(log_b)
 
-    def _both(self, where: str, series: Series) -> tuple[Both, Tensor]:
-        start, A, log_b = self.chain(series)
-        if not log_b.shape[1]:
+    def _log_prob(self, x: Tensor, lags: Tensor, seen: Tensor) -> Tensor:
+        """``log p(y_t | z_t)`` ``(B, T, K)``; without gradients in spans of steps that stay in the cache."""
+        rows, length, _ = x.shape
+        span = max(self.emission.lags, _SPAN // max(1, rows * self.states * self.emission.width))
+        if length < 2 * span or records(x, *self.emission.parameters()) or torch.compiler.is_compiling():
+            return self.emission.log_prob(x, lags, seen)
+        out = torch.empty(rows, length, self.states, dtype=lags.dtype, device=x.device)
+        for begin in range(0, length, span):
+            now = x[:, begin : begin + span]
+            out[:, begin : begin + span] = self.emission.log_prob(now, lags, seen)
+            lags, seen = now[:, now.shape[1] - lags.shape[1] :].to(lags.dtype), (seen + span).clamp(max=lags.shape[1])
+        return out
+
+    def _some(self, where: str, series: Series) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, of at least one step."""
+        if not series.x.shape[1]:
             raise ArgumentError(f"{where}: X has no steps")
-        return both_passes(where, start, A, log_b, self.form), A
+        return self.chain(series)
 
     def _check(self, where: str, x: Tensor, axes: str) -> Tensor:
         """Observations in the dtype of the parameters; integers stay."""
@@ -363,7 +384,7 @@ class HiddenMarkov(nn.Module):
         if not length or not rows:
             empty = start.new_zeros(rows, length, self.states) * start[:, None]
             return Filtered(empty, empty.sum(-1)), state
-        A, log_b = self.transition, self.emission.log_prob(x, lags, seen)
+        A, log_b = self.transition, self._log_prob(x, lags, seen)
         log_b = log_b if keep is None else torch.where(keep.unsqueeze(-1), log_b, 0)
         found, log = one_pass(where, start, A, log_b, self.form)
         out = Filtered(found.p.exp() if log else found.p, found.log_c)

@@ -1,4 +1,4 @@
-"""One pass over the time of a Markov chain: a loop, a scan, and a loop over chunks that stand side by side.
+"""One pass over the time of a Markov chain: a loop or a scan. :mod:`dualform.discrete.chunks` has a third form.
 
 A pass starts from a vector ``v_1`` and makes, for every step, ``p_t = v_t e_t / c_t`` with ``c_t = sum(v_t e_t)`` and
 ``v_{t+1} = p_t A``. From the distribution of the first state it is the filter; over the reversed sequence with ``A^T``
@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 
 from dualform.core.scan import associative_scan
-
-_WARM = 64  # steps that a chunk looks back to guess its start
-_GUESSES = 3  # rounds of guesses before the starts are computed
 
 
 class Pass(NamedTuple):
@@ -136,112 +133,3 @@ def log_scan(start: Tensor, A: Tensor, log_b: Tensor) -> Pass:
     p = joint - torch.where(total.isfinite(), total, 0).unsqueeze(-1)
     before = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1)
     return Pass(p, torch.where(total.isfinite(), total - before, total))
-
-
-@torch.no_grad()
-def scaled_chunks(start: Tensor, A: Tensor, e: Tensor) -> Pass:
-    """The loop, over chunks of time that stand side by side as rows; without gradients, and A is ``(K, K)``.
-
-    A chain forgets where it started. So each chunk but the first guesses its start from the steps before it, and
-    guesses are compared with what the chunk before then ends in. Where these differ by more than rounding, the starts
-    are computed: from the product of each chunk, one chunk after the other.
-    """
-    (rows, length, states), dtype = e.shape, e.dtype
-    size = chunk_size(rows, length)
-    if size >= length:
-        return scaled_loop(start, A, e)
-    laid = in_chunks(e, size)  # (size, rows * chunks, K)
-    chunks = laid.shape[1] // rows
-
-    def shifted(ends: Tensor) -> Tensor:
-        """The end of each chunk as the start of the next."""
-        ends = ends.view(rows, chunks, states)
-        return torch.cat([start[:, None], ends[:, :-1]], 1).flatten(0, 1)
-
-    uniform = torch.full_like(laid[0], 1 / states)
-    starts = shifted(_run(uniform, A, laid[-_WARM:]))
-    p, c = torch.empty_like(laid), laid.new_empty(*laid.shape[:2], 1)
-    wanted = shifted(_run(starts, A, laid, p, c))
-    for _ in range(_GUESSES):
-        wrong = ~_equal(starts, wanted, 64 * torch.finfo(dtype).eps)
-        if not wrong.any():
-            break
-        redone = wrong.nonzero().squeeze(1)
-        starts[redone] = wanted[redone]
-        some, scale = torch.empty_like(laid[:, redone]), c[:, redone]
-        ends = _run(starts[redone], A, laid[:, redone], some, scale)
-        p[:, redone], c[:, redone] = some, scale
-        wanted = _after(wanted, redone, ends, rows, chunks)
-    else:
-        if not _equal(starts, wanted, 64 * torch.finfo(dtype).eps).all():
-            _run(_starts(start, A, laid), A, laid, p, c)
-    return Pass(in_rows(p, rows, length), in_rows(c, rows, length).squeeze(-1).log())
-
-
-def _after(wanted: Tensor, redone: Tensor, ends: Tensor, rows: int, chunks: int) -> Tensor:
-    """The starts that follow from new ends of some chunks."""
-    wanted = wanted.clone()
-    inner = (redone + 1) % chunks != 0  # the last chunk of a row has none after it
-    wanted[redone[inner] + 1] = ends[inner]
-    return wanted
-
-
-def _equal(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
-    """Which rows agree in each probability, relative to it; NaN agrees with nothing but NaN."""
-    close = (a - b).abs() <= tolerance * (a.abs() + b.abs())
-    return (close | (a.isnan() & b.isnan())).all(-1)
-
-
-def _starts(start: Tensor, A: Tensor, laid: Tensor) -> Tensor:
-    """``v`` at the start of each chunk: the products of all chunks side by side, then chunk after chunk."""
-    size, both, states = laid.shape
-    rows = len(start)
-    eye = torch.eye(states, dtype=laid.dtype, device=laid.device)
-    e = laid[:, :, None].expand(size, both, states, states)
-    now = eye.expand(both, states, states).contiguous()
-    log_scale = laid.new_zeros(both, states)
-    for e_t in e.unbind(0):
-        joint = now * e_t
-        c = joint.sum(-1, keepdim=True)
-        log_scale += c.squeeze(-1).log()
-        now = (joint / torch.where(c > 0, c, 1)) @ A
-    P, scale = now.unflatten(0, (rows, -1)), log_scale.unflatten(0, (rows, -1))
-    found, v = [start], start
-    for i in range(P.shape[1] - 1):
-        weights = v * (scale[:, i] - scale[:, i].amax(-1, keepdim=True)).exp()
-        v = (weights[:, None] @ P[:, i]).squeeze(1) / weights.sum(-1, keepdim=True)
-        found.append(v)
-    return torch.stack(found, 1).flatten(0, 1)
-
-
-def _run(start: Tensor, A: Tensor, laid: Tensor, p: Tensor | None = None, c: Tensor | None = None) -> Tensor:
-    """The loop over the first axis, written into p and c where they are given; the last ``v``."""
-    now = start.clone()
-    p_once, c_once = torch.empty_like(now), now.new_empty(len(now), 1)
-    for t, e_t in enumerate(laid.unbind(0)):
-        p_t, c_t = (p_once, c_once) if p is None or c is None else (p[t], c[t])
-        torch.mul(now, e_t, out=p_t)
-        torch.sum(p_t, -1, keepdim=True, out=c_t)
-        p_t.div_(c_t)
-        torch.mm(p_t, A, out=now)
-    return now
-
-
-def chunk_size(rows: int, length: int) -> int:
-    """Steps of a chunk: as many chunks as steps in one, and at least twice the steps of a guess."""
-    return max(2 * _WARM, math.isqrt(length * max(1, rows)) // max(1, min(rows, 4)))
-
-
-def in_chunks(x: Tensor, size: int) -> Tensor:
-    """``(B, T, ...)`` -> ``(size, B * chunks, ...)``, ones after the end: steps that were not observed."""
-    rows, length = x.shape[:2]
-    chunks = -(-length // size)
-    if chunks * size > length:
-        x = torch.cat([x, x.new_ones(rows, chunks * size - length, *x.shape[2:])], 1)
-    return x.unflatten(1, (chunks, size)).permute(2, 0, 1, *range(3, x.dim() + 1)).flatten(1, 2).contiguous()
-
-
-def in_rows(laid: Tensor, rows: int, length: int) -> Tensor:
-    """The inverse of :func:`in_chunks`."""
-    x = laid.unflatten(1, (rows, -1))
-    return x.permute(1, 2, 0, *range(3, x.dim())).flatten(1, 2)[:, :length]

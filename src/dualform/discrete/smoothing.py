@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.discrete.chunks import Chunks, Counted, Smoothed, chunk_size, forward_pass, smooth
 from dualform.discrete.passes import (
     Pass,
     log_loop,
@@ -15,7 +16,6 @@ from dualform.discrete.passes import (
     negligible,
     relative_likelihoods,
     safe_log,
-    scaled_chunks,
     scaled_loop,
     scaled_scan,
 )
@@ -54,8 +54,14 @@ def one_pass(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) ->
         ArgumentError: names the first step whose observations have probability 0.
     """
     if form.scaled is not False:
-        e, top = relative_likelihoods(log_b)
-        found = _scaled(start, A, e, form.parallel)
+        if size := _chunk_size(start, A, log_b, form):
+            chunks = Chunks.of(log_b, size)
+            p, c = forward_pass(start, A, chunks)
+            found, top = Pass(chunks.back(p), chunks.back(c).squeeze(-1).log()), chunks.top
+        else:
+            e, top = relative_likelihoods(log_b)
+            parallel = e.device.type != "cpu" if form.parallel is None else form.parallel
+            found = (scaled_scan if parallel else scaled_loop)(start, A, e)
         if form.scaled or not _lost(A, found.log_c):
             _refuse_impossible(where, found.log_c)
             return found._replace(log_c=found.log_c + top), False
@@ -64,12 +70,12 @@ def one_pass(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) ->
     return found, True
 
 
-def _scaled(start: Tensor, A: Tensor, e: Tensor, parallel: bool | None) -> Pass:
-    if parallel is None and A.dim() == 2 and not records(start, A, e) and not torch.compiler.is_compiling():
-        return scaled_chunks(start, A, e)
-    if parallel is None:
-        parallel = e.device.type != "cpu"
-    return (scaled_scan if parallel else scaled_loop)(start, A, e)
+def _chunk_size(start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> int:
+    """Steps of the chunks that a pass is made of; 0 for a pass in another form."""
+    if form.parallel is not None or A.dim() > 2 or torch.compiler.is_compiling() or records(start, A, log_b):
+        return 0
+    size = chunk_size(*log_b.shape[:2])
+    return size if size < log_b.shape[1] else 0
 
 
 def _lost(A: Tensor, log_c: Tensor) -> bool:
@@ -136,14 +142,80 @@ def pair_probs(both: Both, A: Tensor) -> Tensor:
     return (alpha / weight.unsqueeze(-1)).unsqueeze(-1) * later.unsqueeze(-2) * A
 
 
-def pair_counts(both: Both, A: Tensor, keep: Tensor | None) -> Tensor:
-    """How often each transition is expected, ``(K, K)``; only between steps that are kept, ``(B, T)``."""
-    if both.log or A.dim() > 2:
-        pairs = pair_probs(both, A)
-        return (pairs if keep is None else pairs * keep[:, 1:, None, None]).sum((0, 1))
-    left = both.alpha[:, :-1] / both.weight[:, :-1, None]
-    left = left if keep is None else left * keep[:, 1:, None]
-    return left.flatten(0, 1).mT @ both.after[:, 1:].flatten(0, 1) * A
+class Expected(NamedTuple):
+    """What a model thinks of the data, without the passes behind it."""
+
+    probs: Tensor  # (B, T, K): p(z_t | y_1 .. y_T)
+    log_c: Tensor  # (B, T): log p(y_t | y_1 .. y_{t-1})
+    by_start: Tensor  # (B, K): the derivative of log p(y) by the distribution of the first state
+    by_A: Tensor  # of the shape of A: the same by the transition, summed over rows and steps where it is one matrix
+
+
+def expect(
+    where: str,
+    start: Tensor,
+    A: Tensor,
+    log_b: Tensor,
+    form: Form,
+    keep: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Expected:
+    """Posterior probabilities and expected transitions: ``A * by_A`` are those, between steps that are kept.
+
+    Args:
+        where: name of the function, first word of every error.
+        start: ``(B, K)``.
+        A: ``(K, K)``, or ``(B, T - 1, K, K)``.
+        log_b: ``(B, T, K)``, T above 0; 0 after the end of a row.
+        form: of the passes.
+        keep: steps that there are ``(B, T)``.
+        weights: of each row in by_A ``(B,)``.
+    """
+    found, form = _smoothed(where, start, A, log_b, form, (keep, weights))
+    if found is not None and found.first is not None and found.counts is not None:
+        return Expected(found.probs, found.log_c + found.top, found.first, found.counts)
+    both = both_passes(where, start, A, log_b, form)
+    if both.log:
+        first = both.after[:, 0] - logsumexp(both.after[:, 0] + safe_log(start), -1).unsqueeze(-1)
+        pairs = (both.alpha[:, :-1] - both.weight[:, :-1, None]).unsqueeze(-1) + both.after[:, 1:].unsqueeze(-2)
+        share = _share(pairs, keep, weights)
+        by_A = pairs.exp() if share is None else pairs.exp() * share[..., None, None]
+        return Expected(both.probs, both.log_c, first.exp(), by_A if A.dim() > 2 else by_A.sum((0, 1)))
+    first = both.after[:, 0] / (both.after[:, 0] * start).sum(-1, keepdim=True)
+    alpha, later = both.alpha[:, :-1] / both.weight[:, :-1, None], both.after[:, 1:]
+    share = _share(alpha, keep, weights)
+    alpha = alpha if share is None else alpha * share[..., None]
+    if A.dim() > 2:
+        return Expected(both.probs, both.log_c, first, alpha.unsqueeze(-1) * later.unsqueeze(-2))
+    return Expected(both.probs, both.log_c, first, alpha.flatten(0, 1).mT @ later.flatten(0, 1))
+
+
+def posterior(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> Tensor:
+    """``p(z_t | y)`` alone, ``(B, T, K)``."""
+    found, form = _smoothed(where, start, A, log_b, form, None)
+    return both_passes(where, start, A, log_b, form).probs if found is None else found.probs
+
+
+def _smoothed(
+    where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form, counted: Counted | None
+) -> tuple[Smoothed | None, Form]:
+    """What chunks side by side say; None where that form is not taken, and the form to take then."""
+    size = _chunk_size(start, A, log_b, form) if form.scaled is not False else 0
+    if not size:
+        return None, form
+    found = smooth(start, A, log_b, size, counted)
+    if not form.scaled and (_lost(A, found.log_c) or _lost(A, found.least.log()[None])):
+        return None, form._replace(scaled=False)
+    _refuse_impossible(where, found.log_c)
+    return found, form
+
+
+def _share(like: Tensor, keep: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """How much each transition counts, ``(B, T - 1)``; None is 1 for each."""
+    if keep is None:
+        return None if weights is None else weights[:, None].expand(like.shape[:2])
+    share = keep[:, 1:].to(like.dtype)
+    return share if weights is None else share * weights[:, None]
 
 
 class LogLikelihood(torch.autograd.Function):
@@ -162,27 +234,8 @@ class LogLikelihood(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         start, A, log_b = ctx.saved_tensors
-        both = both_passes(ctx.where, start, A, log_b, ctx.form)
-        if both.log:
-            first = (both.after[:, 0] - logsumexp(both.after[:, 0] + safe_log(start), -1).unsqueeze(-1)).exp()
-            alpha, later = both.alpha[:, :-1] - both.weight[:, :-1, None], both.after[:, 1:]
-
-            def outer(g: Tensor) -> Tensor:
-                return (alpha.unsqueeze(-1) + later.unsqueeze(-2)).exp() * g[:, None, None, None]
-        else:
-            first = both.after[:, 0] / (both.after[:, 0] * start).sum(-1, keepdim=True)
-            alpha, later = both.alpha[:, :-1] / both.weight[:, :-1, None], both.after[:, 1:]
-
-            def outer(g: Tensor) -> Tensor:
-                return (alpha * g[:, None, None]).unsqueeze(-1) * later.unsqueeze(-2)
-
-        if A.dim() > 2:
-            by_A = outer(grad)
-        elif both.log:
-            by_A = outer(grad).sum((0, 1))
-        else:
-            by_A = (alpha * grad[:, None, None]).flatten(0, 1).mT @ later.flatten(0, 1)
-        return None, None, first * grad[:, None], by_A, both.probs * grad[:, None, None]
+        found = expect(ctx.where, start, A, log_b, ctx.form, weights=grad)
+        return None, None, found.by_start * grad[:, None], found.by_A, found.probs * grad[:, None, None]
 
 
 def log_likelihood(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> Tensor:
