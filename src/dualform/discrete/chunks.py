@@ -139,6 +139,9 @@ Memory = tuple[Tensor | None, Tensor | None, Tensor | None]  # p, c and v of eve
 def _settled(start: Tensor, A: Tensor, chunks: Chunks, memory: Memory, backward: bool) -> None:
     """The pass through all chunks from starts that are right."""
     e, count = chunks.e, chunks.per_row
+    if count == 1:
+        _run(start, A, e, memory, backward)
+        return
     shift, tolerance = chunks.before if backward else chunks.after, 64 * torch.finfo(e.dtype).eps
     everything = torch.arange(e.shape[1], device=e.device)
     uniform = torch.full_like(e[0], 1 / e.shape[-1])

@@ -138,7 +138,7 @@ def _maximise_stationary(model: Any, expected: _Expected) -> None:
     before = model.transition_logits.detach().log_softmax(-1)
     logits = torch.where(shares > 0, safe_log(shares), before).clamp_min(-_LEAST_LOGIT).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [logits], max_iter=20, tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+        [logits], max_iter=8, tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe"
     )
     scale = counts.sum() + expected.first.sum()
 

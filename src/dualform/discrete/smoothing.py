@@ -74,8 +74,7 @@ def _chunk_size(start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> int:
     """Steps of the chunks that a pass is made of; 0 for a pass in another form."""
     if form.parallel is not None or A.dim() > 2 or torch.compiler.is_compiling() or records(start, A, log_b):
         return 0
-    size = chunk_size(*log_b.shape[:2])
-    return size if size < log_b.shape[1] else 0
+    return min(chunk_size(*log_b.shape[:2]), log_b.shape[1])
 
 
 def _lost(A: Tensor, log_c: Tensor) -> bool:
