@@ -146,6 +146,21 @@ def test_posteriors_and_gradients_by_chunks_equal_those_of_the_loop(stay, length
         close(got, want, 1e-8)
 
 
+@pytest.mark.parametrize("stay", [0.0, 20.0])
+def test_paths_of_padded_rows_by_chunks_equal_those_of_each_row_alone(stay):
+    g = torch.Generator().manual_seed(8)
+    A, lengths = torch.rand(3, 3, generator=g, dtype=torch.float64) + stay * torch.eye(3), [700, 0, 128, 1, 129, 300]
+    model = df.HiddenMarkov(PoissonEmission.of([3.0, 4.0, 5.0]), transition=A / A.sum(-1, keepdim=True))
+    y = torch.randint(9, (6, 700, 1), generator=g).double()
+    scores, paths = model.decode(y, lengths)
+    for row, n in enumerate(lengths):
+        if n:
+            score, path = model.decode(y[row, :n])
+            assert torch.equal(paths[row, :n], path)
+            close(scores[row], score, 1e-12)
+    assert scores[1] == 0 and (paths[1] == -1).all()
+
+
 def test_chunks_are_not_guessed_where_the_chain_never_forgets():
     """A state that is never left: which one it is, only the first observation says."""
     A, start = torch.eye(3, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

@@ -210,13 +210,16 @@ def _starts(start: Tensor, A: Tensor, chunks: Chunks, backward: bool) -> Tensor:
     return torch.stack(found[::-1] if backward else found, 1).flatten(0, 1)
 
 
-def in_chunks(x: Tensor, size: int, minus: Tensor | None = None) -> Tensor:
-    """``(B, T, ...)``, less ``minus`` ``(B, T)`` -> ``(size, B * chunks, ...)``, 0 after the end."""
-    (rows, length), rest = x.shape[:2], x.shape[2:]
-    count, full = -(-length // size), length // size
-    laid = x.new_zeros(size, rows, count, *rest)
-    offset = x.new_zeros(rows, length) if minus is None else minus
-    offset = offset.view(rows, length, *[1] * len(rest))
+def in_chunks(x: Tensor, size: int, minus: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """``(B, T, K)``, less ``minus`` ``(B, T)`` -> ``(size, B * chunks, K)``, 0 after the end; K first if transposed."""
+    (rows, length, last), full = x.shape, x.shape[1] // size
+    count = -(-length // size)
+    if transposed:
+        out = x.new_zeros(size, last, rows, count)
+        laid = out.movedim(1, -1)
+    else:
+        out = laid = x.new_zeros(size, rows, count, last)
+    offset = x.new_zeros(rows, length, 1) if minus is None else minus[..., None]
     for part, to in (
         (slice(0, full * size), laid[:, :, :full]),
         (slice(full * size, length), laid[: length - full * size, :, full:]),
@@ -224,7 +227,7 @@ def in_chunks(x: Tensor, size: int, minus: Tensor | None = None) -> Tensor:
         if x[:, part].shape[1]:
             a, b = (m[:, part].unflatten(1, (to.shape[2], -1)).movedim(2, 0) for m in (x, offset))
             torch.sub(a, b, out=to)
-    return laid.flatten(1, 2)
+    return out.flatten(2) if transposed else out.flatten(1, 2)
 
 
 def in_rows(laid: Tensor, rows: int, length: int) -> Tensor:

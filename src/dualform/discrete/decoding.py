@@ -26,13 +26,10 @@ def viterbi(start: Tensor, A: Tensor, log_b: Tensor, keep: Tensor | None = None)
     """
     rows, length = log_b.shape[:2]
     size, log_A, first = chunk_size(rows, length), safe_log(A), safe_log(start)
-    top = log_b.amax(-1, keepdim=True)
-    relative = log_b - torch.where(top.isfinite(), top, 0)
-    path = None
-    if A.dim() == 2 and keep is None and size < length:
-        path = _chunks(first, log_A, relative, size)
-    path = _loop(first, log_A, relative, keep) if path is None else path
-    return (path if keep is None else torch.where(keep, path, -1)), path_score(first, log_A, log_b, path, keep)
+    path = _chunks(first, log_A, log_b, size, keep) if A.dim() == 2 and size < length else None
+    path = _loop(first, log_A, log_b, keep) if path is None else path
+    score = path_score(first, log_A, log_b, path, keep)
+    return (path if keep is None else torch.where(keep, path, -1)), score
 
 
 def path_score(first: Tensor, log_A: Tensor, log_b: Tensor, path: Tensor, keep: Tensor | None) -> Tensor:
@@ -71,7 +68,7 @@ def _loop(first: Tensor, log_A: Tensor, log_b: Tensor, keep: Tensor | None) -> T
     return torch.stack(path[::-1], 1)
 
 
-def _chunks(first: Tensor, log_A: Tensor, log_b: Tensor, size: int) -> Tensor | None:
+def _chunks(first: Tensor, log_A: Tensor, log_b: Tensor, size: int, keep: Tensor | None) -> Tensor | None:
     """The loop over chunks of time that stand side by side; None where their guesses do not come true.
 
     Which state is how much better than the others soon depends no more on the distant past, nor the best path on the
@@ -79,8 +76,11 @@ def _chunks(first: Tensor, log_A: Tensor, log_b: Tensor, size: int) -> Tensor | 
     chunk before ends in, and with what the chunk after begins with.
     """
     rows, length, states = log_b.shape
-    laid = in_chunks(log_b, size).mT.contiguous()  # (size, K, rows * chunks)
-    chunks, lift = laid.shape[2] // rows, log_A[:, :, None]
+    lengths = torch.full_like(log_b[:, 0, 0], length).long() if keep is None else keep.sum(1)
+    top, lift = log_b.amax(-1), log_A[:, :, None]
+    top = torch.where(top.isfinite(), top, 0)
+    scores = in_chunks(log_b, size, top, transposed=True)  # (size, K, rows * chunks)
+    chunks = scores.shape[2] // rows
 
     def shifted(ends: Tensor) -> Tensor:
         """The ends of all chunks, one transition later, as the starts of those after them."""
@@ -88,66 +88,64 @@ def _chunks(first: Tensor, log_A: Tensor, log_b: Tensor, size: int) -> Tensor | 
         moved = (moved - moved.amax(0)).view(states, rows, chunks)
         return torch.cat([first.mT[:, :, None], moved[:, :, :-1]], 2).flatten(1)
 
-    starts = shifted(_run(torch.zeros_like(laid[0]), lift, laid[-_WARM:]))
-    scores = torch.empty_like(laid)
-    for _ in range(_ROUNDS):
-        wanted = shifted(_run(starts, lift, laid, scores))
+    starts = shifted(_run(torch.zeros_like(scores[0]), lift, scores[-_WARM:].clone()))
+    for i in range(_ROUNDS):
+        scores = scores if i == 0 else in_chunks(log_b, size, top, transposed=True)
+        wanted = shifted(_run(starts, lift, scores))
         gap = torch.where(wanted == starts, 0, (wanted - starts).abs())
         starts = wanted
         largest = scores[-1].amax(0).abs().max()
         if (gap <= 64 * torch.finfo(gap.dtype).eps * (1 + largest)).all():
-            break
-    else:
-        return None
-    return _trace(scores, log_A, rows, length)
+            return _trace(scores, log_A, lengths, length)
+    return None
 
 
-def _run(start: Tensor, lift: Tensor, laid: Tensor, scores: Tensor | None = None) -> Tensor:
-    """The recursion over the first axis: the best score of a path into each state, written into scores; the last."""
-    now, states = start.clone(), len(start)
-    out, moved = torch.empty_like(start), start.new_empty(states, *start.shape)
-    for t, b_t in enumerate(laid.unbind(0)):
-        out = out if scores is None else scores[t]
-        torch.add(now, b_t, out=out)
-        torch.add(out[:, None], lift, out=moved)
+def _run(start: Tensor, lift: Tensor, scores: Tensor) -> Tensor:
+    """The recursion over the first axis: each log-likelihood becomes the best score of a path into its state."""
+    now, moved = start.clone(), start.new_empty(len(start), *start.shape)
+    for step in scores.unbind(0):
+        step.add_(now)
+        torch.add(step[:, None], lift, out=moved)
         torch.amax(moved, 0, out=now)
-    return out
+    return scores[-1]
 
 
-def _trace(scores: Tensor, log_A: Tensor, rows: int, length: int) -> Tensor | None:
+def _trace(scores: Tensor, log_A: Tensor, lengths: Tensor, longest: int) -> Tensor | None:
     """The best path, back through all chunks side by side; None where the guesses of their ends do not come true."""
-    size, both = len(scores), scores.shape[2]
-    chunks = both // rows
-    tail, into = length - (chunks - 1) * size, log_A.mT.contiguous()  # the tail: steps of the last chunk
-    last = torch.arange(rows, device=scores.device) * chunks + chunks - 1
-    everything = torch.arange(both, device=scores.device)
-    inner = everything[(everything + 1) % chunks != 0]
+    (size, _, both), rows, into = scores.shape, len(lengths), log_A.mT.contiguous()
+    chunks, everything = both // rows, torch.arange(both, device=scores.device)
+    there = lengths > 0
+    last = torch.arange(rows, device=scores.device)[there] * chunks + (lengths[there] - 1) // size
+    final = torch.full_like(everything, -1)  # the step of a chunk that is the last one of its row
+    final[last] = (lengths[there] - 1) % size
+    finals = set(final[last].tolist())
+    inner = everything[everything % chunks < ((lengths - 1) // size).repeat_interleave(chunks)]
 
     def back(steps: int, which: Tensor, ends: Tensor) -> Tensor:
         """The states of some chunks, ``(steps, chunks)``, from those that they end in."""
-        some = scores if len(which) == both else scores[:, :, which]
-        finished = (which + 1) % chunks == 0 if steps >= tail else None
-        state, states = ends, []
+        some, state, states = scores if len(which) == both else scores[:, :, which], ends, []
         for t in range(steps - 1, -1, -1):
             if t < steps - 1:
                 state = (some[t] + into.index_select(0, state).mT).max(0).indices
-            if finished is not None and t == tail - 1:
-                state = torch.where(finished, some[t].max(0).indices, state)
+            if t in finals:
+                state = torch.where(final[which] == t, some[t].max(0).indices, state)
             states.append(state)
         return torch.stack(states[::-1])
 
+    def ends_before(begins: Tensor) -> Tensor:
+        """The states that chunks end in, from those that the chunks after them begin in."""
+        return (scores[-1][:, inner] + log_A[:, begins[inner + 1]]).max(0).indices
+
     ahead = min(_WARM, size)
-    begins = back(ahead, everything, scores[ahead - 1].argmax(0))[0]
-    path = torch.empty(size, both, dtype=torch.int64, device=scores.device)
-    which, ends = everything, scores[-1].argmax(0)
-    ends[inner] = (scores[-1][:, inner] + log_A[:, begins[inner + 1]]).argmax(0)
-    ends[last] = scores[tail - 1][:, last].argmax(0)
+    path, ends = torch.empty(size, both, dtype=torch.int64, device=scores.device), torch.zeros_like(everything)
+    ends[inner] = ends_before(back(ahead, everything, scores[ahead - 1].max(0).indices)[0])
+    which = everything
     for _ in range(_ROUNDS):
         path[:, which] = back(size, which, ends[which])
         wanted = ends.clone()
-        wanted[inner] = (scores[-1][:, inner] + log_A[:, path[0, inner + 1]]).argmax(0)
+        wanted[inner] = ends_before(path[0])
         which = (wanted != ends).nonzero().squeeze(1)
         ends = wanted
         if not len(which):
-            return in_rows(path, rows, length)
+            return in_rows(path, rows, longest)
     return None
