@@ -10,14 +10,16 @@ stays in the cache.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _WARM = 64  # steps that a chunk looks beyond its border to guess
-_BLOCK = 8  # steps of all chunks that are handled at once where there is no recursion
+BLOCK = 8  # steps of all chunks that are handled at once where there is no recursion
 _GUESSES = 3  # rounds of guesses before the starts are computed
+ROUNDING = 64  # times the precision, by which vectors may differ that are taken as equal
 
 
 class Chunks(NamedTuple):
@@ -29,12 +31,13 @@ class Chunks(NamedTuple):
     length: int
 
     @classmethod
-    def of(cls, log_b: Tensor, size: int) -> "Chunks":
-        """Lay out log-likelihoods ``(B, T, K)``."""
+    def of(cls, log_b: Tensor, size: int, *, log: bool = False) -> "Chunks":
+        """Lay out log-likelihoods ``(B, T, K)``, as logarithms if ``log``."""
         rows, length, _ = log_b.shape
         top = log_b.amax(-1)
         top = torch.where(top.isfinite(), top, 0)
-        return cls(in_chunks(log_b, size, top).exp_(), top, rows, length)
+        e = in_chunks(log_b, size, top)
+        return cls(e if log else e.exp_(), top, rows, length)
 
     @property
     def per_row(self) -> int:
@@ -79,7 +82,7 @@ def chunk_size(rows: int, length: int) -> int:
 def forward_pass(start: Tensor, A: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
     """The scaled pass of :mod:`dualform.discrete.passes`: p and c, laid out in chunks."""
     p, c = torch.empty_like(chunks.e), chunks.e.new_empty(*chunks.e.shape[:2], 1)
-    _settled(start, A, chunks, (p, c, None), backward=False)
+    settle(start, A, chunks, (p, c, None), SCALED, backward=False)
     return p, c
 
 
@@ -98,10 +101,10 @@ def smooth(start: Tensor, A: Tensor, log_b: Tensor, size: int, counted: Counted 
     p, c = forward_pass(start, A, chunks)
     v = torch.empty_like(p)
     after = None if counted is None else torch.empty_like(p)
-    _settled(torch.ones_like(start), A.mT.contiguous(), chunks, (after, None, v), backward=True)
+    settle(torch.ones_like(start), A.mT.contiguous(), chunks, (after, None, v), SCALED, backward=True)
     weight = torch.empty_like(c)
-    for t in range(0, size, _BLOCK):
-        now = slice(t, t + _BLOCK)
+    for t in range(0, size, BLOCK):
+        now = slice(t, t + BLOCK)
         torch.mul(p[now], v[now], out=v[now])
         torch.sum(v[now], -1, keepdim=True, out=weight[now])
         v[now].div_(weight[now])
@@ -110,70 +113,79 @@ def smooth(start: Tensor, A: Tensor, log_b: Tensor, size: int, counted: Counted 
         return Smoothed(chunks.back(v), log_c, chunks.top, weight.min(), None, None)
     first = after[0].view(chunks.rows, chunks.per_row, -1)[:, 0]
     first = first / (first * start).sum(-1, keepdim=True)
-    p.div_(_scales(chunks, size, weight, *counted))
+    share = shares(chunks, size, *counted)
+    p.div_(weight if share is None else weight / share)
     begun = chunks.before(after[0], torch.zeros_like(start))  # of a row's last chunk nothing comes after
     counts = p[-1].mT @ begun
-    for t in range(0, size - 1, _BLOCK):
-        to = after[t + 1 : t + 1 + _BLOCK].flatten(0, 1)
-        counts.addmm_(p[t : t + _BLOCK].flatten(0, 1)[: len(to)].mT, to)
+    for t in range(0, size - 1, BLOCK):
+        to = after[t + 1 : t + 1 + BLOCK].flatten(0, 1)
+        counts.addmm_(p[t : t + BLOCK].flatten(0, 1)[: len(to)].mT, to)
     return Smoothed(chunks.back(v), log_c, chunks.top, weight.min(), first, counts)
 
 
-def _scales(chunks: Chunks, size: int, weight: Tensor, keep: Tensor | None, weights: Tensor | None) -> Tensor:
-    """What to divide each step by to count the transition after it, ``(size, B * chunks, 1)``; infinite for none."""
+def shares(chunks: Chunks, size: int, keep: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """How much the transition after each step counts, ``(size, B * chunks, 1)``; None is 1 for each."""
     length = chunks.length
     if keep is None and weights is None and chunks.per_row * size == length:
-        return weight
+        return None
     share = chunks.e.new_ones(chunks.rows, length, 1)
     share[:, -1] = 0
     if keep is not None:
         share[:, :-1] *= keep[:, 1:, None]
     if weights is not None:
         share *= weights[:, None, None]
-    return weight / in_chunks(share, size)
+    return in_chunks(share, size)
 
 
 Memory = tuple[Tensor | None, Tensor | None, Tensor | None]  # p, c and v of every step, where they are wanted
+_NOTHING: Memory = (None, None, None)
 
 
-def _settled(start: Tensor, A: Tensor, chunks: Chunks, memory: Memory, backward: bool) -> None:
-    """The pass through all chunks from starts that are right."""
+class Arithmetic(NamedTuple):
+    """How a pass computes: with probabilities, or with their logarithms."""
+
+    run: Callable[[Tensor, Tensor, Tensor, Memory, bool], Tensor]  # the loop over the first axis; what it ends in
+    equal: Callable[[Tensor, Tensor], Tensor]  # which rows agree but for rounding
+    starts: Callable[[Tensor, Tensor, Chunks, bool], Tensor]  # what each chunk starts from, without guesses
+
+
+def settle(start: Tensor, A: Tensor, chunks: Chunks, memory: Memory, by: Arithmetic, *, backward: bool) -> None:
+    """The pass through all chunks from starts that are right, written into memory."""
     e, count = chunks.e, chunks.per_row
     if count == 1:
-        _run(start, A, e, memory, backward)
+        by.run(start, A, e, memory, backward)
         return
-    shift, tolerance = chunks.before if backward else chunks.after, 64 * torch.finfo(e.dtype).eps
-    everything = torch.arange(e.shape[1], device=e.device)
-    uniform = torch.full_like(e[0], 1 / e.shape[-1])
-    starts = shift(_run(uniform, A, e[:_WARM] if backward else e[-_WARM:], None, backward), start)
-    wanted, which = shift(_run(starts, A, e, memory, backward), start), everything
+    shift, everything = chunks.before if backward else chunks.after, torch.arange(e.shape[1], device=e.device)
+    guess = by.run(torch.ones_like(e[0]), A, e[:_WARM] if backward else e[-_WARM:], _NOTHING, backward)
+    starts = shift(guess, start)
+    wanted, which = shift(by.run(starts, A, e, memory, backward), start), everything
     for _ in range(_GUESSES):
-        which = (~_equal(starts, wanted, tolerance)).nonzero().squeeze(1)
+        which = (~by.equal(starts, wanted)).nonzero().squeeze(1)
         if not len(which):
             return
         starts[which] = wanted[which]
-        some = tuple([None if m is None else m[:, which] for m in memory])
-        ends = _run(starts[which], A, e[:, which], some, backward)  # pyright: ignore[reportArgumentType]
-        for whole, part in zip(memory, some, strict=True):
+        p, c, v = (None if m is None else m[:, which] for m in memory)
+        ends = by.run(starts[which], A, e[:, which], (p, c, v), backward)
+        for whole, part in zip(memory, (p, c, v), strict=True):
             if whole is not None and part is not None:
                 whole[:, which] = part
         there = (which % count != 0) if backward else (which + 1) % count != 0  # a chunk is there to go on
         wanted[which[there] + (-1 if backward else 1)] = ends[there]
-    if not _equal(starts, wanted, tolerance).all():
-        _run(_starts(start, A, chunks, backward), A, e, memory, backward)
+    if not by.equal(starts, wanted).all():
+        by.run(by.starts(start, A, chunks, backward), A, e, memory, backward)
 
 
-def _equal(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
+def _equal(a: Tensor, b: Tensor) -> Tensor:
     """Which rows agree in each probability, relative to it; NaN agrees with NaN."""
-    close = (a - b).abs() <= tolerance * (a.abs() + b.abs())
+    close = (a - b).abs() <= ROUNDING * torch.finfo(a.dtype).eps * (a.abs() + b.abs())
     return (close | (a.isnan() & b.isnan())).all(-1)
 
 
-def _run(start: Tensor, A: Tensor, e: Tensor, memory: Memory | None, backward: bool) -> Tensor:
+def _run(start: Tensor, A: Tensor, e: Tensor, memory: Memory, backward: bool) -> Tensor:
     """The loop over the first axis; what it ends in."""
     now, size, order = start.clone(), len(e), range(len(e))
     p_once, end, c_once = torch.empty_like(now), torch.empty_like(now), now.new_empty(len(now), 1)
-    p, c, v = memory or (None, None, None)
+    p, c, v = memory
     if v is not None:
         v[-1 if backward else 0].copy_(now)
     for t in reversed(order) if backward else order:
@@ -208,6 +220,9 @@ def _starts(start: Tensor, A: Tensor, chunks: Chunks, backward: bool) -> Tensor:
         v = (weights[:, None] @ P[:, i]).squeeze(1) / weights.sum(-1, keepdim=True)
         found.append(v)
     return torch.stack(found[::-1] if backward else found, 1).flatten(0, 1)
+
+
+SCALED = Arithmetic(_run, _equal, _starts)
 
 
 def in_chunks(x: Tensor, size: int, minus: Tensor | None = None, *, transposed: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.discrete import log_chunks
 from dualform.discrete.chunks import Chunks, Counted, Smoothed, chunk_size, forward_pass, smooth
 from dualform.discrete.passes import (
     Pass,
@@ -53,8 +54,9 @@ def one_pass(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) ->
     Raises:
         ArgumentError: names the first step whose observations have probability 0.
     """
+    size = _chunk_size(start, A, log_b, form)
     if form.scaled is not False:
-        if size := _chunk_size(start, A, log_b, form):
+        if size:
             chunks = Chunks.of(log_b, size)
             p, c = forward_pass(start, A, chunks)
             found, top = Pass(chunks.back(p), chunks.back(c).squeeze(-1).log()), chunks.top
@@ -65,7 +67,12 @@ def one_pass(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) ->
         if form.scaled or not _lost(A, found.log_c):
             _refuse_impossible(where, found.log_c)
             return found._replace(log_c=found.log_c + top), False
-    found = (log_scan if form.parallel else log_loop)(start, A, log_b)
+    if size:
+        chunks = Chunks.of(log_b, size, log=True)
+        p, c = log_chunks.forward_pass(start, A, chunks)
+        found = Pass(chunks.back(p), chunks.back(c).squeeze(-1) + chunks.top)
+    else:
+        found = (log_scan if form.parallel else log_loop)(start, A, log_b)
     _refuse_impossible(where, found.log_c)
     return found, True
 
@@ -170,7 +177,7 @@ def expect(
         keep: steps that there are ``(B, T)``.
         weights: of each row in by_A ``(B,)``.
     """
-    found, form = _smoothed(where, start, A, log_b, form, (keep, weights))
+    found = _smoothed(where, start, A, log_b, form, (keep, weights))
     if found is not None and found.first is not None and found.counts is not None:
         return Expected(found.probs, found.log_c + found.top, found.first, found.counts)
     both = both_passes(where, start, A, log_b, form)
@@ -191,22 +198,25 @@ def expect(
 
 def posterior(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> Tensor:
     """``p(z_t | y)`` alone, ``(B, T, K)``."""
-    found, form = _smoothed(where, start, A, log_b, form, None)
+    found = _smoothed(where, start, A, log_b, form, None)
     return both_passes(where, start, A, log_b, form).probs if found is None else found.probs
 
 
 def _smoothed(
     where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form, counted: Counted | None
-) -> tuple[Smoothed | None, Form]:
-    """What chunks side by side say; None where that form is not taken, and the form to take then."""
-    size = _chunk_size(start, A, log_b, form) if form.scaled is not False else 0
+) -> Smoothed | None:
+    """What chunks side by side say, which are scaled where that loses nothing; None where another form is taken."""
+    size = _chunk_size(start, A, log_b, form)
     if not size:
-        return None, form
-    found = smooth(start, A, log_b, size, counted)
-    if not form.scaled and (_lost(A, found.log_c) or _lost(A, found.least.log()[None])):
-        return None, form._replace(scaled=False)
+        return None
+    if form.scaled is not False:
+        found = smooth(start, A, log_b, size, counted)
+        if form.scaled or not (_lost(A, found.log_c) or _lost(A, found.least.log()[None])):
+            _refuse_impossible(where, found.log_c)
+            return found
+    found = log_chunks.smooth(start, A, log_b, size, counted)
     _refuse_impossible(where, found.log_c)
-    return found, form
+    return found
 
 
 def _share(like: Tensor, keep: Tensor | None, weights: Tensor | None) -> Tensor | None:
