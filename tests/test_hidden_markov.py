@@ -173,17 +173,25 @@ def test_chunks_are_not_guessed_where_the_chain_never_forgets():
     assert viterbi(start, A, log_b)[0].unique().tolist() == [2]
 
 
+# The first step rules out, by e^-800, the state that the chain must have begun in; or the first steps rule out a state,
+# and the last steps, less surely, the other, in a chain that stays where it is.
+LOST = {
+    "forward": ([[0.5, 0.5], [0.0, 1.0]], [[-800.0, 0.0], [0.0, -900.0], [0.0, -900.0]]),
+    "both": ([[1.0, 0.0], [0.0, 1.0]], [[0.0, -500.0], [0.0, -500.0], [-400.0, 0.0], [-400.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize(("A", "log_b"), LOST.values(), ids=LOST)
 @pytest.mark.parametrize("parallel", [None, False, True])
-def test_what_probabilities_lose_logarithms_keep(parallel):
-    """The first observations rule out, by e^-800, the state that the chain must have begun in."""
-    A = torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)
-    start = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    log_b = torch.tensor([[-800.0, 0.0], [0.0, -900.0], [0.0, -900.0]], dtype=torch.float64)
-    want, probs, *_ = enumerate_paths(start, A.expand(2, 2, 2), log_b)
+def test_what_probabilities_lose_logarithms_keep(A, log_b, parallel):
+    start, A, log_b = (torch.tensor(m, dtype=torch.float64) for m in ([0.5, 0.5], A, log_b))
+    want, probs, *_ = enumerate_paths(start, A.expand(len(log_b) - 1, 2, 2), log_b)
     for scaled in (None, False):
         found = forward_backward(start, A, log_b, parallel=parallel, scaled=scaled)
         close(found.loglik.sum(), want, 1e-12)
         close(found.probs, probs, 1e-11)
+    with pytest.raises(ArgumentError, match=r"too small for a scaled form|has probability 0"):
+        forward_backward(start, A, log_b, parallel=parallel, scaled=True)
 
 
 def brute_gradients(parallel, scaled):

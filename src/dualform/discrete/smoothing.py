@@ -54,27 +54,34 @@ def one_pass(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) ->
     Raises:
         ArgumentError: names the first step whose observations have probability 0.
     """
-    size = _chunk_size(start, A, log_b, form)
     if form.scaled is not False:
-        if size:
-            chunks = Chunks.of(log_b, size)
-            p, c = forward_pass(start, A, chunks)
-            found, top = Pass(chunks.back(p), chunks.back(c).squeeze(-1).log()), chunks.top
-        else:
-            e, top = relative_likelihoods(log_b)
-            parallel = e.device.type != "cpu" if form.parallel is None else form.parallel
-            found = (scaled_scan if parallel else scaled_loop)(start, A, e)
+        found, top = _scaled(start, A, log_b, form)
         if form.scaled or not _lost(A, found.log_c):
             _refuse_impossible(where, found.log_c)
             return found._replace(log_c=found.log_c + top), False
-    if size:
-        chunks = Chunks.of(log_b, size, log=True)
-        p, c = log_chunks.forward_pass(start, A, chunks)
-        found = Pass(chunks.back(p), chunks.back(c).squeeze(-1) + chunks.top)
-    else:
-        found = (log_scan if form.parallel else log_loop)(start, A, log_b)
+    found = _log(start, A, log_b, form)
     _refuse_impossible(where, found.log_c)
     return found, True
+
+
+def _scaled(start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> tuple[Pass, Tensor]:
+    """A pass with probabilities, ``log_c`` relative to what is second, ``(B, T)``."""
+    if size := _chunk_size(start, A, log_b, form):
+        chunks = Chunks.of(log_b, size)
+        p, c = forward_pass(start, A, chunks)
+        return Pass(chunks.back(p), chunks.back(c).squeeze(-1).log()), chunks.top
+    e, top = relative_likelihoods(log_b)
+    parallel = e.device.type != "cpu" if form.parallel is None else form.parallel
+    return (scaled_scan if parallel else scaled_loop)(start, A, e), top
+
+
+def _log(start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> Pass:
+    """A pass with logarithms."""
+    if size := _chunk_size(start, A, log_b, form):
+        chunks = Chunks.of(log_b, size, log=True)
+        p, c = log_chunks.forward_pass(start, A, chunks)
+        return Pass(chunks.back(p), chunks.back(c).squeeze(-1) + chunks.top)
+    return (log_scan if form.parallel else log_loop)(start, A, log_b)
 
 
 def _chunk_size(start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> int:
@@ -107,13 +114,18 @@ def _refuse_impossible(where: str, log_c: Tensor) -> None:
         )
 
 
+def _refuse_lost(where: str, weight: Tensor) -> None:
+    """Refuse a posterior in a scaled form that was asked for, where both passes have nothing in common."""
+    if not torch.compiler.is_compiling() and not bool((weight.detach() > 0).all()):
+        raise ArgumentError(f"{where}: probabilities are too small for a scaled form", hint="leave scaled at None")
+
+
 def both_passes(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> Both:
     """Forward and backward over ``log_b`` ``(B, T, K)``, T above 0."""
     forward, log = one_pass(where, start, A, log_b, form)
-    same = form._replace(scaled=not log)
     back_A = A.mT if A.dim() == 2 else A.flip(1).mT
-    backward, _ = one_pass(where, torch.ones_like(start), back_A, log_b.flip(1), same)
-    after = backward.p.flip(1)
+    back = torch.ones_like(start), back_A, log_b.flip(1), form
+    after = (_log(*back) if log else _scaled(*back)[0]).p.flip(1)
     if log:
         reached = _log_reached(A, after)
         joint = forward.p + reached
@@ -124,6 +136,7 @@ def both_passes(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form)
         weight = joint.sum(-1)
         if form.scaled is None and _lost(A, weight.log()):
             return both_passes(where, start, A, log_b, form._replace(scaled=False))
+        _refuse_lost(where, weight)
         probs = joint / weight.unsqueeze(-1)
     return Both(forward.p, after, probs, weight, forward.log_c, log)
 
@@ -213,6 +226,7 @@ def _smoothed(
         found = smooth(start, A, log_b, size, counted)
         if form.scaled or not (_lost(A, found.log_c) or _lost(A, found.least.log()[None])):
             _refuse_impossible(where, found.log_c)
+            _refuse_lost(where, found.least)
             return found
     found = log_chunks.smooth(start, A, log_b, size, counted)
     _refuse_impossible(where, found.log_c)
