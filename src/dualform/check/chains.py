@@ -26,7 +26,7 @@ def random_chain(emission: str, *, parallel: bool | None, scaled: bool | None) -
         for parameter in made.parameters():
             parameter.mul_(0.3)
     moves, start = torch.rand(made.states, made.states, dtype=torch.float64), torch.rand(made.states).double()
-    moves, start = 0.1 + moves + 5 * torch.eye(made.states), 0.1 + start
+    moves, start = 0.1 + moves + 40 * torch.eye(made.states), 0.1 + start
     moves, start = moves / moves.sum(-1, keepdim=True), start / start.sum()
     return HiddenMarkov(made, initial=start, transition=moves, parallel=parallel, scaled=scaled)
 

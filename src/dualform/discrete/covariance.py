@@ -45,6 +45,10 @@ class Covariances(nn.Module):
         self.root = nn.Parameter(torch.zeros(shape.get(kind, (states, 1)), dtype=torch.float64))
         self.register_buffer("data_variance", torch.ones(width, dtype=torch.float64), persistent=False)
 
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return self.kind
+
     @property
     def dense(self) -> bool:
         """Whether components are correlated."""

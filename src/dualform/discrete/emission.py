@@ -32,6 +32,11 @@ class Emission(nn.Module):
                 raise ArgumentError(f"{type(self).__name__}: {name} is {value!r}, expected a whole number from {least}")
         self.states, self.width, self.lags = states, width, lags
 
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        lags = f", lags={self.lags}" if self.lags else ""
+        return f"states={self.states}, width={self.width}{lags}"
+
     def log_prob(self, x: Tensor, before: Tensor, seen: Tensor) -> Tensor:
         """``log p(y_t | z_t = k)`` of the components that are not NaN, ``(B, T, K)``.
 

@@ -84,25 +84,32 @@ def log_loop(start: Tensor, A: Tensor, log_b: Tensor) -> Pass:
 
 
 class Moves(NamedTuple):
-    """From each state before some steps to each state after them: ``exp(log_scale_i) P_ij``."""
+    """From each state before some steps to each state after them: in proportion to ``exp(log_scale_i) P_ij``."""
 
-    P: Tensor  # (..., K, K); rows sum to 1
-    log_scale: Tensor  # (..., K)
+    P: Tensor  # (..., K, K), or its logarithm; rows sum to 1
+    log_scale: Tensor  # (..., K); up to a constant
+
+
+def _levelled(log_scale: Tensor) -> Tensor:
+    """Less its maximum, which keeps its digits."""
+    top = log_scale.detach().amax(-1, keepdim=True)
+    return log_scale - torch.where(top.isfinite(), top, 0)
 
 
 def combine_moves(earlier: Moves, later: Moves) -> Moves:
     """The product of two, each row scaled for itself."""
-    top = later.log_scale.detach().amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0)
-    P = (earlier.P * (later.log_scale - top).exp().unsqueeze(-2)) @ later.P
+    P = (earlier.P * later.log_scale.exp().unsqueeze(-2)) @ later.P
     total = P.sum(-1)
     P = P / torch.where(total > 0, total, 1).unsqueeze(-1)
-    return Moves(P, earlier.log_scale + safe_log(total) + top)
+    return Moves(P, _levelled(earlier.log_scale + safe_log(total)))
 
 
-def combine_log_moves(earlier: Tensor, later: Tensor) -> Tensor:
-    """The product of two matrices of logarithms."""
-    return logsumexp(earlier.unsqueeze(-1) + later.unsqueeze(-3), -2)
+def combine_log_moves(earlier: Moves, later: Moves) -> Moves:
+    """The product of two with logarithms."""
+    P = logsumexp((earlier.P + later.log_scale.unsqueeze(-2)).unsqueeze(-1) + later.P.unsqueeze(-3), -2)
+    total = logsumexp(P, -1)
+    P = P - torch.where(total.isfinite(), total, 0).unsqueeze(-1)
+    return Moves(P, _levelled(earlier.log_scale + total))
 
 
 def _each(A: Tensor, log_b: Tensor) -> Tensor:
@@ -113,9 +120,7 @@ def _each(A: Tensor, log_b: Tensor) -> Tensor:
 def scaled_scan(start: Tensor, A: Tensor, e: Tensor) -> Pass:
     """All ``v_t`` by an associative scan of depth ``O(log T)``, then all steps at once."""
     products = associative_scan(combine_moves, Moves(_each(A, e), safe_log(e[:, :-1])))
-    top = products.log_scale.detach().amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0)
-    weights = start[:, None] * (products.log_scale - top).exp()
+    weights = start[:, None] * products.log_scale.exp()
     v = (weights.unsqueeze(-2) @ products.P).squeeze(-2)
     v = torch.cat([start[:, None], v / weights.sum(-1, keepdim=True)], 1)
     joint = v * e
@@ -126,10 +131,11 @@ def scaled_scan(start: Tensor, A: Tensor, e: Tensor) -> Pass:
 def log_scan(start: Tensor, A: Tensor, log_b: Tensor) -> Pass:
     """:func:`scaled_scan` on logarithms."""
     log_start = safe_log(start)[:, None]
-    products = associative_scan(combine_log_moves, log_b[:, :-1].unsqueeze(-1) + safe_log(_each(A, log_b)))
-    v = logsumexp(log_start.unsqueeze(-1) + products, -2)
-    joint = torch.cat([log_start, v], 1) + log_b
-    total = logsumexp(joint, -1)
-    p = joint - torch.where(total.isfinite(), total, 0).unsqueeze(-1)
-    before = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1)
-    return Pass(p, torch.where(total.isfinite(), total - before, total))
+    products = associative_scan(combine_log_moves, Moves(safe_log(_each(A, log_b)), _levelled(log_b[:, :-1])))
+    weights = log_start + products.log_scale
+    total = logsumexp(weights, -1)
+    weights = weights - torch.where(total.isfinite(), total, 0).unsqueeze(-1)
+    v = torch.cat([log_start, logsumexp(weights.unsqueeze(-1) + products.P, -2)], 1)
+    joint = v + log_b
+    c = logsumexp(joint, -1)
+    return Pass(joint - torch.where(c.isfinite(), c, 0).unsqueeze(-1), c)
