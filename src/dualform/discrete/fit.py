@@ -12,7 +12,7 @@ from dualform.discrete.series import Series
 from dualform.discrete.smoothing import expect
 
 _TRIAL = 15  # iterations of each starting point
-_LEAST_LOGIT = 300.0  # transitions rarer than e^-300 are as good as none, and keep a gradient
+_FIXED_POINTS = 100  # iterations of what has no closed form
 _WHERE = "HiddenMarkov.fit"
 
 
@@ -127,33 +127,33 @@ def _maximise(model: Any, series: Series, expected: _Expected) -> None:
     model.initial_logits.copy_(safe_log(first))
 
 
-@torch.enable_grad()
 def _maximise_stationary(model: Any, expected: _Expected) -> None:
-    """The transition also decides the distribution of the first state, so that its maximum has no closed form.
+    """Maximise ``sum_ij n_ij log A_ij + sum_i f_i log pi_i(A)``, of expected transitions n and first states f.
 
-    It is close to the one that has, and found from there.
+    With ``Z = (I - A + 1 pi)^-1``, the second term has the derivative ``g_ij = pi_i (Z (f / pi))_j``. A maximum has
+    ``A_ij = (n_ij + A_ij (g_ij - sum_j A_ij g_ij)) / n_i``, which is iterated. Should that lose likelihood, a part of
+    the way is taken.
     """
-    counts = expected.counts
-    shares = counts / counts.sum(-1, keepdim=True).clamp_min(torch.finfo(counts.dtype).tiny)
-    before = model.transition_logits.detach().log_softmax(-1)
-    logits = torch.where(shares > 0, safe_log(shares), before).clamp_min(-_LEAST_LOGIT).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=8, tolerance_grad=1e-11, tolerance_change=1e-15, line_search_fn="strong_wolfe"
-    )
-    scale = counts.sum() + expected.first.sum()
+    n, first = expected.counts, expected.first
+    total, before = n.sum(-1, keepdim=True), model.transition
+    closed = torch.where(total > 0, n / torch.where(total > 0, total, 1), before)
+    ones, A = torch.ones_like(n), closed
+    for _ in range(_FIXED_POINTS):
+        pi = stationary_distribution(A)
+        ratio = torch.where(first > 0, first / pi.clamp_min(torch.finfo(pi.dtype).tiny), 0)
+        g = pi[:, None] * torch.linalg.solve(torch.eye(len(A), dtype=A.dtype, device=A.device) - A + ones * pi, ratio)
+        moved = n + A * (g - (A * g).sum(-1, keepdim=True))
+        moved = torch.where(total > 0, moved.clamp_min(0), before)
+        last, A = A, moved / moved.sum(-1, keepdim=True)
+        if (A - last).abs().max() < 4 * torch.finfo(A.dtype).eps:
+            break
 
-    def value(logits: Tensor) -> Tensor:
-        log_pi = safe_log(stationary_distribution(logits.softmax(-1)))
-        moved = torch.where(counts > 0, counts * logits.log_softmax(-1), 0)
-        return -(moved.sum() + torch.where(expected.first > 0, expected.first * log_pi, 0).sum()) / scale
+    def value(A: Tensor) -> Tensor:
+        log_pi = safe_log(stationary_distribution(A))
+        return torch.where(n > 0, n * safe_log(A), 0).sum() + torch.where(first > 0, first * log_pi, 0).sum()
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        found = value(logits)
-        found.backward()
-        return found.detach()
-
-    optimizer.step(loss)  # pyright: ignore[reportArgumentType]
-    with torch.no_grad():
-        if value(logits) <= value(before):
-            model.transition_logits.copy_(logits)
+    least, share = value(before), 1.0
+    while not value(before + share * (A - before)) >= least and share > 1e-6:
+        share /= 4
+    if share > 1e-6:
+        model.transition_logits.copy_(safe_log(before + share * (A - before)))
