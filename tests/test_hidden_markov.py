@@ -19,6 +19,7 @@ from dualform.discrete import (
     log_likelihood,
     viterbi,
 )
+from dualform.discrete.series import Series
 from vectors import close, load
 
 FORMS = list(itertools.product((None, False, True), (None, True, False)))
@@ -315,6 +316,26 @@ def test_all_layouts_say_the_same(name, lengths):
     torch.testing.assert_close(model.filter(line, lengths).loglik.sum(), each.sum(), rtol=1e-11, atol=1e-11)
 
 
+def test_pairs_of_padded_rows_are_those_of_each_row_alone():
+    model, y, _ = model_and_data("poisson", batch=4)
+    lengths = [9, 1, 0, 5]
+    found = model.smooth(y, lengths)
+    assert found.probs.shape == (4, 9, 3) and found.pairs.shape == (4, 8, 3, 3)
+    for row, n in enumerate(lengths):
+        assert (found.probs[row, n:] == 0).all() and (found.pairs[row, max(n - 1, 0) :] == 0).all()
+        if n:
+            alone = model.smooth(y[row, :n])
+            torch.testing.assert_close(found.probs[row, :n], alone.probs)
+            torch.testing.assert_close(found.pairs[row, : n - 1], alone.pairs)
+
+
+def test_one_long_series_does_not_pad_the_short_ones():
+    lengths = [5000, *[3] * 1000, *range(1, 40)]
+    line = torch.zeros(sum(lengths), dtype=torch.float64)
+    series = Series.of("test", PoissonEmission(2), line, lengths)
+    assert sum(part.x.shape[:2].numel() for part in series.parts) < 1.5 * len(line)
+
+
 @pytest.mark.parametrize("name", emissions())
 def test_parameters_train_by_gradient(name):
     model, y, _ = model_and_data(name, batch=2, length=40)
@@ -404,6 +425,8 @@ BAD = {
     "lengths": (lambda: POISSON.score([1, 2, 3], [1, 1]), "lengths sum to 2, but X has 3 rows"),
     "negative length": (lambda: POISSON.score([1, 2, 3], [4, -1]), "lengths is"),
     "long": (lambda: POISSON.score(torch.ones(2, 3, 1), [4, 1]), "2 lengths up to 4, but X has 2 rows of 3"),
+    "ends": (lambda: POISSON.smooth([1, 2, 3], [1, 2]), "X has series end to end"),
+    "no steps": (lambda: POISSON.predict(torch.ones(2, 0, 1)), "X has no steps"),
     "impossible": (lambda: IMPOSSIBLE.score([0, 1]), "row 0, time 1 has probability 0"),
     "no path": (lambda: IMPOSSIBLE.predict([0, 1]), "every path of series 0 has probability 0"),
     "missing": (

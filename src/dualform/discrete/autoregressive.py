@@ -101,12 +101,11 @@ class AutoregressiveEmission(Emission):
         self.covariance.data_variance.copy_(data_variance(x))
 
     @torch.no_grad()
-    def maximise(self, x: Tensor, weights: Tensor) -> None:
-        nothing = x.new_zeros(len(x), self.lags, self.width)
-        past, known = self._past(x, nothing, torch.zeros(len(x), dtype=torch.int64, device=x.device))
-        here = known & (weights.sum(-1) > 0)
+    def maximise(self, x: Tensor, weights: Tensor, place: Tensor) -> None:
+        here = (place >= self.lags).nonzero()[:, 0]
+        past = x[here[:, None] - torch.arange(1, self.lags + 1, device=x.device)]  # (n, L, M)
         y, w = x[here], weights[here]
-        u = torch.cat([y.new_ones(len(y), 1), past[here].flatten(1)], 1)
+        u = torch.cat([y.new_ones(len(y), 1), past.flatten(1)], 1)
         scatters, total = [], w.sum(0)
         for k in range(self.states):
             gram = (u * w[:, k, None]).mT @ u
@@ -115,7 +114,7 @@ class AutoregressiveEmission(Emission):
                 found = torch.linalg.solve(gram + torch.diag(ridge), (u * w[:, k, None]).mT @ y)  # (1 + L M, M)
                 self.bias[k].copy_(found[0])
                 self.weights[k].copy_(found[1:].unflatten(0, (self.lags, self.width)).mT)
-            error = y - self._mean(past[here][:, None])[:, 0, k]
+            error = y - self._mean(past[:, None])[:, 0, k]
             scatters.append((error * w[:, k, None]).mT @ error)
         scatter = torch.stack(scatters)
         scatter = scatter if self.covariance.dense else torch.diag_embed(scatter.diagonal(dim1=-2, dim2=-1))

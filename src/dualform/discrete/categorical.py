@@ -76,12 +76,12 @@ class CategoricalEmission(Emission):
         return torch.where(x.isnan(), 0, x).long(), ~x.isnan()
 
     @torch.no_grad()
-    def maximise(self, x: Tensor, weights: Tensor) -> None:
-        index, seen = self._symbols(x.flatten(0, 1))
-        flat, counts = weights.flatten(0, 1), []
+    def maximise(self, x: Tensor, weights: Tensor, place: Tensor) -> None:
+        index, seen = self._symbols(x)
+        counts = []
         for m in range(self.width):
-            count = flat.new_zeros(self.symbols, self.states)
-            counts.append(count.index_add_(0, index[:, m], flat * seen[:, m, None]).mT)
+            count = weights.new_zeros(self.symbols, self.states)
+            counts.append(count.index_add_(0, index[:, m], weights * seen[:, m, None]).mT)
         count = torch.stack(counts, 1) + self.prior
         total = count.sum(-1, keepdim=True)
         self.logits.copy_(torch.where(total > 0, safe_log(count / torch.where(total > 0, total, 1)), self.logits))

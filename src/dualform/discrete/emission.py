@@ -56,12 +56,13 @@ class Emission(nn.Module):
         if x.is_floating_point():
             refuse(where, name, x, x.detach().isinf(), "has infinite values", "NaN stands for a missing value")
 
-    def maximise(self, x: Tensor, weights: Tensor) -> None:
+    def maximise(self, x: Tensor, weights: Tensor, place: Tensor) -> None:
         """Move the parameters to the maximum of ``sum_tk weights_tk log p(y_t | z_t = k)``, priors included.
 
         Args:
-            x: observations ``(B, T, M)``.
-            weights: ``(B, T, K)``, 0 after the end of a row.
+            x: observations of all series end to end ``(N, M)``.
+            weights: ``(N, K)``.
+            place: of each observation in its series ``(N,)``, from 0.
         """
         raise NotImplementedError
 

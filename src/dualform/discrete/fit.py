@@ -34,7 +34,7 @@ class _Expected(NamedTuple):
 
     log_likelihood: float
     objective: float
-    weights: Tensor  # (B, T, K)
+    weights: Tensor  # (N, K), of the steps of all series end to end
     counts: Tensor  # (K, K)
     first: Tensor  # (K,)
 
@@ -42,7 +42,7 @@ class _Expected(NamedTuple):
 @torch.no_grad()
 def baum_welch(model: Any, series: Series, restarts: int, max_iterations: int, tolerance: float, seed: int) -> Fit:
     """Fit a model in place; 0 restarts go on from its parameters."""
-    steps = series.steps()
+    steps = series.line
     observed = _check_enough(steps, model.states)
     model.emission.prepare(steps)
     gain = tolerance * observed
@@ -80,17 +80,13 @@ def _check_enough(x: Tensor, states: int) -> int:
 
 def _begin(model: Any, series: Series, generator: torch.Generator, attempt: int) -> None:
     """Parameters from a first guess of the states."""
-    guess = model.emission.guess(series.steps(), generator, attempt).to(model.transition.dtype)
-    weights = guess.new_zeros(*series.x.shape[:2], guess.shape[-1])
-    if series.keep is None:
-        weights = guess.view_as(weights)
-    else:
-        weights[series.keep] = guess
-    model.emission.maximise(series.x, weights)
-    counts = 1 + torch.einsum("bti,btj->ij", weights[:, :-1], weights[:, 1:])
+    weights = model.emission.guess(series.line, generator, attempt).to(model.transition.dtype)
+    model.emission.maximise(series.line, weights, series.place)
+    later, begins = series.place[1:] > 0, series.place == 0
+    counts = 1 + weights[:-1][later].mT @ weights[1:][later]
     model.transition_logits.copy_((counts / counts.sum(-1, keepdim=True)).log())
     if model.initial_logits is not None:
-        first = weights[:, 0].sum(0) + 1
+        first = weights[begins].sum(0) + 1
         model.initial_logits.copy_((first / first.sum()).log())
 
 
@@ -108,15 +104,20 @@ def _climb(model: Any, series: Series, iterations: int, gain: float) -> tuple[_E
 
 
 def _expect(model: Any, series: Series) -> _Expected:
-    start, A, log_b = model.chain(series)
-    found = expect(_WHERE, start, A, log_b, model.form, series.keep)
-    log_likelihood, weights = float(series.masked(found.log_c).sum()), series.masked(found.probs)
-    objective = log_likelihood + float(model.emission.log_prior())
-    return _Expected(log_likelihood, objective, weights, A * found.by_A, weights[:, 0].sum(0))
+    total, counts, each = 0.0, torch.zeros_like(model.transition), []
+    for part in series.parts:
+        start, A, log_b = model.chain(part)
+        found = expect(_WHERE, start, A, log_b, model.form, part.keep)
+        total += float(part.masked(found.log_c).sum())
+        counts += A * found.by_A
+        each.append(found.probs)
+    weights = series.on_line(each)
+    first = weights[series.place == 0].sum(0)
+    return _Expected(total, total + float(model.emission.log_prior()), weights, counts, first)
 
 
 def _maximise(model: Any, series: Series, expected: _Expected) -> None:
-    model.emission.maximise(series.x, expected.weights)
+    model.emission.maximise(series.line, expected.weights, series.place)
     if model.initial_logits is None:
         _maximise_stationary(model, expected)
         return

@@ -8,25 +8,17 @@ from torch import Tensor, nn
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import check_finite
-from dualform.core.packing import Borders, Packing, unpack
+from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
-from dualform.core.tree import state_class
+from dualform.core.tree import take, tree_map
 from dualform.discrete.chain import stationary_distribution
 from dualform.discrete.decoding import viterbi
 from dualform.discrete.emission import Emission, check_distribution, given, widened
+from dualform.discrete.filtering import Filtered, HiddenState, log_prob, run
 from dualform.discrete.fit import Fit, baum_welch
 from dualform.discrete.passes import safe_log
-from dualform.discrete.series import Series
-from dualform.discrete.smoothing import Form, both_passes, log_likelihood, one_pass, pair_probs, posterior, records
-
-_SPAN = 1 << 16  # numbers of an emission that are computed at a time
-
-
-class Filtered(NamedTuple):
-    """``p(z_t | y_1 .. y_t)``, and ``log p(y_t | y_1 .. y_{t-1})``."""
-
-    probs: Tensor  # (B, T, K)
-    loglik: Tensor  # (B, T)
+from dualform.discrete.series import Part, Series
+from dualform.discrete.smoothing import Form, both_passes, log_likelihood, pair_probs, posterior
 
 
 class Smoothed(NamedTuple):
@@ -34,15 +26,6 @@ class Smoothed(NamedTuple):
 
     probs: Tensor  # (B, T, K)
     pairs: Tensor  # (B, T - 1, K, K); 0 where the later step is not there
-
-
-@state_class
-class HiddenState(NamedTuple):
-    """What a filter keeps: ``p(z_{t+1} | y_1 .. y_t)``, and the observations that the next one may depend on."""
-
-    probs: Tensor  # (B, K)
-    lags: Tensor  # (B, L, M), the last one last; 0 before the first observation
-    seen: Tensor  # (B,), int64: how many of them there are
 
 
 @explained
@@ -165,12 +148,19 @@ class HiddenMarkov(nn.Module):
         """
         where = "HiddenMarkov.forward"
         x, packing = self._check(where, x, "B T"), Packing.of(where, cu_seqlens, x)
+        last = self._check_state(where, len(x) if packing is None else packing.rows, state)
         if packing is None:
-            return self._filter(where, x, self._check_state(where, len(x), x, state), None)
-        keep = packing.keep_mask()
-        state = self._check_state(where, packing.rows, x, state)
-        out, last = self._filter(where, unpack(x, keep), state, keep)
-        return Filtered(out.probs[keep][None], out.loglik[keep][None]), last
+            return run(where, self.emission, self.transition, x, last, self.form)
+        (groups, order), A, outs = packing.groups(), self.transition, []
+        for rows, steps, keep in groups:
+            laid = torch.where(keep[..., None], x[0][steps], 0)
+            out, new = run(where, self.emission, A, laid, take(last, rows), self.form, keep)
+            last = tree_map(lambda old, new, rows=rows: old.index_put((rows,), new), last, new)
+            outs.append(out)
+        if not outs:
+            return run(where, self.emission, A, x, self.init_state(1), self.form)[0], last
+        each = [torch.cat([m.flatten(0, 1) for m in of_all])[order][None] for of_all in zip(*outs, strict=True)]
+        return Filtered(*each), last
 
     def step(self, x: Tensor, state: HiddenState) -> tuple[Filtered, HiddenState]:
         """One observation ``x`` ``(B, M)``; outputs have no time axis.
@@ -180,7 +170,8 @@ class HiddenMarkov(nn.Module):
         """
         where = "HiddenMarkov.step"
         x = self._check(where, x, "B")
-        out, state = self._filter(where, x[:, None], self._check_state(where, len(x), x, state), None)
+        state = self._check_state(where, len(x), state)
+        out, state = run(where, self.emission, self.transition, x[:, None], state, self.form)
         return Filtered(out.probs[:, 0], out.loglik[:, 0]), state
 
     def filter(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Filtered:
@@ -193,8 +184,11 @@ class HiddenMarkov(nn.Module):
         """
         where = "HiddenMarkov.filter"
         series = Series.of(where, self.emission, X, lengths, cu_seqlens)
-        out, _ = self._filter(where, series.x, self.init_state(len(series.x)), series.keep)
-        return Filtered(series.back(out.probs), series.back(out.loglik))
+        A, outs = self.transition, []
+        for part in self._some(where, series):
+            state = self.init_state(len(part.x))
+            outs.append(run(where, self.emission, A, part.x, state, self.form, part.keep)[0])
+        return Filtered(series.back([out.probs for out in outs]), series.back([out.loglik for out in outs]))
 
     def log_likelihood(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
         """``log p(y_1 .. y_T)`` of each series ``(B,)``; of one series without axes.
@@ -206,8 +200,7 @@ class HiddenMarkov(nn.Module):
         """
         where = "HiddenMarkov.log_likelihood"
         series = Series.of(where, self.emission, X, lengths, cu_seqlens)
-        start, A, log_b = self.chain(series)
-        return series.of_series(log_likelihood(where, start, A, log_b, self.form))
+        return series.of_series([log_likelihood(where, *self.chain(part), self.form) for part in series.parts])
 
     def score(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
         """The sum of :meth:`log_likelihood` over the series, without axes."""
@@ -231,40 +224,52 @@ class HiddenMarkov(nn.Module):
         """
         where = "HiddenMarkov.predict_proba"
         series = Series.of(where, self.emission, X, lengths, cu_seqlens)
-        return series.back(series.masked(posterior(where, *self._some(where, series), self.form)))
+        return series.back([posterior(where, *self.chain(part), self.form) for part in self._some(where, series)])
 
     def smooth(self, X: Any, lengths: Any = None) -> Smoothed:
         """The probabilities of states and of pairs of neighbouring states, given everything.
 
         Args:
             X: one series, or a batch ``(B, T, M)``, as :meth:`predict_proba`.
-            lengths: of the rows of a batch; with series end to end the result has rows as well.
+            lengths: of the rows of a batch.
+
+        Raises:
+            ArgumentError: as :meth:`predict_proba`, and for series end to end.
         """
-        series = Series.of("HiddenMarkov.smooth", self.emission, X, lengths)
-        start, A, log_b = self._some("HiddenMarkov.smooth", series)
-        both = both_passes("HiddenMarkov.smooth", start, A, log_b, self.form)
-        probs, pairs = series.masked(both.probs), pair_probs(both, A)
-        if series.keep is not None:
-            pairs = torch.where(series.keep[:, 1:, None, None], pairs, 0)
-        return Smoothed(probs[0], pairs[0]) if series.layout == "one" else Smoothed(probs, pairs)
+        where = "HiddenMarkov.smooth"
+        series = Series.of(where, self.emission, X, lengths)
+        if series.layout == "line":
+            raise ArgumentError(f"{where}: X has series end to end", hint="give them as rows, (B, T, M)")
+        probs, pairs = [], []
+        for part in self._some(where, series):
+            start, A, log_b = self.chain(part)
+            both = both_passes(where, start, A, log_b, self.form)
+            found = torch.nn.functional.pad(pair_probs(both, A), (0, 0, 0, 0, 0, 1))  # one for each step
+            there = None if part.keep is None else torch.nn.functional.pad(part.keep[:, 1:], (0, 1))
+            pairs.append(found if there is None else torch.where(there[..., None, None], found, 0))
+            probs.append(both.probs)
+        return Smoothed(series.back(probs), series.back(pairs)[..., :-1, :, :])
 
     def predict(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
         """The most likely path of states, int64, in the layout of X; -1 after the end of a row."""
         return self.decode(X, lengths, cu_seqlens=cu_seqlens)[1]
 
+    @torch.no_grad()
     def decode(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> tuple[Tensor, Tensor]:
         """The log-probability of the most likely path and the observations, ``(B,)``, and the path, by Viterbi.
 
         Args and errors are those of :meth:`predict_proba`.
         """
-        series = Series.of("HiddenMarkov.decode", self.emission, X, lengths, cu_seqlens)
-        with torch.no_grad():
-            start, A, log_b = self._some("HiddenMarkov.decode", series)
-            path, score = viterbi(start, A, log_b, series.keep)
-        if bool((score == -torch.inf).any()):
-            row = int((score == -torch.inf).nonzero()[0])
-            raise ArgumentError(f"HiddenMarkov.decode: every path of series {row} has probability 0")
-        return series.of_series(score), series.back(path)
+        where, scores, paths = "HiddenMarkov.decode", [], []
+        series = Series.of(where, self.emission, X, lengths, cu_seqlens)
+        for part in self._some(where, series):
+            path, score = viterbi(*self.chain(part), part.keep)
+            if bool((score == -torch.inf).any()):
+                row = int(part.rows[score == -torch.inf][0])
+                raise ArgumentError(f"{where}: every path of series {row} has probability 0")
+            scores.append(score)
+            paths.append(path)
+        return series.of_series(scores), series.back(paths, fill=-1)
 
     def fit(
         self,
@@ -336,30 +341,15 @@ class HiddenMarkov(nn.Module):
         states = torch.stack(path, 1) if path else drawn.new_zeros(batch, 0, dtype=torch.int64)
         return self.emission.draw(states, generator), states
 
-    def chain(self, series: Series) -> tuple[Tensor, Tensor, Tensor]:
+    def chain(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """The distribution of the first state ``(B, K)``, the transition, and ``log p(y_t | z_t)`` ``(B, T, K)``."""
-        state = self.init_state(len(series.x))
-        log_b = self._log_prob(series.x, state.lags, state.seen)
-        return state.probs, self.transition, series.masked(log_b)
+        state = self.init_state(len(part.x))
+        return state.probs, self.transition, part.masked(log_prob(self.emission, part.x, state.lags, state.seen))
 
-    def _log_prob(self, x: Tensor, lags: Tensor, seen: Tensor) -> Tensor:
-        """``log p(y_t | z_t)`` ``(B, T, K)``; without gradients in spans of steps that stay in the cache."""
-        rows, length, _ = x.shape
-        span = max(self.emission.lags, _SPAN // max(1, rows * self.states * self.emission.width))
-        if length < 2 * span or records(x, *self.emission.parameters()) or torch.compiler.is_compiling():
-            return self.emission.log_prob(x, lags, seen)
-        out = torch.empty(rows, length, self.states, dtype=lags.dtype, device=x.device)
-        for begin in range(0, length, span):
-            now = x[:, begin : begin + span]
-            out[:, begin : begin + span] = self.emission.log_prob(now, lags, seen)
-            lags, seen = now[:, now.shape[1] - lags.shape[1] :].to(lags.dtype), (seen + span).clamp(max=lags.shape[1])
-        return out
-
-    def _some(self, where: str, series: Series) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, of at least one step."""
-        if not series.x.shape[1]:
+    def _some(self, where: str, series: Series) -> tuple[Part, ...]:
+        if not series.parts:
             raise ArgumentError(f"{where}: X has no steps")
-        return self.chain(series)
+        return series.parts
 
     def _check(self, where: str, x: Tensor, axes: str) -> Tensor:
         """Observations in the dtype of the parameters; integers stay."""
@@ -370,7 +360,7 @@ class HiddenMarkov(nn.Module):
         self.emission.check(where, "x", x)
         return x.to(wide(like)) if x.is_floating_point() else x
 
-    def _check_state(self, where: str, rows: int, x: Tensor, state: HiddenState | None) -> HiddenState:
+    def _check_state(self, where: str, rows: int, state: HiddenState | None) -> HiddenState:
         if state is None:
             return self.init_state(rows)
         e, like = self.emission, self.transition_logits
@@ -378,20 +368,3 @@ class HiddenMarkov(nn.Module):
         check_tensors(f"{where}: state", model=(like, "* *"), seen=(state.seen, f"{rows}"), **sizes)
         check_finite(where, {"state.probs": state.probs, "state.lags": state.lags})
         return HiddenState(state.probs.to(wide(like)), state.lags.to(wide(like)), state.seen)
-
-    def _filter(self, where: str, x: Tensor, state: HiddenState, keep: Tensor | None) -> tuple[Filtered, HiddenState]:
-        (rows, length, _), (start, lags, seen) = x.shape, state
-        if not length or not rows:
-            empty = start.new_zeros(rows, length, self.states) * start[:, None]
-            return Filtered(empty, empty.sum(-1)), state
-        A, log_b = self.transition, self._log_prob(x, lags, seen)
-        log_b = log_b if keep is None else torch.where(keep.unsqueeze(-1), log_b, 0)
-        found, log = one_pass(where, start, A, log_b, self.form)
-        out = Filtered(found.p.exp() if log else found.p, found.log_c)
-        line = torch.cat([lags, x.to(lags.dtype)], 1)
-        if keep is None:
-            return out, HiddenState(out.probs[:, -1] @ A, line[:, length:], (seen + length).clamp(max=lags.shape[1]))
-        row, ends = torch.arange(rows, device=x.device), keep.sum(1)
-        last = torch.where(ends[:, None] > 0, out.probs[row, (ends - 1).clamp_min(0)] @ A, start)
-        latest = line[row[:, None], ends[:, None] + torch.arange(lags.shape[1], device=x.device)]
-        return out, HiddenState(last, latest, (seen + ends).clamp(max=lags.shape[1]))

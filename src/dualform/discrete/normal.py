@@ -69,8 +69,8 @@ class GaussianEmission(Emission):
         self.covariance.data_variance.copy_(data_variance(x))
 
     @torch.no_grad()
-    def maximise(self, x: Tensor, weights: Tensor) -> None:
-        x, weights = x.flatten(0, 1).to(weights.dtype), weights.flatten(0, 1)
+    def maximise(self, x: Tensor, weights: Tensor, place: Tensor) -> None:
+        x = x.to(weights.dtype)
         if not self.covariance.dense:
             self.means.copy_(weighted_mean(x, weights, self.means))
             seen = ~x.isnan()

@@ -71,8 +71,8 @@ class PoissonEmission(Emission):
         return x @ log_rates.mT - there @ log_rates.exp().mT - constant
 
     @torch.no_grad()
-    def maximise(self, x: Tensor, weights: Tensor) -> None:
-        x, weights = x.flatten(0, 1).to(weights.dtype), weights.flatten(0, 1)
+    def maximise(self, x: Tensor, weights: Tensor, place: Tensor) -> None:
+        x = x.to(weights.dtype)
         if self.prior is None:
             rates = weighted_mean(x, weights, self.rates)
         else:
