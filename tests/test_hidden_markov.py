@@ -361,6 +361,30 @@ def test_gradients_of_a_model_with_missing_values_are_derivatives():
     assert torch.autograd.gradcheck(score, [v.detach().clone().requires_grad_() for v in values])
 
 
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "tied"])
+def test_a_factorisation_for_each_step_says_the_same_of_missing_values(covariance):
+    """What compiled programs run, whose shapes may not depend on values."""
+    _, y, _ = model_and_data("gaussian", missing=0.4)
+    emission = GaussianEmission(3, 2, covariance=covariance)
+    with torch.no_grad():
+        for parameter in emission.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    error = (y.unsqueeze(-2) - emission.means).flatten(0, 1)
+    got = emission.covariance._each_step(error, ~error[:, 0].isnan())
+    close(got, emission.covariance.log_normal(error), 1e-12)
+
+
+def test_second_derivatives_of_a_model():
+    model, y, _ = model_and_data("gaussian", batch=1, length=6)
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def score(*values):
+        with torch.nn.utils.stateless._reparametrize_module(model, dict(zip(names, values, strict=True))):
+            return model.score(y)
+
+    assert torch.autograd.gradgradcheck(score, [v.detach().clone().requires_grad_() for v in values])
+
+
 def test_probabilities_of_zero_have_finite_gradients():
     """A model from left to right, with a symbol that one state cannot emit."""
     emission = CategoricalEmission.of([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])

@@ -82,7 +82,9 @@ class Covariances(nn.Module):
             white = torch.where(seen, error, 0) / deviation
             return torch.where(seen, white.square() / -2 - constant, 0).sum(-1)
         flat, known = error.flatten(0, -3), seen.flatten(0, -3)[:, 0]
-        if torch.compiler.is_compiling() or bool(known.all()):
+        if torch.compiler.is_compiling():
+            return self._each_step(flat, known).unflatten(0, error.shape[:-2])
+        if bool(known.all()):
             return self._log_normal(flat, self.cholesky()).unflatten(0, error.shape[:-2])
         sigma, out = self(), flat.new_zeros(flat.shape[:-1])
         patterns, which = known.unique(dim=0, return_inverse=True)
@@ -92,6 +94,16 @@ class Covariances(nn.Module):
                 L = torch.linalg.cholesky(symmetric_part(sigma[:, part[:, None], part]))
                 out = out.index_put((rows,), self._log_normal(flat[rows][..., part], L))
         return out.unflatten(0, error.shape[:-2])
+
+    def _each_step(self, error: Tensor, known: Tensor) -> Tensor:
+        """The same of ``(N, K, M)`` with a factorisation for each step, whose shapes do not depend on what is known."""
+        both = (known.unsqueeze(-1) & known.unsqueeze(-2)).unsqueeze(1)
+        eye = torch.eye(self.width, dtype=error.dtype, device=error.device)
+        L = torch.linalg.cholesky(torch.where(both, self(), eye))
+        there = known.unsqueeze(1)
+        white = torch.linalg.solve_triangular(L, torch.where(there, error, 0).unsqueeze(-1), upper=False).squeeze(-1)
+        constant = L.diagonal(dim1=-2, dim2=-1).log() + there.to(error.dtype) * (math.log(2 * math.pi) / 2)
+        return (white.square() / -2 - constant).sum(-1)
 
     @staticmethod
     def _log_normal(error: Tensor, L: Tensor) -> Tensor:
