@@ -14,6 +14,7 @@ from dualform.discrete import (
     AutoregressiveEmission,
     CategoricalEmission,
     GaussianEmission,
+    MixtureEmission,
     PoissonEmission,
     forward_backward,
     log_likelihood,
@@ -248,6 +249,9 @@ def emissions():
         "poisson": PoissonEmission.of((means + 3).abs()),
         "categorical": CategoricalEmission.of(table / table.sum(-1, keepdim=True)),
         "autoregressive": AutoregressiveEmission.of(weights, means, covs),
+        "mixture": MixtureEmission.of(
+            [[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]], torch.stack([means, means + 2], 1), torch.stack([covs, covs / 2], 1)
+        ),
     }
 
 
@@ -269,6 +273,10 @@ def log_density(name, emission, y, t, k):
         return torch.distributions.Poisson(emission.rates[k][seen]).log_prob(value[seen]).sum()
     if name == "categorical":
         return sum(emission.probs[k, m, int(value[m])].log() for m in range(2) if seen[m])
+    if name == "mixture":
+        covs = emission.covs[k][:, seen][:, :, seen]
+        parts = torch.distributions.MultivariateNormal(emission.means[k][:, seen], covs)
+        return torch.logsumexp(parts.log_prob(value[seen]) + emission.weights[k].log(), 0)
     mean, cov = (emission.bias if name == "autoregressive" else emission.means)[k], emission.covs[k]
     if name == "autoregressive":
         if t == 0:
@@ -422,6 +430,7 @@ def test_numbers_of_free_parameters():
     assert {k: e.free_parameters() for k, e in sizes.items()} == {"full": 15, "diagonal": 12, "spherical": 9, "tied": 9}
     assert CategoricalEmission(3, 5).free_parameters() == 12
     assert AutoregressiveEmission(2, 2, 3).free_parameters() == 2 * (12 + 2 + 3)
+    assert MixtureEmission(3, 2, 4).free_parameters() == 3 * (3 + 4 * (2 + 3))
     assert df.HiddenMarkov(PoissonEmission(3)).free_parameters() == 6 + 2 + 3
 
 

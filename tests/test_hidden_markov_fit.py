@@ -11,6 +11,7 @@ from dualform.discrete import (
     AutoregressiveEmission,
     CategoricalEmission,
     GaussianEmission,
+    MixtureEmission,
     PoissonEmission,
     select,
 )
@@ -104,6 +105,8 @@ FRESH = {
     "categorical": lambda **k: CategoricalEmission(2, 3, **k),
     "autoregressive": lambda **k: AutoregressiveEmission(2, **k),
 }
+MIXED = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+MIXED[::3, 0] = MIXED[5:9] = NAN
 
 
 @pytest.mark.parametrize("kind", FRESH)
@@ -144,6 +147,22 @@ def test_a_fit_that_has_converged_is_a_stationary_point(kind):
     model.fit(y[:, :300], tolerance=1e-13, max_iterations=3000, restarts=2)
     for p in torch.autograd.grad(model.score(y[:, :300]) + model.emission.log_prior(), list(model.parameters())):
         assert p.abs().max() < 1e-3
+
+
+def test_a_state_of_several_components_is_one_state():
+    """A state that is on either side of another one; a single component gives what a normal emission does."""
+    means, covs = [[[-5.0], [5.0]], [[0.0], [0.0]]], torch.full((2, 2, 1, 1), 0.5, dtype=torch.float64)
+    truth = MixtureEmission.of([[0.5, 0.5], [0.5, 0.5]], means, covs)
+    model = df.HiddenMarkov(truth, transition=[[0.95, 0.05], [0.05, 0.95]])
+    y, z = model.sample(400, generator=torch.Generator().manual_seed(3))
+    A = [[0.9, 0.1], [0.1, 0.9]]
+    near = df.HiddenMarkov(MixtureEmission.of([[0.5, 0.5]] * 2, [[[-3.0], [2.0]], [[-1.0], [1.0]]], covs), transition=A)
+    fit = near.fit(y, from_data=False, max_iterations=40)
+    assert all(b >= a - 1e-9 for a, b in zip(fit.history[:-1], fit.history[1:], strict=True))
+    assert (near.predict(y) == z).double().mean() > 0.98
+    assert (near.emission.means[0].flatten() - torch.tensor([-5.0, 5.0])).abs().max() < 0.2
+    one, plain = (df.HiddenMarkov(e) for e in (MixtureEmission(2, 1, 1), GaussianEmission(2)))
+    assert abs(one.fit(y, restarts=1).log_likelihood - plain.fit(y, restarts=1).log_likelihood) < 1e-6
 
 
 def test_what_is_missing_is_integrated_out():
@@ -188,6 +207,12 @@ def test_a_seed_decides_everything():
         fits.append((model.fit(y[:, :80], max_iterations=20, seed=seed).history, model.transition.detach()))
     assert fits[0][0] == fits[1][0] and torch.equal(fits[0][1], fits[1][1])
     assert fits[0][0] != fits[2][0]
+
+
+@pytest.mark.parametrize("emission", [MixtureEmission(2, 2, 3), MixtureEmission(2, 2, 2, covariance="diagonal")])
+def test_a_mixture_starts_from_data_alone_also_with_holes(emission):
+    fit = df.HiddenMarkov(emission).fit(MIXED, max_iterations=30)
+    assert all(b >= a - 1e-9 for a, b in zip(fit.history[:-1], fit.history[1:], strict=True))
 
 
 BAD = {

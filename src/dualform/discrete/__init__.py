@@ -4,6 +4,7 @@ from dualform.discrete.autoregressive import AutoregressiveEmission
 from dualform.discrete.categorical import CategoricalEmission
 from dualform.discrete.emission import Emission
 from dualform.discrete.fit import Fit
+from dualform.discrete.mixture import MixtureEmission
 from dualform.discrete.model import Filtered, HiddenMarkov, HiddenState, Smoothed
 from dualform.discrete.normal import GaussianEmission
 from dualform.discrete.poisson import PoissonEmission
@@ -20,6 +21,7 @@ __all__ = [
     "GaussianEmission",
     "HiddenMarkov",
     "HiddenState",
+    "MixtureEmission",
     "PoissonEmission",
     "Posterior",
     "Selection",

@@ -18,7 +18,7 @@ def clusters(x: Tensor, count: int, generator: torch.Generator, refine: bool = T
         Lloyd (1982), "Least squares quantization in PCM"; Arthur and Vassilvitskii (2007), "k-means++: the advantages
         of careful seeding".
     """
-    mean = x.nanmean(0)
+    mean = x.nanmean(0).nan_to_num(0)  # of a column that is missing everywhere
     x = torch.where(x.isnan(), mean, x) - mean
     deviation = x.square().mean(0).sqrt()
     x = x / torch.where(deviation > 0, deviation, 1)
