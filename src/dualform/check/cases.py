@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualform.check.chains import observations, random_chain
+from dualform.check.chains import hidden_markov_cases
 from dualform.core.laws import Trial
 from dualform.core.linalg import symmetric_part
 from dualform.core.recurrence import State
@@ -223,15 +223,6 @@ def kalman_case(name: str, *, states: int, observed: int, parallel: bool) -> Cas
     return Case(f"kalman {name}", "kalman", build, sample, symmetric)
 
 
-def hmm_case(emission: str, name: str, parallel: bool | None = None, scaled: bool | None = None) -> Case:
-    """The case of a hidden Markov model, by its emission and the form of its passes over time."""
-
-    def build(device: torch.device, dtype: torch.dtype) -> tuple[Any, None]:
-        return random_chain(emission, parallel=parallel, scaled=scaled).to(device, dtype), None
-
-    return Case(f"hmm {emission}{name}", "hmm", build, lambda *size: observations(emission, *size))
-
-
 _YARN = RotaryConfig(interleaved=True, scaling="yarn", factor=4.0, original=16, slow=0.5, fast=2.0)
 
 
@@ -387,10 +378,7 @@ CASES: dict[str, Case] = {
         *_irregular(),
         kalman_case("sequential", states=3, observed=2, parallel=False),
         kalman_case("parallel", states=2, observed=3, parallel=True),
-        hmm_case("gaussian", ""),
-        hmm_case("categorical", " parallel", parallel=True),
-        hmm_case("autoregressive", " log", scaled=False),
-        hmm_case("categorical", " parallel log", parallel=True, scaled=False),
+        *(Case(*parts) for parts in hidden_markov_cases()),
         *_models(),
     )
 }

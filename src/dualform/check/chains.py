@@ -12,6 +12,8 @@ from dualform.discrete.emission import Emission
 from dualform.discrete.model import HiddenMarkov
 from dualform.discrete.normal import GaussianEmission
 
+Build = Callable[[torch.device, torch.dtype], tuple[HiddenMarkov, None]]
+Sample = Callable[[int, int, torch.Generator], Tensor]
 EMISSIONS: dict[str, Callable[[], Emission]] = {
     "gaussian": lambda: GaussianEmission(3, 2),
     "categorical": lambda: CategoricalEmission(3, 5, 2),
@@ -37,3 +39,22 @@ def observations(emission: str, batch: int, length: int, generator: torch.Genera
         return torch.randint(5, (batch, length, 2), generator=generator)
     y = torch.randn(batch, length, 2, generator=generator, dtype=torch.float64)
     return y.masked_fill(torch.rand(y.shape, generator=generator) < 0.2, math.nan) if emission == "gaussian" else y
+
+
+def hidden_markov_cases() -> list[tuple[str, str, Build, Sample]]:
+    """Name, kind, build and sample of each :class:`~dualform.check.cases.Case`: emissions, and forms of the passes."""
+    return [
+        _case("gaussian", ""),
+        _case("categorical", " parallel", parallel=True),
+        _case("autoregressive", " log", scaled=False),
+        _case("categorical", " parallel log", parallel=True, scaled=False),
+    ]
+
+
+def _case(
+    emission: str, name: str, parallel: bool | None = None, scaled: bool | None = None
+) -> tuple[str, str, Build, Sample]:
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[HiddenMarkov, None]:
+        return random_chain(emission, parallel=parallel, scaled=scaled).to(device, dtype), None
+
+    return f"hmm {emission}{name}", "hmm", build, lambda *size: observations(emission, *size)
