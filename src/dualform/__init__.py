@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dualform.core.memory import Memory
     from dualform.core.packing import Packing
     from dualform.core.system import StateSpace
+    from dualform.discrete.model import HiddenMarkov
     from dualform.gaussian.kalman import KalmanFilter
     from dualform.gaussian.model import LinearGaussian
     from dualform.generation.engine import generate
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DualformError",
+    "HiddenMarkov",
     "KalmanFilter",
     "LanguageModel",
     "LinearGaussian",
@@ -53,6 +55,7 @@ __all__ = [
 
 _HOME = {
     "DualformError": "core.errors",
+    "HiddenMarkov": "discrete.model",
     "KalmanFilter": "gaussian.kalman",
     "LanguageModel": "models.lm",
     "LinearGaussian": "gaussian.model",
@@ -72,6 +75,6 @@ _HOME = {
     "preset": "models.presets",
     "save": "models.saving.model",
 }
-_PACKAGES = ("check", "compat", "core", "gaussian", "inspect", "layers", "models", "ops", "train")
+_PACKAGES = ("check", "compat", "core", "discrete", "gaussian", "inspect", "layers", "models", "ops", "train")
 
 __getattr__, __dir__ = lazy(__name__, _HOME, _PACKAGES)

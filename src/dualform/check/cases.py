@@ -1,4 +1,4 @@
-"""What the laws are tried on: every mixer in several odd sizes, the Kalman filter, whole hybrid language models."""
+"""What the laws are tried on: every mixer in odd sizes, Kalman filters, hidden Markov models, whole language models."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualform.check.chains import hidden_markov_cases
 from dualform.core.laws import Trial
 from dualform.core.linalg import symmetric_part
 from dualform.core.recurrence import State
@@ -60,8 +61,8 @@ class Case:
 
     Args:
         name: what the table of results calls it.
-        kind: its name in ``MIXERS``; ``"kalman"``; ``"intervals"`` for a mixer on irregular samples, or ``"lm"`` for a
-            whole model.
+        kind: its name in ``MIXERS``; ``"kalman"``; ``"hmm"``; ``"intervals"`` for a mixer on irregular samples, or
+            ``"lm"`` for a whole model.
         build: ``(device, dtype)`` -> the recurrence, and the tensors to differentiate if it has no parameters.
         sample: ``(batch, length, generator)`` -> inputs on the CPU.
         tangent: of its states, see :class:`~dualform.core.laws.Trial`.
@@ -379,6 +380,7 @@ CASES: dict[str, Case] = {
         *_irregular(),
         kalman_case("sequential", states=3, observed=2, parallel=False),
         kalman_case("parallel", states=2, observed=3, parallel=True),
+        *(Case(*parts) for parts in hidden_markov_cases()),
         *_models(),
     )
 }

@@ -98,7 +98,7 @@ def run_checks(
     TF32, to which cuDNN rounds by default, is off meanwhile: what is checked in float32 is float32.
 
     Args:
-        names: of cases, kinds (``mamba2``, ``kalman``, ``lm``) or operators; None is all.
+        names: of cases, kinds (``mamba2``, ``kalman``, ``hmm``, ``lm``) or operators; None is all.
         device: where to run.
         dtype: of parameters and inputs: float64, float32, bfloat16 or float16.
         length: T of the sequences.

@@ -34,7 +34,7 @@ _TITLES = {
 def check(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MIXER]...", help="Mixers, operators, kalman or lm; all of them by default."),
+        typer.Argument(metavar="[MIXER]...", help="Mixers, operators, kalman, hmm or lm; all of them by default."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = DEVICE,
     dtype: Annotated[str, typer.Option(help="float64, float32, bfloat16 or float16.")] = DTYPE,

@@ -112,13 +112,23 @@ class Packing(NamedTuple):
                 after the last step of a row; returns ``(R, L, ...)``.
             inputs: ``(1, T, ...)``, T above 0.
         """
-        *groups, places = self.table("in rows", _groups)
+        groups, places = self.groups()
         out = []
-        for rows, steps, keep in zip(*[iter(groups)] * 3, strict=True):
+        for rows, steps, keep in groups:
             laid = [x[0].index_select(0, steps.flatten()).unflatten(0, steps.shape) for x in inputs]
             masked = [torch.where(keep.view(*keep.shape, *[1] * (x.dim() - 2)), x, 0) for x in laid]
             out.append(run(rows if len(rows) < self.rows else slice(None), *masked).flatten(0, 1))
         return torch.cat(out).index_select(0, places)[None]
+
+    def groups(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """Sequences of like length, side by side, so that padding at most doubles them; empty ones are left out.
+
+        Returns:
+            For each group, the rows of its sequences ``(R,)``, the places of their steps on the line ``(R, L)``, and
+            which of these there are ``(R, L)``; and where each step of the line lies among the steps of all groups.
+        """
+        *groups, places = self.table("in rows", _groups)
+        return list(zip(*[iter(groups)] * 3, strict=True)), places
 
     def sequence_ids(self, length: int) -> Tensor:
         """The sequence of each of ``length`` packed steps, ``(T,)`` int64, on the device of the data."""
@@ -315,11 +325,7 @@ def once(host: Tensor, key: Hashable, make: Callable[[], T]) -> T:
 
 
 def _groups(host: Tensor) -> tuple[Tensor, ...]:
-    """What :meth:`Packing.in_rows` needs, from the borders.
-
-    For each group of sequences of like length: their rows ``(R,)``, the places of their steps on the line ``(R, L)``,
-    and which of these there are. Last, where each step of the line lies among the steps of all groups, ``(T,)``.
-    """
+    """What :meth:`Packing.groups` gives, from the borders, one tensor after the other."""
     lengths, alike = host.diff(), dict[int, list[int]]()
     for row, length in enumerate(lengths.tolist()):
         if length:

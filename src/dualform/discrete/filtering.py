@@ -1,0 +1,62 @@
+"""What a filter gives, and what it keeps."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.core.tree import state_class
+from dualform.discrete.emission import Emission
+from dualform.discrete.smoothing import Form, one_pass, records
+
+_SPAN = 1 << 16  # numbers of an emission that are computed at a time
+
+
+class Filtered(NamedTuple):
+    """``p(z_t | y_1 .. y_t)``, and ``log p(y_t | y_1 .. y_{t-1})``."""
+
+    probs: Tensor  # (B, T, K)
+    loglik: Tensor  # (B, T)
+
+
+@state_class
+class HiddenState(NamedTuple):
+    """What a filter keeps: ``p(z_{t+1} | y_1 .. y_t)``, and the observations that the next one may depend on."""
+
+    probs: Tensor  # (B, K)
+    lags: Tensor  # (B, L, M), the last one last; 0 before the first observation
+    seen: Tensor  # (B,), int64: how many of them there are
+
+
+def log_prob(emission: Emission, x: Tensor, lags: Tensor, seen: Tensor) -> Tensor:
+    """``log p(y_t | z_t)`` ``(B, T, K)``; without gradients in spans of steps that stay in the cache."""
+    rows, length, _ = x.shape
+    span = max(emission.lags, _SPAN // max(1, rows * emission.states * emission.width), 1)
+    if length < 2 * span or records(x, *emission.parameters()) or torch.compiler.is_compiling():
+        return emission.log_prob(x, lags, seen)
+    out = torch.empty(rows, length, emission.states, dtype=lags.dtype, device=x.device)
+    for begin in range(0, length, span):
+        now = x[:, begin : begin + span]
+        out[:, begin : begin + span] = emission.log_prob(now, lags, seen)
+        lags, seen = now[:, now.shape[1] - lags.shape[1] :].to(lags.dtype), (seen + span).clamp(max=lags.shape[1])
+    return out
+
+
+def run(
+    where: str, emission: Emission, A: Tensor, x: Tensor, state: HiddenState, form: Form, keep: Tensor | None = None
+) -> tuple[Filtered, HiddenState]:
+    """The filter over rows ``(B, T, M)``, of which steps are kept ``(B, T)`` from the first on."""
+    (rows, length, _), (start, lags, seen) = x.shape, state
+    if not length or not rows:
+        empty = start.new_zeros(rows, length, emission.states) * start[:, None]
+        return Filtered(empty, empty.sum(-1)), state
+    log_b = log_prob(emission, x, lags, seen)
+    log_b = log_b if keep is None else torch.where(keep.unsqueeze(-1), log_b, 0)
+    found, log = one_pass(where, start, A, log_b, form)
+    out = Filtered(found.p.exp() if log else found.p, found.log_c)
+    line = torch.cat([lags, x.to(lags.dtype)], 1)
+    if keep is None:
+        return out, HiddenState(out.probs[:, -1] @ A, line[:, length:], (seen + length).clamp(max=lags.shape[1]))
+    row, ends = torch.arange(rows, device=x.device), keep.sum(1)
+    latest = line[row[:, None], ends[:, None] + torch.arange(lags.shape[1], device=x.device)]
+    return out, HiddenState(out.probs[row, ends - 1] @ A, latest, (seen + ends).clamp(max=lags.shape[1]))

@@ -1,0 +1,160 @@
+"""Expectation and maximisation: the parameters of a hidden Markov model from data."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.core.errors import ArgumentError
+from dualform.discrete.chain import stationary_distribution
+from dualform.discrete.passes import safe_log
+from dualform.discrete.series import Series
+from dualform.discrete.smoothing import expect
+
+_TRIAL = 15  # iterations of each starting point
+_FIXED_POINTS = 100  # iterations of what has no closed form
+_WHERE = "HiddenMarkov.fit"
+
+
+class Fit(NamedTuple):
+    """What became of a fit."""
+
+    log_likelihood: float  # of the data, without priors
+    converged: bool  # whether the last iteration gained less than the tolerance
+    iterations: int
+    history: tuple[
+        float, ...
+    ]  # the objective, the log-likelihood and priors, before the first iteration and after each
+    observed: int  # steps of which something was observed
+    restarts: tuple[float, ...]  # the objective of each starting point when the best was chosen
+
+
+class _Expected(NamedTuple):
+    """What a model thinks of the data."""
+
+    log_likelihood: float
+    objective: float
+    weights: Tensor  # (N, K), of the steps of all series end to end
+    counts: Tensor  # (K, K)
+    first: Tensor  # (K,)
+
+
+@torch.no_grad()
+def baum_welch(model: Any, series: Series, restarts: int, max_iterations: int, tolerance: float, seed: int) -> Fit:
+    """Fit a model in place; 0 restarts go on from its parameters."""
+    steps = series.line
+    observed = _check_enough(steps, model.states)
+    model.emission.prepare(steps)
+    gain = tolerance * observed
+    if not restarts:
+        last, history, converged = _climb(model, series, max_iterations, gain)
+        return Fit(last.log_likelihood, converged, len(history) - 1, tuple(history), observed, ())
+    generator, found = torch.Generator().manual_seed(seed), []
+    for i in range(restarts):
+        _begin(model, series, generator, i)
+        tries = min(_TRIAL, max_iterations) if restarts > 1 else 0
+        _, history, converged = _climb(model, series, tries, gain)
+        found.append((history[-1], {k: v.clone() for k, v in model.state_dict().items()}, history, converged))
+    _, parameters, history, converged = max(found, key=lambda f: f[0])
+    model.load_state_dict(parameters)
+    remaining = 0 if converged else max_iterations - (len(history) - 1)
+    last, more, again = _climb(model, series, remaining, gain)
+    history = [*history, *more[1:]]
+    return Fit(
+        last.log_likelihood, converged or again, len(history) - 1, tuple(history), observed, tuple(f[0] for f in found)
+    )
+
+
+def _check_enough(x: Tensor, states: int) -> int:
+    seen = ~x.isnan() if x.is_floating_point() else torch.ones_like(x, dtype=torch.bool)
+    observed = int(seen.any(-1).sum())
+    if not observed:
+        raise ArgumentError(f"{_WHERE}: X has no values" if not len(x) else f"{_WHERE}: all values of X are missing")
+    empty = (~seen.any(0)).nonzero()
+    if len(empty):
+        raise ArgumentError(f"{_WHERE}: all values of component {int(empty[0])} of X are missing", hint="leave it out")
+    if observed < states:
+        raise ArgumentError(f"{_WHERE}: {states} states, but X has {observed} observations", hint="take fewer states")
+    return observed
+
+
+def _begin(model: Any, series: Series, generator: torch.Generator, attempt: int) -> None:
+    """Parameters from a first guess of the states."""
+    weights = model.emission.guess(series.line, generator, attempt).to(model.transition.dtype)
+    model.emission.maximise(series.line, weights, series.place)
+    later, begins = series.place[1:] > 0, series.place == 0
+    counts = 1 + weights[:-1][later].mT @ weights[1:][later]
+    model.transition_logits.copy_((counts / counts.sum(-1, keepdim=True)).log())
+    if model.initial_logits is not None:
+        first = weights[begins].sum(0) + 1
+        model.initial_logits.copy_((first / first.sum()).log())
+
+
+def _climb(model: Any, series: Series, iterations: int, gain: float) -> tuple[_Expected, list[float], bool]:
+    """Iterations until one gains less: what the last parameters think, the history, and whether one has."""
+    expected = _expect(model, series)
+    history = [expected.objective]
+    for _ in range(iterations):
+        _maximise(model, series, expected)
+        expected = _expect(model, series)
+        history.append(expected.objective)
+        if history[-1] - history[-2] < gain:
+            return expected, history, True
+    return expected, history, False
+
+
+def _expect(model: Any, series: Series) -> _Expected:
+    total, counts, each = 0.0, torch.zeros_like(model.transition), []
+    for part in series.parts:
+        start, A, log_b = model.chain(part)
+        found = expect(_WHERE, start, A, log_b, model.form, part.keep)
+        total += float(part.masked(found.log_c).sum())
+        counts += A * found.by_A
+        each.append(found.probs)
+    weights = series.on_line(each)
+    first = weights[series.place == 0].sum(0)
+    return _Expected(total, total + float(model.emission.log_prior()), weights, counts, first)
+
+
+def _maximise(model: Any, series: Series, expected: _Expected) -> None:
+    model.emission.maximise(series.line, expected.weights, series.place)
+    if model.initial_logits is None:
+        _maximise_stationary(model, expected)
+        return
+    total = expected.counts.sum(-1, keepdim=True)
+    moved = safe_log(expected.counts / torch.where(total > 0, total, 1))
+    model.transition_logits.copy_(torch.where(total > 0, moved, model.transition_logits))
+    first = expected.first / expected.first.sum()
+    model.initial_logits.copy_(safe_log(first))
+
+
+def _maximise_stationary(model: Any, expected: _Expected) -> None:
+    """Maximise ``sum_ij n_ij log A_ij + sum_i f_i log pi_i(A)``, of expected transitions n and first states f.
+
+    With ``Z = (I - A + 1 pi)^-1``, the second term has the derivative ``g_ij = pi_i (Z (f / pi))_j``. A maximum has
+    ``A_ij = (n_ij + A_ij (g_ij - sum_j A_ij g_ij)) / n_i``, which is iterated. Should that lose likelihood, a part of
+    the way is taken.
+    """
+    n, first = expected.counts, expected.first
+    total, before = n.sum(-1, keepdim=True), model.transition
+    closed = torch.where(total > 0, n / torch.where(total > 0, total, 1), before)
+    ones, A = torch.ones_like(n), closed
+    for _ in range(_FIXED_POINTS):
+        pi = stationary_distribution(A)
+        ratio = torch.where(first > 0, first / pi.clamp_min(torch.finfo(pi.dtype).tiny), 0)
+        g = pi[:, None] * torch.linalg.solve(torch.eye(len(A), dtype=A.dtype, device=A.device) - A + ones * pi, ratio)
+        moved = n + A * (g - (A * g).sum(-1, keepdim=True))
+        moved = torch.where(total > 0, moved.clamp_min(0), before)
+        last, A = A, moved / moved.sum(-1, keepdim=True)
+        if (A - last).abs().max() < 4 * torch.finfo(A.dtype).eps:
+            break
+
+    def value(A: Tensor) -> Tensor:
+        log_pi = safe_log(stationary_distribution(A))
+        return torch.where(n > 0, n * safe_log(A), 0).sum() + torch.where(first > 0, first * log_pi, 0).sum()
+
+    least, share = value(before), 1.0
+    while not value(before + share * (A - before)) >= least and share > 1e-6:
+        share /= 4
+    if share > 1e-6:
+        model.transition_logits.copy_(safe_log(before + share * (A - before)))

@@ -1,0 +1,78 @@
+"""How many states? Models of several sizes, compared by what an information criterion says."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+from dualform.core.calls import explained
+from dualform.core.errors import ArgumentError
+from dualform.discrete.emission import Emission
+from dualform.discrete.fit import Fit
+from dualform.discrete.model import HiddenMarkov
+
+
+class Candidate(NamedTuple):
+    """A fitted model and its criteria, of which less is better."""
+
+    states: int
+    model: HiddenMarkov
+    fit: Fit
+    aic: float  # -2 log L + 2 p, with p free parameters
+    bic: float  # -2 log L + p log n, with n observed steps
+
+
+class Selection(NamedTuple):
+    """The candidate that a criterion prefers, and all of them."""
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+
+
+@explained
+def select(
+    X: Any,
+    lengths: Any = None,
+    *,
+    emission: Callable[[int], Emission],
+    states: Iterable[int] = range(1, 7),
+    criterion: Literal["bic", "aic"] = "bic",
+    stationary: bool = False,
+    restarts: int = 6,
+    seed: int = 0,
+) -> Selection:
+    """Fit a model for each number of states, and choose.
+
+    Args:
+        X: as :meth:`dualform.discrete.model.HiddenMarkov.fit`.
+        lengths: as there.
+        emission: makes the emission for a number of states, such as ``PoissonEmission``.
+        states: the numbers that are tried.
+        criterion: ``bic`` or ``aic``.
+        stationary: as :class:`~dualform.discrete.model.HiddenMarkov`.
+        restarts: starting points of each fit.
+        seed: of these.
+
+    Raises:
+        ArgumentError: as ``fit``; for another criterion, or no numbers.
+
+    References:
+        Schwarz (1978), "Estimating the dimension of a model"; Akaike (1974), "A new look at the statistical model
+        identification"; Zucchini, MacDonald and Langrock (2016), "Hidden Markov models for time series", section 6.1.
+
+    Example:
+        >>> from dualform.discrete import PoissonEmission, select
+        >>> select([1, 0, 2, 1, 9, 8, 9, 7, 1, 0, 1, 2], emission=PoissonEmission, states=(1, 2)).best.states
+        2
+    """
+    if criterion not in ("bic", "aic"):
+        raise ArgumentError(f"select: criterion is {criterion!r}, expected 'bic' or 'aic'")
+    found: list[Candidate] = []
+    for k in states:
+        model = HiddenMarkov(emission(k), stationary=stationary)
+        fit = model.fit(X, lengths, restarts=restarts, seed=seed)
+        p = model.free_parameters()
+        aic, bic = 2 * p - 2 * fit.log_likelihood, p * math.log(fit.observed) - 2 * fit.log_likelihood
+        found.append(Candidate(k, model, fit, aic, bic))
+    if not found:
+        raise ArgumentError("select: states is empty", hint="such as range(1, 7)")
+    return Selection(min(found, key=lambda c: getattr(c, criterion)), tuple(found))
