@@ -377,10 +377,10 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         *_mixers(),
+        *(Case(*parts) for parts in hidden_markov_cases()),
         *_irregular(),
         kalman_case("sequential", states=3, observed=2, parallel=False),
         kalman_case("parallel", states=2, observed=3, parallel=True),
-        *(Case(*parts) for parts in hidden_markov_cases()),
         *_models(),
     )
 }
