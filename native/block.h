@@ -77,12 +77,16 @@ INLINE void leave(const S& s, Lines<T> y, int64_t D, int64_t first, int64_t end)
   });
 }
 
+// Without memory these only return how many bytes of it they need, all threads together.
+
 // Phases: norms of rows, 2 D outputs of the projection in, R + 2 N maps, D channels, M outputs.
 template <class T>
-void mamba(const MambaStep& s, int64_t phase, int64_t first, int64_t end, void* memory) {
+int64_t mamba(const MambaStep& s, int64_t phase, int64_t first, int64_t end, void* memory) {
   const int64_t M = s.features, D = s.width, N = s.states, R = s.rank, all = R + 2 * N, rows = s.rows;
-  T *normed = static_cast<T*>(memory), *both = normed + rows * M, *maps = both + rows * 2 * D;
-  T *y = maps + rows * all, *dt = y + rows * D, *log_decay = dt + rows * D;
+  Arena arena(memory);
+  T *normed = arena.take<T>(rows * M), *both = arena.take<T>(rows * 2 * D), *maps = arena.take<T>(rows * all);
+  T *y = arena.take<T>(rows * D), *dt = arena.take<T>(rows * D), *log_decay = arena.take<T>(rows * D);
+  if (!memory) return arena.used();
   if (phase == 0) enter(s, first, end, normed);
   if (phase == 1) {
     const T* bias = static_cast<const T*>(s.in_bias);
@@ -116,14 +120,17 @@ void mamba(const MambaStep& s, int64_t phase, int64_t first, int64_t end, void* 
     }
   }
   if (phase == 4) leave(s, Lines<T>{y, D}, D, first, end);
+  return 0;
 }
 
 // Phases: norms of rows, outputs of the projection in, heads of all rows, norms at the gate of rows, M outputs.
 template <class T>
-void mamba2(const Mamba2Step& s, int64_t phase, int64_t first, int64_t end, void* memory) {
+int64_t mamba2(const Mamba2Step& s, int64_t phase, int64_t first, int64_t end, void* memory) {
   const int64_t M = s.features, H = s.heads, P = s.width, N = s.states, G = s.groups, rows = s.rows, D = H * P;
   const int64_t conv = D + 2 * G * N, all = D + conv + H;  // a row of z, then x, B and C, then dt
-  T *normed = static_cast<T*>(memory), *made = normed + rows * M, *y = made + rows * all;
+  Arena arena(memory);
+  T *normed = arena.take<T>(rows * M), *made = arena.take<T>(rows * all), *y = arena.take<T>(rows * D);
+  if (!memory) return arena.used();
   if (phase == 0) enter(s, first, end, normed);
   if (phase == 1) {
     const T *bias = static_cast<const T*>(s.in_bias), *dt_bias = static_cast<const T*>(s.dt_bias);
@@ -165,6 +172,7 @@ void mamba2(const Mamba2Step& s, int64_t phase, int64_t first, int64_t end, void
       if (s.norm_before_gate) each(line, 0, D, OF { return v * silu<T>(load_some(made + row * all + i, D - i)); });
     }
   if (phase == 4) leave(s, Lines<T>{y, D}, D, first, end);
+  return 0;
 }
 #undef OF
 

@@ -166,11 +166,15 @@ void forward(const Linear& s, const void* x, int64_t first, int64_t end) {
   });
 }
 
-// The rows of x as numbers of type T, side by side.
+// The rows of x as numbers of type T, side by side from the beginning of the memory on; without it, the bytes they
+// take.
 template <class T>
-void read_rows(const Linear& s, void* to) {
-  for (int64_t row = 0; row < s.rows; row++)
-    copy(s.x, {row, 0, 1, 0, s.inputs, s.inputs}, static_cast<T*>(to) + row * s.inputs);
+int64_t read_rows(const Linear& s, void* memory) {
+  Arena arena(memory);
+  T* to = arena.take<T>(s.rows * s.inputs);
+  if (!memory) return arena.used();
+  for (int64_t row = 0; row < s.rows; row++) copy(s.x, {row, 0, 1, 0, s.inputs, s.inputs}, to + row * s.inputs);
+  return 0;
 }
 
 }  // namespace dense

@@ -21,11 +21,11 @@ struct Kernels {
   int64_t (*conv_update[2])(const ConvUpdate&, int64_t row, int64_t first, int64_t end, void* memory);
   int64_t (*norm[2])(const Norm&, int64_t first, int64_t end, void* memory);
   int64_t (*norm_backward[2])(const Norm&, int64_t first, int64_t end, void* dweight, void* dbias, void* memory);
-  void (*read_rows[2])(const Linear&, void* to);
+  int64_t (*read_rows[2])(const Linear&, void* memory);
   void (*linear[2])(const Linear&, const void* x, int64_t first, int64_t end);
   // Units [first, end) of one phase; the phases of a step follow each other.
-  void (*mamba_step[2])(const MambaStep&, int64_t phase, int64_t first, int64_t end, void* memory);
-  void (*mamba2_step[2])(const Mamba2Step&, int64_t phase, int64_t first, int64_t end, void* memory);
+  int64_t (*mamba_step[2])(const MambaStep&, int64_t phase, int64_t first, int64_t end, void* memory);
+  int64_t (*mamba2_step[2])(const Mamba2Step&, int64_t phase, int64_t first, int64_t end, void* memory);
   void (*add_groups[2])(const Groups&, int64_t row);
 };
 

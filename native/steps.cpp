@@ -26,9 +26,9 @@ void by_parts(int64_t wanted, int64_t work, int64_t size, int64_t together, cons
   });
 }
 
-// Memory of a step, for `count` numbers: that of the calling thread, which no kernel of a phase asks for again.
-void* memory_for(int64_t count, int64_t dtype) {
-  void* found = scratch(count * (dtype == FLOAT64 ? 8 : 4));
+// Memory of the calling thread, which no kernel of a phase asks for again.
+void* memory_of(int64_t bytes) {
+  void* found = scratch(bytes);
   if (!found) throw std::bad_alloc();
   return found;
 }
@@ -54,7 +54,7 @@ class Line {
                     s.y, s.next_h});
     if (s.taps > 1) check_pointers({s.conv, s.next_conv});
     const int64_t M = s.features, D = s.width, all = s.rank + 2 * s.states, rows = s.rows;
-    needs(rows * (M + 5 * D + all), s.dtype);
+    bytes_ = std::max(bytes_, kernels->mamba_step[s.dtype](s, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
       const MambaStep& step = *static_cast<const MambaStep*>(phase.step);
       kernels->mamba_step[step.dtype](step, phase.number, first, end, memory);
@@ -75,7 +75,7 @@ class Line {
     if (s.taps > 1) check_pointers({s.conv, s.next_conv});
     const int64_t M = s.features, D = s.heads * s.width, rows = s.rows;
     const int64_t all = 2 * D + 2 * s.groups * s.states + s.heads;
-    needs(rows * (M + all + D), s.dtype);
+    bytes_ = std::max(bytes_, kernels->mamba2_step[s.dtype](s, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
       const Mamba2Step& step = *static_cast<const Mamba2Step*>(phase.step);
       kernels->mamba2_step[step.dtype](step, phase.number, first, end, memory);
@@ -89,8 +89,8 @@ class Line {
 
   // A thread that comes late begins where the others are, and none waits for it.
   void run() {
-    void* memory = bytes_ > 0 ? scratch(bytes_) : nullptr;
-    if (bytes_ > 0 && !memory) throw std::bad_alloc();
+    if (phases_.empty()) return;
+    void* memory = memory_of(bytes_);
     parallel(threads_, threads_, [&](int64_t) {
       NoDenormals here;
       for (Phase& phase : phases_) {
@@ -106,8 +106,6 @@ class Line {
   }
 
  private:
-  void needs(int64_t numbers, int64_t dtype) { bytes_ = std::max(bytes_, numbers * (dtype == FLOAT64 ? 8 : 4)); }
-
   void begin(const void* step, int64_t threads, decltype(Phase::run) run) {
     step_ = step, wanted_ = threads, run_ = run, number_ = 0;
   }
@@ -139,8 +137,9 @@ EXPORT int dualform_linear(const Linear* s) {
     }
     const void* x = s->x.data;
     if (s->x.dtype != s->dtype || s->x.row != s->inputs) {
-      void* copy = memory_for(at_least_one(s->rows * s->inputs), s->dtype);
-      if (s->inputs > 0) kernels->read_rows[s->dtype](*s, copy);
+      auto read_rows = kernels->read_rows[s->dtype];
+      void* copy = memory_of(at_least_one(read_rows(*s, nullptr)));
+      if (s->inputs > 0) read_rows(*s, copy);
       x = copy;
     }
     auto kernel = kernels->linear[s->dtype];

@@ -172,7 +172,12 @@ def test_the_table_names_every_mixer_and_no_other():
 
 
 STEPS = dict.fromkeys(("selective_state_update", "causal_conv1d_update"), "step.py")
-SHARED = {**STEPS, **dict.fromkeys(("add_norm", "gated_norm"), "norm.py")}  # ops that have their kernels in one file
+BLOCKS = dict.fromkeys(("mamba_step", "mamba2_step"), "block.py")
+SHARED = {
+    **STEPS,
+    **BLOCKS,
+    **dict.fromkeys(("add_norm", "gated_norm"), "norm.py"),
+}  # ops that have their kernels in one file
 
 
 def test_the_table_names_every_op_and_its_backends():
