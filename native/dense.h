@@ -1,6 +1,5 @@
-// y = W x for a few rows x: every number of W is read once from memory, by one thread, and widened in registers. A sum
-// runs over the lanes of one vector, whatever else is summed beside it, so that a row of y does not depend on how many
-// rows there are.
+// y = W x for a few rows x: every number of W is read once from memory, by one thread, and widened in registers. The
+// order of a sum does not depend on the other rows; it is one for a single row, and another for several.
 #pragma once
 
 #include <type_traits>
@@ -106,6 +105,22 @@ INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, T (&su
   for (int r = 0; r < R; r++) totals(sum[r], sums[r]);
 }
 
+// The products of one row of W with one row of x, summed to a vector. W is read from its beginning to its end, which is
+// what processors fetch ahead of best.
+template <class T, class W>
+INLINE vec<T> single(const W* w, const T* x, int64_t depth) {
+  constexpr int L = LANES<T>, K = 4;
+  vec<T> sum[K] = {};
+  int64_t k = 0;
+  for (; k + K * L <= depth; k += K * L) {
+#pragma GCC unroll 4
+    for (int i = 0; i < K; i++) sum[i] = fma(widen(w + k + i * L), load(x + k + i * L), sum[i]);
+  }
+  for (; k + L <= depth; k += L) sum[0] = fma(widen(w + k), load(x + k), sum[0]);
+  if (k < depth) sum[1] = fma(widen_some<T>(w + k, depth - k), load_some(x + k, depth - k), sum[1]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 // give(output, row, sum) for `count` outputs from `at` on, at most OUTPUTS, and R rows from `row` on, then the others.
 template <int R, class T, class W, class F>
 INLINE void across(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, int64_t rows, int64_t at, int64_t count,
@@ -124,6 +139,15 @@ INLINE void across(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, int6
 template <class T, class W, class F>
 INLINE void outputs(Lines<W> weight, Lines<T> x, int64_t depth, int64_t rows, int64_t first, int64_t end,
                     const F& give) {
+  if (rows == 1) {
+    for (int64_t at = first; at < end; at++) {
+      const vec<T> sums[OUTPUTS] = {single(weight[at], x[0], depth)};
+      T numbers[OUTPUTS];
+      totals(sums, numbers);
+      give(at, 0, numbers[0]);
+    }
+    return;
+  }
   for (int64_t at = first; at < end; at += OUTPUTS) {
     const int64_t count = least(OUTPUTS, end - at);
     const W* w[OUTPUTS];

@@ -70,13 +70,15 @@ def test_a_product_over_many_tasks_and_from_strided_rows(instructions, threads):
 
 
 @pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
-def test_a_row_is_the_same_alone_and_in_company(dtype, instructions):
+def test_a_row_does_not_depend_on_the_others(dtype, instructions):
+    """Nor on how many they are, except that a single row is summed in another order."""
     x, weight = normal(16, 75, dtype=dtype), normal(50, 75, dtype=dtype)
     x[4] = torch.nan
     with backend("native"):
         y = linear(x, weight)
-        for few in (1, 2, 3, 5, 7, 16):
+        for few in (2, 3, 5, 7, 16):
             assert torch.equal(linear(x[:few], weight).nan_to_num(nan=0.5), y[:few].nan_to_num(nan=0.5))
+        assert off(linear(x[:1], weight), y[:1].double()) <= TOLERANCE[dtype]
     assert y[4].isnan().all() and y[torch.arange(16) != 4].isfinite().all()
 
 
@@ -128,10 +130,10 @@ def test_rows_of_a_block_do_not_see_each_other(instructions):
     given["h"][2] = torch.inf
     with torch.no_grad():
         whole = one_mamba2_step(**given)
-        for row in (0, 2, 4):
-            alone = one_mamba2_step(**{k: m[row : row + 1] if k in ("x", "conv", "h") else m for k, m in given.items()})
-            for a, b in zip(alone, whole, strict=True):
-                assert torch.equal(a[0].nan_to_num(nan=0.5), b[row].nan_to_num(nan=0.5))
+        for rows in ([0, 1], [2, 4, 3], [4, 0]):
+            few = one_mamba2_step(**{k: m[rows] if k in ("x", "conv", "h") else m for k, m in given.items()})
+            for a, b in zip(few, whole, strict=True):
+                assert torch.equal(a.nan_to_num(nan=0.5), b[rows].nan_to_num(nan=0.5))
 
 
 def model(*parts: Any, pattern: str = "AB", dtype: torch.dtype = float32) -> LanguageModel:
@@ -212,7 +214,7 @@ def test_only_a_state_that_comes_back_is_written_in_place():
     want, _ = other.step(a, clone(fork))
     alone, _ = other.step(a[:1], take(fork, torch.tensor([0])))
     got, _ = prepared.step(a, fork)
-    assert torch.equal(got, want) and torch.equal(alone, got[:1])
+    assert torch.equal(got, want) and off(alone, got[:1].double()) <= 1e-5
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ FEW = 16
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = W x + b`` for each row of x.
 
-    Sums are float32 or wider, and rounded once. On the CPU kernels a row of y does not depend on the others, or on how
-    many there are, to the last bit.
+    Sums are float32 or wider, and rounded once. On the CPU kernels a row of y does not depend on the others to the last
+    bit, nor on how many there are, as long as there is more than one: a single row is summed in another order.
 
     Args:
         x: ``(B, D)``.

@@ -1,0 +1,129 @@
+"""Tokens per second of prepared steps against the number of rows, beside what the memory allows, and the first token.
+
+    python benchmarks/decode.py [mamba-130m mamba2-130m] [--dtypes float32 bfloat16] [--rows 1 16] [--device cuda]
+
+Weights are random, tokens are drawn greedily. The floor is bytes over bandwidth: a step reads the weights once, and
+reads and writes the states of its rows. The bandwidth is that of the sum of half a gigabyte by all threads. Every
+repetition times every case of a model once, the sum among them, so that other programs disturb all of them alike; where
+they do, the best of each is nearer to the truth than the median. With ``--prompt`` the time to the first token after so
+many is printed, too.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import interleaved, report
+
+from dualform.core.tree import nbytes
+from dualform.models.lm import LanguageModel
+from dualform.models.presets import preset
+
+READ = 2**27  # numbers of the sum
+MEMORY = "memory"
+
+
+def reader(device: str) -> Callable[[], None]:
+    """Reads memory once."""
+    x = torch.ones(READ, device=device)
+
+    def run() -> None:
+        x.sum()
+        waited(device)
+
+    return run
+
+
+def waited(device: str) -> None:
+    """Return when the device has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def decoding(model: LanguageModel, rows: int, tokens: int, device: str) -> tuple[Callable[[], None], int]:
+    """A run of so many steps, and the bytes of a state."""
+    prepared = model.prepare()
+    held: dict[str, Any] = {"state": model.init_state(rows), "token": torch.zeros(rows, dtype=torch.int64).to(device)}
+    bytes_of_state = nbytes(held["state"])
+
+    def run() -> None:
+        token, state = held["token"], held["state"]
+        for _ in range(tokens):
+            logits, state = prepared.step(token, state)
+            token = logits.argmax(-1)
+        held.update(state=state, token=token)
+        waited(device)
+
+    return run, bytes_of_state
+
+
+def reading(model: LanguageModel, prompt: int, device: str) -> Callable[[], None]:
+    """From a prompt to the first token."""
+    tokens = torch.randint(model.config.vocab_size, (1, prompt)).to(device)
+
+    def run() -> None:
+        h, _ = model.features(tokens)
+        model.logits(h[:, -1]).argmax(-1)
+        waited(device)
+
+    return run
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["mamba-130m", "mamba2-130m"], help="presets")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--prompt", nargs="*", type=int, default=[], help="lengths")
+    parser.add_argument("--tokens", type=int, default=10, help="in one timing")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    lines, read = [], reader(options.device)
+    for name in options.models:
+        for dtype in options.dtypes:
+            model = LanguageModel(preset(name)).to(options.device, getattr(torch, dtype)).eval()
+            weights = sum(p.nbytes for p in model.parameters())
+            cases, moved = {MEMORY: read}, {}
+            for rows in options.rows:
+                title = f"{name}, {dtype}, {rows} row" + "s" * (rows > 1)
+                cases[title], state = decoding(model, rows, options.tokens, options.device)
+                moved[title] = rows, weights + 2 * state
+            for prompt in options.prompt:
+                cases[f"{name}, {dtype}, first token after {prompt}"] = reading(model, prompt, options.device)
+            found = interleaved(cases, repeats=options.repeats)
+            speed = 4 * READ / min(found.pop(MEMORY)) * 1e3
+            for title, times in found.items():
+                lines.append(line(title, times, options.tokens, speed, *moved.get(title, (1, 0))))
+    report("decoding, best of the repetitions", lines, options.out)
+
+
+def line(title: str, times: list[float], tokens: int, speed: float, rows: int, moved: int) -> dict[str, Any]:
+    """A row of the table; milliseconds alone where nothing is decoded."""
+    per = [t / (tokens if moved else 1) for t in times]
+    nan = float("nan")
+    best, median = (rows * 1e3 / t if moved else nan for t in (min(per), statistics.median(per)))
+    floor = rows * speed / moved if moved else nan
+    return {
+        "case": title,
+        "ms": min(per),
+        "tokens/s": best,
+        "median": median,
+        "MB": moved / 1e6,
+        "GB/s read": speed / 1e9,
+        "floor": floor,
+        "% of floor": 100 * best / floor,
+    }
+
+
+if __name__ == "__main__":
+    main()
