@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import matrix_exp
+from dualform.core.linalg import matrix_exp, symmetric_part
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -149,6 +149,39 @@ def discretize_dense(A: Tensor, B: Tensor, dt: float | Tensor, method: str = "zo
     inputs = B.shape[-1]
     exponential = matrix_exp(torch.nn.functional.pad(both, (0, 0, 0, inputs)), driven=inputs)[..., :n, :]
     return exponential[..., :n], exponential[..., n:]
+
+
+def discretize_noise(A: Tensor, Q: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact step of ``dh = A h dt + dw`` with white noise w of the spectral density Q: ``(Abar, Qbar)``.
+
+        Abar = exp(A dt),   Qbar = int_0^dt exp(A s) Q exp(A s)^T ds
+
+    Van Loan's block exponential at ``dt / 2^k``, where it is small, and then ``Qbar(2 s) = Qbar(s) + Abar(s) Qbar(s)
+    Abar(s)^T``. So nothing overflows for long steps of a stable system, and Qbar stays positive semi-definite. Steps
+    that are chains of integrators, such as of motion, keep all digits.
+
+    Args:
+        A: ``(..., N, N)``, in 1 / (the unit of ``dt``).
+        Q: ``(..., N, N)``, symmetric, maybe singular.
+        dt: ``(...)``, 0 or more; its axes broadcast with the leading ones of A and Q.
+
+    References:
+        Van Loan (1978), "Computing integrals involving the matrix exponential".
+    """
+    n, dt = A.shape[-1], dt.to(A)[..., None, None]
+    size = (A.detach() * dt.detach()).abs().sum(-1).amax(-1) if n else dt.detach()[..., 0, 0]
+    halvings = torch.where(size > 0.5, size.log2().ceil() + 1, 0)[..., None, None]
+    small = dt * torch.exp2(-halvings)
+    z, noise = small * A, small * Q
+    top, bottom = torch.cat(torch.broadcast_tensors(-z, noise), -1), torch.cat([torch.zeros_like(z), z.mT], -1)
+    block = matrix_exp(torch.cat(torch.broadcast_tensors(top, bottom), -2))
+    Abar = block[..., n:, n:].mT
+    Qbar = symmetric_part(Abar @ block[..., :n, n:])
+    for k in range(int(halvings.max()) if halvings.numel() else 0):
+        double = k < halvings
+        Qbar = torch.where(double, Qbar + symmetric_part(Abar @ Qbar @ Abar.mT), Qbar)
+        Abar = torch.where(double, Abar @ Abar, Abar)
+    return Abar, Qbar
 
 
 def generalized_bilinear(A: Tensor, B: Tensor, dt: float | Tensor, alpha: float) -> tuple[Tensor, Tensor]:

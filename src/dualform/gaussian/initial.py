@@ -19,7 +19,7 @@ def initial(where: str, model: Parameters, full: tuple[int, ...]) -> Belief:
     """
     n, m0, P0 = model.d_state, model.m0, model.P0
     if model.stationary or P0 is None:
-        m0, P0 = _stationary(where, model)
+        m0, P0 = stationary(where, model)
     Z = m0.new_zeros(n, 0) if model.diffuse is None else model.diffuse.to(m0.dtype)
 
     def rows(value: Tensor, *core: int) -> Tensor:
@@ -30,8 +30,12 @@ def initial(where: str, model: Parameters, full: tuple[int, ...]) -> Belief:
     return Belief(mean, rows(symmetric_part(P0), n, n), steps, Z.expand(len(mean), *Z.shape).clone())
 
 
-def _stationary(where: str, model: Parameters) -> tuple[Tensor, Tensor]:
-    """The distribution that a transition leaves as it is, of the states that are not diffuse."""
+def stationary(where: str, model: Parameters, name: str = "A") -> tuple[Tensor, Tensor]:
+    """The distribution that a transition leaves as it is, of the states that are not diffuse; errors call it ``name``.
+
+    Raises:
+        ArgumentError: where there is none.
+    """
     A, c = model.A, model.c
     Q = model.Q if model.S is None else model.S @ model.Q @ model.S.mT
     n, keep = model.d_state, None
@@ -47,7 +51,7 @@ def _stationary(where: str, model: Parameters) -> tuple[Tensor, Tensor]:
             )
         A, Q = A[..., keep[:, None], keep], Q[..., keep[:, None], keep]
         c = None if c is None else c[..., keep]
-    P = discrete_lyapunov(where, A, Q)
+    P = discrete_lyapunov(where, A, Q, name)
     m = P.new_zeros(P.shape[:-1])
     if c is not None:
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -58,7 +62,7 @@ def _stationary(where: str, model: Parameters) -> tuple[Tensor, Tensor]:
     return m, P
 
 
-def discrete_lyapunov(where: str, A: Tensor, Q: Tensor) -> Tensor:
+def discrete_lyapunov(where: str, A: Tensor, Q: Tensor, name: str = "A") -> Tensor:
     """The covariance ``P = A P A^T + Q`` of a stable system, in batches, with gradients: the sum of ``A^k Q (A^k)^T``.
 
     The number of terms is doubled until the power of A is below rounding.
@@ -67,6 +71,7 @@ def discrete_lyapunov(where: str, A: Tensor, Q: Tensor) -> Tensor:
         where: the first word of an error.
         A: ``(..., N, N)``.
         Q: ``(..., N, N)``.
+        name: what an error calls A.
 
     Raises:
         ArgumentError: where A has an eigenvalue outside of the unit circle, on it, or too close to it; names the row.
@@ -89,7 +94,7 @@ def discrete_lyapunov(where: str, A: Tensor, Q: Tensor) -> Tensor:
             radius = torch.linalg.eigvals(A.detach()[place]).abs().max().item()
             row = f" of row {place[0] if len(place) == 1 else place}" if place else ""
             raise ArgumentError(
-                f"{where}: P0='stationary', but the model{row} is not stationary: A has an eigenvalue of absolute "
+                f"{where}: P0='stationary', but the model{row} is not stationary: {name} has an eigenvalue of absolute "
                 f"value {radius:.6g}, expected less than 1",
                 hint="give P0, or diffuse=(True, ...) for the states without a stationary distribution",
             )

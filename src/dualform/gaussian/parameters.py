@@ -1,7 +1,7 @@
 """The parameters of a linear-Gaussian model: which there are, what shapes they have, and what is refused."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,17 @@ class Parameters(nn.Module):
         self.register_buffer("diffuse", None if mask is None else _directions(where, mask, eye))
         if self.stationary and set("AQSc") & set(self.time_varying):
             raise ArgumentError(f"{where}: P0='stationary' with A, Q, S or c that vary in time, expected constant ones")
+
+    @classmethod
+    def like(cls, other: "Parameters", time_varying: Sequence[str], **tensors: Tensor | None) -> Self:
+        """A model with the parameters of another but for some, which are taken as they are, unchecked."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.prior, made.convention, made.stationary = other.prior, other.convention, other.stationary
+        made.time_varying = tuple(time_varying)
+        for name in (*CORES, "diffuse"):
+            made.register_buffer(name, tensors.get(name) if name in tensors else getattr(other, name))
+        return made
 
     def _keep(self, where: str, name: str, value: Any, tensor: Tensor | None) -> None:
         if isinstance(value, nn.Parameter) and tensor is not value:
