@@ -48,6 +48,38 @@ def test_everything_equals_the_joint_gaussian(rank, steps, prior, parallel):
     assert out.convention == smooth.convention == "proper"
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_sequential_parallel_and_stepped_are_one_function(seed):
+    """Random sizes, ranks, priors, inputs, missing values and diffuse directions."""
+    g = torch.Generator().manual_seed(seed)
+    n, m, k, batch, length = (int(torch.randint(low, high, (), generator=g)) for low, high in
+                              ((1, 6), (1, 4), (0, 6), (1, 4), (1, 40)))  # fmt: skip
+    steps, inputs = (None, length + 1)[seed % 2], seed % 3
+    given = terms(n, m, min(n, k), inputs=inputs, steps=steps, seed=1000 + seed)
+    model = build(
+        given,
+        steps,
+        prior=("before", "first")[seed // 2 % 2],
+        diffuse=None if seed % 4 else [True] * (n // 2) + [False] * (n - n // 2),
+    )
+    y = observations(batch, length, m, missing=0.1 * (seed % 8), seed=seed)
+    u = normal(batch, length, inputs, seed=seed) if inputs else None
+    loop, scan = (df.KalmanFilter(model, parallel=parallel) for parallel in FORMS)
+    want, last = loop.forward(y, u=u)
+    got, end = scan.forward(y, u=u)
+    equal(got, want)
+    equal(end[:2], last[:2])
+    belief = loop.init_state(batch)
+    for t in range(length):
+        out, belief = loop.step(y[:, t], belief, u=None if u is None else u[:, t])
+        equal(out.mean, want.mean[:, t])
+        equal(out.cov, want.cov[:, t])
+        equal(out.loglik, want.loglik[:, t])
+    if not last.diffuse.any():
+        for a, b in zip(scan.smooth(y, u=u)[:6], loop.smooth(y, u=u)[:6], strict=True):
+            equal(a, b)
+
+
 @pytest.mark.parametrize("parallel", FORMS)
 @pytest.mark.parametrize("name", ["missing", "timevarying"])
 def test_values_of_statsmodels(name, parallel):

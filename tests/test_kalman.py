@@ -283,7 +283,7 @@ def test_arrays_lists_and_single_series_are_taken():
         equal(found(out), take(want, 0), 1e-14)
     for given in (y.numpy(), y[0].numpy()):
         out = kf.filter(given)
-        assert all(isinstance(value, np.ndarray | np.float64) for value in out[:-1])
+        assert all(isinstance(value, np.ndarray | np.float64) for value in out[:-2])
         np.testing.assert_allclose(out.cov, want.cov if given.ndim == 3 else want.cov[0], rtol=1e-14)
     assert kf.log_likelihood(y).shape == (1,) and kf.log_likelihood(y[0]).shape == ()
     torch.testing.assert_close(kf.log_likelihood(y)[0], want.loglik[0].sum())
@@ -374,6 +374,12 @@ def test_the_form_is_chosen_by_size():
     assert not is_parallel_faster(1, 20, 1, cpu)  # short
     assert not is_parallel_faster(1000, 300, 3, cpu) and not is_parallel_faster(1, 100, 64, cpu)  # much at each step
     assert is_parallel_faster(1000, 300, 3, gpu)
+    lg = model(2, 1)
+    for length, form in ((1000, "parallel"), (20, "sequential")):
+        y = observations(1, length, 1)
+        assert lg.filter(y).form == lg.smooth(y).form == form
+        for parallel, chosen in ((True, "parallel"), (False, "sequential")):
+            assert df.KalmanFilter(lg, parallel=parallel).filter(y).form == chosen
     y = observations(200, 40, 1)
     (_, loop), (_, chosen) = (
         operations(df.KalmanFilter(model(2, 1), parallel=parallel), y) for parallel in (False, None)

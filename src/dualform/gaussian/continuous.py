@@ -302,8 +302,8 @@ class ContinuousLinearGaussian(Parameters):
 def _check_count(where: str, times: Tensor, y: Any) -> None:
     """There is a time for each observation, and no other."""
     try:
-        shape = tuple(np.shape(y)) if isinstance(y, list | tuple) else tuple(getattr(y, "shape", ()))
+        shape: tuple[int, ...] = tuple(np.shape(y)) if isinstance(y, list | tuple) else tuple(getattr(y, "shape", ()))
     except ValueError:  # ragged lists, which are explained where they are read
         return
-    if shape and (count := shape[0] if len(shape) < 3 else shape[-2]) != times.shape[-1]:
+    if shape and (count := shape[0 if len(shape) < 3 else -2]) != times.shape[-1]:
         raise ArgumentError(f"{where}: there are {times.shape[-1]} times, but {count} observations")

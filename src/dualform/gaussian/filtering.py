@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
 from dualform.gaussian.steps import Steps, cut
+
+Form = Literal["sequential", "parallel"]
 
 
 class Pass(NamedTuple):
@@ -45,7 +47,7 @@ def is_parallel_faster(batch: int, length: int, n: int, device: torch.device) ->
     return device.type != "cpu" or (length >= 32 and batch * n**1.5 <= 150)
 
 
-def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blame: Blame) -> tuple[Pass, Belief]:
+def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blame: Blame) -> tuple[Pass, Belief, Form]:
     """The filter over some steps, in one form, or in the one that is faster and keeps its digits (None).
 
     While a direction is diffuse in any row, all rows take the steps of the exact diffuse filter.
@@ -56,6 +58,9 @@ def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blam
         parallel: whether the scan runs.
         counted: whether an observation that determines a diffuse direction counts ``-log(2 pi) / 2``.
         blame: explains what a caller gave, where a step fails.
+
+    Returns:
+        What was found at each step, the belief after the last, and the form that ran but for single steps at the front.
     """
     head, rest, state = [], steps, belief
     while rest.A.shape[1] and belief.diffuse.shape[-1]:
@@ -67,13 +72,13 @@ def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blam
         head.append(out)
         rest = cut(rest, slice(1, None))
     if not rest.A.shape[1] and head:
-        return concat(head, 1), state
+        return concat(head, 1), state, "sequential"
     if rest.A.shape[1]:
         state = state._replace(diffuse=_directions(state.diffuse))
-    out, last = _proper(rest, Gaussian(state.mean, state.cov), parallel, blame, len(head))
+    out, last, form = _proper(rest, Gaussian(state.mean, state.cov), parallel, blame, len(head))
     none = state.diffuse[:, None].expand(-1, out.mean.shape[1], -1, -1)
     out = Pass(out.mean, out.cov, none, out.predicted_mean, out.predicted_cov, none, out.loglik)
-    return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov)
+    return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
 
 
 def predict(belief: Belief, steps: Steps) -> Belief:
@@ -95,19 +100,24 @@ class _Found(NamedTuple):
     predicted_cov: Tensor
 
 
-def _proper(steps: Steps, state: Gaussian, parallel: bool | None, blame: Blame, start: int) -> tuple[_Found, Gaussian]:
+def _proper(
+    steps: Steps, state: Gaussian, parallel: bool | None, blame: Blame, start: int
+) -> tuple[_Found, Gaussian, Form]:
     """Nothing is diffuse; ``start`` is the time of the first step, for errors."""
     batch, length, n = steps.A.shape[:3]
     if not length:
         mean, cov = (z[:, None].expand(-1, 0, *z.shape[1:]) for z in state)
-        return _Found(mean, cov, mean.new_zeros(batch, 0), mean, cov), state
-    if parallel:
-        return _parallel(steps, state, blame, start)
+        return _Found(mean, cov, mean.new_zeros(batch, 0), mean, cov), state, "sequential"
     if parallel is None and is_parallel_faster(batch, length, n, steps.A.device):
-        if torch.compiler.is_compiling():  # the choice below depends on values
-            return (_sequential if steps.A.device.type == "cpu" else _parallel)(steps, state, blame, start)
-        return _parallel_where_exact(steps, state, blame, start)
-    return _sequential(steps, state, blame, start)
+        if not torch.compiler.is_compiling():
+            exact = _parallel_where_exact(steps, state, blame, start)
+            if exact is not None:
+                return *exact, "parallel"
+        else:  # the choice above depends on values
+            parallel = steps.A.device.type != "cpu"
+    if parallel:
+        return *_parallel(steps, state, blame, start), "parallel"
+    return *_sequential(steps, state, blame, start), "sequential"
 
 
 def _predict(state: Gaussian, steps: Steps) -> Gaussian:
@@ -140,8 +150,8 @@ def _parallel(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[
     return _all_at_once(reached, steps, blame, start)
 
 
-def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian]:
-    """The scan, from the first step or after N steps of the loop; the loop where the scan would lose too many digits.
+def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:
+    """The scan, from the first step or after N steps of the loop; None where the scan would lose too many digits.
 
     The scan combines the covariance P of the state that it starts from with the information J of the observations by a
     solve with ``I + P J``, which is ill-conditioned where the prior is vague. N observed steps of the loop first make
@@ -164,12 +174,12 @@ def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: in
         if condition < torch.finfo(condition.dtype).eps ** -0.5 or (head and condition.device.type != "cpu"):
             out, last = _all_at_once(reached, rest, blame, start + head)
             return (out if opening is None else concat([opening, out], dim=1)), last
-    return _sequential(steps, state, blame, start)
+    return None
 
 
 def _scan(steps: Steps, state: Gaussian) -> tuple[Gaussian, Tensor, Tensor]:
     """The states before every step, where a factorisation failed (not 0), and J of all steps before each."""
-    elements, failed = _elements(cut(steps, slice(-1)))
+    elements, _, failed = elements_of(cut(steps, slice(-1)))
     first = tree_map(lambda z: z[:, None], state)
     zero = torch.zeros_like(first.cov)
     known = GaussianElement(zero, first.mean, first.cov, zero[..., 0], zero)
@@ -188,8 +198,11 @@ def _condition(P: Tensor, J: Tensor) -> Tensor:
     return condition.nan_to_num(nan=torch.inf, posinf=torch.inf).max()
 
 
-def _elements(steps: Steps) -> tuple[GaussianElement, Tensor]:
-    """Each step by itself: the filter from a known state, and what its observation says about that state."""
+def elements_of(steps: Steps) -> tuple[GaussianElement, Tensor, Tensor]:
+    """Each step by itself: the filter from a known state, and what its observation says about that state.
+
+    Besides, the root of ``C Q C^T + R``, and where it does not exist (not 0): an element is then meaningless.
+    """
     CQ = steps.C @ steps.Q
     root, failed = torch.linalg.cholesky_ex(symmetric_part(CQ @ steps.C.mT) + steps.R)
     K = torch.cholesky_solve(CQ, root).mT
@@ -203,7 +216,7 @@ def _elements(steps: Steps) -> tuple[GaussianElement, Tensor]:
         matvec(information, steps.y - matvec(steps.C, steps.c)),
         symmetric_part(information @ CA),
     )
-    return elements, failed
+    return elements, root, failed
 
 
 def _all_at_once(before: Gaussian, steps: Steps, blame: Blame, start: int) -> tuple[_Found, Gaussian]:

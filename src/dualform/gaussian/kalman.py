@@ -30,7 +30,7 @@ class KalmanFilter(Series, nn.Module):
     a singular Q, and needs ``C Q C^T + R`` to be positive definite. It combines the prior with the data in
     information form, and loses digits where P0 is much greater than the covariance of the noise: with a vague prior,
     all that float32 has. Steps in which a start is still exactly diffuse are taken one after the other. The smoother
-    is a scan of kernels, without conditions.
+    is two scans.
 
     A :class:`~dualform.gaussian.model.LinearGaussian` has the same methods; this class is for the choice of the form.
 

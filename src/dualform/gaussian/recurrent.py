@@ -101,11 +101,11 @@ class Recurrent:
         blame()
         full, length = self._full(where, rows), x.shape[1]
         if packing is None:
-            out, last, _ = self._pass(where, x, state, u, full, None, blame)
+            out, last = self._pass(where, x, state, u, full, None, blame)
             return Estimate(out.mean, out.cov, out.loglik), last._replace(steps=state.steps + length)
         keep = packing.keep_mask()
         u = None if u is None else unpack(u, keep)
-        out, _, _ = self._pass(where, unpack(x, keep), state, u, full, (keep, keep), blame)
+        out, _ = self._pass(where, unpack(x, keep), state, u, full, (keep, keep), blame)
         last = after(state, out, packing.cu_seqlens.diff())
         return tree_map(lambda z: z[keep][None], Estimate(out.mean, out.cov, out.loglik)), last
 
@@ -239,10 +239,11 @@ class Recurrent:
         full: tuple[int, ...],
         keep: tuple[Tensor, Tensor] | None,
         blame: Blame,
-    ) -> tuple[Pass, Belief, Steps]:
+    ) -> tuple[Pass, Belief]:
         """The filter over rows; ``keep`` is where a row has observations, and where it makes transitions."""
         steps = self._steps(where, x, belief, u, full, keep)
-        return *run(steps, belief, self.parallel, self._counted, blame), steps
+        out, last, _ = run(steps, belief, self.parallel, self._counted, blame)
+        return out, last
 
     def _steps(
         self,

@@ -12,10 +12,10 @@ from dualform.core.linalg import as_tensors, matvec, symmetric_part
 from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import Door, lengths_of
 from dualform.gaussian.belief import Belief
-from dualform.gaussian.filtering import Pass, predict, run
+from dualform.gaussian.filtering import Form, Pass, predict, run
 from dualform.gaussian.initial import initial
 from dualform.gaussian.recurrent import Recurrent, after
-from dualform.gaussian.smoothing import Kernel, check_determined, draw, kernels, smooth_back
+from dualform.gaussian.smoothing import Posterior, check_determined, draw, moments, posterior
 from dualform.gaussian.steps import Matrices, Steps, ended, standing, steps_of, transition
 
 
@@ -28,7 +28,8 @@ class Filtered(NamedTuple):
 
     ``convention`` says how observations that determine a diffuse direction count in the log-likelihood: each
     ``-(log F_inf + log 2 pi) / 2`` with "statsmodels", and ``-log(F_inf) / 2`` with "kfas". It is "proper" without
-    diffuse directions, where there is no choice.
+    diffuse directions, where there is no choice. ``form`` is "sequential" or "parallel", by which of the two the filter
+    ran.
     """
 
     mean: Any  # (..., T, N)
@@ -40,6 +41,7 @@ class Filtered(NamedTuple):
     diffuse: Any  # (..., T, N, K)
     predicted_diffuse: Any  # (..., T + 1, N, K)
     convention: str
+    form: str
 
 
 class Smoothed(NamedTuple):
@@ -56,6 +58,7 @@ class Smoothed(NamedTuple):
     initial_mean: Any  # (..., N)
     initial_cov: Any  # (..., N, N)
     convention: str
+    form: str
 
 
 class Forecast(NamedTuple):
@@ -76,6 +79,7 @@ class _Series(NamedTuple):
     last: Belief
     lengths: Tensor | None
     u: Tensor | None
+    form: Form
 
 
 @explained
@@ -117,7 +121,7 @@ class Series(Recurrent):
             found, predicted = ended(found, series.lengths), ended(predicted, series.lengths + 1)
         loglik = found.loglik.nan_to_num() if series.lengths is not None else found.loglik
         out = [found.mean, found.cov, *predicted[:2], loglik.sum(-1), loglik, found.diffuse, predicted[2]]
-        return Filtered(*self._out(series, *out), convention=self._convention)
+        return Filtered(*self._out(series, *out), convention=self._convention, form=series.form)
 
     def log_likelihood(self, y: Any, state: Any = None, *, u: Any = None, lengths: Any = None, burn: int = 0) -> Tensor:
         """``log p(y_1 .. y_T)`` of the observed components, every constant included, ``(*batch,)``: a tensor.
@@ -139,7 +143,7 @@ class Series(Recurrent):
         return series.found.loglik[:, burn:].sum(-1).reshape(series.full)
 
     def smooth(self, y: Any, state: Any = None, *, u: Any = None, lengths: Any = None) -> Smoothed:
-        """The states given all observations (Rauch, Tung and Striebel), also from an exactly diffuse start.
+        """The states given all observations, also from an exactly diffuse start and with singular noise.
 
         Args and errors are those of :meth:`filter`; besides, the observations have to determine what is diffuse.
 
@@ -147,14 +151,14 @@ class Series(Recurrent):
             ArgumentError: as :meth:`filter`, and for a series that leaves a diffuse direction undetermined.
         """
         where = f"{type(self).__name__}.smooth"
-        series, back = self._back(where, y, state, u, lengths)
-        states, lag = smooth_back(back, series.found, series.last, self.parallel)
+        series, chain = self._chain(where, y, state, u, lengths)
+        states, lag = moments(chain, self.parallel)
         mean, cov = states.mean[:, 1:], states.cov[:, 1:]
         if series.lengths is not None:
             mean, cov, lag = ended([mean, cov, lag], series.lengths)
         loglik = series.found.loglik.sum(-1)
         out = [mean, cov, lag, loglik, states.mean[:, 0], states.cov[:, 0]]
-        return Smoothed(*self._out(series, *out), convention=self._convention)
+        return Smoothed(*self._out(series, *out), convention=self._convention, form=series.form)
 
     def simulate_posterior(
         self,
@@ -168,7 +172,7 @@ class Series(Recurrent):
     ) -> Any:
         """Draw paths of the states from their joint distribution given all observations; no gradients.
 
-        Forward filtering, backward sampling (Carter and Kohn 1994; Fruehwirth-Schnatter 1994), from an exactly diffuse
+        The states are one Markov chain given the data (see :mod:`dualform.gaussian.smoothing`), from an exactly diffuse
         start too.
 
         Args:
@@ -189,8 +193,8 @@ class Series(Recurrent):
         if draws < 0:
             raise ArgumentError(f"{where}: draws is {draws}, expected 0 or more")
         with torch.no_grad():
-            series, back = self._back(where, y, state, u, lengths)
-            paths = draw(back, series.found, series.last, draws, generator)
+            series, chain = self._chain(where, y, state, u, lengths)
+            paths = draw(chain, draws, generator)
             if series.lengths is not None:
                 paths = ended(paths.transpose(0, 1).transpose(1, 2), series.lengths).transpose(1, 2).transpose(0, 1)
             return series.door.out(paths.reshape(draws, *series.full, *paths.shape[2:]))[0]
@@ -223,7 +227,7 @@ class Series(Recurrent):
         nothing = last.mean.new_full((rows, horizon, model.d_obs), torch.nan)
         unseen = torch.zeros_like(nothing, dtype=torch.bool)
         steps = steps_of(matrices, nothing, future, unseen, standing(model, last, horizon, None))
-        ahead, _ = self._run(steps, last)
+        ahead, _, _ = self._run(steps, last)
         C, level = matrices.there("C"), matrices.driven("d", "D", future)
         mean = matvec(C, ahead.predicted_mean)
         mean = mean if level is None else mean + level
@@ -262,11 +266,11 @@ class Series(Recurrent):
             keep = time < lengths[:, None], time <= lengths[:, None]
         here = None if u is None else u[:, :length]
         steps = self._steps(where, x, start, here, full, keep)
-        found, last = self._run(steps, start)
+        found, last, form = self._run(steps, start)
         last = last._replace(steps=start.steps + length) if lengths is None else after(start, found, lengths)
-        return _Series(door, full, start, found, steps, last, lengths, u)
+        return _Series(door, full, start, found, steps, last, lengths, u, form)
 
-    def _run(self, steps: Steps, start: Belief) -> tuple[Pass, Belief]:
+    def _run(self, steps: Steps, start: Belief) -> tuple[Pass, Belief, Form]:
         return run(steps, start, self.parallel, self._counted, lambda: None)
 
     def _inputs(self, where: str, u: Any, full: tuple[int, ...], length: int, start: Belief) -> Tensor | None:
@@ -314,17 +318,8 @@ class Series(Recurrent):
         moves = transition(matrices, None if model.B is None else u, standing(model, start, 1, None))
         return predict(start, tree_map(lambda z: z[:, 0], moves))
 
-    def _back(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> tuple[_Series, Kernel]:
-        """The kernels from the last state back; a series of a ragged batch begins at its own end."""
+    def _chain(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> tuple[_Series, Posterior]:
+        """What the filter found, and the states given all data."""
         series = self._filtered(where, y, state, u, lengths)
         check_determined(where, series.last)
-        back = kernels(series.start, series.found, series.steps)
-        if series.lengths is not None:
-            mean, cov = (
-                torch.cat([first[:, None], rest], 1)[:, :-1]
-                for first, rest in ((series.start.mean, series.found.mean), (series.start.cov, series.found.cov))
-            )
-            beyond = torch.arange(mean.shape[1], device=mean.device) >= series.lengths[:, None]
-            own = Kernel(torch.zeros_like(back.G), mean, cov)
-            back = tree_map(lambda a, b: torch.where(beyond.view(*beyond.shape, *[1] * (a.dim() - 2)), a, b), own, back)
-        return series, back
+        return series, posterior(series.start, series.found, series.steps, self.parallel)
