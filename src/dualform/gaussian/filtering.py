@@ -14,7 +14,7 @@ from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.steps import Steps, cut
+from dualform.gaussian.steps import Steps, cut, masked
 
 Form = Literal["sequential", "parallel"]
 
@@ -53,7 +53,9 @@ def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blam
     While a direction is diffuse in any row, all rows take the steps of the exact diffuse filter.
 
     Args:
-        steps: the model and the observations.
+        steps: the model and the observations. They are masked here: an implementation that takes C, R and ``seen`` as
+        they
+            are would have its place before.
         belief: before the first of them; its count of steps is passed on as it is.
         parallel: whether the scan runs.
         counted: whether an observation that determines a diffuse direction counts ``-log(2 pi) / 2``.
@@ -62,7 +64,7 @@ def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blam
     Returns:
         What was found at each step, the belief after the last, and the form that ran but for single steps at the front.
     """
-    head, rest, state = [], steps, belief
+    head, rest, state = [], masked(steps), belief
     while rest.A.shape[1] and belief.diffuse.shape[-1]:
         if not torch.compiler.is_compiling() and not state.diffuse.any():
             break
@@ -257,6 +259,7 @@ def _update_diffuse(
 
 def update(before: Belief, steps: Steps, counted: bool, blame: Blame) -> tuple[Pass, Belief]:
     """The observation of one step, which has a time axis of length 1, without a transition."""
+    steps = masked(steps)
     if before.diffuse.shape[-1]:
         before = before._replace(diffuse=_directions(before.diffuse))
         return _update_diffuse(before, steps, counted, blame, None)

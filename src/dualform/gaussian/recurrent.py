@@ -179,16 +179,10 @@ class Recurrent:
         belief, y, parts = self._observation(where, belief, y, (C, R, d), u)
         seen = ~y.isnan()
         C, R, level = parts
-        found = _innovation(belief, y, *parts)
-        eye = torch.eye(y.shape[-1], dtype=R.dtype, device=R.device)
-        masked = torch.where(seen.unsqueeze(-1) & seen.unsqueeze(-2), R, eye)
-        steps = Steps(
-            *self._no_transition(belief),
-            (C * seen.unsqueeze(-1))[:, None],
-            masked[:, None],
-            torch.where(seen, y - level, 0)[:, None],
-            seen[:, None],
-        )
+        found = _innovation(belief, y, C, R, level)
+        clean = torch.where(seen, y - level, 0)
+        parts = (z[:, None] for z in (C, R, clean, seen))
+        steps = Steps(*self._no_transition(belief), *parts)
         out, last = update(belief, steps, self._counted, _blame(where, "y", y, belief))
         last = last._replace(steps=belief.steps.clamp_min(1))
         return Updated(last, found.innovation, found.cov, found.distance, out.loglik[:, 0])

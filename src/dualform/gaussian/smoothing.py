@@ -34,7 +34,7 @@ from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
 from dualform.gaussian.filtering import Pass, elements_of, is_parallel_faster
-from dualform.gaussian.steps import Steps, cut
+from dualform.gaussian.steps import Steps, cut, masked
 
 
 class Kernel(NamedTuple):
@@ -63,7 +63,7 @@ class Posterior(NamedTuple):
 
 def posterior(belief: Belief, found: Pass, steps: Steps, parallel: bool | None) -> Posterior:
     """The chain of the states, from what the filter found; ``parallel`` as in the filter."""
-    batch, length, n = found.mean.shape
+    steps, (batch, length, n) = masked(steps), found.mean.shape
     if parallel is None:
         parallel = is_parallel_faster(batch, length, n, found.mean.device)
     before = _States(

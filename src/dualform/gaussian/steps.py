@@ -13,13 +13,13 @@ from dualform.gaussian.parameters import CORES, Parameters
 
 
 class Steps(NamedTuple):
-    """The model at each step, with missing components made uninformative and what does not move made the identity."""
+    """The model at each step; what is constant is an expanded view. What does not move is the identity."""
 
     A: Tensor  # (B, T, N, N)
     c: Tensor  # (B, T, N), with B u
     Q: Tensor  # (B, T, N, N), the covariance of S eta
-    C: Tensor  # (B, T, M, N), zero rows where missing
-    R: Tensor  # (B, T, M, M), rows and columns of the identity where missing
+    C: Tensor  # (B, T, M, N)
+    R: Tensor  # (B, T, M, M)
     y: Tensor  # (B, T, M), without d + D u, zero where missing
     seen: Tensor  # (B, T, M), bool
 
@@ -148,9 +148,17 @@ def steps_of(matrices: Matrices, y: Tensor, u: Tensor | None, seen: Tensor, stil
     y, level = torch.where(seen, y.to(C.dtype), 0), matrices.driven("d", "D", u)
     if level is not None:
         y = torch.where(seen, y - level, 0)
-    eye = torch.eye(y.shape[-1], dtype=C.dtype, device=y.device)
-    R = torch.where(seen.unsqueeze(-1) & seen.unsqueeze(-2), R, eye)
-    return Steps(*moved, C * seen.unsqueeze(-1), R, y, seen)
+    return Steps(*moved, C, R, y, seen)
+
+
+def masked(steps: Steps) -> Steps:
+    """Missing components made uninformative: zero rows of C, rows and columns of the identity in R.
+
+    The others keep their joint distribution, and a missing one adds nothing to a log-likelihood.
+    """
+    seen, R = steps.seen.unsqueeze(-1), steps.R
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    return steps._replace(C=steps.C * seen, R=torch.where(seen & steps.seen.unsqueeze(-2), R, eye))
 
 
 def standing(model: Parameters, belief: Belief, length: int, keep: Tensor | None) -> Tensor | None:
