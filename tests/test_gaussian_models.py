@@ -375,7 +375,7 @@ def test_what_comes_out_fits_what_went_in():
     model, y = build(terms(2, 1)), observations(6, 1)
     want = model.smooth(y)
     out = model.smooth(y.numpy())
-    assert all(isinstance(value, np.ndarray) for value in out[:3])
+    assert all(isinstance(value, np.ndarray) for value in out[:3]) and isinstance(out.log_likelihood, float)
     np.testing.assert_array_equal(out.mean, want.mean)
     ahead = model.forecast(np.ma.masked_invalid(y.numpy()), 3)
     np.testing.assert_allclose(ahead.mean, model.forecast(y, 3).mean)
@@ -391,6 +391,7 @@ def test_tables_of_pandas_keep_their_index():
     out = model.filter(pd.DataFrame(y.numpy(), index=index))
     assert out.mean.index.equals(index) and out.mean.shape == (6, 2) and out.cov.shape == (6, 2, 2)
     np.testing.assert_array_equal(out.mean.to_numpy(), model.filter(y).mean)
+    assert isinstance(model.forecast(pd.DataFrame(y.numpy(), index=index), 6).mean, np.ndarray)  # of other times
     line = build(terms(2, 1))
     series = pd.Series([1, None, 3], dtype="Int64")
     got = line.smooth(series)

@@ -185,6 +185,27 @@ def test_gradients_of_a_stationary_start():
     assert torch.autograd.gradgradcheck(run, args)
 
 
+@pytest.mark.parametrize("parallel", FORMS)
+def test_an_autoregression_without_observation_noise_equals_statsmodels(parallel):
+    """ARMA(2, 1) of the Nile's differences: the first observation has no noise given the state before it."""
+    g = load("nile_arima_211")
+    ar1, ar2, ma1, variance = g["params_given"].tolist()
+    model = df.LinearGaussian(
+        [[ar1, 1.0], [ar2, 0.0]], [[1.0, 0.0]], [[variance]], [[0.0]], P0="stationary", prior="first", S=[[1.0], [ma1]]
+    )
+    kalman, y = df.KalmanFilter(model, parallel=parallel), g["y"].diff()
+    close(kalman.log_likelihood(y)[None], g["loglik_simple_diff"], 1e-12)
+    assert kalman.filter(y).form == ("parallel" if parallel else "sequential")
+    y[40:43] = NAN
+    smooth = kalman.smooth(y)
+    start = model.init_state(1).cov[0]
+    nearly = df.LinearGaussian(model.A, model.C, model.Q, [[1e-9 * variance]], P0=start, prior="first", S=model.S)
+    mean, cov, _ = posterior(nearly, y[:, None])
+    close(smooth.mean, mean[1:], 1e-7)
+    close(smooth.cov, torch.stack([cov[t, t] for t in range(1, len(y) + 1)]), 1e-7)
+    assert smooth.cov[0, 0, 0] == 0 and smooth.cov[41, 0, 0] > 0.5 * variance
+
+
 def test_a_stationary_start_beside_a_diffuse_one():
     """A random walk, and an autoregression: what statsmodels starts a model of both with."""
     A, eye = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64)), torch.eye(2, dtype=torch.float64)

@@ -523,8 +523,7 @@ def test_bad_input_is_explained(call, message):
 def test_an_observation_without_uncertainty_is_explained(parallel):
     zero, one = torch.zeros(1, 1), torch.ones(1, 1)
     kf = df.KalmanFilter(df.LinearGaussian(one, one, zero, zero, one[0], one), parallel=parallel)
-    want = r"C Q C\^T \+ R.*row 0, time 0[\s\S]*parallel=False" if parallel else r"C P C\^T \+ R.*row 0, time 1"
-    with pytest.raises(ArgumentError, match=want):
+    with pytest.raises(ArgumentError, match=r"C P C\^T \+ R.*row 0, time 1"):
         kf.filter([1.0, 1.0, 1.0])
 
 

@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import matrix_exp, symmetric_part
+from dualform.core.linalg import matrix_exp, small_expm1, symmetric_part
+from dualform.core.shapes import widest
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -168,20 +169,22 @@ def discretize_noise(A: Tensor, Q: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     References:
         Van Loan (1978), "Computing integrals involving the matrix exponential".
     """
-    n, dt = A.shape[-1], dt.to(A)[..., None, None]
+    dtype, work = A.dtype, widest(A)
+    A, Q, dt = A.to(work), Q.to(work), dt.to(A.device, work)[..., None, None]
+    n = A.shape[-1]
     size = (A.detach() * dt.detach()).abs().sum(-1).amax(-1) if n else dt.detach()[..., 0, 0]
     halvings = torch.where(size > 0.5, size.log2().ceil() + 1, 0)[..., None, None]
     small = dt * torch.exp2(-halvings)
     z, noise = small * A, small * Q
     top, bottom = torch.cat(torch.broadcast_tensors(-z, noise), -1), torch.cat([torch.zeros_like(z), z.mT], -1)
-    block = matrix_exp(torch.cat(torch.broadcast_tensors(top, bottom), -2))
-    Abar = block[..., n:, n:].mT
-    Qbar = symmetric_part(Abar @ block[..., :n, n:])
+    change = small_expm1(torch.cat(torch.broadcast_tensors(top, bottom), -2))
+    E, eye = change[..., n:, n:].mT, torch.eye(n, dtype=change.dtype, device=change.device)
+    Qbar = symmetric_part((eye + E) @ change[..., :n, n:])
     for k in range(int(halvings.max()) if halvings.numel() else 0):
-        double = k < halvings
+        double, Abar = k < halvings, eye + E
         Qbar = torch.where(double, Qbar + symmetric_part(Abar @ Qbar @ Abar.mT), Qbar)
-        Abar = torch.where(double, Abar @ Abar, Abar)
-    return Abar, Qbar
+        E = torch.where(double, 2 * E + E @ E, E)
+    return (eye + E).to(dtype), Qbar.to(dtype)
 
 
 def generalized_bilinear(A: Tensor, B: Tensor, dt: float | Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ class Door:
     """One call's observations as a tensor, and the way back for its results.
 
     A tensor or a list gives tensors, a NumPy array NumPy arrays, and a Series or a DataFrame of pandas the same, except
-    for ``(T, N)`` values of its own times, which become a DataFrame with its index. Where a result has a gradient,
-    everything stays a tensor.
+    for means at its own times, which become a DataFrame with its index. Where a result has a gradient, everything stays
+    a tensor.
 
     Args:
         where: the first word of an error.
@@ -44,17 +44,16 @@ class Door:
             raise ArgumentError(f"{where}: complex values in y, expected real ones")
         self.y = made
 
-    def out(self, *results: Tensor) -> Any:
-        """Results in the form of what came."""
+    def out(self, *results: Tensor, timed: bool = False) -> tuple[Any, ...]:
+        """Results in the form of what came; with ``timed``, the first has a row for each time of y."""
         if not self._numpy or any(value.requires_grad for value in results):
             return results
-        return tuple(self._table(value.cpu().numpy()) for value in results)
+        first, *others = (value.cpu().numpy()[()] for value in results)
+        return self._table(first) if timed else first, *others
 
     def _table(self, value: np.ndarray) -> Any:
         frame = self._frame
-        if frame is None:
-            return value
-        if value.ndim != 2 or len(value) != len(frame):
+        if frame is None or value.ndim != 2:
             return value
         kind = type(frame.to_frame() if hasattr(frame, "to_frame") and frame.ndim == 1 else frame)
         return kind(value, index=frame.index)

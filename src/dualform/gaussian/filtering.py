@@ -14,7 +14,7 @@ from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.steps import Steps, cut, masked
+from dualform.gaussian.steps import Steps, Transition, cut, masked
 
 Form = Literal["sequential", "parallel"]
 
@@ -54,8 +54,7 @@ def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blam
 
     Args:
         steps: the model and the observations. They are masked here: an implementation that takes C, R and ``seen`` as
-        they
-            are would have its place before.
+            they are would have its place before.
         belief: before the first of them; its count of steps is passed on as it is.
         parallel: whether the scan runs.
         counted: whether an observation that determines a diffuse direction counts ``-log(2 pi) / 2``.
@@ -83,7 +82,7 @@ def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blam
     return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
 
 
-def predict(belief: Belief, steps: Steps) -> Belief:
+def predict(belief: Belief, steps: Steps | Transition) -> Belief:
     """The transition of one step, without a time axis."""
     mean, cov = _predict(Gaussian(belief.mean, belief.cov), steps)
     return belief._replace(mean=mean, cov=cov, diffuse=steps.A @ _directions(belief.diffuse))
@@ -110,19 +109,20 @@ def _proper(
     if not length:
         mean, cov = (z[:, None].expand(-1, 0, *z.shape[1:]) for z in state)
         return _Found(mean, cov, mean.new_zeros(batch, 0), mean, cov), state, "sequential"
+    out = None
     if parallel is None and is_parallel_faster(batch, length, n, steps.A.device):
         if not torch.compiler.is_compiling():
-            exact = _parallel_where_exact(steps, state, blame, start)
-            if exact is not None:
-                return *exact, "parallel"
+            out = _parallel_where_exact(steps, state, blame, start)
         else:  # the choice above depends on values
             parallel = steps.A.device.type != "cpu"
     if parallel:
-        return *_parallel(steps, state, blame, start), "parallel"
+        out = _parallel(steps, state, blame, start)
+    if out is not None:
+        return *out, "parallel"
     return *_sequential(steps, state, blame, start), "sequential"
 
 
-def _predict(state: Gaussian, steps: Steps) -> Gaussian:
+def _predict(state: Gaussian, steps: Steps | Transition) -> Gaussian:
     """The transition, of every step given."""
     cov = symmetric_part(steps.A @ state.cov @ steps.A.mT) + steps.Q
     return Gaussian(matvec(steps.A, state.mean) + steps.c, cov)
@@ -141,19 +141,18 @@ def _sequential(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tupl
     return out, now
 
 
-def _parallel(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian]:
-    """The states before every step by the scan, then every step at once."""
-    reached, failed, _ = _scan(steps, state)
-    if not torch.compiler.is_compiling() and failed.any():
-        row, time = failed.nonzero()[0].tolist()
-        _refuse_step(
-            row, start + time, "C Q C^T + R is not positive definite", "use parallel=False, or add noise to R or Q"
-        )
-    return _all_at_once(reached, steps, blame, start)
+def _parallel(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:
+    """The states before every step by the scan, then every step at once; None where only the loop can."""
+    head = _blocked(steps)
+    if head and head + 1 >= steps.A.shape[1]:
+        return None
+    opening, middle = _opening(steps, head, state, blame, start)
+    reached, _ = _scan(cut(steps, slice(head, None)), middle)
+    return _all_at_once(opening, reached, cut(steps, slice(head, None)), blame, start + head)
 
 
 def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:
-    """The scan, from the first step or after N steps of the loop; None where the scan would lose too many digits.
+    """The scan, at once or after N steps of the loop; None where it would lose too many digits.
 
     The scan combines the covariance P of the state that it starts from with the information J of the observations by a
     solve with ``I + P J``, which is ill-conditioned where the prior is vague. N observed steps of the loop first make
@@ -162,32 +161,49 @@ def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: in
     condition.
     """
     length, n = steps.A.shape[1:3]
-    for head in (0, n):
+    blocked = _blocked(steps)
+    if blocked > length // 2:
+        return None
+    for head in (blocked, blocked + n):
         if head >= length:
             break
-        opening, middle = None, state
-        if head:
-            opening, middle = _sequential(cut(steps, slice(head)), state, blame, start)
+        opening, middle = _opening(steps, head, state, blame, start)
         rest = cut(steps, slice(head, None))
-        reached, failed, information = _scan(rest, middle)
-        if failed.any():
-            break
+        reached, information = _scan(rest, middle)
         condition = _condition(middle.cov, information)
-        if condition < torch.finfo(condition.dtype).eps ** -0.5 or (head and condition.device.type != "cpu"):
-            out, last = _all_at_once(reached, rest, blame, start + head)
-            return (out if opening is None else concat([opening, out], dim=1)), last
+        tried = head > blocked and condition.device.type != "cpu"
+        if condition < torch.finfo(condition.dtype).eps ** -0.5 or tried:
+            return _all_at_once(opening, reached, rest, blame, start + head)
     return None
 
 
-def _scan(steps: Steps, state: Gaussian) -> tuple[Gaussian, Tensor, Tensor]:
-    """The states before every step, where a factorisation failed (not 0), and J of all steps before each."""
-    elements, _, failed = elements_of(cut(steps, slice(-1)))
+def _opening(steps: Steps, head: int, state: Gaussian, blame: Blame, start: int) -> tuple[_Found | None, Gaussian]:
+    """The first steps by the loop, and the state after them."""
+    return _sequential(cut(steps, slice(head)), state, blame, start) if head else (None, state)
+
+
+@torch.no_grad()
+def _blocked(steps: Steps) -> int:
+    """How many steps have to be made before a scan can begin: up to the last one whose element does not exist.
+
+    That is where an observation has no noise given the state before it, such as the first one of an autoregression.
+    """
+    if torch.compiler.is_compiling():
+        return 0
+    _, _, failed = elements_of(cut(steps, slice(-1)))
+    at = (failed != 0).any(0).nonzero()
+    return int(at.max()) + 1 if len(at) else 0
+
+
+def _scan(steps: Steps, state: Gaussian) -> tuple[Gaussian, Tensor]:
+    """The states before every step, and J of all steps before each."""
+    elements, _, _ = elements_of(cut(steps, slice(-1)))
     first = tree_map(lambda z: z[:, None], state)
     zero = torch.zeros_like(first.cov)
     known = GaussianElement(zero, first.mean, first.cov, zero[..., 0], zero)
     products = associative_scan(combine_gaussian, elements)
     reached = combine_gaussian(known, products)
-    return concat([first, Gaussian(reached.b, reached.C)], dim=1), failed, products.J
+    return concat([first, Gaussian(reached.b, reached.C)], dim=1), products.J
 
 
 @torch.no_grad()
@@ -221,10 +237,14 @@ def elements_of(steps: Steps) -> tuple[GaussianElement, Tensor, Tensor]:
     return elements, root, failed
 
 
-def _all_at_once(before: Gaussian, steps: Steps, blame: Blame, start: int) -> tuple[_Found, Gaussian]:
+def _all_at_once(
+    opening: _Found | None, before: Gaussian, steps: Steps, blame: Blame, start: int
+) -> tuple[_Found, Gaussian]:
+    """Every step from the state before it, after those that were made already."""
     out, failed = _update(_predict(before, steps), steps)
     _check(out, failed, steps, blame, start)
-    return out, Gaussian(out.mean[:, -1], out.cov[:, -1])
+    last = Gaussian(out.mean[:, -1], out.cov[:, -1])
+    return (out if opening is None else concat([opening, out], dim=1)), last
 
 
 def _update(predicted: Gaussian, steps: Steps) -> tuple[_Found, Tensor]:
@@ -260,7 +280,7 @@ def _update_diffuse(
 def update(before: Belief, steps: Steps, counted: bool, blame: Blame) -> tuple[Pass, Belief]:
     """The observation of one step, which has a time axis of length 1, without a transition."""
     steps = masked(steps)
-    if before.diffuse.shape[-1]:
+    if before.diffuse.shape[-1] and (torch.compiler.is_compiling() or before.diffuse.any()):
         before = before._replace(diffuse=_directions(before.diffuse))
         return _update_diffuse(before, steps, counted, blame, None)
     out, failed = _update(Gaussian(before.mean[:, None], before.cov[:, None]), steps)

@@ -152,7 +152,8 @@ class Parameters(nn.Module):
     def batch(self) -> torch.Size:
         """The axes of a batch that the parameters have together; none for one model."""
         named = ((name, getattr(self, name)) for name in CORES)
-        return torch.broadcast_shapes(*(self._batch_of(name, value) for name, value in named if value is not None))
+        shapes = {self._batch_of(name, value) for name, value in named if value is not None} - {torch.Size()}
+        return torch.broadcast_shapes(*shapes) if shapes else torch.Size()
 
     @property
     def d_state(self) -> int:

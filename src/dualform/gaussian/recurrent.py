@@ -18,7 +18,7 @@ from dualform.gaussian.conditioning import condition
 from dualform.gaussian.filtering import Blame, Pass, predict, run, update
 from dualform.gaussian.initial import initial
 from dualform.gaussian.parameters import Parameters
-from dualform.gaussian.steps import Matrices, Steps, standing, steps_of
+from dualform.gaussian.steps import Matrices, Steps, standing, steps_of, transition
 
 
 class Estimate(NamedTuple):
@@ -148,14 +148,13 @@ class Recurrent:
         """
         where = f"{type(self).__name__}.predict"
         rows = len(belief[0])
-        nothing = self.system.A.new_full((rows, self.system.d_obs), torch.nan)
-        belief = self._check_state(where, rows, nothing, belief)
+        belief = self._check_state(where, rows, self.system.A, belief)
         check_finite(where, {"state.mean": belief.mean, "state.cov": belief.cov})
         u = self._check_inputs(where, u, (rows,), belief)
-        u = None if u is None else u[:, None]
-        step = tree_map(lambda z: z[:, 0], self._steps(where, nothing[:, None], belief, u, self._full(where, rows)))
-        given = _own(where, matrices, {"A": step.A, "Q": step.Q, "c": step.c})
-        out = predict(belief, step._replace(**given))
+        at = Matrices(where, self.system, self._full(where, rows), belief.steps, 1, belief.mean.dtype)
+        moves = transition(at, None if u is None else u[:, None], standing(self.system, belief, 1, None))
+        step = tree_map(lambda z: z[:, 0], moves)
+        out = predict(belief, step._replace(**_own(where, matrices, step._asdict())))
         return out._replace(steps=belief.steps + 1)
 
     def update(
@@ -343,17 +342,21 @@ def after(before: Belief, found: Pass, lengths: Tensor) -> Belief:
 
 def _innovation(belief: Belief, y: Tensor, C: Tensor, R: Tensor, level: Tensor) -> Innovation:
     seen = ~y.isnan()
-    v = y - level - matvec(C, belief.mean)
-    S = symmetric_part(C @ belief.cov @ C.mT) + R
+    v, S = y - level - matvec(C, belief.mean), symmetric_part(C @ belief.cov @ C.mT) + R
+    both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
     eye = torch.eye(C.shape[-2], dtype=C.dtype, device=C.device)
-    masked = torch.where(seen.unsqueeze(-1) & seen.unsqueeze(-2), R, eye)
-    shape = (*y.shape[:-1], 0)
-    at = [z.expand(*shape[:-1], *z.shape[1:]) for z in (belief.mean.unsqueeze(-1), belief.cov, belief.diffuse)]
-    clean = torch.where(seen, y - level, 0).unsqueeze(-1)
-    found = condition(at[0], at[1], at[2], C * seen.unsqueeze(-1), masked, clean)
-    numbers = seen.to(v.dtype).sum(-1) * math.log(2 * math.pi)
-    loglik = -(found.distance + found.log_det + numbers) / 2
-    return Innovation(v, S.expand(*shape[:-1], *S.shape[1:]), found.distance, loglik)
+    if belief.diffuse.shape[-1] and (torch.compiler.is_compiling() or belief.diffuse.any()):
+        axes = y.shape[:-1]
+        at = [z.expand(*axes, *z.shape[1:]) for z in (belief.mean.unsqueeze(-1), belief.cov, belief.diffuse)]
+        clean = torch.where(seen, y - level, 0).unsqueeze(-1)
+        found = condition(at[0], at[1], at[2], C * seen.unsqueeze(-1), torch.where(both, R, eye), clean)
+        distance, log_det = found.distance, found.log_det
+    else:
+        root, _ = torch.linalg.cholesky_ex(torch.where(both, S, eye))
+        white = torch.linalg.solve_triangular(root, torch.where(seen, v, 0).unsqueeze(-1), upper=False)
+        distance, log_det = white.square().sum((-2, -1)), 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    loglik = -(distance + log_det + seen.to(v.dtype).sum(-1) * math.log(2 * math.pi)) / 2
+    return Innovation(v, S.expand(*y.shape, S.shape[-1]), distance, loglik)
 
 
 def _own(where: str, given: dict[str, Any], known: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ class Series(Recurrent):
             found, predicted = ended(found, series.lengths), ended(predicted, series.lengths + 1)
         loglik = found.loglik.nan_to_num() if series.lengths is not None else found.loglik
         out = [found.mean, found.cov, *predicted[:2], loglik.sum(-1), loglik, found.diffuse, predicted[2]]
-        return Filtered(*self._out(series, *out), convention=self._convention, form=series.form)
+        return Filtered(*self._out(series, *out, timed=True), convention=self._convention, form=series.form)
 
     def log_likelihood(self, y: Any, state: Any = None, *, u: Any = None, lengths: Any = None, burn: int = 0) -> Tensor:
         """``log p(y_1 .. y_T)`` of the observed components, every constant included, ``(*batch,)``: a tensor.
@@ -158,7 +158,7 @@ class Series(Recurrent):
             mean, cov, lag = ended([mean, cov, lag], series.lengths)
         loglik = series.found.loglik.sum(-1)
         out = [mean, cov, lag, loglik, states.mean[:, 0], states.cov[:, 0]]
-        return Smoothed(*self._out(series, *out), convention=self._convention, form=series.form)
+        return Smoothed(*self._out(series, *out, timed=True), convention=self._convention, form=series.form)
 
     def simulate_posterior(
         self,
@@ -240,9 +240,9 @@ class Series(Recurrent):
     def _convention(self) -> str:
         return "proper" if self.system.diffuse is None else self.system.convention
 
-    def _out(self, series: _Series, *rows: Tensor) -> Any:
+    def _out(self, series: _Series, *rows: Tensor, timed: bool = False) -> Any:
         """Results with the batch axes of the call, of the kind of its observations."""
-        return series.door.out(*(value.reshape((*series.full, *value.shape[1:])) for value in rows))
+        return series.door.out(*(value.reshape((*series.full, *value.shape[1:])) for value in rows), timed=timed)
 
     def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> _Series:
         model = self.system
