@@ -371,6 +371,23 @@ def test_covariances_of_the_smoother_are_symmetric_and_positive_in_float32(paral
     close(smooth.mean, want.mean, 1e-4)
 
 
+def test_the_smoother_keeps_its_digits_with_very_sharp_observations():
+    """An integrated random walk that is seen nearly exactly; without any noise, its positions are the data."""
+    one = torch.eye(2, dtype=torch.float64)
+    y = observations(12, 1, missing=0.2, seed=4)
+    means = []
+    for noise in (1e-11, 0.0):
+        model = df.LinearGaussian(
+            [[1.0, 1.0], [0.0, 1.0]], one[:1], [[1.0]], [[noise]], P0=10 * one, S=[[0.0], [1.0]], prior="first"
+        )
+        means.append(df.KalmanFilter(model, parallel=False).smooth(y))
+    equal(means[0].mean, means[1].mean)
+    equal(means[0].cov, means[1].cov)
+    seen = ~y[:, 0].isnan()
+    equal(means[1].mean[seen, 0], y[seen, 0], 1e-12)
+    assert means[1].cov[seen, 0, 0].abs().max() < 1e-12
+
+
 def test_what_comes_out_fits_what_went_in():
     model, y = build(terms(2, 1)), observations(6, 1)
     want = model.smooth(y)

@@ -206,6 +206,23 @@ def test_an_autoregression_without_observation_noise_equals_statsmodels(parallel
     assert smooth.cov[0, 0, 0] == 0 and smooth.cov[41, 0, 0] > 0.5 * variance
 
 
+def test_an_integrated_autoregression_equals_statsmodels():
+    """ARIMA(2, 1, 1) of the Nile: the level that is differenced is diffuse, the rest stationary."""
+    g = load("nile_arima_211")
+    ar1, ar2, ma1, variance = g["params_given"].tolist()
+    A, S = [[1.0, 1.0, 0.0], [0.0, ar1, 1.0], [0.0, ar2, 0.0]], [[0.0], [1.0], [ma1]]
+    given = {"C": [[1.0, 1.0, 0.0]], "Q": [[variance]], "R": [[0.0]], "S": S, "prior": "first", "P0": "stationary"}
+    model = df.LinearGaussian(A, **given, diffuse=[True, False, False])
+    close(model.log_likelihood(g["y"])[None], g["loglik_exact"], 1e-12)
+    vague = model.init_state(1).cov[0]
+    vague[0, 0] = 1e6
+    approximate = df.LinearGaussian(A, **{**given, "P0": vague})
+    close(approximate.log_likelihood(g["y"], burn=1)[None], g["loglik_default"], 1e-9)
+    ahead = approximate.forecast(g["y"], 5)
+    close(ahead.mean[:, 0], g["forecast_mean"], 1e-6)
+    close(ahead.cov[:, 0, 0], g["forecast_var"], 1e-6)
+
+
 def test_a_stationary_start_beside_a_diffuse_one():
     """A random walk, and an autoregression: what statsmodels starts a model of both with."""
     A, eye = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64)), torch.eye(2, dtype=torch.float64)

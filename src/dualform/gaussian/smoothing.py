@@ -79,14 +79,18 @@ def posterior(belief: Belief, found: Pass, steps: Steps, parallel: bool | None) 
 
 
 def _regular(found: Pass, steps: Steps) -> tuple[GaussianElement, int]:
-    """The elements of the steps from ``first`` on: from there each observation has noise given the state before it."""
+    """The elements of the steps from ``first`` on: from there each observation has noise given the state before it.
+
+    An observation that is much sharper than its prediction counts as one without noise: with the ratio ``eps^1/2`` of
+    the two variances, (eta, J) would lose half of the digits.
+    """
     if torch.compiler.is_compiling() or not steps.A.shape[1]:
         return elements_of(steps)[0], 0
     with torch.no_grad():
         _, root, failed = elements_of(steps)
         own = root.diagonal(dim1=-2, dim2=-1).square()
         all_of_it = ((steps.C @ found.predicted_cov) * steps.C).sum(-1) + steps.R.diagonal(dim1=-2, dim2=-1)
-        sharp = (failed != 0) | ~(own > torch.finfo(own.dtype).eps ** 0.7 * all_of_it).all(-1)
+        sharp = (failed != 0) | ~(own > torch.finfo(own.dtype).eps ** 0.5 * all_of_it).all(-1)
         at = sharp.any(0).nonzero()
         first = int(at.max()) + 1 if len(at) else 0
     return elements_of(cut(steps, slice(first, None)))[0], first
