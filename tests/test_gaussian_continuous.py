@@ -107,6 +107,17 @@ def test_one_observation_after_the_other_equals_the_whole():
         equal(found.loglik, out.loglik[:, t])
 
 
+def test_what_is_seen_may_differ_from_time_to_time():
+    C, y = normal(6, 1, 3, seed=8), observations(6, 1)
+    continuous = model(C=C, time_varying=["C"])
+    out, belief = continuous.filter(y, TIMES), continuous.init_state(1)
+    plain = model()
+    for t in range(6):
+        belief = belief if t == 0 else plain.predict(belief, TIMES[t] - TIMES[t - 1])
+        belief = plain.update(belief, y[t : t + 1], C=C[t]).belief
+        equal(belief.cov[0], out.cov[t])
+
+
 def test_ragged_series_have_their_own_times():
     continuous, y = model(), observations(2, 6, 1)
     times = torch.stack([TIMES, TIMES + 1])
@@ -186,6 +197,10 @@ def test_tracks_of_several_turns_are_one_batch():
         (
             lambda: model(time_varying="A", A=torch.zeros(4, 3, 3).double()),
             "A varies in time, expected only C, R, d and D",
+        ),
+        (
+            lambda: df.KalmanFilter(model()),
+            r"model is ContinuousLinearGaussian, expected a LinearGaussian\n.*at\(times\)",
         ),
         (lambda: model().predict(model().init_state(1), 0.1, u=torch.ones(1, 1)), "inputs u and B travel together"),
         (lambda: constant_velocity(1.0, 1.0, dims=0), "constant_velocity: dims is 0"),

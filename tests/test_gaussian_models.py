@@ -388,6 +388,19 @@ def test_the_smoother_keeps_its_digits_with_very_sharp_observations():
     assert means[1].cov[seen, 0, 0].abs().max() < 1e-12
 
 
+def test_a_program_is_compiled_whole():
+    kalman, y = df.KalmanFilter(build(terms(2, 1, 1), prior="first"), parallel=True), observations(2, 2, 1)
+    run = torch.compile(lambda y: kalman.smooth(y).mean, fullgraph=True, backend="eager")
+    equal(run(y), kalman.smooth(y).mean)
+
+
+def test_a_belief_is_saved_as_data(tmp_path):
+    model = build(terms(2, 1, 1), diffuse=[True, False])
+    _, belief = model.forward(observations(2, 1, 1, missing=0.0))
+    torch.save(belief, tmp_path / "belief.pt")
+    equal(torch.load(tmp_path / "belief.pt", weights_only=True), belief)
+
+
 def test_what_comes_out_fits_what_went_in():
     model, y = build(terms(2, 1)), observations(6, 1)
     want = model.smooth(y)

@@ -138,6 +138,19 @@ def test_gradients_of_a_diffuse_start():
     assert torch.autograd.gradgradcheck(run, args)
 
 
+@pytest.mark.parametrize("parallel", FORMS)
+def test_gradients_of_the_smoother_from_a_diffuse_start(parallel):
+    y = observations(4, 1, missing=0.0)
+    y[1] = NAN
+
+    def run(A, q, r):
+        model = df.LinearGaussian(A, [[1.0, 0.5]], q @ q.mT, r @ r.mT, P0="diffuse", prior="first")
+        return df.KalmanFilter(model, parallel=parallel).smooth(y)[:6]
+
+    args = [normal(*s, seed=i).requires_grad_() for i, s in enumerate([(2, 2), (2, 1), (1, 1)])]
+    assert torch.autograd.gradcheck(run, args)
+
+
 def test_a_diffuse_start_stays_positive_in_float32():
     model = seasonal([0.1, 0.5, 0.01, 0.2], 4, trend=True, P0="diffuse")
     y, _ = seasonal([0.1, 0.5, 0.01, 0.2], 4, trend=True, P0=1.0).sample(60, generator=torch.Generator().manual_seed(0))

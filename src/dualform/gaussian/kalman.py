@@ -3,6 +3,8 @@
 from torch import nn
 
 from dualform.core.calls import explained
+from dualform.core.errors import ArgumentError
+from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.parameters import Parameters
 from dualform.gaussian.series import Series
 
@@ -41,7 +43,7 @@ class KalmanFilter(Series, nn.Module):
             or cannot be. While a graph is compiled, the loop on a CPU and the scan elsewhere.
 
     Raises:
-        ArgumentError: as :meth:`forward`.
+        ArgumentError: for a model of another kind.
 
     Example:
         >>> import dualform as df
@@ -55,8 +57,11 @@ class KalmanFilter(Series, nn.Module):
         analysis by state space methods", chapters 4 and 5.
     """
 
-    def __init__(self, model: Parameters, *, parallel: bool | None = None):
+    def __init__(self, model: LinearGaussian, *, parallel: bool | None = None):
         super().__init__()
+        if not isinstance(model, LinearGaussian):
+            hint = "model.at(times) is one" if isinstance(model, Parameters) else ""
+            raise ArgumentError(f"KalmanFilter: model is {type(model).__name__}, expected a LinearGaussian", hint=hint)
         self.model, self.parallel = model, parallel
 
     @property
