@@ -103,6 +103,13 @@ def test_values_of_statsmodels(name, parallel):
     close(smooth.cov, g["smoothed_cov"], 1e-9)
     close(smooth.lag_one_cov[1:], g["smoothed_lag1_cov"], 1e-9)
     close(smooth.log_likelihood[None], g["loglik"], 1e-9)
+    ahead, gone = kalman.innovations(g["y"]), g["y"].isnan()
+    assert torch.equal(ahead.innovation.isnan(), gone)
+    close(ahead.innovation.nan_to_num(), g["innovations"].masked_fill(gone, 0.0), 1e-9)
+    equal(ahead.loglik, out.loglik)
+    whole = ~gone.any(-1)
+    C = (model.C if model.C.dim() == 3 else model.C.expand(30, -1, -1))[whole]
+    equal(ahead.cov[whole], C @ out.predicted_cov[:-1][whole] @ C.mT + (model.R.expand(30, -1, -1))[whole])
     if name == "missing":
         ahead = kalman.forecast(g["y"], 5)
         close(ahead.mean, g["forecast_mean"], 1e-9)

@@ -41,6 +41,8 @@ def test_nile_from_a_diffuse_start_equals_statsmodels(parallel):
     exact = df.KalmanFilter(local_level(*g["mle_params_exact"].tolist(), P0="diffuse"), parallel=parallel)
     smooth, ahead = exact.smooth(g["y"]), exact.forecast(g["y"], 5)
     close(smooth.log_likelihood[None], g["mle_loglik_exact"], 1e-12)
+    errors = exact.innovations(g["y"])  # that of the first observation does not exist
+    assert errors.distance.isnan().tolist() == [True] + [False] * 99 and 80 < errors.distance[1:].sum() < 120
     close(smooth.mean[:, 0], g["smoothed_level_exact"], 1e-9)
     close(ahead.mean[:, 0], g["forecast_mean_exact"], 1e-9)
     close(ahead.cov[:, 0, 0], g["forecast_var_exact"], 1e-9)

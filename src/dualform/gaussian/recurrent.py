@@ -36,10 +36,10 @@ class Innovation(NamedTuple):
     it has the chi-squared distribution with as many degrees of freedom as there are components.
     """
 
-    innovation: Tensor  # (..., M), NaN where missing
-    cov: Tensor  # (..., M, M), S = C P C^T + R
-    distance: Tensor  # (...)
-    loglik: Tensor  # (...)
+    innovation: Any  # (..., M), NaN where missing
+    cov: Any  # (..., M, M), S = C P C^T + R
+    distance: Any  # (...)
+    loglik: Any  # (...)
 
 
 class Updated(NamedTuple):
@@ -178,7 +178,7 @@ class Recurrent:
         belief, y, parts = self._observation(where, belief, y, (C, R, d), u)
         seen = ~y.isnan()
         C, R, level = parts
-        found = _innovation(belief, y, C, R, level)
+        found = innovation_of(belief, y, C, R, level)
         clean = torch.where(seen, y - level, 0)
         parts = (z[:, None] for z in (C, R, clean, seen))
         steps = Steps(*self._no_transition(belief), *parts)
@@ -205,7 +205,7 @@ class Recurrent:
         """
         where = f"{type(self).__name__}.innovation"
         belief, y, parts = self._observation(where, belief, y, (C, R, d), u)
-        return _innovation(belief, y, *parts)
+        return innovation_of(belief, y, *parts)
 
     # What the methods share.
 
@@ -340,7 +340,8 @@ def after(before: Belief, found: Pass, lengths: Tensor) -> Belief:
     return Belief(mean, cov, before.steps + lengths, diffuse)
 
 
-def _innovation(belief: Belief, y: Tensor, C: Tensor, R: Tensor, level: Tensor) -> Innovation:
+def innovation_of(belief: Belief, y: Tensor, C: Tensor, R: Tensor, level: Tensor) -> Innovation:
+    """The innovation of observations that may be missing; y may have axes before those of the belief."""
     seen = ~y.isnan()
     v, S = y - level - matvec(C, belief.mean), symmetric_part(C @ belief.cov @ C.mT) + R
     both = seen.unsqueeze(-1) & seen.unsqueeze(-2)

@@ -14,7 +14,7 @@ from dualform.gaussian.arrays import Door, lengths_of
 from dualform.gaussian.belief import Belief
 from dualform.gaussian.filtering import Form, Pass, predict, run
 from dualform.gaussian.initial import initial
-from dualform.gaussian.recurrent import Recurrent, after
+from dualform.gaussian.recurrent import Innovation, Recurrent, after, innovation_of
 from dualform.gaussian.smoothing import Posterior, check_determined, draw, moments, posterior
 from dualform.gaussian.steps import Matrices, Steps, ended, standing, steps_of, transition
 
@@ -122,6 +122,34 @@ class Series(Recurrent):
         loglik = found.loglik.nan_to_num() if series.lengths is not None else found.loglik
         out = [found.mean, found.cov, *predicted[:2], loglik.sum(-1), loglik, found.diffuse, predicted[2]]
         return Filtered(*self._out(series, *out, timed=True), convention=self._convention, form=series.form)
+
+    def innovations(self, y: Any, state: Any = None, *, u: Any = None, lengths: Any = None) -> Innovation:
+        """How far each observation is from its prediction by all before it, for diagnostics.
+
+        If the model is right, they are independent of each other, and ``distance`` has the chi-squared distribution
+        with as many degrees of freedom as there are observed components. Steps before which the state is diffuse have
+        none: they are NaN.
+
+        Args and errors are those of :meth:`filter`.
+
+        Returns:
+            innovation ``(*batch, T, M)``, NaN where missing; cov ``(*batch, T, M, M)``; distance and loglik
+            ``(*batch, T)``.
+
+        Raises:
+            ArgumentError: as :meth:`filter`.
+        """
+        series = self._filtered(f"{type(self).__name__}.innovations", y, state, u, lengths)
+        found, steps = series.found, series.steps
+        seen = torch.where(steps.seen, steps.y, torch.nan)
+        before = Belief(found.predicted_mean, found.predicted_cov, series.start.steps, found.predicted_diffuse[..., :0])
+        out = innovation_of(before, seen, steps.C, steps.R, torch.zeros_like(seen))
+        diffuse = (found.predicted_diffuse != 0).flatten(2).any(-1)
+        cov = torch.where(diffuse[..., None, None], torch.nan, out.cov)
+        ahead, distance = torch.where(diffuse[..., None], torch.nan, out.innovation), out.distance
+        parts = [ahead, cov, torch.where(diffuse, torch.nan, distance), found.loglik]
+        parts = parts if series.lengths is None else ended(parts, series.lengths)
+        return Innovation(*self._out(series, *parts, timed=True))
 
     def log_likelihood(self, y: Any, state: Any = None, *, u: Any = None, lengths: Any = None, burn: int = 0) -> Tensor:
         """``log p(y_1 .. y_T)`` of the observed components, every constant included, ``(*batch,)``: a tensor.
