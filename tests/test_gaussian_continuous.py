@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -192,6 +193,7 @@ def test_tracks_of_several_turns_are_one_batch():
         (lambda: model(prior="before").filter([1.0], [1.0], start=2), r"times\[0\] is 1, earlier than the start, 2"),
         (lambda: model().filter([1.0], [1.0], start=0.0), "start is 0.0, expected none with prior='first'"),
         (lambda: model().filter([1.0], 1.0), "times is one number"),
+        (lambda: model().filter([1.0], np.array(["2020-01-01"], "M8[D]")), r"times are dates.*\n.*timedelta64"),
         (lambda: model().filter([1.0, 2.0, 3.0], [1.0, 2.0]), "filter: there are 2 times, but 3 observations"),
         (lambda: model().over(-1.0), "over: dt is -1, expected 0 or more"),
         (

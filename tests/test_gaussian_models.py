@@ -408,6 +408,28 @@ def test_a_belief_is_saved_as_data(tmp_path):
     equal(torch.load(tmp_path / "belief.pt", weights_only=True), belief)
 
 
+@pytest.mark.parametrize("parallel", FORMS)
+@pytest.mark.parametrize("ma", [0.5, 3.0])
+def test_the_smoother_is_stable_where_all_noise_is_observed(ma, parallel):
+    """A moving average that is not invertible: given a state and the data, errors of the later states would grow."""
+    S, start = torch.tensor([[1.0], [ma]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    S.requires_grad_()
+    model = df.LinearGaussian([[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0]], [[1.0]], [[0.0]], P0=start, S=S)
+    y, _ = model.sample(60, generator=torch.Generator().manual_seed(0))
+    y[0, 30:33] = NAN
+    smooth = df.KalmanFilter(model, parallel=parallel).smooth(y[0])
+    mean, cov, _ = posterior(model, y[0])
+    equal(smooth.mean, mean[1:])
+    equal(smooth.cov, torch.stack([cov[t, t] for t in range(1, 61)]))
+    equal(smooth.lag_one_cov, torch.stack([cov[t, t - 1] for t in range(1, 61)]))
+    gradients = [torch.autograd.grad(z.sin().sum(), S, retain_graph=True)[0] for z in (smooth.mean, mean[1:])]
+    equal(*gradients, 1e-6)
+    paths = model.simulate_posterior(y[0], 4000, generator=torch.Generator().manual_seed(1))
+    scale = smooth.cov.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    assert ((paths.mean(0) - smooth.mean).abs() < 5 * scale / 60 + 1e-6).all()
+    assert ((paths.std(0) - scale).abs() < 0.07 * scale + 1e-6).all()
+
+
 def test_what_comes_out_fits_what_went_in():
     model, y = build(terms(2, 1)), observations(6, 1)
     want = model.smooth(y)

@@ -251,6 +251,11 @@ class ContinuousLinearGaussian(Parameters):
         return Interval(Abar, Qbar, moved[..., 0], None if B is None else moved[..., 1:])
 
     def _at(self, where: str, times: Any, start: Any, lengths: Any, y: Any = None) -> LinearGaussian:
+        if getattr(getattr(times, "dtype", None), "kind", "") == "M":
+            raise ArgumentError(
+                f"{where}: times are dates, expected numbers in the unit of the model",
+                hint="such as days: (times - times[0]) / numpy.timedelta64(1, 'D')",
+            )
         given = as_tensors(where, times=times) if start is None else as_tensors(where, times=times, start=start)
         t = given["times"].to(self.A.device)
         if t.dim() == 0:

@@ -147,8 +147,23 @@ def _parallel(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[
     if head and head + 1 >= steps.A.shape[1]:
         return None
     opening, middle = _opening(steps, head, state, blame, start)
-    reached, _ = _scan(cut(steps, slice(head, None)), middle)
-    return _all_at_once(opening, reached, cut(steps, slice(head, None)), blame, start + head)
+    rest = cut(steps, slice(head, None))
+    reached, information = _scan(rest, middle)
+    if not torch.compiler.is_compiling() and sharpened(information, reached.cov).any():
+        return None
+    return _all_at_once(opening, reached, rest, blame, start + head)
+
+
+@torch.no_grad()
+def sharpened(J: Tensor, P: Tensor) -> Tensor:
+    """Where J ``(B, T, N, N)`` outweighs what the filter ever knows by more than ``eps^-1/2``, ``(B, T)``.
+
+    Observations have so little noise there that a state can be computed from them and the one before it, and errors
+    grow from step to step; a moving average that is not invertible is the usual case. A vague start is none: P is the
+    least of all.
+    """
+    least = P.abs().amax((-2, -1)).amin(1, keepdim=True)
+    return ~(J.abs().amax((-2, -1)) * least <= torch.finfo(J.dtype).eps ** -0.5)
 
 
 def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:
@@ -248,11 +263,14 @@ def _all_at_once(
 
 
 def _update(predicted: Gaussian, steps: Steps) -> tuple[_Found, Tensor]:
-    """The update, and where its Cholesky factorisation failed (not 0)."""
+    """The update, and where the innovation covariance is not positive definite, but for rounding (not 0)."""
     mean, cov = predicted
     C, R = steps.C, steps.R
     CP = C @ cov
-    root, failed = torch.linalg.cholesky_ex(symmetric_part(CP @ C.mT) + R)
+    S = symmetric_part(CP @ C.mT) + R
+    root, failed = torch.linalg.cholesky_ex(S)
+    pivots, sizes = (z.detach().diagonal(dim1=-2, dim2=-1) for z in (root, S))
+    failed = failed | (pivots.square() <= 16 * torch.finfo(S.dtype).eps * sizes).any(-1)
     innovation = steps.y - matvec(C, mean)
     K = torch.cholesky_solve(CP, root).mT
     left = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) - K @ C

@@ -29,10 +29,10 @@ class KalmanFilter(Series, nn.Module):
 
     The parallel form finds the state before every step by an associative scan of depth ``O(log T)``, then makes
     all steps at once with the arithmetic of the sequential form, so that its error does not grow with T. It takes
-    a singular Q, and needs ``C Q C^T + R`` to be positive definite. It combines the prior with the data in
-    information form, and loses digits where P0 is much greater than the covariance of the noise: with a vague prior,
-    all that float32 has. Steps in which a start is still exactly diffuse are taken one after the other. The smoother
-    is two scans.
+    a singular Q; up to the last step where ``C Q C^T + R`` is singular, or where the observations nearly are the state,
+    the loop runs in its place. It combines the prior with the data in information form, and loses digits where P0 is
+    much greater than the covariance of the noise: with a vague prior, all that float32 has. Steps in which a start is
+    still exactly diffuse are taken one after the other. The smoother is two scans.
 
     A :class:`~dualform.gaussian.model.LinearGaussian` has the same methods; this class is for the choice of the form.
 

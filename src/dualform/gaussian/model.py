@@ -11,7 +11,7 @@ from dualform.core.linalg import as_tensors, matvec
 from dualform.gaussian.initial import initial
 from dualform.gaussian.parameters import Parameters, Terms
 from dualform.gaussian.series import Series
-from dualform.gaussian.smoothing import root
+from dualform.gaussian.smoothing import normal
 from dualform.gaussian.steps import Matrices, standing, transition
 
 
@@ -128,17 +128,15 @@ class LinearGaussian(Series, Parameters):
         u = None if u is None else u[:, :length]
         at = Matrices(where, self, full, start.steps, length, start.mean.dtype)
 
-        def normal(cov: Tensor) -> Tensor:
-            noise = torch.randn(cov.shape[:-1], generator=generator, dtype=cov.dtype, device=cov.device)
-            constant = cov.dim() == 4 and cov.shape[1] > 1 and cov.stride(1) == 0
-            return matvec(root(cov[:, :1] if constant else cov), noise)
+        def noise(cov: Tensor) -> Tensor:
+            return normal(cov, cov.shape[:-1], generator)
 
-        h, states = start.mean + normal(start.cov), []
+        h, states = start.mean + noise(start.cov), []
         moves = transition(at, u, standing(self, start, length, None))
-        for A, c, q in zip(*(z.unbind(1) for z in (moves.A, moves.c, normal(moves.Q))), strict=True):
+        for A, c, q in zip(*(z.unbind(1) for z in (moves.A, moves.c, noise(moves.Q))), strict=True):
             h = matvec(A, h) + c + q
             states.append(h)
         path = torch.stack(states, 1) if states else h.new_zeros(len(h), 0, self.d_state)
-        y, level = matvec(at.there("C"), path) + normal(at.there("R")), at.driven("d", "D", u)
+        y, level = matvec(at.there("C"), path) + noise(at.there("R")), at.driven("d", "D", u)
         y = y if level is None else y + level
         return y.reshape(*full, length, self.d_obs), path.reshape(*full, length, self.d_state)

@@ -15,7 +15,7 @@ from dualform.gaussian.belief import Belief
 from dualform.gaussian.filtering import Form, Pass, predict, run
 from dualform.gaussian.initial import initial
 from dualform.gaussian.recurrent import Innovation, Recurrent, after, innovation_of
-from dualform.gaussian.smoothing import Posterior, check_determined, draw, moments, posterior
+from dualform.gaussian.smoothing import Posterior, check_determined, draw, is_chain, moments, posterior, simulate
 from dualform.gaussian.steps import Matrices, Steps, ended, standing, steps_of, transition
 
 
@@ -222,7 +222,9 @@ class Series(Recurrent):
             raise ArgumentError(f"{where}: draws is {draws}, expected 0 or more")
         with torch.no_grad():
             series, chain = self._chain(where, y, state, u, lengths)
-            paths = draw(chain, draws, generator)
+            paths = (
+                draw(chain, draws, generator) if is_chain(chain) else self._corrected(series, chain, draws, generator)
+            )
             if series.lengths is not None:
                 paths = ended(paths.transpose(0, 1).transpose(1, 2), series.lengths).transpose(1, 2).transpose(0, 1)
             return series.door.out(paths.reshape(draws, *series.full, *paths.shape[2:]))[0]
@@ -351,3 +353,15 @@ class Series(Recurrent):
         series = self._filtered(where, y, state, u, lengths)
         check_determined(where, series.last)
         return series, posterior(series.start, series.found, series.steps, self.parallel)
+
+    def _corrected(self, series: _Series, chain: Posterior, draws: int, generator: torch.Generator | None) -> Tensor:
+        """Draws of the model, moved by what the data differ from theirs (Durbin and Koopman 2002)."""
+        path, y = simulate(series.start, series.steps, draws, generator)
+        start, steps = (
+            tree_map(lambda z: z.repeat(draws, *[1] * (z.dim() - 1)), part) for part in (series.start, series.steps)
+        )
+        steps = steps._replace(y=torch.where(steps.seen, y, 0))
+        found, _, _ = self._run(steps, start)
+        again, _ = moments(posterior(start, found, steps, self.parallel), self.parallel)
+        states, _ = moments(chain, self.parallel)
+        return (path - again.mean[:, 1:]).unflatten(0, (draws, -1)) + states.mean[:, 1:]

@@ -10,17 +10,21 @@ as any:
 The first of these states has the moments of the filter and its (eta, J) combined, with its diffuse directions as
 regressors.
 
-Before that state, back, as Rauch, Tung and Striebel do: the next state is an observation ``A h + c + q`` of this one,
-and :func:`condition` takes it one component at a time. This serves the steps whose observations have no noise given the
-state before, where J would be infinite: the first one of a model without observation noise, or all where nothing has
-any.
+Up to the last step whose observation has next to no noise given the state before, J would be infinite, or errors of the
+chain would grow: that is the first one of an autoregression, all of a moving average that is not invertible, or all
+where nothing has noise. There the innovations of the filter are carried back (Bryson and Frazier), which divides by
+their covariance alone; and the states that are diffuse still follow from the next one, which is an observation ``A h +
+c + q`` of them (Rauch, Tung and Striebel).
 
 References:
-    Fraser and Potter (1969), "The optimum linear smoother as a combination of two optimum linear filters"; Rauch, Tung
+    Fraser and Potter (1969), "The optimum linear smoother as a combination of two optimum linear filters"; Bryson and
+    Frazier (1963), "Smoothing for linear and nonlinear dynamic systems"; Durbin and Koopman (2002), "A simple and
+    efficient simulation smoother for state space time series analysis"; Rauch, Tung
     and Striebel (1965), "Maximum likelihood estimates of linear dynamic systems"; Sarkka and Garcia-Fernandez (2021),
     arXiv:1905.13002, for the elements and the scans.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,7 +37,7 @@ from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.filtering import Pass, elements_of, is_parallel_faster
+from dualform.gaussian.filtering import Pass, elements_of, is_parallel_faster, sharpened
 from dualform.gaussian.steps import Steps, cut, masked
 
 
@@ -54,11 +58,12 @@ class _States(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """The states 0 .. T given all data, as a chain that starts at one of them and goes both ways."""
+    """The states 0 .. T given all data: the moments of some, and chains from there in both directions."""
 
     back: Kernel  # (B, K, ...), of the states 0 .. K-1, each given the next one
-    middle: Gaussian  # (B, ...), of the state K
-    on: Kernel  # (B, T - K, ...), of the states K+1 .. T, each given the one before
+    middle: Gaussian  # (B, L, ...), of the states K .. K+L-1
+    lag: Tensor  # (B, L - 1, N, N), the covariances of neighbours among these
+    on: Kernel  # (B, T - K - L + 1, ...), of the states K+L .. T, each given the one before
 
 
 def posterior(belief: Belief, found: Pass, steps: Steps, parallel: bool | None) -> Posterior:
@@ -72,10 +77,24 @@ def posterior(belief: Belief, found: Pass, steps: Steps, parallel: bool | None) 
         torch.cat([belief.diffuse[:, None], found.diffuse], 1),
     )
     elements, first = _regular(found, steps)
-    on, eta, J = (_collect_scan if parallel else _collect)(elements, belief.mean)
-    middle = _combined(tree_map(lambda z: z[:, first], before), eta, J)
-    back = _kernels_back(before, found, cut(steps, slice(first)), first)
-    return Posterior(back, middle, on)
+    collect = _collect_scan if parallel else _collect
+    on, eta, J = collect(elements, belief.mean)
+    more = 0 if torch.compiler.is_compiling() else _last(sharpened(J, before.cov[:, first:]))
+    if more:  # once more, so that no gradient passes through numbers without meaning
+        first += more
+        on, eta, J = collect(elements_of(cut(steps, slice(first, None)))[0], belief.mean)
+    eta, J = eta[:, 0], J[:, 0]
+    reached = tree_map(lambda z: z[:, first], before)
+    middle, lag = tree_map(lambda z: z[:, None], _combined(reached, eta, J)), J[:, None][:, :0]
+    diffuse = 0 if not first else int((before.diffuse[:, :first] != 0).flatten(2).any(-1).any(0).sum())
+    if diffuse < first:
+        sharp = slice(diffuse, first)
+        run = _scan if parallel else _loop
+        end = _adjoint(reached, eta, J)
+        earlier, lag = _carried(cut(before, sharp), cut(found, sharp), cut(steps, sharp), end, run)
+        middle = concat([earlier, middle], 1)
+    back = _kernels_back(before, found, cut(steps, slice(diffuse)), diffuse)
+    return Posterior(back, middle, lag, on)
 
 
 def _regular(found: Pass, steps: Steps) -> tuple[GaussianElement, int]:
@@ -91,21 +110,30 @@ def _regular(found: Pass, steps: Steps) -> tuple[GaussianElement, int]:
         own = root.diagonal(dim1=-2, dim2=-1).square()
         all_of_it = ((steps.C @ found.predicted_cov) * steps.C).sum(-1) + steps.R.diagonal(dim1=-2, dim2=-1)
         sharp = (failed != 0) | ~(own > torch.finfo(own.dtype).eps ** 0.5 * all_of_it).all(-1)
-        at = sharp.any(0).nonzero()
-        first = int(at.max()) + 1 if len(at) else 0
+        first = _last(sharp)
     return elements_of(cut(steps, slice(first, None)))[0], first
 
 
+def _last(mask: Tensor) -> int:
+    """How many steps there are up to the last one of any row that a mask ``(B, T)`` holds."""
+    at = mask.any(0).nonzero()
+    return int(at.max()) + 1 if len(at) else 0
+
+
 def _collect(elements: GaussianElement, like: Tensor) -> tuple[Kernel, Tensor, Tensor]:
-    """The kernels on, and (eta, J) of the state before all elements, one after the other from the last."""
+    """The kernels on, and (eta, J) of the states before, between and after the elements, from the last one back."""
     J = like.new_zeros(len(like), like.shape[-1], like.shape[-1])
     eta, kernels = J[..., 0], []
+    etas, Js = [eta], [J]
     for e in zip(*(z.flip(1).unbind(1) for z in elements), strict=True):
         kernel, eta, J = _before(GaussianElement(*e), eta, J)
         kernels.append(kernel)
-    if not kernels:
-        return Kernel(elements.A, elements.b, elements.C), eta, J
-    return tree_map(lambda *z: torch.stack(z, 1), *kernels[::-1]), eta, J
+        etas.append(eta)
+        Js.append(J)
+    on = Kernel(elements.A, elements.b, elements.C)
+    if kernels:
+        on = tree_map(lambda *z: torch.stack(z, 1), *kernels[::-1])
+    return on, torch.stack(etas[::-1], 1), torch.stack(Js[::-1], 1)
 
 
 def _collect_scan(elements: GaussianElement, like: Tensor) -> tuple[Kernel, Tensor, Tensor]:
@@ -114,8 +142,8 @@ def _collect_scan(elements: GaussianElement, like: Tensor) -> tuple[Kernel, Tens
         return _collect(elements, like)
     later = associative_scan(lambda b, a: combine_gaussian(a, b), elements, reverse=True)
     eta, J = (torch.cat([z[:, 1:], torch.zeros_like(z[:, :1])], 1) for z in (later.eta, later.J))
-    kernels, eta, J = _before(elements, eta, J)
-    return kernels, eta[:, 0], J[:, 0]
+    on, first_eta, first_J = _before(elements, eta, J)
+    return on, torch.cat([first_eta[:, :1], eta], 1), torch.cat([first_J[:, :1], J], 1)
 
 
 def _before(e: GaussianElement, eta: Tensor, J: Tensor) -> tuple[Kernel, Tensor, Tensor]:
@@ -150,6 +178,35 @@ def _combined(before: _States, eta: Tensor, J: Tensor) -> Gaussian:
     return Gaussian(m + matvec(T, solved[..., 0]), cov + symmetric_part(T @ solved[..., 1:]))
 
 
+def _adjoint(reached: _States, eta: Tensor, J: Tensor) -> Gaussian:
+    """(eta, J) seen from the moments of the filter: r and N with the smoothed moments ``m + P r`` and ``P - P N P``."""
+    eye = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device).expand_as(J)
+    left, _ = torch.linalg.solve_ex(eye + reached.cov @ J, eye)
+    return Gaussian(matvec(left.mT, eta - matvec(J, reached.mean)), symmetric_part(J @ left))
+
+
+def _carried(
+    before: _States, found: Pass, steps: Steps, end: Gaussian, run: Callable[[Kernel, Gaussian], Gaussian]
+) -> tuple[Gaussian, Tensor]:
+    """The moments of the states before some steps, and the covariances of neighbours, from r and N after these."""
+    A, C, P = steps.A, steps.C, found.predicted_cov
+    CP, CA = C @ P, C @ A
+    root, _ = torch.linalg.cholesky_ex(symmetric_part(CP @ C.mT) + steps.R)
+    left = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - torch.cholesky_solve(CP, root).mT @ C
+    v = (steps.y - matvec(C, found.predicted_mean)).unsqueeze(-1)
+    kernels = Kernel(
+        (left @ A).mT,
+        (CA.mT @ torch.cholesky_solve(v, root)).squeeze(-1),
+        symmetric_part(CA.mT @ torch.cholesky_solve(CA, root)),
+    )
+    r, N = tree_map(lambda z: z.flip(1), run(tree_map(lambda z: z.flip(1), kernels), end))
+    mean = before.mean + matvec(before.cov, r[:, :-1])
+    cov = before.cov - symmetric_part(before.cov @ N[:, :-1] @ before.cov)
+    seen = C.mT @ torch.cholesky_solve(C, root) + left.mT @ N[:, 1:] @ left
+    moved = A @ before.cov
+    return Gaussian(mean, cov), moved - P @ symmetric_part(seen) @ moved
+
+
 def _kernels_back(before: _States, found: Pass, steps: Steps, count: int) -> Kernel:
     """Of the first ``count`` states, each given the next one."""
     mean, cov, Z = (z[:, :count] for z in before)
@@ -168,10 +225,11 @@ def moments(chain: Posterior, parallel: bool | None) -> tuple[Gaussian, Tensor]:
     if parallel is None:
         parallel = is_parallel_faster(batch, length, n, chain.on.g.device)
     run = _scan if parallel else _loop
-    back = run(tree_map(lambda z: z.flip(1), chain.back), chain.middle)
-    back, on = tree_map(lambda z: z.flip(1), back), run(chain.on, chain.middle)
-    lag = torch.cat([back.cov[:, 1:] @ chain.back.G.mT, chain.on.G @ on.cov[:, :-1]], 1)
-    return concat([back, tree_map(lambda z: z[:, 1:], on)], 1), lag
+    first, last = (tree_map(lambda z, i=i: z[:, i], chain.middle) for i in (0, -1))
+    back = tree_map(lambda z: z.flip(1), run(tree_map(lambda z: z.flip(1), chain.back), first))
+    on = run(chain.on, last)
+    lag = torch.cat([back.cov[:, 1:] @ chain.back.G.mT, chain.lag, chain.on.G @ on.cov[:, :-1]], 1)
+    return concat([cut(back, slice(-1)), chain.middle, cut(on, slice(1, None))], 1), lag
 
 
 def check_determined(where: str, last: Belief) -> None:
@@ -207,13 +265,17 @@ def _chained(earlier: Kernel, later: Kernel) -> Kernel:
     return Kernel(later.G @ earlier.G, matvec(later.G, earlier.g) + later.g, V)
 
 
+def is_chain(chain: Posterior) -> bool:
+    """Whether the states 1 .. T are a chain from one of them; else :func:`draw` cannot draw them."""
+    return chain.middle.mean.shape[1] - (not chain.back.g.shape[1]) <= 1
+
+
 @torch.no_grad()
 def draw(chain: Posterior, count: int, generator: torch.Generator | None) -> Tensor:
     """``count`` paths of the states 1 .. T from their joint posterior, ``(count, B, T, N)``."""
 
     def noise(cov: Tensor) -> Tensor:
-        values = torch.randn(count, *cov.shape[:-1], generator=generator, dtype=cov.dtype, device=cov.device)
-        return matvec(root(cov), values)
+        return normal(cov, (count, *cov.shape[:-1]), generator)
 
     def walk(kernels: Kernel, h: Tensor) -> list[Tensor]:
         path, moved = [], noise(kernels.V)
@@ -222,10 +284,32 @@ def draw(chain: Posterior, count: int, generator: torch.Generator | None) -> Ten
             path.append(h)
         return path
 
-    middle = chain.middle.mean + noise(chain.middle.cov)
+    start = tree_map(lambda z: z[:, -1], chain.middle)
+    middle = start.mean + noise(start.cov)
     back = walk(tree_map(lambda z: z.flip(1), chain.back), middle)
-    path = [*back[::-1], middle, *walk(chain.on, middle)][1:]
+    path = [*back[::-1], middle, *walk(chain.on, middle)]
+    path = path if chain.middle.mean.shape[1] > 1 else path[1:]  # without the state 0
     return torch.stack(path, 2) if path else middle.new_zeros(*middle.shape[:2], 0, middle.shape[-1])
+
+
+@torch.no_grad()
+def simulate(belief: Belief, steps: Steps, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """States 1 .. T ``(count B, T, N)`` and observations of them, with diffuse directions at 0; no gradients."""
+    rows = len(belief.mean)
+    h, states = belief.mean + normal(belief.cov, (count, rows, belief.mean.shape[-1]), generator), []
+    q, e = (normal(z, (count, *z.shape[:-1]), generator) for z in (steps.Q, steps.R))
+    for t in range(steps.A.shape[1]):
+        h = matvec(steps.A[:, t], h) + steps.c[:, t] + q[:, :, t]
+        states.append(h)
+    path = torch.stack(states, 2)
+    return path.flatten(0, 1), (matvec(steps.C, path) + e).flatten(0, 1)
+
+
+def normal(cov: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Draws from ``N(0, cov)``; the shape ends in that of cov without its last axis."""
+    constant = cov.dim() == 4 and cov.shape[1] > 1 and cov.stride(1) == 0
+    values = torch.randn(shape, generator=generator, dtype=cov.dtype, device=cov.device)
+    return matvec(root(cov[:, :1] if constant else cov), values)
 
 
 def root(cov: Tensor) -> Tensor:
