@@ -408,6 +408,21 @@ def test_a_belief_is_saved_as_data(tmp_path):
     equal(torch.load(tmp_path / "belief.pt", weights_only=True), belief)
 
 
+def test_units_do_not_choose_the_form():
+    """A level in millimetres and a slope in kilometres: the scan runs, and its results are those of other units."""
+    scale = torch.diag(torch.tensor([1e6, 1e-6], dtype=torch.float64))
+    A, eye = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    y = observations(80, 1)
+    plain = df.LinearGaussian(A, eye[:1], 0.1 * eye, [[1.0]], P0=eye)
+    other = df.LinearGaussian(
+        scale @ A @ scale.inverse(), eye[:1] @ scale.inverse(), 0.1 * scale**2, [[1.0]], P0=scale**2
+    )
+    for parallel in FORMS:
+        got, want = (df.KalmanFilter(model, parallel=parallel).smooth(y) for model in (other, plain))
+        assert got.form == ("parallel" if parallel else "sequential")
+        equal(scale.inverse() @ got.cov @ scale.inverse(), want.cov)
+
+
 @pytest.mark.parametrize("parallel", FORMS)
 @pytest.mark.parametrize("ma", [0.5, 3.0])
 def test_the_smoother_is_stable_where_all_noise_is_observed(ma, parallel):

@@ -97,6 +97,18 @@ def test_a_diffuse_start_equals_generalised_least_squares(directions, prior, par
         equal(out.cov[t], cov[t + 1, t + 1])
 
 
+@pytest.mark.parametrize("parallel", FORMS)
+def test_a_vague_start_leaves_covariances_positive(parallel):
+    """A slope and a season with a variance of 1e7: predictions of the first months are of 1e9."""
+    params = [1.0, 0.05, 1e-6, 1e-3]
+    y, _ = seasonal(params, 12, trend=True, P0=1.0).sample(120, generator=torch.Generator().manual_seed(0))
+    vague = df.KalmanFilter(seasonal(params, 12, trend=True, P0=1e7), parallel=parallel).smooth(y[0])
+    exact = seasonal(params, 12, trend=True, P0="diffuse").smooth(y[0])
+    close(vague.mean, exact.mean, 1e-6)
+    close(vague.cov, exact.cov, 1e-6)
+    assert torch.linalg.eigvalsh(vague.cov).min() > 0
+
+
 def test_exactly_diffuse_is_the_limit_of_a_growing_variance():
     given = terms(3, 1, 2)
     del given["P0"]

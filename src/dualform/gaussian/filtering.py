@@ -162,8 +162,8 @@ def sharpened(J: Tensor, P: Tensor) -> Tensor:
     grow from step to step; a moving average that is not invertible is the usual case. A vague start is none: P is the
     least of all.
     """
-    least = P.abs().amax((-2, -1)).amin(1, keepdim=True)
-    return ~(J.abs().amax((-2, -1)) * least <= torch.finfo(J.dtype).eps ** -0.5)
+    J, P = (z.diagonal(dim1=-2, dim2=-1) for z in (J, P))  # one product per state, so that units do not matter
+    return ~(J * P.amin(1, keepdim=True) <= torch.finfo(J.dtype).eps ** -0.5).all(-1)
 
 
 def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:

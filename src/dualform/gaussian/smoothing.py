@@ -100,8 +100,8 @@ def posterior(belief: Belief, found: Pass, steps: Steps, parallel: bool | None) 
 def _regular(found: Pass, steps: Steps) -> tuple[GaussianElement, int]:
     """The elements of the steps from ``first`` on: from there each observation has noise given the state before it.
 
-    An observation that is much sharper than its prediction counts as one without noise: with the ratio ``eps^1/2`` of
-    the two variances, (eta, J) would lose half of the digits.
+    An observation that is much sharper than any prediction of it counts as one without noise: with the ratio
+    ``eps^1/2`` of the two variances, (eta, J) would lose half of the digits.
     """
     if torch.compiler.is_compiling() or not steps.A.shape[1]:
         return elements_of(steps)[0], 0
@@ -109,7 +109,9 @@ def _regular(found: Pass, steps: Steps) -> tuple[GaussianElement, int]:
         _, root, failed = elements_of(steps)
         own = root.diagonal(dim1=-2, dim2=-1).square()
         all_of_it = ((steps.C @ found.predicted_cov) * steps.C).sum(-1) + steps.R.diagonal(dim1=-2, dim2=-1)
-        sharp = (failed != 0) | ~(own > torch.finfo(own.dtype).eps ** 0.5 * all_of_it).all(-1)
+        least = torch.where(steps.seen, all_of_it, torch.inf).amin(1, keepdim=True)
+        noisy = (own > torch.finfo(own.dtype).eps ** 0.5 * least) | ~steps.seen
+        sharp = (failed != 0) | ~noisy.all(-1)
         first = _last(sharp)
     return elements_of(cut(steps, slice(first, None)))[0], first
 
