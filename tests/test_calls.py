@@ -67,7 +67,7 @@ MODELS = {
     "preset": (lambda m, k: df.preset("byte-lstm", d_model=8), "preset: unknown keyword 'd_model'"),
     "filter": (lambda m, k: k.filter([1.0], stat=1), r"KalmanFilter\.filter: unknown keyword 'stat'\n.*'state'"),
     "kalman": (lambda m, k: df.KalmanFilter(k.model, paralel=True), "KalmanFilter: unknown keyword.*\n.*'parallel'"),
-    "gaussian": (lambda m, k: df.LinearGaussian([[1.0]]), "LinearGaussian: missing keyword C, Q, R, m0, P0"),
+    "gaussian": (lambda m, k: df.LinearGaussian([[1.0]]), "LinearGaussian: missing keyword C, Q, R\n"),
     "system": (lambda m, k: df.StateSpace([[1.0]], [[1.0]], E=1), "StateSpace: unknown keyword 'E'"),
     "identify": (lambda m, k: df.identify([1.0], [1.0], 1, step=1), "identify: unknown keyword 'step'"),
     "train": (lambda m, k: train("my.toml"), r"train: recipe is 'my.toml', expected a Recipe\n.*Recipe\.load"),

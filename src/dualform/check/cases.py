@@ -12,8 +12,9 @@ from dualform.check.chains import hidden_markov_cases
 from dualform.core.laws import Trial
 from dualform.core.linalg import symmetric_part
 from dualform.core.recurrence import State
+from dualform.gaussian.belief import Belief
 from dualform.gaussian.kalman import KalmanFilter
-from dualform.gaussian.model import Gaussian, LinearGaussian
+from dualform.gaussian.model import LinearGaussian
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.delta_net import DeltaNetConfig
 from dualform.layers.dss import DSSConfig
@@ -183,7 +184,7 @@ def model_case(name: str, config: ModelConfig) -> Case:
     return Case(f"lm {name}", "lm", build, sample)
 
 
-def kalman_case(name: str, *, states: int, observed: int, parallel: bool) -> Case:
+def kalman_case(name: str, *, states: int, observed: int, parallel: bool, diffuse: int = 0) -> Case:
     """The case of a Kalman filter of a random stable model, whose data miss every fifth value and some whole steps.
 
     Args:
@@ -191,6 +192,7 @@ def kalman_case(name: str, *, states: int, observed: int, parallel: bool) -> Cas
         states: N.
         observed: M.
         parallel: which form of ``forward``.
+        diffuse: so many states have an exactly diffuse prior, which is then of the state at the first observation.
     """
 
     def build(device: torch.device, dtype: torch.dtype) -> tuple[Any, Mapping[str, Tensor]]:
@@ -209,7 +211,9 @@ def kalman_case(name: str, *, states: int, observed: int, parallel: bool) -> Cas
             "P0": covariance(states),
         }
         tensors = {k: v.to(device, dtype).requires_grad_() for k, v in tensors.items()}
-        return KalmanFilter(LinearGaussian(**tensors), parallel=parallel), tensors
+        unknown = [i < diffuse for i in range(states)] if diffuse else None
+        model = LinearGaussian(**tensors, prior="first" if diffuse else "before", diffuse=unknown)
+        return KalmanFilter(model, parallel=parallel), tensors
 
     def sample(batch: int, length: int, generator: torch.Generator) -> Tensor:
         y = torch.randn(batch, length, observed, generator=generator, dtype=torch.float64)
@@ -217,7 +221,7 @@ def kalman_case(name: str, *, states: int, observed: int, parallel: bool) -> Cas
         lost |= (torch.rand(batch, length, generator=generator) < 0.1)[..., None]
         return y.masked_fill(lost, math.nan)
 
-    def symmetric(gradient: Gaussian) -> Gaussian:
+    def symmetric(gradient: Belief) -> Belief:
         return gradient._replace(cov=symmetric_part(gradient.cov))
 
     return Case(f"kalman {name}", "kalman", build, sample, symmetric)
@@ -381,6 +385,7 @@ CASES: dict[str, Case] = {
         *_irregular(),
         kalman_case("sequential", states=3, observed=2, parallel=False),
         kalman_case("parallel", states=2, observed=3, parallel=True),
+        kalman_case("diffuse", states=3, observed=1, parallel=False, diffuse=2),
         *_models(),
     )
 }

@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import matrix_exp
+from dualform.core.linalg import matrix_exp, small_expm1, symmetric_part
+from dualform.core.shapes import widest
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -149,6 +150,41 @@ def discretize_dense(A: Tensor, B: Tensor, dt: float | Tensor, method: str = "zo
     inputs = B.shape[-1]
     exponential = matrix_exp(torch.nn.functional.pad(both, (0, 0, 0, inputs)), driven=inputs)[..., :n, :]
     return exponential[..., :n], exponential[..., n:]
+
+
+def discretize_noise(A: Tensor, Q: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact step of ``dh = A h dt + dw`` with white noise w of the spectral density Q: ``(Abar, Qbar)``.
+
+        Abar = exp(A dt),   Qbar = int_0^dt exp(A s) Q exp(A s)^T ds
+
+    Van Loan's block exponential at ``dt / 2^k``, where it is small, and then ``Qbar(2 s) = Qbar(s) + Abar(s) Qbar(s)
+    Abar(s)^T``. So nothing overflows for long steps of a stable system, and Qbar stays positive semi-definite. Steps
+    that are chains of integrators, such as of motion, keep all digits.
+
+    Args:
+        A: ``(..., N, N)``, in 1 / (the unit of ``dt``).
+        Q: ``(..., N, N)``, symmetric, maybe singular.
+        dt: ``(...)``, 0 or more; its axes broadcast with the leading ones of A and Q.
+
+    References:
+        Van Loan (1978), "Computing integrals involving the matrix exponential".
+    """
+    dtype, work = A.dtype, widest(A)
+    A, Q, dt = A.to(work), Q.to(work), dt.to(A.device, work)[..., None, None]
+    n = A.shape[-1]
+    size = (A.detach() * dt.detach()).abs().sum(-1).amax(-1) if n else dt.detach()[..., 0, 0]
+    halvings = torch.where(size > 0.5, size.log2().ceil() + 1, 0)[..., None, None]
+    small = dt * torch.exp2(-halvings)
+    z, noise = small * A, small * Q
+    top, bottom = torch.cat(torch.broadcast_tensors(-z, noise), -1), torch.cat([torch.zeros_like(z), z.mT], -1)
+    change = small_expm1(torch.cat(torch.broadcast_tensors(top, bottom), -2))
+    E, eye = change[..., n:, n:].mT, torch.eye(n, dtype=change.dtype, device=change.device)
+    Qbar = symmetric_part((eye + E) @ change[..., :n, n:])
+    for k in range(int(halvings.max()) if halvings.numel() else 0):
+        double, Abar = k < halvings, eye + E
+        Qbar = torch.where(double, Qbar + symmetric_part(Abar @ Qbar @ Abar.mT), Qbar)
+        E = torch.where(double, 2 * E + E @ E, E)
+    return (eye + E).to(dtype), Qbar.to(dtype)
 
 
 def generalized_bilinear(A: Tensor, B: Tensor, dt: float | Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -198,15 +198,20 @@ def matrix_exp(X: Tensor, *, driven: int = 0) -> Tensor:
     size = _norm(A * d.unsqueeze(-2) / d.unsqueeze(-1))
     squarings = torch.where((size > 0.5) & size.isfinite(), size.log2().ceil() + 1, torch.zeros_like(size))
     squarings = squarings[..., None, None]
-    wide = wide * torch.exp2(-squarings)
+    change = small_expm1(wide * torch.exp2(-squarings))
     eye = torch.eye(X.shape[-1], dtype=wide.dtype, device=device)
-    series = eye + wide / 15
-    for k in range(14, 1, -1):
-        series = eye + wide @ series / k
-    change = wide @ series
     for k in range(int(squarings.max()) if squarings.numel() else 0):
         change = torch.where(k < squarings, 2 * change + change @ change, change)
     return (eye + change).to(X.dtype).to(X.device)
+
+
+def small_expm1(X: Tensor) -> Tensor:
+    """``exp(X) - I`` of ``(..., N, N)`` with a norm of at most 1/2, or nilpotent, by 15 terms of Taylor's series."""
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    series = eye + X / 15
+    for k in range(14, 1, -1):
+        series = eye + X @ series / k
+    return X @ series
 
 
 def _norm(X: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,26 +12,23 @@ from dualform.core.errors import ArgumentError
 from dualform.core.linalg import matvec, symmetric_part
 from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
-from dualform.gaussian.model import Gaussian
+from dualform.gaussian.belief import Belief, Gaussian
+from dualform.gaussian.conditioning import condition
+from dualform.gaussian.steps import Steps, Transition, cut, masked
+
+Form = Literal["sequential", "parallel"]
 
 
-class Filtered(NamedTuple):
-    """Moments of ``p(h_t | y_1 .. y_t)``, and ``log p(y_t | y_1 .. y_{t-1})``."""
+class Pass(NamedTuple):
+    """What the filter finds at each step: before its observation, with it, and how likely that was."""
 
     mean: Tensor  # (B, T, N)
     cov: Tensor  # (B, T, N, N)
+    diffuse: Tensor  # (B, T, N, K)
+    predicted_mean: Tensor  # (B, T, N)
+    predicted_cov: Tensor  # (B, T, N, N)
+    predicted_diffuse: Tensor  # (B, T, N, K)
     loglik: Tensor  # (B, T)
-
-
-class Steps(NamedTuple):
-    """The model at each step, with missing components made uninformative and padding made the identity."""
-
-    A: Tensor  # (B, T, N, N)
-    Q: Tensor  # (B, T, N, N)
-    C: Tensor  # (B, T, M, N), zero rows where missing
-    R: Tensor  # (B, T, M, M), rows and columns of the identity where missing
-    y: Tensor  # (B, T, M), zero where missing
-    seen: Tensor  # (B, T, M), bool
 
 
 Blame = Callable[[], None]  # raises if the caller's observations are infinite or the caller's state is not finite
@@ -50,53 +47,127 @@ def is_parallel_faster(batch: int, length: int, n: int, device: torch.device) ->
     return device.type != "cpu" or (length >= 32 and batch * n**1.5 <= 150)
 
 
-def run(steps: Steps, state: Gaussian, parallel: bool | None, blame: Blame) -> tuple[Filtered, Gaussian]:
-    """The filter over at least one step, in one form, or in the one that is faster and keeps its digits (None)."""
-    if parallel:
-        return _parallel(steps, state, blame)
+def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blame: Blame) -> tuple[Pass, Belief, Form]:
+    """The filter over some steps, in one form, or in the one that is faster and keeps its digits (None).
+
+    While a direction is diffuse in any row, all rows take the steps of the exact diffuse filter.
+
+    Args:
+        steps: the model and the observations. They are masked here: an implementation that takes C, R and ``seen`` as
+            they are would have its place before.
+        belief: before the first of them; its count of steps is passed on as it is.
+        parallel: whether the scan runs.
+        counted: whether an observation that determines a diffuse direction counts ``-log(2 pi) / 2``.
+        blame: explains what a caller gave, where a step fails.
+
+    Returns:
+        What was found at each step, the belief after the last, and the form that ran but for single steps at the front.
+    """
+    head, rest, state = [], masked(steps), belief
+    while rest.A.shape[1] and belief.diffuse.shape[-1]:
+        if not torch.compiler.is_compiling() and not state.diffuse.any():
+            break
+        now = cut(rest, slice(1))
+        before = predict(state, tree_map(lambda z: z[:, 0], now))
+        out, state = _update_diffuse(before, now, counted, blame, len(head))
+        head.append(out)
+        rest = cut(rest, slice(1, None))
+    if not rest.A.shape[1] and head:
+        return concat(head, 1), state, "sequential"
+    if rest.A.shape[1]:
+        state = state._replace(diffuse=_directions(state.diffuse))
+    out, last, form = _proper(rest, Gaussian(state.mean, state.cov), parallel, blame, len(head))
+    none = state.diffuse[:, None].expand(-1, out.mean.shape[1], -1, -1)
+    out = Pass(out.mean, out.cov, none, out.predicted_mean, out.predicted_cov, none, out.loglik)
+    return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
+
+
+def predict(belief: Belief, steps: Steps | Transition) -> Belief:
+    """The transition of one step, without a time axis."""
+    mean, cov = _predict(Gaussian(belief.mean, belief.cov), steps)
+    return belief._replace(mean=mean, cov=cov, diffuse=steps.A @ _directions(belief.diffuse))
+
+
+def _directions(Z: Tensor) -> Tensor:
+    """The diffuse directions, where a column of zeros has no gradient: it is none."""
+    return torch.where((Z != 0).any(-2, keepdim=True), Z, 0) if Z.shape[-1] else Z
+
+
+class _Found(NamedTuple):
+    mean: Tensor
+    cov: Tensor
+    loglik: Tensor
+    predicted_mean: Tensor
+    predicted_cov: Tensor
+
+
+def _proper(
+    steps: Steps, state: Gaussian, parallel: bool | None, blame: Blame, start: int
+) -> tuple[_Found, Gaussian, Form]:
+    """Nothing is diffuse; ``start`` is the time of the first step, for errors."""
     batch, length, n = steps.A.shape[:3]
+    if not length:
+        mean, cov = (z[:, None].expand(-1, 0, *z.shape[1:]) for z in state)
+        return _Found(mean, cov, mean.new_zeros(batch, 0), mean, cov), state, "sequential"
+    out = None
     if parallel is None and is_parallel_faster(batch, length, n, steps.A.device):
-        if torch.compiler.is_compiling():  # the choice below depends on values
-            return (_sequential if steps.A.device.type == "cpu" else _parallel)(steps, state, blame)
-        return _parallel_where_exact(steps, state, blame)
-    return _sequential(steps, state, blame)
+        if not torch.compiler.is_compiling():
+            out = _parallel_where_exact(steps, state, blame, start)
+        else:  # the choice above depends on values
+            parallel = steps.A.device.type != "cpu"
+    if parallel:
+        out = _parallel(steps, state, blame, start)
+    if out is not None:
+        return *out, "parallel"
+    return *_sequential(steps, state, blame, start), "sequential"
 
 
-def predict(state: Gaussian, steps: Steps) -> Gaussian:
+def _predict(state: Gaussian, steps: Steps | Transition) -> Gaussian:
     """The transition, of every step given."""
-    return Gaussian(matvec(steps.A, state.mean), symmetric_part(steps.A @ state.cov @ steps.A.mT) + steps.Q)
+    cov = symmetric_part(steps.A @ state.cov @ steps.A.mT) + steps.Q
+    return Gaussian(matvec(steps.A, state.mean) + steps.c, cov)
 
 
-def update(predicted: Gaussian, steps: Steps, blame: Blame) -> tuple[Filtered, Gaussian]:
-    """The observation, of every step given: the filtered moments, and the same as a state."""
-    out, failed = _update(predicted, steps)
-    return _finish(out, failed, steps, lambda: predicted, blame)
-
-
-def _sequential(steps: Steps, state: Gaussian, blame: Blame) -> tuple[Filtered, Gaussian]:
+def _sequential(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian]:
     outs, failures, now = [], [], state
-    for step in zip(*(z.unbind(1) for z in steps), strict=True):
-        step = Steps(*step)
-        out, failed = _update(predict(now, step), step)
+    for parts in zip(*(z.unbind(1) for z in steps), strict=True):
+        step = Steps(*parts)
+        out, failed = _update(_predict(now, step), step)
         now = Gaussian(out.mean, out.cov)
         outs.append(out)
         failures.append(failed)
     out = tree_map(lambda *z: torch.stack(z, 1), *outs)
-    out, _ = _finish(out, torch.stack(failures, 1), steps, lambda: predict(_before(state, out), steps), blame)
+    _check(out, torch.stack(failures, 1), steps, blame, start)
     return out, now
 
 
-def _parallel(steps: Steps, state: Gaussian, blame: Blame) -> tuple[Filtered, Gaussian]:
-    """The states before every step by the scan, then every step at once."""
-    reached, failed, _ = _scan(steps, state)
-    if not torch.compiler.is_compiling() and failed.any():
-        at = tuple(failed.nonzero()[0].tolist())
-        _refuse_step(at, "C Q C^T + R is not positive definite", "use parallel=False, or add noise to R or Q")
-    return _all_at_once(reached, steps, blame)
+def _parallel(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:
+    """The states before every step by the scan, then every step at once; None where only the loop can."""
+    head = _blocked(steps)
+    if head and head + 1 >= steps.A.shape[1]:
+        return None
+    opening, middle = _opening(steps, head, state, blame, start)
+    rest = cut(steps, slice(head, None))
+    reached, information = _scan(rest, middle)
+    if not torch.compiler.is_compiling() and sharpened(information, reached.cov).any():
+        return None
+    return _all_at_once(opening, reached, rest, blame, start + head)
 
 
-def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame) -> tuple[Filtered, Gaussian]:
-    """The scan, from the first step or after N steps of the loop; the loop where the scan would lose too many digits.
+@torch.no_grad()
+def sharpened(J: Tensor, P: Tensor) -> Tensor:
+    """Where J ``(B, T, N, N)`` outweighs what the filter ever knows by more than ``eps^-1/2``, ``(B, T)``.
+
+    Observations have so little noise there that a state can be computed from them and the one before it, and errors
+    grow from step to step; a moving average that is not invertible is the usual case. A vague start is none: P is the
+    least of all.
+    """
+    J, P = (z.diagonal(dim1=-2, dim2=-1) for z in (J, P))  # one product per state, so that units do not matter
+    return ~(J * P.amin(1, keepdim=True) <= torch.finfo(J.dtype).eps ** -0.5).all(-1)
+
+
+def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:
+    """The scan, at once or after N steps of the loop; None where it would lose too many digits.
 
     The scan combines the covariance P of the state that it starts from with the information J of the observations by a
     solve with ``I + P J``, which is ill-conditioned where the prior is vague. N observed steps of the loop first make
@@ -105,32 +176,49 @@ def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame) -> tuple[
     condition.
     """
     length, n = steps.A.shape[1:3]
-    for head in (0, n):
+    blocked = _blocked(steps)
+    if blocked > length // 2:
+        return None
+    for head in (blocked, blocked + n):
         if head >= length:
             break
-        start, middle = None, state
-        if head:
-            start, middle = _sequential(_cut(steps, slice(head)), state, blame)
-        rest = _cut(steps, slice(head, None))
-        reached, failed, information = _scan(rest, middle)
-        if failed.any():
-            break
+        opening, middle = _opening(steps, head, state, blame, start)
+        rest = cut(steps, slice(head, None))
+        reached, information = _scan(rest, middle)
         condition = _condition(middle.cov, information)
-        if condition < torch.finfo(condition.dtype).eps ** -0.5 or (head and condition.device.type != "cpu"):
-            out, last = _all_at_once(reached, rest, blame)
-            return (out if start is None else concat([start, out], dim=1)), last
-    return _sequential(steps, state, blame)
+        tried = head > blocked and condition.device.type != "cpu"
+        if condition < torch.finfo(condition.dtype).eps ** -0.5 or tried:
+            return _all_at_once(opening, reached, rest, blame, start + head)
+    return None
 
 
-def _scan(steps: Steps, state: Gaussian) -> tuple[Gaussian, Tensor, Tensor]:
-    """The states before every step, where a factorisation failed (not 0), and J of all steps before each."""
-    elements, failed = _elements(_cut(steps, slice(-1)))
+def _opening(steps: Steps, head: int, state: Gaussian, blame: Blame, start: int) -> tuple[_Found | None, Gaussian]:
+    """The first steps by the loop, and the state after them."""
+    return _sequential(cut(steps, slice(head)), state, blame, start) if head else (None, state)
+
+
+@torch.no_grad()
+def _blocked(steps: Steps) -> int:
+    """How many steps have to be made before a scan can begin: up to the last one whose element does not exist.
+
+    That is where an observation has no noise given the state before it, such as the first one of an autoregression.
+    """
+    if torch.compiler.is_compiling():
+        return 0
+    _, _, failed = elements_of(cut(steps, slice(-1)))
+    at = (failed != 0).any(0).nonzero()
+    return int(at.max()) + 1 if len(at) else 0
+
+
+def _scan(steps: Steps, state: Gaussian) -> tuple[Gaussian, Tensor]:
+    """The states before every step, and J of all steps before each."""
+    elements, _, _ = elements_of(cut(steps, slice(-1)))
     first = tree_map(lambda z: z[:, None], state)
     zero = torch.zeros_like(first.cov)
     known = GaussianElement(zero, first.mean, first.cov, zero[..., 0], zero)
     products = associative_scan(combine_gaussian, elements)
     reached = combine_gaussian(known, products)
-    return concat([first, Gaussian(reached.b, reached.C)], dim=1), failed, products.J
+    return concat([first, Gaussian(reached.b, reached.C)], dim=1), products.J
 
 
 @torch.no_grad()
@@ -143,8 +231,11 @@ def _condition(P: Tensor, J: Tensor) -> Tensor:
     return condition.nan_to_num(nan=torch.inf, posinf=torch.inf).max()
 
 
-def _elements(steps: Steps) -> tuple[GaussianElement, Tensor]:
-    """Each step by itself: the filter from a known state, and what its observation says about that state."""
+def elements_of(steps: Steps) -> tuple[GaussianElement, Tensor, Tensor]:
+    """Each step by itself: the filter from a known state, and what its observation says about that state.
+
+    Besides, the root of ``C Q C^T + R``, and where it does not exist (not 0): an element is then meaningless.
+    """
     CQ = steps.C @ steps.Q
     root, failed = torch.linalg.cholesky_ex(symmetric_part(CQ @ steps.C.mT) + steps.R)
     K = torch.cholesky_solve(CQ, root).mT
@@ -153,25 +244,33 @@ def _elements(steps: Steps) -> tuple[GaussianElement, Tensor]:
     information = torch.cholesky_solve(CA, root).mT
     elements = GaussianElement(
         left @ steps.A,
-        matvec(K, steps.y),
+        matvec(left, steps.c) + matvec(K, steps.y),
         symmetric_part(left @ steps.Q),
-        matvec(information, steps.y),
+        matvec(information, steps.y - matvec(steps.C, steps.c)),
         symmetric_part(information @ CA),
     )
-    return elements, failed
+    return elements, root, failed
 
 
-def _all_at_once(before: Gaussian, steps: Steps, blame: Blame) -> tuple[Filtered, Gaussian]:
-    out, after = update(predict(before, steps), steps, blame)
-    return out, tree_map(lambda z: z[:, -1], after)
+def _all_at_once(
+    opening: _Found | None, before: Gaussian, steps: Steps, blame: Blame, start: int
+) -> tuple[_Found, Gaussian]:
+    """Every step from the state before it, after those that were made already."""
+    out, failed = _update(_predict(before, steps), steps)
+    _check(out, failed, steps, blame, start)
+    last = Gaussian(out.mean[:, -1], out.cov[:, -1])
+    return (out if opening is None else concat([opening, out], dim=1)), last
 
 
-def _update(predicted: Gaussian, steps: Steps) -> tuple[Filtered, Tensor]:
-    """The update, and where its Cholesky factorisation failed (not 0)."""
+def _update(predicted: Gaussian, steps: Steps) -> tuple[_Found, Tensor]:
+    """The update, and where the innovation covariance is not positive definite, but for rounding (not 0)."""
     mean, cov = predicted
     C, R = steps.C, steps.R
     CP = C @ cov
-    root, failed = torch.linalg.cholesky_ex(symmetric_part(CP @ C.mT) + R)
+    S = symmetric_part(CP @ C.mT) + R
+    root, failed = torch.linalg.cholesky_ex(S)
+    pivots, sizes = (z.detach().diagonal(dim1=-2, dim2=-1) for z in (root, S))
+    failed = failed | (pivots.square() <= 16 * torch.finfo(S.dtype).eps * sizes).any(-1)
     innovation = steps.y - matvec(C, mean)
     K = torch.cholesky_solve(CP, root).mT
     left = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) - K @ C
@@ -179,40 +278,55 @@ def _update(predicted: Gaussian, steps: Steps) -> tuple[Filtered, Tensor]:
     scale = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     loglik = -white.square().sum(-1) / 2 - scale - steps.seen.to(mean.dtype).sum(-1) * (math.log(2 * math.pi) / 2)
     joseph = symmetric_part(left @ cov @ left.mT) + symmetric_part(K @ R @ K.mT)
-    return Filtered(mean + matvec(K, innovation), joseph, loglik), failed
+    return _Found(mean + matvec(K, innovation), joseph, loglik, mean, cov), failed
 
 
-def _finish(
-    out: Filtered, failed: Tensor, steps: Steps, predicted: Callable[[], Gaussian], blame: Blame
-) -> tuple[Filtered, Gaussian]:
-    """The results, unless a step has failed: then an error that says which step and why."""
+def _update_diffuse(
+    before: Belief, steps: Steps, counted: bool, blame: Blame, start: int | None
+) -> tuple[Pass, Belief]:
+    """The update of one step, which has a time axis of length 1, by the exact diffuse filter."""
+    mean, cov, Z = (z[:, None] for z in (before.mean, before.cov, before.diffuse))
+    after = condition(mean.unsqueeze(-1), cov, Z, steps.C, steps.R, steps.y.unsqueeze(-1))
+    numbers = steps.seen.to(cov.dtype).sum(-1) - (0 if counted else after.resolved)
+    loglik = -(after.distance + after.log_det + numbers * math.log(2 * math.pi)) / 2
+    now = after.mean.squeeze(-1)
+    _check(_Found(now, after.cov, loglik, mean, cov), after.failed, steps, blame, start)
+    out = Pass(now, after.cov, after.diffuse, mean, cov, Z, loglik)
+    return out, before._replace(mean=now[:, 0], cov=after.cov[:, 0], diffuse=after.diffuse[:, 0])
+
+
+def update(before: Belief, steps: Steps, counted: bool, blame: Blame) -> tuple[Pass, Belief]:
+    """The observation of one step, which has a time axis of length 1, without a transition."""
+    steps = masked(steps)
+    if before.diffuse.shape[-1] and (torch.compiler.is_compiling() or before.diffuse.any()):
+        before = before._replace(diffuse=_directions(before.diffuse))
+        return _update_diffuse(before, steps, counted, blame, None)
+    out, failed = _update(Gaussian(before.mean[:, None], before.cov[:, None]), steps)
+    _check(out, failed, steps, blame, None)
+    Z = before.diffuse[:, None]
+    passed = Pass(out.mean, out.cov, Z, out.predicted_mean, out.predicted_cov, Z, out.loglik)
+    return passed, before._replace(mean=out.mean[:, 0], cov=out.cov[:, 0])
+
+
+def _check(out: _Found, failed: Tensor, steps: Steps, blame: Blame, start: int | None) -> None:
+    """Raise where a step has failed, and say which and why; a single step has no time, and ``start`` None."""
     bad = (failed != 0) | ~out.loglik.isfinite()
-    if not torch.compiler.is_compiling() and bad.any():
-        blame()
-        at = tuple(bad.nonzero()[0].tolist())
-        before, C = predicted(), steps.C[at]
-        S = symmetric_part(C @ before.cov[at] @ C.mT) + steps.R[at]
-        if not (S.isfinite().all() and before.mean[at].isfinite().all()):
-            _refuse_step(at, "the prediction overflows", "has A an eigenvalue outside of the unit circle?")
-        if not failed[at]:
-            _refuse_step(at, "the log-likelihood is not finite", "the observation is too far from its prediction")
-        hint = f"its smallest eigenvalue is {torch.linalg.eigvalsh(S.detach())[0].item():.2g}: add noise to R"
-        hint += "" if S.dtype == torch.float64 else ", or compute in float64"
-        _refuse_step(at, "C P C^T + R, of the predicted covariance P, is not positive definite", hint)
-    return out, Gaussian(out.mean, out.cov)
+    if torch.compiler.is_compiling() or not bad.any():
+        return
+    blame()
+    at = tuple(bad.nonzero()[0].tolist())
+    row, time = at[0], None if start is None else start + at[1]
+    C, cov = steps.C[at], out.predicted_cov[at]
+    S = symmetric_part(C @ cov @ C.mT) + steps.R[at]
+    if not (S.isfinite().all() and out.predicted_mean[at].isfinite().all()):
+        _refuse_step(row, time, "the prediction overflows", "has A an eigenvalue outside of the unit circle?")
+    if not failed[at]:
+        _refuse_step(row, time, "the log-likelihood is not finite", "the observation is too far from its prediction")
+    hint = f"its smallest eigenvalue is {torch.linalg.eigvalsh(S.detach())[0].item():.2g}: add noise to R"
+    hint += "" if S.dtype == torch.float64 else ", or compute in float64"
+    _refuse_step(row, time, "C P C^T + R, of the predicted covariance P, is not positive definite", hint)
 
 
-def _refuse_step(at: tuple[int, ...], what: str, hint: str) -> NoReturn:
-    """Name a step by its row and, if it has one, its time."""
-    place = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "time"), at, strict=False))
+def _refuse_step(row: int, time: int | None, what: str, hint: str) -> NoReturn:
+    place = f"row {row}" + ("" if time is None else f", time {time}")
     raise ArgumentError(f"KalmanFilter: {what} at {place}", hint=hint)
-
-
-def _before(state: Gaussian, out: Filtered) -> Gaussian:
-    """The states before every step, from the filtered moments of all."""
-    first = tree_map(lambda z: z[:, None], state)
-    return concat([first, Gaussian(out.mean[:, :-1], out.cov[:, :-1])], dim=1)
-
-
-def _cut(steps: Steps, part: slice) -> Steps:
-    return tree_map(lambda z: z[:, part], steps)
