@@ -1,4 +1,4 @@
-"""Tokens per second of prepared steps against the number of rows, beside what the memory allows, and the first token.
+"""Tokens per second against the rows that are decoded together, beside what the memory allows, and the first token.
 
     python benchmarks/decode.py [mamba-130m mamba2-130m] [--dtypes float32 bfloat16] [--rows 1 16] [--device cuda]
 
@@ -19,6 +19,8 @@ import torch
 from harness import interleaved, report
 
 from dualform.core.tree import nbytes
+from dualform.generation.decoder import Decoder
+from dualform.generation.options import Sampling
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import preset
 
@@ -45,16 +47,14 @@ def waited(device: str) -> None:
 
 def decoding(model: LanguageModel, rows: int, tokens: int, device: str) -> tuple[Callable[[], None], int]:
     """A run of so many steps, and the bytes of a state."""
-    prepared = model.prepare()
-    held: dict[str, Any] = {"state": model.init_state(rows), "token": torch.zeros(rows, dtype=torch.int64).to(device)}
-    bytes_of_state = nbytes(held["state"])
+    state = model.init_state(rows, max_len=2 * tokens)
+    bytes_of_state = nbytes(state)
+    logits, history = torch.zeros(rows, model.config.vocab_size, device=device), torch.full((rows, 1), -1)
+    decoder = Decoder(model, state, logits, history, Sampling(temperature=0.0), range(rows), [0] * rows)
 
     def run() -> None:
-        token, state = held["token"], held["state"]
         for _ in range(tokens):
-            logits, state = prepared.step(token, state)
-            token = logits.argmax(-1)
-        held.update(state=state, token=token)
+            decoder.next()
         waited(device)
 
     return run, bytes_of_state
