@@ -164,6 +164,19 @@ def test_paths_of_padded_rows_by_chunks_equal_those_of_each_row_alone(stay):
     assert scores[1] == 0 and (paths[1] == -1).all()
 
 
+def test_passes_leave_the_number_of_threads_as_it_was():
+    model, y, _ = model_and_data("poisson", batch=1, length=300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model.predict_proba(y), model.predict(y)
+        with pytest.raises(ArgumentError):
+            IMPOSSIBLE.predict_proba(torch.ones(300))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_chunks_are_not_guessed_where_the_chain_never_forgets():
     """A state that is never left: which one it is, only the first observation says."""
     A, start = torch.eye(3, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

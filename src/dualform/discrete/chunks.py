@@ -10,7 +10,8 @@ stays in the cache.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 _WARM = 64  # steps that a chunk looks beyond its border to guess
 BLOCK = 8  # steps of all chunks that are handled at once where there is no recursion
+_SHARED = 1 << 20  # products of a step that are worth more than one thread
 _GUESSES = 3  # rounds of guesses before the starts are computed
 ROUNDING = 64  # times the precision, by which vectors may differ that are taken as equal
 
@@ -78,6 +80,23 @@ def chunk_size(rows: int, length: int) -> int:
     return max(2 * _WARM, math.isqrt(length * max(1, rows)) // max(1, min(rows, 4)))
 
 
+@contextmanager
+def by_itself(work: int) -> Iterator[None]:
+    """Inside, PyTorch uses one thread of the CPU, if a step has so few operations that others do not pay.
+
+    A pass has thousands of steps. On a busy machine a step that waits for another thread may wait for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or work > _SHARED:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 def forward_pass(start: Tensor, A: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
     """The scaled pass of :mod:`dualform.discrete.passes`: p and c, laid out in chunks."""
@@ -97,7 +116,12 @@ def smooth(start: Tensor, A: Tensor, log_b: Tensor, size: int, counted: Counted 
         size: steps of a chunk.
         counted: what the counts are of; None leaves them and the derivative out.
     """
-    chunks = Chunks.of(log_b, size)
+    with by_itself(len(log_b) * -(-log_b.shape[1] // size) * A.numel()):
+        return _smooth(start, A, Chunks.of(log_b, size), counted)
+
+
+def _smooth(start: Tensor, A: Tensor, chunks: Chunks, counted: Counted | None) -> Smoothed:
+    size = len(chunks.e)
     p, c = forward_pass(start, A, chunks)
     v = torch.empty_like(p)
     after = None if counted is None else torch.empty_like(p)

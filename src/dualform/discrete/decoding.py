@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualform.discrete.chunks import chunk_size, in_chunks, in_rows
+from dualform.discrete.chunks import by_itself, chunk_size, in_chunks, in_rows
 from dualform.discrete.passes import safe_log
 
 _WARM = 64  # steps that a chunk looks back, and ahead, to guess how it begins and ends
@@ -26,7 +26,10 @@ def viterbi(start: Tensor, A: Tensor, log_b: Tensor, keep: Tensor | None = None)
     """
     rows, length = log_b.shape[:2]
     size, log_A, first = chunk_size(rows, length), safe_log(A), safe_log(start)
-    path = _chunks(first, log_A, log_b, size, keep) if A.dim() == 2 and size < length else None
+    path = None
+    if A.dim() == 2 and size < length:
+        with by_itself(rows * -(-length // size) * A.numel()):
+            path = _chunks(first, log_A, log_b, size, keep)
     path = _loop(first, log_A, log_b, keep) if path is None else path
     score = path_score(first, log_A, log_b, path, keep)
     return (path if keep is None else torch.where(keep, path, -1)), score

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from dualform.core.tree import state_class
+from dualform.discrete.chunks import by_itself
 from dualform.discrete.emission import Emission
 from dualform.discrete.smoothing import Form, one_pass, records
 
-_SPAN = 1 << 16  # numbers of an emission that are computed at a time
+_SPAN = 1 << 15  # numbers of an emission that are computed at a time
 
 
 class Filtered(NamedTuple):
@@ -35,10 +36,11 @@ def log_prob(emission: Emission, x: Tensor, lags: Tensor, seen: Tensor) -> Tenso
     if length < 2 * span or records(x, *emission.parameters()) or torch.compiler.is_compiling():
         return emission.log_prob(x, lags, seen)
     out = torch.empty(rows, length, emission.states, dtype=lags.dtype, device=x.device)
-    for begin in range(0, length, span):
-        now = x[:, begin : begin + span]
-        out[:, begin : begin + span] = emission.log_prob(now, lags, seen)
-        lags, seen = now[:, now.shape[1] - lags.shape[1] :].to(lags.dtype), (seen + span).clamp(max=lags.shape[1])
+    with by_itself(_SPAN):
+        for begin in range(0, length, span):
+            now = x[:, begin : begin + span]
+            out[:, begin : begin + span] = emission.log_prob(now, lags, seen)
+            lags, seen = now[:, now.shape[1] - lags.shape[1] :].to(lags.dtype), (seen + span).clamp(max=lags.shape[1])
     return out
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.discrete import log_chunks
-from dualform.discrete.chunks import Chunks, Counted, Smoothed, chunk_size, forward_pass, smooth
+from dualform.discrete.chunks import Chunks, Counted, Smoothed, by_itself, chunk_size, forward_pass, smooth
 from dualform.discrete.passes import (
     Pass,
     log_loop,
@@ -67,9 +67,10 @@ def one_pass(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) ->
 def _scaled(start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> tuple[Pass, Tensor]:
     """A pass with probabilities, ``log_c`` relative to what is second, ``(B, T)``."""
     if size := _chunk_size(start, A, log_b, form):
-        chunks = Chunks.of(log_b, size)
-        p, c = forward_pass(start, A, chunks)
-        return Pass(chunks.back(p), chunks.back(c).squeeze(-1).log()), chunks.top
+        with by_itself(log_b.shape[0] * -(-log_b.shape[1] // size) * A.numel()):
+            chunks = Chunks.of(log_b, size)
+            p, c = forward_pass(start, A, chunks)
+            return Pass(chunks.back(p), chunks.back(c).squeeze(-1).log()), chunks.top
     e, top = relative_likelihoods(log_b)
     parallel = e.device.type != "cpu" if form.parallel is None else form.parallel
     return (scaled_scan if parallel else scaled_loop)(start, A, e), top
