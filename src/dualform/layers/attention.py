@@ -15,6 +15,7 @@ from dualform.core.tree import state_class
 from dualform.layers.cached import CachedAttention
 from dualform.layers.mixer import check_kind
 from dualform.layers.norms import check_norm_kind, make_norm
+from dualform.layers.projection import project
 from dualform.layers.rotary import RotaryConfig, rotate
 from dualform.ops.causal_conv1d import causal_conv1d
 
@@ -156,7 +157,7 @@ class Attention(CachedAttention):
             check_kind("attention", state, ConvAttentionState)
             conv, state = state
         self._check_state("attention", x, state, packing)
-        qkv = self.qkv_proj(x)
+        qkv = project(self.qkv_proj, x)
         if not self.d_conv:
             return self._attend(qkv, state, packing)
         width = self.conv_weight.shape[0]
@@ -201,7 +202,7 @@ class Attention(CachedAttention):
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         y = y.flatten(-2)
-        return self.out_proj(y * z[..., -y.shape[-1] :].sigmoid() if self.gate else y)
+        return project(self.out_proj, y * z[..., -y.shape[-1] :].sigmoid() if self.gate else y)
 
 
 def _checked(c: AttentionConfig, d_model: int) -> tuple[AttentionConfig, int, int]:

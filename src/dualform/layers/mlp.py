@@ -9,6 +9,7 @@ from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.layers.activation import activation
 from dualform.layers.part import Part
+from dualform.layers.projection import project
 
 
 @options
@@ -64,9 +65,9 @@ class MLP(Part):
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The outputs for ``x``; every step is mapped by itself."""
         if not self.gated:
-            return self.down_proj(self.activation(self._scaled(self.up_proj(x))))
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(self.activation(self._scaled(gate)) * up)
+            return project(self.down_proj, self.activation(self._scaled(project(self.up_proj, x))))
+        gate, up = project(self.gate_up_proj, x).chunk(2, -1)
+        return project(self.down_proj, self.activation(self._scaled(gate)) * up)
 
     def _scaled(self, gate: Tensor) -> Tensor:
         return gate if self.gate_scale == 1 else self.gate_scale * gate

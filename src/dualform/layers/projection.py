@@ -9,6 +9,7 @@ from torch.nn.modules import module as modules
 
 from dualform.ops.linear import FEW, linear
 from dualform.ops.native import library
+from dualform.ops.normalize import seen_through
 from dualform.ops.op import forced
 from dualform.ops.triton import support
 
@@ -30,14 +31,14 @@ def project(module: Any, x: Tensor) -> Tensor:
         module: a linear map.
         x: ``(..., D)``.
     """
-    if plain(module) and _stands_in(x, module.weight):
+    if _may_stand_in(x) and plain(module) and _fits(x, module.weight):
         return _by_kernel(x, module.weight, module.bias)
     return module(x)
 
 
 def project_by(weight: Tensor, x: Tensor) -> Tensor:
     """``W x`` of ``x`` ``(..., D)``, in the same two ways."""
-    return _by_kernel(x, weight, None) if _stands_in(x, weight) else F.linear(x, weight)
+    return _by_kernel(x, weight, None) if _may_stand_in(x) and _fits(x, weight) else F.linear(x, weight)
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,19 +47,19 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def _stands_in(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel is the faster one for x, and nothing is lost with it."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() > FEW * x.shape[-1] or not x.numel():
+def _may_stand_in(x: Tensor) -> bool:
+    """Whether nobody would miss the operation of PyTorch: autograd, a compiler, a transform, or a mode that counts."""
+    if torch.is_grad_enabled() or seen_through() or type(x) is not Tensor:
         return False
-    if not x.is_cpu and (x.numel() > _CAPTURED * x.shape[-1] or not (x.is_cuda and _capturing())):
-        return False
-    plainly = type(x) is Tensor and type(weight) in _PLAIN and x.dtype == weight.dtype in _DTYPES
-    return plainly and kernels_run(x.device.type)
+    where = x.is_cpu or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return where and not torch._C._len_torch_dispatch_stack()
 
 
-def _capturing() -> bool:
-    """Whether calls are recorded into a CUDA graph."""
-    return torch.cuda.is_current_stream_capturing()
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel is there, and the faster one for x."""
+    few = 0 < x.numel() <= (FEW if x.is_cpu else _CAPTURED) * x.shape[-1]
+    plainly = type(weight) in _PLAIN and x.dtype == weight.dtype and x.dtype in _DTYPES
+    return few and plainly and kernels_run(x.device.type)
 
 
 def kernels_run(device: str) -> bool:
