@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up while tests run; read when the library is imported
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # a thread that waits soon leaves its core to the other process
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's products and every child: there is one process to a core
 
 import pytest
 import torch
