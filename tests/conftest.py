@@ -1,5 +1,6 @@
 """What every test gets: a seed, few threads, and, where asked for, poisoned memory."""
 
+import gc
 import io
 import os
 import sys
@@ -31,13 +32,19 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 # Those that take longest begin first, so that no core waits for one of them at the end.
 LONG = (
-    "test_contract",
     "test_compile",
-    "test_triton",
+    "test_contract",
     "test_sanitizers",
-    "test_dynamic",
+    "test_triton",
+    "test_triton_compile",
     "test_cuda",
+    "test_typecheck",
+    "test_dynamic",
+    "test_cuda_conv",
     "test_cuda_diagonal",
+    "test_triton_delta",
+    "test_triton_wkv7",
+    "test_cli",
 )
 
 
@@ -48,6 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """The collector of garbage leaves alone what was imported and collected, to which it would return all the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
