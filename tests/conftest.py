@@ -1,5 +1,6 @@
 """What every test gets: a seed, few threads, and, where asked for, poisoned memory."""
 
+import gc
 import io
 import os
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up while tests run; read when the library is imported
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # a thread that waits soon leaves its core to the other process
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's products and every child: there is one process to a core
 
 import pytest
 import torch
@@ -31,13 +33,19 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 # Those that take longest begin first, so that no core waits for one of them at the end.
 LONG = (
-    "test_contract",
     "test_compile",
-    "test_triton",
+    "test_contract",
     "test_sanitizers",
-    "test_dynamic",
+    "test_triton",
+    "test_triton_compile",
     "test_cuda",
+    "test_typecheck",
+    "test_dynamic",
+    "test_cuda_conv",
     "test_cuda_diagonal",
+    "test_triton_delta",
+    "test_triton_wkv7",
+    "test_cli",
 )
 
 
@@ -48,6 +56,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """The collector of garbage leaves alone what was imported and collected, to which it would return all the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

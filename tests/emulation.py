@@ -43,10 +43,12 @@ KERNEL = re.compile(r"__global__[^;{]*?(\w+)\(const __grid_constant__")  # those
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Where launches compile, with the emulator compiled in advance."""
+    """Where launches compile, with the emulator and its header, half of a kernel's compilation, compiled in advance."""
     folder = tmp_path_factory.mktemp("emulated")
     if shutil.which("g++"):
         subprocess.run(["g++", *FLAGS, "-c", HERE / "cuda_emulator.cpp", "-o", folder / "emulator.o"], check=True)
+        header = HERE / "cuda_emulator.h", "-o", folder / "cuda_emulator.h.gch"  # g++ finds it beside what includes it
+        subprocess.run(["g++", *FLAGS, "-x", "c++-header", *header], check=True)
     return folder
 
 

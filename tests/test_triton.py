@@ -1,7 +1,7 @@
-"""The Triton kernels: the definition, forward and backward, on a GPU or in Triton's interpreter; and they compile.
+"""The Triton kernels: the definition, forward and backward, on a GPU or in Triton's interpreter.
 
 Whether kernels are interpreted is decided when they are imported. So where there is no GPU, one test runs this file
-again, in a process in which they are.
+again, in a process in which they are. That they compile is in ``test_triton_compile.py``.
 """
 
 import os
@@ -190,25 +190,6 @@ STRIDED = {
     "dual": ("x", "dt", "B", "C", "z"),
     "diagonal": ("u",),
 }
-# In the sizes that kernels are made for, and packed.
-COMPILED = {
-    "conv": lambda: conv(2, 256, 256, 4),
-    "conv packed": lambda: conv(1, sum(PACKED), 256, 4, packed=PACKED),
-    "scan": lambda: line(2, 64, 128),
-    "scan complex": lambda: line(2, 64, 128, complex=True, expand=True),
-    "scan chunked, packed": lambda: line(1, 195, 16, packed=[100, 0, 95], reverse=True),
-    "selective": lambda: selective(4, 64, 128, 16),
-    "selective chunked, packed": lambda: selective(1, 39, 32, 16, packed=[30, 9]),
-    "dual": lambda: dual(4, 128, 8, 64, 128),
-    "dual chunked, packed": lambda: dual(1, 200, 2, 64, 128, packed=[150, 50], skip="channels", gated=False),
-    "dual runs": lambda: dual(1, 128, 4, 64, 128, ids=[[0] * 50 + [1] * 78]),
-    "diagonal": lambda: diagonal(4, 64, 64, 32),
-    "add": lambda: summed(4, 128, 768),
-    "add centered": lambda: summed(4, 128, 2048, center=True),
-    "gate": lambda: gated(4, 128, 1536, bias=False),
-    "gate groups": lambda: gated(4, 128, 4096, groups=8, norm_before_gate=True),
-    "diagonal chunked, packed": lambda: diagonal(1, 39, 16, 32, packed=[30, 9]),
-}
 CONVERTED = ("add", "gate", "conv", "conv packed", "scan", "scan packed", "selective", "diagonal")
 # In the interpreter float64 shows the mathematics, and bfloat16, in some cases, the conversions.
 DTYPES = {
@@ -318,7 +299,7 @@ def test_what_is_not_finite_stays_in_its_run():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_runs_take_no_synchronisation(name):
-    given = COMPILED["dual runs"]()
+    given = dual(1, 128, 4, 64, 128, ids=[[0] * 50 + [1] * 78])
     tensors = {k: v.requires_grad_() for k, v in given.cast(DEVICE, torch.bfloat16).items()}
     ids = given.options["seq_idx"].to(DEVICE)
 
@@ -526,50 +507,6 @@ def test_the_interpreter_refuses_to_round_float64_to_bfloat16(name):
         given.call(tensors)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize("target", ["NVIDIA Hopper", "AMD MI300"])
-def test_kernels_compile_for(target, monkeypatch):
-    from triton_targets import TARGETS, compiled, resources
-
-    monkeypatch.setattr(sys.modules["dualform.ops.triton.ssd"], "_CHUNK", 64)
-    with compiled(TARGETS[target]) as kernels:
-        for name in STEPS:
-            a, op = step_record(name, "cpu", torch.bfloat16)
-            triton_backend(op).forward(a)
-        for make in COMPILED.values():
-            compile_both_directions(make())
-    names = {name for name, _ in kernels}
-    assert names >= {
-        "forward",
-        "backward",
-        "summarize",
-        "adjoint",
-        "enter",
-        "gather",
-        *(f.__name__ for f, *_ in STEPS.values()),
-    }
-    for name, kernel in kernels:
-        used = resources(kernel)
-        print(target, name, used)  # seen with pytest -s
-        assert used["spilled"] <= 64, f"{name} puts registers into memory: {used}"
-
-
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-def test_kernels_compile_for_sizes_of_one():
-    """Triton makes a constant of an argument that is 1, and a constant has no methods."""
-    from triton_targets import TARGETS, compiled
-
-    smallest = (
-        conv(1, 1, 1, 2), line(1, 1, 1), line(1, 1, 1, complex=True), selective(1, 1, 1, 1), diagonal(1, 1, 1, 1),
-        dual(1, 1, 1, 1, 1), dual(1, 1, 1, 1, 1, packed=[1]), summed(1, 1, bias=False), gated(1, 1),
-        gated(1, 1, norm_before_gate=True),
-    )  # fmt: skip
-    with compiled(TARGETS["NVIDIA Hopper"]) as kernels:
-        for given in smallest:
-            compile_both_directions(given)
-    assert {name for name, _ in kernels} >= {"forward", "backward"}
-
-
 def compile_both_directions(given: OpCase) -> None:
     a, op = record_of(given), OPS[given.op]
     found = triton_backend(op)
@@ -600,6 +537,8 @@ def test_a_convolution_of_many_taps_is_left_to_others():
 
 
 def test_triton_is_imported_by_the_first_launch():
+    if INTERPRETED:
+        pytest.skip("it is the same where kernels are interpreted")
     code = "import sys, dualform.ops; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
