@@ -111,8 +111,8 @@ class Stationary(nn.Module):
         return partial.atanh()
 
     def at_bound(self, x: Tensor, scale: float) -> Tensor:
-        """Where a partial autocorrelation is next to 1 or -1."""
-        return x.detach().tanh().abs() > 1 - _EDGE
+        """All coefficients, where a partial autocorrelation is next to 1 or -1."""
+        return (x.detach().tanh().abs() > 1 - _EDGE).any(-1, keepdim=True).expand(x.shape)
 
 
 def from_partial(r: Tensor) -> Tensor:

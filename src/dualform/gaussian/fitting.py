@@ -257,11 +257,27 @@ class _Problem:
     def jacobian(self) -> tuple[Tensor, Tensor]:
         """The constrained values, and their derivatives by the unconstrained ones."""
         with torch.enable_grad():
-            values = torch.cat([place.value.reshape(-1).double() for place in self.free])
+            values = self.constrained()
             rows = [
                 self.flat(torch.autograd.grad(v, self.tensors, retain_graph=True, allow_unused=True)) for v in values
             ]
         return values.detach(), torch.stack(rows)
+
+    def bending(self, weights: Tensor) -> Tensor:
+        """The Hessian of a weighted sum of the constrained values, by the unconstrained ones."""
+        with torch.enable_grad():
+            total = (weights * self.constrained()).sum()
+            gradient = self.flat(torch.autograd.grad(total, self.tensors, create_graph=True, allow_unused=True))
+            if not gradient.requires_grad:
+                return torch.zeros(len(weights), len(weights), dtype=weights.dtype, device=weights.device)
+            rows = [
+                self.flat(torch.autograd.grad(g, self.tensors, retain_graph=True, allow_unused=True)) for g in gradient
+            ]
+        return torch.stack(rows)
+
+    def constrained(self) -> Tensor:
+        """The constrained values in a row."""
+        return torch.cat([place.value.reshape(-1).double() for place in self.free])
 
     def names(self) -> list[str]:
         parts = []
@@ -293,7 +309,11 @@ def _judged(problem: _Problem, converged: bool, iterations: int, evaluations: in
     log_likelihood, gradient, H = problem.hessian()
     values, J = problem.jacobian()
     names, inner = problem.names(), ~bound
-    information, slope = -H[inner][:, inner], gradient[inner]
+    # The curvature in the constrained values; that of the constraints themselves would count while a slope is left.
+    weights = torch.zeros_like(gradient)
+    if inner.any():
+        weights[inner] = torch.linalg.lstsq(J[inner][:, inner].mT, gradient[inner, None]).solution[:, 0]
+    information, slope = (problem.bending(weights) - H)[inner][:, inner], gradient[inner]
     size = information.diagonal().clamp_min(torch.finfo(H.dtype).tiny).rsqrt()
     curvatures, axes = torch.linalg.eigh(size[:, None] * information * size)
     covariance = torch.full_like(H, torch.nan)
@@ -306,6 +326,12 @@ def _judged(problem: _Problem, converged: bool, iterations: int, evaluations: in
         message = f"a Newton step would gain {gain:.1e} nats"
     else:
         message = "the Hessian is not negative definite: a parameter is not determined, or this is a saddle"
+    pull = (gradient * problem.point()[0])[bound].abs()
+    if (pull > 100 * _GAIN).any():
+        good, message = (
+            False,
+            f"the likelihood still rises on the way to a bound, by about {pull.max().item():.1e} nats",
+        )
     if (H.diagonal()[bound] > _GAIN).any():
         good, message = False, "the likelihood rises where a parameter leaves its bound"
     if not good and not converged:
