@@ -33,9 +33,9 @@ def test_the_maximum_of_the_nile(nile):
     assert round(nile["irregular.variance"], 1) == 15098.5 and round(nile["level.variance"], 1) == 1469.2
     assert round(nile.log_likelihood, 4) == -633.4646
     found = nile.diagnostics(lags=9)
-    got = [found.skewness, found.kurtosis, found.normality.statistic, found.heteroskedasticity.statistic]
+    got = [found.skewness, found.kurtosis, found.normality.value, found.heteroskedasticity.value]
     assert [round(value, 2) for value in got] == [-0.03, 3.09, 0.05, 0.61]
-    assert round(found.ljung_box.statistic, 2) == 8.84
+    assert round(found.ljung_box.value, 2) == 8.84
 
 
 def test_the_maximum_of_the_airline_model():
@@ -47,11 +47,11 @@ def test_the_maximum_of_the_airline_model():
     close(found.standard_errors[:2], torch.tensor([0.0896, 0.0731], dtype=torch.float64), 1e-3)
 
 
-@pytest.mark.parametrize("start", ["exact", "default", "simple_diff"])
+@pytest.mark.parametrize("start", ["exact", "default"])
 def test_the_maximum_of_an_arima_model_equals_statsmodels(start):
     g = load("nile_arima_211")
-    more = {"exact": {"convention": "statsmodels"}, "default": {"approximate": 1e6}}
-    found = sarimax((2, 1, 1), **more.get(start, {"simple_differencing": True})).fit(g["y"])
+    more = {"exact": {"convention": "statsmodels"}, "default": {"approximate": 1e6}}[start]
+    found = sarimax((2, 1, 1), **more).fit(g["y"])
     assert found.converged
     close(found.values, g[f"mle_params_{start}"], 1e-5)
     assert found.log_likelihood > g[f"mle_loglik_{start}"].item() - 1e-8
@@ -86,7 +86,7 @@ def test_standard_errors_in_closed_form():
 
 def test_units_do_not_matter():
     """A series a million times as large has a maximum that is moved, and as good a fit."""
-    y = load("nile_local_level")["y"][:40]
+    y = load("nile_local_level")["y"][:25]
     one, other = ((Level() + Irregular()).fit(factor * y) for factor in (1.0, 1e6))
     close(other.values / 1e12, one.values, 1e-4)
     assert one.converged and other.converged
@@ -222,7 +222,7 @@ def test_diagnostics_see_what_is_wrong():
     good = diagnose(e)
     assert min(good.ljung_box.p_value, good.normality.p_value, good.heteroskedasticity.p_value) > 0.01
     want = scipy.stats.jarque_bera(e.numpy())
-    assert math.isclose(good.normality.statistic, want.statistic, rel_tol=1e-9)
+    assert math.isclose(good.normality.value, want.statistic, rel_tol=1e-9)
     assert diagnose(e[1:] + 0.5 * e[:-1]).ljung_box.p_value < 1e-6
     assert diagnose(e**3).normality.p_value < 1e-6
     assert diagnose(e * torch.linspace(1, 3, 300, dtype=torch.float64)).heteroskedasticity.p_value < 1e-6

@@ -9,10 +9,10 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 
 
-class Test(NamedTuple):
-    """A statistic, and how probable one as extreme is if the model is right."""
+class Statistic(NamedTuple):
+    """The statistic of a test, and how probable one as extreme is if the model is right."""
 
-    statistic: float
+    value: float
     p_value: float
 
 
@@ -20,12 +20,12 @@ class Diagnostics(NamedTuple):
     """Three tests of standardised innovations."""
 
     innovations: Tensor  # (T,), NaN where missing or before the state is determined
-    ljung_box: Test  # no autocorrelation up to `lags`
+    ljung_box: Statistic  # no autocorrelation up to `lags`
     lags: int
-    normality: Test  # of Jarque and Bera
+    normality: Statistic  # of Jarque and Bera
     skewness: float
     kurtosis: float
-    heteroskedasticity: Test  # the same variance in the last third as in the first
+    heteroskedasticity: Statistic  # the same variance in the last third as in the first
 
 
 def diagnose(innovations: Tensor, lags: int | None = None, parameters: int = 0) -> Diagnostics:
@@ -58,7 +58,7 @@ def diagnose(innovations: Tensor, lags: int | None = None, parameters: int = 0) 
     correlation = torch.stack([(z[k:] * z[: len(z) - k]).sum() / variance for k in range(1, lags + 1)])
     weights = torch.tensor([n - k for k in range(1, lags + 1)], dtype=e.dtype, device=e.device)
     q = n * (n + 2) * (correlation.square() / weights).sum().item()
-    box = Test(q, chi2_sf(q, lags - parameters))
+    box = Statistic(q, chi2_sf(q, lags - parameters))
     c = e[here] - mean
     m2 = c.square().mean()
     skew, kurt = (c**3).mean().div(m2**1.5).item(), (c**4).mean().div(m2**2).item()
@@ -68,8 +68,8 @@ def diagnose(innovations: Tensor, lags: int | None = None, parameters: int = 0) 
     first, last = (part.square().sum().item() for part in ends)
     ratio = last / first if first else math.inf
     upper = f_sf(ratio, len(ends[1]), len(ends[0])) if len(ends[0]) and len(ends[1]) else math.nan
-    two_sided = Test(ratio, 2 * min(upper, 1 - upper))
-    return Diagnostics(innovations, box, lags, Test(jb, chi2_sf(jb, 2)), skew, kurt, two_sided)
+    two_sided = Statistic(ratio, 2 * min(upper, 1 - upper))
+    return Diagnostics(innovations, box, lags, Statistic(jb, chi2_sf(jb, 2)), skew, kurt, two_sided)
 
 
 def chi2_sf(x: float, df: float) -> float:

@@ -133,7 +133,7 @@ class Fit:
             ("Jarque-Bera", found.normality, f"skewness {found.skewness:.2f}, kurtosis {found.kurtosis:.2f}"),
             ("heteroskedasticity", found.heteroskedasticity, "last third / first third"),
         ]
-        lines = [f"{name:20}  {t.statistic:10.3f}  p = {t.p_value:.3f}  {more}".rstrip() for name, t, more in tests]
+        lines = [f"{name:20}  {t.value:10.3f}  p = {t.p_value:.3f}  {more}".rstrip() for name, t, more in tests]
         return "\n".join([*head, *rows, "", *lines])
 
 

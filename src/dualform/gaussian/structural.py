@@ -156,8 +156,9 @@ class Structural(Built):
             if isinstance(part, Component):
                 part.begin(values, scale if scale > 0 else 1.0)
 
+    @torch.no_grad()
     def components(self, y: Any, **options: Any) -> dict[str, Effect]:
-        """Each component given all observations, by its name; of the kind of y.
+        """Each component given all observations, by its name; of the kind of y; no gradients.
 
         They sum to the observations, where those are not missing. The irregular one is what the others leave.
 
