@@ -1,26 +1,56 @@
-"""Linear-Gaussian models, their filters and smoothers."""
+"""Linear-Gaussian models, their filters and smoothers, and models of time series made of them."""
 
 from dualform.gaussian.belief import Belief, Gaussian
+from dualform.gaussian.components import (
+    Autoregressive,
+    Cycle,
+    Irregular,
+    Level,
+    Regression,
+    Seasonal,
+    Trend,
+    TrigonometricSeasonal,
+)
 from dualform.gaussian.continuous import ContinuousLinearGaussian
+from dualform.gaussian.diagnostics import Diagnostics
+from dualform.gaussian.fitting import Fit, fit
 from dualform.gaussian.kalman import KalmanFilter
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.motion import constant_acceleration, constant_velocity, coordinated_turn
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
+from dualform.gaussian.sarimax import Sarimax, sarimax
 from dualform.gaussian.series import Filtered, Forecast, Smoothed
+from dualform.gaussian.structural import Component, Effect, Structural
 
 __all__ = [
+    "Autoregressive",
     "Belief",
+    "Component",
     "ContinuousLinearGaussian",
+    "Cycle",
+    "Diagnostics",
+    "Effect",
     "Estimate",
     "Filtered",
+    "Fit",
     "Forecast",
     "Gaussian",
     "Innovation",
+    "Irregular",
     "KalmanFilter",
+    "Level",
     "LinearGaussian",
+    "Regression",
+    "Sarimax",
+    "Seasonal",
     "Smoothed",
+    "Structural",
+    "Trend",
+    "TrigonometricSeasonal",
     "Updated",
     "constant_acceleration",
     "constant_velocity",
     "coordinated_turn",
+    "fit",
+    "sarimax",
 ]

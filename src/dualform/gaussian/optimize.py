@@ -1,0 +1,132 @@
+"""L-BFGS for many problems at once: each row has its own history, its own line search and its own end."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ARMIJO, _WOLFE, _TRIES = 1e-4, 0.9, 30
+
+
+class Minimum(NamedTuple):
+    """Where each row of a minimisation has ended."""
+
+    x: Tensor  # (B, K)
+    value: Tensor  # (B,)
+    gradient: Tensor  # (B, K)
+    converged: Tensor  # (B,), bool: the last step promised a decrease below the tolerance
+    iterations: int
+    evaluations: int
+
+
+def minimize(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    *,
+    tolerance: float = 1e-10,
+    max_iter: int = 200,
+    memory: int = 20,
+) -> Minimum:
+    """Minimise each row of a function of x ``(B, K)``, which gives values ``(B,)`` and gradients ``(B, K)``.
+
+    A row ends where half of ``-g^T p``, the decrease that the direction p promises, is below the tolerance. The line
+    search is that of Lewis and Overton, by bisection, for the weak Wolfe conditions. A value that is not finite is
+    taken for a step that was too long.
+
+    Args:
+        function: what is minimised; infinite where it has no value.
+        x: where it begins.
+        tolerance: in the unit of the values.
+        max_iter: how many directions.
+        memory: how many pairs of differences are kept.
+
+    References:
+        Nocedal and Wright (2006), "Numerical optimization", algorithm 7.4; Lewis and Overton (2013), "Nonsmooth
+        optimization via quasi-Newton methods".
+    """
+    value, gradient = function(x)
+    evaluations, iteration = 1, 0
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    done = torch.zeros_like(value, dtype=torch.bool)
+    stuck = ~value.isfinite()
+    for iteration in range(1, max_iter + 1):
+        direction = -_times_inverse(gradient, pairs)
+        slope = (direction * gradient).sum(-1)
+        uphill = ~(slope < 0)
+        direction = torch.where(uphill[:, None], -gradient, direction)
+        slope = torch.where(uphill, -gradient.square().sum(-1), slope)
+        done = done | ((-slope / 2 < tolerance) & ~stuck)
+        if (done | stuck).all():
+            iteration -= 1
+            break
+        fresh = uphill if not pairs else uphill | (torch.stack([rho for *_, rho in pairs]) == 0).all(0)
+        first = torch.where(fresh, 1 / gradient.abs().amax(-1).clamp_min(1), 1.0)
+        there, new, slopes, count, found = _search(
+            function, (x, value, gradient), direction, slope, first, done | stuck
+        )
+        evaluations += count
+        s, q = there - x, slopes - gradient
+        curvature = (s * q).sum(-1)
+        usable = found & (curvature > 1e-12 * (s.norm(dim=-1) * q.norm(dim=-1)))
+        rho = torch.where(usable, 1 / curvature.where(usable, torch.ones_like(curvature)), 0)
+        pairs = [*pairs[1 - memory :], (s, q, rho)] if len(pairs) >= memory else [*pairs, (s, q, rho)]
+        # Without a lower value along a direction, the steepest descent is tried once, then a row has ended.
+        lost = ~found & ~done & ~stuck
+        stuck = stuck | (lost & fresh)
+        pairs = [(s, q, torch.where(lost, 0, rho)) for s, q, rho in pairs]
+        x, value, gradient = there, new, slopes
+    return Minimum(x, value, gradient, done, iteration, evaluations)
+
+
+def _times_inverse(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The two-loop recursion; a pair with ``rho = 0`` counts for nothing."""
+    q, alphas = gradient, []
+    scale = torch.ones_like(gradient[:, :1])
+    for s, y, rho in reversed(pairs):
+        alpha = (rho * (s * q).sum(-1))[:, None]
+        alphas.append(alpha)
+        q = q - alpha * y
+    for s, y, rho in pairs:  # the newest pair that counts gives the scale
+        new = ((s * y).sum(-1) / y.square().sum(-1).clamp_min(torch.finfo(y.dtype).tiny))[:, None]
+        scale = torch.where(rho[:, None] != 0, new, scale)
+    q = scale * q
+    for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
+        q = q + s * (alpha - (rho * (y * q).sum(-1))[:, None])
+    return q
+
+
+def _search(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    start: tuple[Tensor, Tensor, Tensor],
+    direction: Tensor,
+    slope: Tensor,
+    first: Tensor,
+    resting: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """Where a step of each row leads, the values and gradients there, how many tries, and which rows moved."""
+    x, value, gradient = start
+    low, high, step = torch.zeros_like(value), torch.full_like(value, torch.inf), first
+    best = [x, value, gradient]
+    ended, moved, count = resting, torch.zeros_like(resting), 0
+    rounding = 4 * torch.finfo(value.dtype).eps * value.abs()
+    while count < _TRIES:
+        count += 1
+        at = torch.where(ended[:, None], best[0], x + step[:, None] * direction)
+        new, slopes = function(at)
+        lower = new <= value + _ARMIJO * step * slope + rounding
+        flat = (slopes * direction).sum(-1) >= _WOLFE * slope
+        take = lower & ~ended
+        best = [
+            torch.where(take[:, None], at, best[0]),
+            torch.where(take, new, best[1]),
+            torch.where(take[:, None], slopes, best[2]),
+        ]
+        moved = moved | take
+        ended = ended | (take & flat)
+        high = torch.where(lower, high, step)
+        low = torch.where(lower, step, low)
+        step = torch.where(high.isfinite(), (low + high) / 2, 2 * step)
+        if ended.all():
+            break
+    return best[0], best[1], best[2], count, moved

@@ -1,0 +1,300 @@
+"""Seasonal autoregressive integrated moving averages with covariates."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualform.core.calls import explained
+from dualform.core.errors import ArgumentError
+from dualform.core.linalg import as_tensors, check_finite
+from dualform.gaussian.arrays import Door
+from dualform.gaussian.built import Built
+from dualform.gaussian.constraints import Positive, Stationary, constrained, places, to_partial
+from dualform.gaussian.initial import discrete_lyapunov
+from dualform.gaussian.model import LinearGaussian
+from dualform.gaussian.structural import diagonal
+
+
+class Orders(NamedTuple):
+    """The orders of a model, with the period of the season."""
+
+    p: int
+    d: int
+    q: int
+    P: int
+    D: int
+    Q: int
+    s: int
+
+
+@explained
+class Sarimax(Built):
+    """A seasonal ARIMA model of a series, or of what a regression leaves of it; made by :func:`sarimax`.
+
+        y_t = X_t beta + n_t,   phi(L) Phi(L^s) (1 - L)^d (1 - L^s)^D n_t = intercept + theta(L) Theta(L^s) eps_t
+        phi(L) = 1 - phi_1 L - .. - phi_p L^p,   theta(L) = 1 + theta_1 L + .. + theta_q L^q,   eps_t ~ N(0, variance)
+
+    Its parameters are ``intercept``, ``beta``, ``ar``, ``ma``, ``seasonal_ar``, ``seasonal_ma`` and ``variance``, those
+    of them that there are. ``ar`` and ``seasonal_ar`` are stationary, ``ma`` and ``seasonal_ma`` invertible, by the
+    partial autocorrelations that are behind them.
+
+    The state is that of Harvey: what differencing needs of the past, ``d + s D`` numbers that start exactly diffuse,
+    and the ARMA process, which starts from its stationary distribution.
+
+    Args:
+        order: ``(p, d, q)``.
+        seasonal_order: ``(P, D, Q, s)``.
+        exog: covariates X ``(T, K)``, or ``(T,)`` for one; with the steps that are forecast.
+        intercept: whether there is one.
+        simple_differencing: differences y and X instead of keeping that in the state. All results are then of the
+            differenced series, forecasts too, and a missing value makes several.
+        approximate: a variance, such as 1e6, for the start of what is otherwise exactly diffuse; the first ``d + s D``
+            terms are then left out of the log-likelihood. This is statsmodels' default.
+        convention: of the log-likelihood from the exactly diffuse start. ``"kfas"``, the default, is the log-likelihood
+            of the differenced series where none of the first observations is missing; ``"statsmodels"`` differs by a
+            constant.
+
+    Raises:
+        ArgumentError: for orders that are negative or not whole, a season shorter than 2 steps, both
+            ``simple_differencing`` and ``approximate``, and covariates that are not finite.
+
+    References:
+        Box and Jenkins (1976), "Time series analysis: forecasting and control"; Harvey (1989), section 3.3; Durbin and
+        Koopman (2012), section 3.4.
+    """
+
+    order_of_parameters = ("intercept", "beta", "ar", "ma", "seasonal_ar", "seasonal_ma", "variance")
+    intercept: Tensor
+    beta: Tensor
+    variance: Tensor
+    X: Tensor | None
+
+    def __init__(
+        self,
+        order: tuple[int, int, int],
+        seasonal_order: tuple[int, int, int, int] = (0, 0, 0, 0),
+        exog: Any = None,
+        *,
+        intercept: bool = False,
+        simple_differencing: bool = False,
+        approximate: float | None = None,
+        convention: str = "kfas",
+    ):
+        super().__init__()
+        self.orders = o = _orders(order, seasonal_order)
+        if simple_differencing and approximate is not None:
+            raise ArgumentError("sarimax: simple_differencing leaves no start to be approximate, expected one of both")
+        if convention not in ("kfas", "statsmodels"):
+            raise ArgumentError(f"sarimax: convention is {convention!r}, expected 'kfas' or 'statsmodels'")
+        self.simple, self.approximate, self.convention = simple_differencing, approximate, convention
+        X = None
+        if exog is not None:
+            given = exog.to_numpy(dtype="float64") if hasattr(exog, "iloc") else exog
+            X = as_tensors("sarimax", exog=given)["exog"].to(torch.float64)
+            X = X[:, None] if X.dim() == 1 else X
+            check_finite("sarimax", {"exog": X}, "a covariate cannot be missing")
+            constrained(self, "beta", None, [0.0] * X.shape[1], None)
+        self.register_buffer("X", X)
+        if intercept:
+            constrained(self, "intercept", None, 0.0, None)
+        self.groups = {"ar": o.p, "ma": o.q, "seasonal_ar": o.P, "seasonal_ma": o.Q}
+        for name, count in self.groups.items():
+            if count:
+                constrained(self, name, None, [0.0] * count, Stationary(-1 if name.endswith("ma") else 1))
+        constrained(self, "variance", None, 1.0, Positive())
+
+    @property
+    def burn(self) -> int:
+        """How many of the first terms the log-likelihood leaves out: ``d + s D`` of an approximately diffuse start."""
+        return 0 if self.approximate is None else self.orders.d + self.orders.s * self.orders.D
+
+    def build(self) -> LinearGaussian:
+        """The linear-Gaussian model of the values that the parameters have now."""
+        return self._built(self.simple)
+
+    def _built(self, simple: bool) -> LinearGaussian:
+        o, like = self.orders, self.variance
+        one = like.new_ones(1)
+        phi, theta = ({}, {})
+        for kind, sign, found in (("ar", -1, phi), ("ma", 1, theta)):
+            for name in (kind, f"seasonal_{kind}"):
+                found[name] = torch.cat([one, sign * getattr(self, name)]) if self.groups[name] else one
+        ar, ma = (_product(found[k], found[f"seasonal_{k}"], o.s) for k, found in (("ar", phi), ("ma", theta)))
+        r = max(len(ar) - 1, len(ma))
+        column = torch.nn.functional.pad(-ar[1:], (0, r - len(ar) + 1))
+        A = torch.cat([column[:, None], torch.eye(r, dtype=one.dtype, device=one.device)[:, : r - 1]], 1)
+        S = torch.nn.functional.pad(ma, (0, r - len(ma)))
+        Q = self.variance * torch.outer(S, S)
+        first = torch.eye(r, dtype=one.dtype, device=one.device)[0]
+        c = first * self.intercept if "intercept" in dict(self.named_parameters()) else None
+        lags, see = (one.new_zeros(0, 0), one[:0]) if simple else _differencing(o, one)
+        n = len(lags)
+        whole = diagonal([lags, A])
+        if n:  # every number that is kept of the past but for mere delays takes in the new value of the ARMA process
+            whole = torch.cat([torch.cat([lags, _entering(o, one)[:, None] * first], 1), whole[n:]], 0)
+        terms: dict[str, Any] = {}
+        if c is not None:
+            terms["c"] = torch.nn.functional.pad(c, (n, 0))
+        if (X := self.X) is not None:
+            X = difference(X, o) if simple else X
+            terms |= {"d": X @ self.beta[:, None], "time_varying": ("d",)}
+        P0: Any = "stationary"
+        if n and self.approximate is None:
+            terms |= {"diffuse": [True] * n + [False] * r, "convention": self.convention}
+        elif self.approximate is not None:
+            known = discrete_lyapunov("sarimax", A, Q)
+            P0 = diagonal([self.approximate * torch.eye(n, dtype=one.dtype, device=one.device), known])
+            if c is not None:
+                m = torch.linalg.solve(torch.eye(r, dtype=one.dtype, device=one.device) - A, c)
+                terms["m0"] = torch.nn.functional.pad(m, (n, 0))
+        noise = diagonal([one.new_zeros(n, n), Q])
+        return LinearGaussian(
+            whole, torch.cat([see, first])[None], noise, one.new_zeros(1, 1), P0=P0, prior="first", **terms
+        )
+
+    def prepared(self, y: Any) -> Any:
+        """The series as it is filtered: differenced with ``simple_differencing``."""
+        return difference(Door("sarimax", y, self.variance, 1).y, self.orders) if self.simple else y
+
+    def log_likelihood(self, y: Any, **options: Any) -> Tensor:
+        """:meth:`~dualform.gaussian.series.Series.log_likelihood` of the model; ``burn`` is its own by default.
+
+        Of a series without missing values, that of the differenced series is computed where it is the same, which is
+        the smaller model.
+        """
+        if self.convention == "kfas" and self.approximate is None and not self.simple and not options:
+            values = Door("sarimax", y, self.variance, 1).y
+            if not values.isnan().any() and values.shape[-2] > self.orders.d + self.orders.s * self.orders.D:
+                return self._built(True).log_likelihood(difference(values, self.orders))
+        return super().log_likelihood(y, **{"burn": self.burn, **options})
+
+    @torch.no_grad()
+    def begin(self, y: Any) -> None:
+        """Set the parameters to least squares estimates of the differenced series.
+
+        References:
+            Hannan and Rissanen (1982), "Recursive estimation of mixed autoregressive-moving average order".
+        """
+        o = self.orders
+        w = difference(Door("sarimax", y, self.variance, 1).y.to(self.variance), o)[:, 0]
+        if self.X is not None:
+            X = difference(self.X, o)[: len(w)]
+            rows = ~w.isnan()
+            beta = torch.linalg.lstsq(X[rows], w[rows, None], driver="gelsd").solution[:, 0]
+            self.beta.copy_(beta)
+            w = w - X @ beta
+        w = torch.where(w.isnan(), w.nanmean(), w)
+        mean = w.mean() if "intercept" in dict(self.named_parameters()) else 0.0
+        w, residual = w - mean, w - mean
+        lags = {
+            name: [(o.s if name.startswith("s") else 1) * i for i in range(1, k + 1)] for name, k in self.groups.items()
+        }
+        found = {name: torch.zeros(len(at), dtype=w.dtype, device=w.device) for name, at in lags.items()}
+        longest = max([0, *(k for at in lags.values() for k in at)])
+        count = min(longest + max(5, o.s // 2), len(w) // 3)
+        if longest and len(w) - count - longest > 3 * sum(self.groups.values()):
+            shocks = _residual(w, [(w, k) for k in range(1, count + 1)])[1]
+            columns = [(shocks if name.endswith("ma") else w, k) for name, at in lags.items() for k in at]
+            solution, residual = _residual(w, columns)
+            at = 0
+            for name, k in self.groups.items():
+                found[name], at = solution[at : at + k], at + k
+        for place in places(self):
+            if (value := found.get(place.name)) is not None:
+                partial = to_partial(place.constraint.sign * value)
+                place.assign(value if partial.abs().max() < 0.95 else 0.0)
+        self.variance = residual.square().mean().clamp_min(torch.finfo(w.dtype).tiny)
+        if isinstance(mean, Tensor):
+            for name in ("ar", "seasonal_ar"):
+                mean = mean * (1 - getattr(self, name).sum()) if self.groups[name] else mean
+            self.intercept.copy_(mean)
+
+
+def sarimax(
+    order: tuple[int, int, int],
+    seasonal_order: tuple[int, int, int, int] = (0, 0, 0, 0),
+    exog: Any = None,
+    **options: Any,
+) -> Sarimax:
+    """A seasonal ARIMA model with covariates; the arguments are those of :class:`Sarimax`.
+
+    Args:
+        order: ``(p, d, q)``.
+        seasonal_order: ``(P, D, Q, s)``.
+        exog: covariates ``(T, K)``.
+        options: ``intercept``, ``simple_differencing``, ``approximate`` and ``convention``.
+
+    Raises:
+        ArgumentError: as :class:`Sarimax`.
+
+    Example:
+        >>> from dualform.gaussian import sarimax
+        >>> airline = sarimax((0, 1, 1), (0, 1, 1, 12))
+        >>> list(airline.values())
+        ['ma', 'seasonal_ma', 'variance']
+    """
+    return Sarimax(order, seasonal_order, exog, **options)
+
+
+def difference(values: Tensor, orders: Orders) -> Tensor:
+    """``(1 - L)^d (1 - L^s)^D`` of values ``(..., T, M)``, which become fewer by ``d + s D``."""
+    for _ in range(orders.D):
+        values = values[..., orders.s :, :] - values[..., : -orders.s, :]
+    return values.diff(n=orders.d, dim=-2) if orders.d else values
+
+
+def _orders(order: Any, seasonal: Any) -> Orders:
+    for name, given, form in (("order", order, "(p, d, q)"), ("seasonal_order", seasonal, "(P, D, Q, s)")):
+        fits = isinstance(given, tuple | list) and len(given) == form.count(",") + 1
+        if not fits or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in given):
+            raise ArgumentError(f"sarimax: {name} is {given!r}, expected {form}, whole numbers of 0 or more")
+    made = Orders(*order, *seasonal)
+    if (made.P or made.D or made.Q) and made.s < 2:
+        raise ArgumentError(f"sarimax: the season has {made.s} steps, expected 2 or more", hint="(P, D, Q, s)")
+    return made
+
+
+def _product(a: Tensor, b: Tensor, s: int) -> Tensor:
+    """The coefficients of ``a(L) b(L^s)``."""
+    longest = len(a) + s * (len(b) - 1)
+    parts = [torch.nn.functional.pad(b[i] * a, (s * i, longest - s * i - len(a))) for i in range(len(b))]
+    return torch.stack(parts).sum(0)
+
+
+def _differencing(o: Orders, one: Tensor) -> tuple[Tensor, Tensor]:
+    """How what is kept of the past moves by itself, and what of it a new observation contains.
+
+    The k-th of the first d is ``(1 - L)^k y`` one step ago; then, for each j below D, ``(1 - L)^d (1 - L^s)^j y`` of
+    one to s steps ago.
+    """
+    n = o.d + o.s * o.D
+    A, see = one.new_zeros(n, n), one.new_zeros(n)
+    oldest = [o.d + o.s * (j + 1) - 1 for j in range(o.D)]
+    see[: o.d] = 1
+    see[oldest] = 1
+    for k in range(o.d):
+        A[k, k : o.d] = 1
+        A[k, oldest] = 1
+    for j in range(o.D):
+        top = o.d + o.s * j
+        A[top, oldest[j:]] = 1
+        for i in range(1, o.s):
+            A[top + i, top + i - 1] = 1
+    return A, see
+
+
+def _entering(o: Orders, one: Tensor) -> Tensor:
+    """Which of them take in the new value of the differenced series."""
+    entering = one.new_zeros(o.d + o.s * o.D)
+    entering[: o.d] = 1
+    entering[[o.d + o.s * j for j in range(o.D)]] = 1
+    return entering
+
+
+def _residual(w: Tensor, columns: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Least squares of w on series that are delayed: the coefficients, and what is left, 0 where it begins."""
+    most = max(k for _, k in columns)
+    X = torch.stack([series[most - k : len(series) - k] for series, k in columns], 1)
+    solution = torch.linalg.lstsq(X, w[most:, None], driver="gelsd").solution[:, 0]
+    return solution, torch.nn.functional.pad(w[most:] - X @ solution, (most, 0))

@@ -1,0 +1,195 @@
+"""Sums of components against statsmodels' recorded results and dense algebra."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import dualform as df
+from dualform.core.errors import ArgumentError
+from dualform.gaussian import (
+    Autoregressive,
+    Cycle,
+    Irregular,
+    Level,
+    Regression,
+    Seasonal,
+    Structural,
+    Trend,
+    TrigonometricSeasonal,
+)
+from vectors import close, load
+
+GOLDEN = {
+    "uc_level_seasonal": lambda: Irregular() + Level() + Seasonal(12),
+    "uc_trend_seasonal": lambda: Irregular() + Trend() + Seasonal(12),
+    "uc_level_trigseasonal": lambda: Irregular() + Level() + TrigonometricSeasonal(12, harmonics=2),
+}
+
+
+def at(model, params):
+    return model.set(**dict(zip(model.values(), params, strict=True)))
+
+
+def everything(length=14):
+    """Every component, with values of its own."""
+    X = torch.randn(length, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return (
+        Trend(0.3, 0.1, damped=True, damping=0.8)
+        + Seasonal(3, 0.2)
+        + TrigonometricSeasonal(4, variance=0.1)
+        + Cycle(5.0, damping=0.9, variance=0.4)
+        + Autoregressive(2, coefficients=[0.5, -0.3], variance=0.7)
+        + Regression(X)
+        + Irregular(0.6)
+    )
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_likelihoods_and_forecasts_equal_statsmodels(name):
+    """Mauna Loa with missing months."""
+    g = load(name)
+    model = at(GOLDEN[name](), g["params_given"])
+    assert abs(model.log_likelihood(g["y"]) - g["loglik_given_exact"]).item() < 1e-7
+    ahead = at(GOLDEN[name](), g["mle_params_exact"]).forecast(g["y"], 5)
+    close(ahead.mean[:, 0], g["forecast_mean_exact"], 1e-7)
+    close(ahead.cov[:, 0, 0], g["forecast_var_exact"], 1e-7)
+
+
+def test_components_sum_to_the_observations():
+    model, y = everything(), torch.randn(14, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 5
+    y[[4, 9]] = torch.nan
+    found = model.components(y)
+    assert list(found) == ["trend", "seasonal", "seasonal_2", "cycle", "ar", "regression", "irregular"]
+    total = sum(effect.mean for effect in found.values())
+    seen = ~y.isnan()
+    close(total[seen], y[seen], 1e-9)
+    assert all((effect.var >= 0).all() for effect in found.values())
+    close(found["irregular"].var[~seen], torch.full((2,), 0.6, dtype=torch.float64), 1e-12)
+
+
+def test_the_level_of_components_is_that_of_the_smoother():
+    y = load("nile_local_level")["y"]
+    model = Level(1469.1) + Irregular(15099.0)
+    smooth = df.LinearGaussian([[1.0]], [[1.0]], [[1469.1]], [[15099.0]], P0="diffuse", prior="first").smooth(y)
+    found = model.components(y)
+    close(found["level"].mean, smooth.mean[:, 0], 1e-12)
+    close(found["level"].var, smooth.cov[:, 0, 0], 1e-12)
+    close(found["irregular"].mean, y - smooth.mean[:, 0], 1e-12)
+    arrays = model.components(y.numpy())
+    assert isinstance(arrays["level"].mean, np.ndarray) and arrays["level"].mean.shape == (100,)
+
+
+def test_a_regression_by_states_is_generalised_least_squares():
+    """Its mean is that of the regression by parameters where those maximise the likelihood."""
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(40, 2, dtype=torch.float64, generator=generator)
+    y = X @ torch.tensor([2.0, -1.0], dtype=torch.float64) + torch.randn(40, dtype=torch.float64, generator=generator)
+    noise = lambda: Irregular(1.0) + Autoregressive(1, coefficients=[0.5], variance=0.3)  # noqa: E731
+    by_states = (Regression(X) + noise()).smooth(y).mean[0, :2]
+    model = Regression(X, diffuse=False) + noise()
+    found = model.fit(y)
+    assert found.converged
+    close(found.values, by_states, 1e-6)
+    fixed = Regression(X, beta=found.values) + noise()
+    close(fixed.log_likelihood(y)[None], torch.tensor([found.log_likelihood], dtype=torch.float64), 1e-10)
+
+
+def test_forecasts_see_the_covariates_to_come():
+    X = torch.arange(12, dtype=torch.float64)
+    model = Regression(X, beta=[3.0]) + Irregular(1.0)
+    close(model.forecast(torch.zeros(10, dtype=torch.float64), 2).mean[:, 0], 3 * X[10:], 1e-12)
+    with pytest.raises(ArgumentError, match="12 steps, but step 13 is needed"):
+        model.forecast(torch.zeros(10, dtype=torch.float64), 3)
+
+
+def test_a_trigonometric_season_of_all_harmonics_is_any_season():
+    """Without noise, both kinds of season are the same model up to the scale of their diffuse start."""
+    y = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    one = (Level(0.1) + Seasonal(6, 0.0) + Irregular(1.0)).forecast(y, 7)
+    other = (Level(0.1) + TrigonometricSeasonal(6, variance=0.0) + Irregular(1.0)).forecast(y, 7)
+    close(one.mean, other.mean, 1e-8)
+    close(one.cov, other.cov, 1e-8)
+
+
+def test_starts_are_diffuse_where_they_have_to_be():
+    y = torch.randn(14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = everything().filter(y)
+    diffuse = (start.predicted_diffuse[0] != 0).any(-1).tolist()
+    assert diffuse == [True, False, *[True] * 2, *[True] * 3, False, False, False, False, True]
+    cov = start.predicted_cov[0]
+    close(cov[1:2, 1], torch.tensor([0.1 / (1 - 0.64)], dtype=torch.float64), 1e-12)
+    close(cov[7:8, 7], torch.tensor([0.4 / (1 - 0.81)], dtype=torch.float64), 1e-12)
+    undamped = Cycle(5.0, damping=1.0, variance=0.4) + Irregular(1.0)
+    assert undamped.build().diffuse is not None
+
+
+def test_parameters_train_like_any_other():
+    """An optimiser of PyTorch raises the likelihood, and what it sets stays within the constraints."""
+    y = load("nile_local_level")["y"] / 100
+    model = Level() + Cycle(bounds=(5.0, 20.0)) + Autoregressive(2) + Irregular()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
+    values = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = -model.log_likelihood(y)
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < values[0] and all(p.grad is not None for p in model.parameters())
+    got = model.values()
+    assert 5 < got["cycle.period"] < 20 and 0 < got["cycle.damping"] < 1 and got["irregular.variance"] > 0
+    again = Level() + Cycle(bounds=(5.0, 20.0)) + Autoregressive(2) + Irregular()
+    again.load_state_dict(model.state_dict())
+    assert again.log_likelihood(y) == model.log_likelihood(y)
+
+
+def test_gradients_are_right():
+    model = Trend(damped=True) + Cycle(bounds=(3.0, 9.0)) + Autoregressive(2) + Irregular()
+    y = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(model.log_likelihood(y), parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        for k in range(parameter.numel()):
+            values = []
+            for step in (1e-5, -1e-5):
+                with torch.no_grad():
+                    parameter.view(-1)[k] += step
+                values.append(model.log_likelihood(y).item())
+                with torch.no_grad():
+                    parameter.view(-1)[k] -= step
+            assert math.isclose(
+                (values[0] - values[1]) / 2e-5, gradient.reshape(-1)[k].item(), rel_tol=1e-5, abs_tol=1e-7
+            )
+
+
+def test_noise_alone_is_a_model():
+    y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    want = torch.distributions.Normal(y.new_tensor(0.0), y.new_tensor(2.0).sqrt()).log_prob(y).sum()
+    close(Structural(Irregular(2.0)).log_likelihood(y)[None], want[None], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Level(-1.0), "Level: variance is -1, expected 0 or more"),
+        (lambda: Seasonal(1), "Seasonal: period is 1, expected a whole number, 2 or more"),
+        (lambda: TrigonometricSeasonal(12, 7), "harmonics is 7, expected at most 6"),
+        (lambda: Trend(damping=0.5), "the trend is not damped"),
+        (lambda: Cycle(1.0), "period 1.0, .* expected 2 or more"),
+        (lambda: Cycle(damping=1.5), "damping is 1.5, expected above 0 and at most 1"),
+        (lambda: Autoregressive(2, coefficients=[0.5]), r"shape \(1,\), expected \(2,\)"),
+        (lambda: Structural(), "no components"),
+        (lambda: Structural(3), "int is not a component"),
+        (lambda: Regression([1.0, float("nan")]), "NaN or infinite|cannot be missing"),
+        (lambda: Regression([1.0]) + Regression([1.0, 2.0]), r"covariates of \[1, 2\] steps"),
+        (lambda: (Level() + Irregular()).set(**{"level.varience": 1.0}), "is no estimated parameter"),
+        (lambda: (Level() + Irregular()).set(**{"level.variance": -1.0}), "level.variance: .* expected 0 or more"),
+        (lambda: (Autoregressive(1) + Irregular()).set(**{"ar.coefficients": [1.1]}), "not stationary"),
+        (lambda: (Cycle(bounds=(3, 9)) + Irregular()).set(**{"cycle.period": 12.0}), "expected one between 3 and 9"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ArgumentError, match=message):
+        make()
