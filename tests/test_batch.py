@@ -17,6 +17,7 @@ from dualform.layers.attention import AttentionConfig
 from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
+from dualform.layers.registry import MIXERS
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from test_decoder import GREEDY, PARTS, on_gpu
@@ -103,6 +104,23 @@ def test_rows_that_join_and_leave_at_random(pattern, seed, short_pieces):
         alone = generate(model, prompt, most, **options)
         assert heard.get(one, []) == list(alone)
         assert one.finish in (alone.finish, "released")
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_every_mixer_has_rows(kind):
+    """Of prompts of several lengths, that go on anywhere."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(V, 64, {"X": (MIXERS[kind](),)}, "X")).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    engine, prompts = Engine(model, rows=2), [[1], PROMPT * 4, PROMPT, [2, 3]]
+    requests = [engine.admit(prompt, 4 + i, seed=i) for i, prompt in enumerate(prompts)]
+    while len(requests[-1].tokens) < 3:
+        engine.step()
+    for i, (one, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        want = list(generate(model, prompt, 14, seed=i))
+        assert one.tokens + list(generate(model, [], 14 - len(one.tokens), state=engine.release(one))) == want
 
 
 @pytest.mark.parametrize("pattern", ["MM", "MA", "MW"])
