@@ -253,6 +253,27 @@ def test_a_batch_of_ragged_prompts(pattern):
     assert dualform.generate_batch(model, [], 3) == []
 
 
+@pytest.mark.parametrize("top", [0, 3, V + 5])
+def test_log_probabilities_are_those_of_the_model(top):
+    model = build("MA")
+    engine = Engine(model, rows=2, logprobs=top)
+    requests = [engine.admit(PROMPT[: 3 + i], 6, sampling=SAMPLINGS[i], seed=i) for i in range(4)]
+    list(engine)
+    for i, one in enumerate(requests):
+        prompt = PROMPT[: 3 + i]
+        assert one.tokens == list(generate(model, prompt, 6, sampling=SAMPLINGS[i], seed=i))
+        with torch.no_grad():
+            logits, _ = model(torch.tensor([prompt + one.tokens]))
+        want = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        best = want.topk(min(top, V))
+        assert len(one.logprobs) == 6
+        for place, (score, likeliest) in enumerate(one.logprobs):
+            assert score == pytest.approx(float(want[place, one.tokens[place]]), abs=1e-5)
+            assert [token for token, _ in likeliest] == best.indices[place].tolist()
+            assert [s for _, s in likeliest] == pytest.approx(best.values[place].tolist(), abs=1e-5)
+    assert Engine(model).admit(PROMPT, 1).logprobs == []
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -279,6 +300,7 @@ def test_bad_engines_and_batches_are_named(ssm):
         (lambda: Engine(3), "Engine: model is int"),
         (lambda: Engine(ssm, 0), "Engine: rows is 0"),
         (lambda: Engine(ssm, 2.5), "Engine: rows is 2.5"),
+        (lambda: Engine(ssm, logprobs=-1), "Engine: logprobs is -1"),
         (lambda: Engine(ssm).release(3), "request is 3"),
         (lambda: generate_batch(ssm, [PROMPT, "text"], 3), r"prompts\[1\]: prompt_tokens is text"),
         (lambda: generate_batch(ssm, PROMPT, 3), r"prompts\[0\]"),

@@ -42,16 +42,21 @@ class Engine:
         model: evaluated without gradients, on its own device; its training flag is left as it was. Its weights should
             not change while requests are under way: what follows from them alone is computed once, at the first step.
         rows: the most requests that decode at a time. Every step computes all of them, free ones too.
+        logprobs: how many of the most likely tokens are told with their log-probabilities for every token of a request,
+            beside that of the token itself; 0 tells the latter alone, None none, which costs nothing.
 
     Raises:
-        ArgumentError: for what is no language model, or fewer than one row.
+        ArgumentError: for what is no language model, fewer than one row, or log-probabilities of fewer than no tokens.
     """
 
-    def __init__(self, model: LanguageModel, rows: int = 16):
+    def __init__(self, model: LanguageModel, rows: int = 16, *, logprobs: int | None = None):
         check_model("Engine", model)
         if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
             raise ArgumentError(f"Engine: rows is {brief(rows)}, expected a whole number, 1 or more")
+        if logprobs is not None and (isinstance(logprobs, bool) or not isinstance(logprobs, Integral) or logprobs < 0):
+            raise ArgumentError(f"Engine: logprobs is {brief(logprobs)}, expected a whole number, 0 or more, or None")
         self.model = model
+        self._logprobs = None if logprobs is None else int(logprobs)
         self._rows: list[Request | None] = [None] * int(rows)
         self._queue: deque[Request] = deque()
         self._decoder: Decoder | None = None
@@ -105,7 +110,9 @@ class Engine:
             self._fill()
             if self._decoder is None or not self.running:
                 return given
-            for row, token in enumerate(self._decoder.next()):
+            tokens = self._decoder.next()
+            scores = [] if self._logprobs is None else [self._decoder.logprobs(i) for i in range(len(tokens))]
+            for row, token in enumerate(tokens):
                 if (one := self._rows[row]) is None:
                     continue
                 if token is None:
@@ -114,6 +121,8 @@ class Engine:
                     continue
                 one.hear(token)
                 one.tokens.append(token)
+                if self._logprobs is not None:
+                    one.logprobs.append(scores[row])
                 given.append((one, token))
                 if one.exhausted:
                     one.end(self._leave(row))
@@ -167,7 +176,7 @@ class Engine:
             if one.exhausted:
                 one.end(one.session())
                 continue
-            self._decoder = self._decoder or Decoder(self.model, len(self._rows))
+            self._decoder = self._decoder or Decoder(self.model, len(self._rows), logprobs=self._logprobs)
             row = self._rows.index(None)
             self._decoder.put(row, *one.hand_over())
             self._rows[row] = one

@@ -35,10 +35,12 @@ class Decoder:
     Args:
         model: in evaluation mode; steps are prepared here, see :class:`~dualform.layers.mixer.Prepared`.
         rows: B, how many there are, all free.
+        logprobs: how many of the most likely tokens are told with their log-probabilities, beside that of the token
+            that is given; None tells none.
         graphs: whether a step is captured in a CUDA graph, on a device that has them.
     """
 
-    def __init__(self, model: LanguageModel, rows: int, *, graphs: bool = True):
+    def __init__(self, model: LanguageModel, rows: int, *, logprobs: int | None = None, graphs: bool = True):
         device = next(model.parameters()).device
         self._model, self._rows = model, rows
         self._ahead = device.type == "cuda"  # whether a step is under way before its token was read
@@ -64,6 +66,10 @@ class Decoder:
             self._report = torch.zeros(2, rows, dtype=torch.int64, device=device)  # tokens; are logits finite
             self._token = self._report[0]
             self._host = torch.zeros(2, rows, dtype=torch.int64, pin_memory=self._ahead)
+            self._top = None if logprobs is None else min(logprobs, model.config.vocab_size)
+            wide = 0 if self._top is None else 1 + 2 * self._top  # log-probabilities, then the most likely tokens
+            self._scores = torch.zeros(rows, wide, dtype=torch.float64, device=home)
+            self._host_scores = torch.zeros(rows, wide, dtype=torch.float64, pin_memory=self._ahead and wide > 0)
             self._steps = model.prepare()
 
     def put(
@@ -104,6 +110,8 @@ class Decoder:
                 self._changed = False
             if self._ahead:
                 self._host.copy_(self._report, non_blocking=True)
+                if self._top is not None:
+                    self._host_scores.copy_(self._scores, non_blocking=True)
                 read = torch.cuda.Event()
                 read.record()
                 self._advance()
@@ -112,8 +120,18 @@ class Decoder:
             else:
                 self._catch_up()
                 tokens, finite = self._report.tolist()
+                if self._top is not None:
+                    self._host_scores.copy_(self._scores)
                 self._stale = True
         return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
+
+    def logprobs(self, row: int) -> tuple[float, list[tuple[int, float]]]:
+        """The log-probability of the token that a row was given last, and the most likely ones with theirs.
+
+        Of the model's own distribution, before penalty, temperature and truncations.
+        """
+        found, n = self._host_scores[row].tolist(), self._top or 0
+        return found[0], [(int(token), score) for token, score in zip(found[1 + n :], found[1 : 1 + n], strict=True)]
 
     def read(self, row: int) -> tuple[State, Tensor]:
         """The state of a row after every token of it that was given, and the logits behind it: copies."""
@@ -178,6 +196,11 @@ class Decoder:
         token, finite = choose(self._logits, self._wants, self._options, draws, self._history)
         self._token.copy_(token)
         self._report[1].copy_(finite)
+        if self._top is not None:
+            scores = self._logits.log_softmax(-1)
+            best = scores.topk(self._top)
+            found = scores.gather(1, self._token[:, None]), best.values, best.indices
+            self._scores.copy_(torch.cat([part.to(self._scores) for part in found], 1))
 
     def _refill(self) -> None:
         """The random numbers of the next draws, where those at hand are used up."""
@@ -249,7 +272,7 @@ class Decoder:
         """A step in a CUDA graph, which reads and writes the memory that it finds here."""
         if len(self._captured) >= _GRAPHS:
             self._captured.clear()
-        moving = (self._state, self._logits, self._at, self._report, self._history)
+        moving = (self._state, self._logits, self._at, self._report, self._scores, self._history)
         before = clone(moving)
         try:
             aside = torch.cuda.Stream()

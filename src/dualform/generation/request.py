@@ -45,6 +45,8 @@ class Request:
 
     Attributes:
         tokens: what came so far.
+        logprobs: of each token its log-probability, and the most likely tokens with theirs, likeliest first, where the
+            engine tells them: of the model's own distribution, before penalty, temperature and truncations.
         finish: why it ended: ``"length"``, ``"stop"``, ``"released"`` before its end, or ``"error"``; empty while it
             has not ended.
         error: what ended it, where ``finish`` is ``"error"``.
@@ -61,6 +63,7 @@ class Request:
         begin: Callable[[], Session],
     ):
         self.tokens: list[int] = []
+        self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
         self.finish, self.sampling = "", sampling
         self.error: DualformError | None = None
         self._model, self._stops = model, stops
