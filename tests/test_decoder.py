@@ -6,8 +6,7 @@ import warnings
 import pytest
 import torch
 
-from dualform.core.errors import ArgumentError
-from dualform.core.tree import concat, leaves
+from dualform.core.tree import leaves
 from dualform.generation.decoder import Decoder
 from dualform.generation.engine import generate
 from dualform.generation.options import Sampling
@@ -26,23 +25,23 @@ GREEDY = Sampling(temperature=0.0)
 SAMPLINGS = pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
 
 
-def read(model, prompts):
-    """What a decoder wants of prompts that were read: states, logits, histories, positions."""
+def read(model, prompt):
+    """What a row goes on from after a prompt: its state, logits, history."""
     with torch.inference_mode():
-        found = []
-        for prompt in prompts:
-            features, state = model.features(torch.tensor([prompt], device=model.embed.weight.device))
-            found.append((state, model.logits(features[:, -1:])[:, 0].float()))
-        history = torch.full((len(prompts), WINDOW), -1)
-        for row, prompt in enumerate(prompts):
-            history[row, -len(prompt) :] = torch.tensor(prompt)
-        states, logits = zip(*found, strict=True)
-        return concat(list(states)), torch.cat(logits), history, [len(prompt) for prompt in prompts]
+        start = model.init_state(1, max_len=len(prompt))
+        features, state = model.features(torch.tensor([prompt], device=model.embed.weight.device), start)
+        history = torch.full((1, WINDOW), -1)
+        history[0, -len(prompt) :] = torch.tensor(prompt)
+        return state, model.logits(features[:, -1:])[:, 0].float(), history
 
 
 def decoder(model, prompts, sampling, **options):
-    state, logits, history, positions = read(model, prompts)
-    return Decoder(model, state, logits, history, sampling, range(len(prompts)), positions, **options)
+    """A decoder whose rows go on from prompts that were read; ``sampling`` is that of all rows, or one of each."""
+    found = Decoder(model, len(prompts), **options)
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    for row, (prompt, one) in enumerate(zip(prompts, samplings, strict=True)):
+        found.put(row, *read(model, prompt), one, row, len(prompt))
+    return found
 
 
 def test_the_draws_of_an_array_are_those_of_one_number():
@@ -74,8 +73,6 @@ def test_steps_in_memory_that_stays(pattern, sampling, monkeypatch):
     rooms = []
 
     def capture(self):
-        self._choose_room()
-        self._state = self._roomy(self._state)
         rooms.append(self._room)
         places = [leaf.data_ptr() for leaf in leaves(self._state)]
 
@@ -85,7 +82,7 @@ def test_steps_in_memory_that_stays(pattern, sampling, monkeypatch):
                 self._keep(self._step())
                 assert [leaf.data_ptr() for leaf in leaves(self._state)] == places
 
-        self._graph = Played
+        self._captured[self._wants] = Played
 
     monkeypatch.setattr(Decoder, "_capture", capture)
     found = decoder(model, [PROMPT], sampling)
@@ -94,17 +91,21 @@ def test_steps_in_memory_that_stays(pattern, sampling, monkeypatch):
     assert rooms == ([16, 32, 64] if "A" in pattern else [sys.maxsize])
 
 
-def test_logits_that_are_not_finite_are_refused():
-    """By a sentence, with tokens that are tokens all the same: a step may be under way with them."""
+def test_logits_that_are_not_finite_are_told():
+    """Of their row alone, with tokens that are tokens all the same: a step may be under way with them."""
     model = build("MM")
-    state, logits, history, positions = read(model, [PROMPT, PROMPT])
-    logits = logits.clone()
-    logits[1, 3] = torch.nan
-    for sampling in (GREEDY, EVERYTHING):
-        found = Decoder(model, state, logits, history, sampling, [0, 1], positions)
-        with pytest.raises(ArgumentError, match="the logits are not finite"):
-            found.next()
+    want = [list(generate(model, PROMPT, 4, sampling=sampling, seed=0)) for sampling in (GREEDY, EVERYTHING)]
+    for sampling, tokens in zip((GREEDY, EVERYTHING), want, strict=True):
+        found, (state, logits, history) = Decoder(model, 2), read(model, PROMPT)
+        logits = logits.clone()
+        logits[0, 3] = torch.nan
+        found.put(0, *read(model, PROMPT), sampling, 0, len(PROMPT))
+        found.put(1, state, logits, history, sampling, 1, len(PROMPT))
+        first = found.next()
+        assert first == [tokens[0], None]
         assert ((found._token >= 0) & (found._token < V)).all()
+        found.free(1)
+        assert [found.next()[0] for _ in range(3)] == tokens[1:]
 
 
 # On a GPU.
@@ -132,9 +133,10 @@ def same_in_a_graph(model, rows, sampling, tokens=24):
         warnings.simplefilter("error")
         captured, plain = (decoder(model, prompts, sampling, graphs=graphs) for graphs in (True, False))
         got, want = ([one.next() for _ in range(tokens)] for one in (captured, plain))
-    assert captured._graph is not None and plain._graph is None
+    assert captured._captured and not plain._captured
     assert got == want
-    torch.testing.assert_close(captured.state, plain.state, rtol=2e-2, atol=2e-2)
+    for row in range(rows):
+        torch.testing.assert_close(captured.read(row), plain.read(row), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 
 from dualform.core.errors import ArgumentError
 from dualform.core.tree import leaves, nbytes
-from dualform.generation import engine
+from dualform.generation import request
 from dualform.generation.engine import generate
 from dualform.generation.options import Sampling
 from dualform.generation.sampling import sample, uniform
@@ -68,9 +68,9 @@ def test_equals_a_loop_without_a_state(pattern, sampling):
 def test_prompt_in_pieces(monkeypatch):
     model, prompt = build("MA", torch.float64), (PROMPT * 3)[:23]
     whole = generate(model, prompt, 0).state
-    monkeypatch.setattr(engine, "_LEAST_PIECE", 1)
+    monkeypatch.setattr(request, "_LEAST_PIECE", 1)
     for size in (1, 5, 22, 23):
-        monkeypatch.setattr(engine, "PREFILL", {"cpu": size * model.config.d_model})
+        monkeypatch.setattr(request, "PREFILL", {"cpu": size * model.config.d_model})
         parts = generate(model, prompt, 0).state
         assert parts.tokens == 23 and torch.equal(parts.history, whole.history)
         torch.testing.assert_close(parts.logits, whole.logits)

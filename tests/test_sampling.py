@@ -125,6 +125,42 @@ def test_rows_are_independent(logits):
     assert torch.equal(together, torch.cat(alone))
 
 
+def test_each_row_has_options_of_its_own(logits):
+    """As if each were alone, whatever the others want."""
+    choices = [
+        Sampling(),
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.0, repetition_penalty=1e3),
+        Sampling(temperature=0.5, top_k=3),
+        Sampling(top_k=V + 2, repetition_penalty=0.5),
+        Sampling(top_k=2**62, top_p=0.7),
+        Sampling(min_p=0.3),
+    ]
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.rand(len(logits), dtype=torch.float64, generator=generator)
+    history = torch.randint(-1, V, (len(logits), 4), generator=generator)
+    for first in range(len(choices)):
+        samplings = [choices[(first + i * i) % len(choices)] for i in range(len(logits))]
+        together = sample(logits, samplings, draws, history)
+        for i, sampling in enumerate(samplings):
+            row = slice(i, i + 1)
+            assert torch.equal(together[row], sample(logits[row], sampling, draws[row], history[row]))
+
+
+def test_what_no_row_wants_is_not_computed(logits, monkeypatch):
+    def refuse(*_):
+        raise AssertionError
+
+    for name in ("keep_top_k", "keep_top_p", "keep_min_p", "penalize"):
+        monkeypatch.setattr(f"dualform.generation.sampling.{name}", refuse)
+    draws = torch.rand(2, dtype=torch.float64)
+    greedy = Sampling(temperature=0.0, top_k=3, top_p=0.5, min_p=0.1)  # its truncations do not matter
+    sample(logits[:2], [greedy, Sampling()], draws, torch.zeros(2, 1, dtype=torch.int64))
+    for sampling in (Sampling(top_k=1), Sampling(top_p=0.5), Sampling(min_p=0.5), Sampling(repetition_penalty=2.0)):
+        with pytest.raises(AssertionError):
+            sample(logits[:2], [greedy, sampling], draws, torch.zeros(2, 1, dtype=torch.int64))
+
+
 def test_uniform_is_splitmix64():
     """The published test vector: the first outputs of the generator seeded with 1234567."""
     published = [

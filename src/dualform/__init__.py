@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dualform.discrete.model import HiddenMarkov
     from dualform.gaussian.kalman import KalmanFilter
     from dualform.gaussian.model import LinearGaussian
+    from dualform.generation.batch import Engine, generate_batch
     from dualform.generation.engine import generate
     from dualform.generation.options import Sampling
     from dualform.generation.session import Session
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DualformError",
+    "Engine",
     "HiddenMarkov",
     "KalmanFilter",
     "LanguageModel",
@@ -47,6 +49,7 @@ __all__ = [
     "backend",
     "export_onnx",
     "generate",
+    "generate_batch",
     "identify",
     "load",
     "preset",
@@ -55,6 +58,7 @@ __all__ = [
 
 _HOME = {
     "DualformError": "core.errors",
+    "Engine": "generation.batch",
     "HiddenMarkov": "discrete.model",
     "KalmanFilter": "gaussian.kalman",
     "LanguageModel": "models.lm",
@@ -70,6 +74,7 @@ _HOME = {
     "backend": "ops.op",
     "export_onnx": "models.saving.onnx_file",
     "generate": "generation.engine",
+    "generate_batch": "generation.batch",
     "identify": "core.identify",
     "load": "models.saving.model",
     "preset": "models.presets",

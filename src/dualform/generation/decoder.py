@@ -6,79 +6,112 @@ it are one CUDA graph, which is started before the host reads the token that goe
 
 import sys
 import warnings
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualform.core.recurrence import State
-from dualform.core.tree import clone, leaves, tree_map
+from dualform.core.tree import clone, leaves, may_write, tree_map
 from dualform.generation.options import Sampling
-from dualform.generation.sampling import choose, not_finite, uniforms
+from dualform.generation.sampling import Wants, choose, table, uniforms
+from dualform.generation.session import WINDOW
 from dualform.models.lm import LanguageModel
 from dualform.ops.op import SlowBackendWarning
 
 _DRAWS = 64  # random numbers of a row that are on the device at a time
 _LEAST_ROOM = 256  # tokens that a growing cache has room for, in a graph
+_IDLE = 128  # tokens that a free row takes before it begins anew; its caches do not grow beyond
+_GRAPHS = 8  # of one step each, for different wants of the rows
 
 
 class Decoder:
-    """Rows that were read up to their last token, and go on: :meth:`next` gives a token of each.
+    """Rows that go on together: :meth:`next` gives a token of each.
 
-    The state is that after all tokens that were given. Every step is the same operations, so that where rows are put
-    down and go on changes nothing.
+    A row is put in after its last token was read, and taken out with the state after all tokens that were given. Every
+    step is the same operations for all rows, so that where rows are put down and go on changes nothing. A row that is
+    free goes on from the token 0, and nobody reads what it says.
 
     Args:
         model: in evaluation mode; steps are prepared here, see :class:`~dualform.layers.mixer.Prepared`.
-        state: of B rows; it is used up.
-        logits: of the next tokens, float32 ``(B, V)``.
-        history: the last tokens of each row, ``(B, L)``; -1 fills the empty places on the left.
-        sampling: how tokens are drawn.
-        seeds: of the rows' random streams.
-        positions: tokens that each row has seen, the places in these streams.
+        rows: B, how many there are, all free.
+        logprobs: how many of the most likely tokens are told with their log-probabilities, beside that of the token
+            that is given; None tells none.
         graphs: whether a step is captured in a CUDA graph, on a device that has them.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        state: State,
-        logits: Tensor,
-        history: Tensor,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        positions: Sequence[int],
-        *,
-        graphs: bool = True,
-    ):
-        rows, device = len(logits), logits.device
-        self._model, self._sampling = model, sampling
-        self._seeds, self._positions = list(seeds), list(positions)
+    def __init__(self, model: LanguageModel, rows: int, *, logprobs: int | None = None, graphs: bool = True):
+        device = next(model.parameters()).device
+        self._model, self._rows = model, rows
         self._ahead = device.type == "cuda"  # whether a step is under way before its token was read
-        self._graphs, self._graph = graphs and self._ahead, None
-        self._stale = False  # whether the token at hand was given, and is not in the state yet
+        self._graphs, self._captured = graphs and self._ahead, dict[Wants, Any]()
+        self._samplings: list[Sampling | None] = [None] * rows  # None in a free row
+        self._seeds, self._positions = [0] * rows, [0] * rows  # of the random streams, and the places in them
+        self._wants = Wants.of(())
+        self._stale = False  # whether the tokens at hand were given, and are not in the state yet
+        self._changed = False  # whether rows were put in since tokens were drawn
+        self._room = 0  # tokens that growing caches have room for, in graphs
+        self._column = 0  # of the numbers for the draw
+        small, large = (leaves(model.init_state(1, max_len=n)) for n in (1, 2))
+        self._grows = [a.shape != b.shape for a, b in zip(small, large, strict=True)]
+        home = torch.device("cpu") if device.type == "mps" else device  # of float64
         with torch.inference_mode():
-            self._state, self._logits = state, logits.clone()
-            self._history = history.to(device, copy=True) if sampling.repetition_penalty != 1 else None
-            self._draws = torch.zeros(rows, _DRAWS, dtype=torch.float64, device=device)
-            self._at = torch.zeros(1, dtype=torch.int64, device=device)  # of the next draw
+            self._state: State | None = None
+            self._blank = model.init_state(1)
+            self._logits = torch.zeros(rows, model.config.vocab_size, device=device)
+            self._history = torch.full((rows, WINDOW), -1, device=device)
+            self._options = table([Sampling()] * rows).to(home)
+            self._draws = torch.zeros(rows, _DRAWS, dtype=torch.float64, device=home)
+            self._at = torch.zeros(1, dtype=torch.int64, device=home)  # the column, on the device
             self._report = torch.zeros(2, rows, dtype=torch.int64, device=device)  # tokens; are logits finite
             self._token = self._report[0]
             self._host = torch.zeros(2, rows, dtype=torch.int64, pin_memory=self._ahead)
+            self._top = None if logprobs is None else min(logprobs, model.config.vocab_size)
+            wide = 0 if self._top is None else 1 + 2 * self._top  # log-probabilities, then the most likely tokens
+            self._scores = torch.zeros(rows, wide, dtype=torch.float64, device=home)
+            self._host_scores = torch.zeros(rows, wide, dtype=torch.float64, pin_memory=self._ahead and wide > 0)
             self._steps = model.prepare()
-            self._drawn = _DRAWS
-            self._refill()
-            self._choose()
 
-    def next(self) -> list[int]:
-        """A token of each row.
+    def put(
+        self, row: int, state: State, logits: Tensor, history: Tensor, sampling: Sampling, seed: int, position: int
+    ) -> None:
+        """Put a sequence into a free row. Its state is used up.
 
-        Raises:
-            ArgumentError: where the logits of a row are not finite.
+        Args:
+            row: 0 to B - 1.
+            state: of the sequence, one row.
+            logits: of its next token, float32 ``(1, V)``.
+            history: its last tokens, ``(1, WINDOW)``; -1 fills the empty places on the left.
+            sampling: how its tokens are drawn.
+            seed: of its random stream.
+            position: tokens that it has seen, the place in this stream.
         """
         with torch.inference_mode():
+            self._catch_up()
+            self._samplings[row], self._seeds[row], self._positions[row] = sampling, seed, position
+            self._wants = Wants.of(s for s in self._samplings if s is not None)
+            if self._state is None:
+                self._state = state if self._rows == 1 else self._empty(state)
+            self._write(row, state)
+            self._logits[row].copy_(logits[0])
+            self._history[row].copy_(history[0])
+            self._options[row].copy_(table([sampling])[0])
+            if self._wants.drawn:
+                draws = uniforms([seed], [position], _DRAWS - self._column)
+                self._draws[row, self._column :].copy_(torch.from_numpy(draws)[0])
+                self._at.fill_(self._column)
+            self._changed = True
+
+    def next(self) -> list[int | None]:
+        """A token of each row; None where the logits of a row are not finite, and of a free row any."""
+        with torch.inference_mode():
+            if self._changed:
+                self._choose()  # once more in the other rows, which gives the same tokens
+                self._changed = False
             if self._ahead:
                 self._host.copy_(self._report, non_blocking=True)
+                if self._top is not None:
+                    self._host_scores.copy_(self._scores, non_blocking=True)
                 read = torch.cuda.Event()
                 read.record()
                 self._advance()
@@ -87,17 +120,46 @@ class Decoder:
             else:
                 self._catch_up()
                 tokens, finite = self._report.tolist()
+                if self._top is not None:
+                    self._host_scores.copy_(self._scores)
                 self._stale = True
-        if not all(finite):
-            raise not_finite()
-        return tokens
+        return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
 
-    @property
-    def state(self) -> tuple[State, Tensor]:
-        """The state after every token that was given, and the logits behind it: copies."""
+    def logprobs(self, row: int) -> tuple[float, list[tuple[int, float]]]:
+        """The log-probability of the token that a row was given last, and the most likely ones with theirs.
+
+        Of the model's own distribution, before penalty, temperature and truncations.
+        """
+        found, n = self._host_scores[row].tolist(), self._top or 0
+        return found[0], [(int(token), score) for token, score in zip(found[1 + n :], found[1 : 1 + n], strict=True)]
+
+    def read(self, row: int) -> tuple[State, Tensor]:
+        """The state of a row after every token of it that was given, and the logits behind it: copies."""
         with torch.inference_mode():
             self._catch_up()
-        return clone(self._state), self._logits.clone()  # outside, so that autograd may see them
+        grows, seen = iter(self._grows), self._positions[row]
+
+        def one(leaf: Tensor) -> Tensor:
+            cut = next(grows) and self._rows > 1  # the room is that of the longest row
+            leaf = leaf[row : row + 1, :seen] if cut else leaf[row : row + 1]
+            return leaf.clone()  # outside, so that autograd may see it
+
+        return tree_map(one, self._state), self._logits[row : row + 1].clone()
+
+    def free(self, row: int) -> None:
+        """Leave a row to others."""
+        with torch.inference_mode():
+            self._catch_up()
+            self._samplings[row] = None
+            self._wants = Wants.of(s for s in self._samplings if s is not None)
+            self._begin_anew(row)
+            self._logits[row].zero_()
+            self._history[row].fill_(-1)
+            self._options[row].copy_(table([Sampling()])[0])
+
+    def _begin_anew(self, row: int) -> None:
+        self._positions[row] = 0
+        self._write(row, self._blank)
 
     def _catch_up(self) -> None:
         if self._stale:
@@ -107,50 +169,110 @@ class Decoder:
     def _advance(self) -> None:
         """One step by the tokens at hand, and the draw of the next ones."""
         self._positions = [position + 1 for position in self._positions]
-        self._refill()
-        if self._graphs and (self._graph is None or max(self._positions) > self._room):
-            self._capture()
-        if self._graph is None:
+        for row, position in enumerate(self._positions):
+            if self._samplings[row] is None and position > _IDLE:
+                self._begin_anew(row)
+        self._column += 1
+        if self._column == _DRAWS:
+            self._refill()
+        graph = self._graph() if self._graphs else None
+        if graph is None:
             self._state = self._step()
         else:
-            self._graph.replay()
+            graph.replay()
 
     def _step(self) -> State:
-        if self._history is not None:
+        if self._wants.penalty:
             self._history.copy_(torch.cat([self._history[:, 1:], self._token[:, None]], 1))
+        if self._wants.drawn:
+            self._at += 1
         logits, state = self._steps.step(self._token, self._state)
         self._logits.copy_(logits)
         self._choose()
         return state
 
     def _choose(self) -> None:
-        draws = self._draws[:, 0]
-        if self._sampling.temperature > 0:
-            draws = self._draws.index_select(1, self._at)[:, 0]
-            self._at += 1
-        token, finite = choose(self._logits, self._sampling, draws, self._history)
+        draws = self._draws.index_select(1, self._at)[:, 0] if self._wants.drawn else self._draws[:, 0]
+        token, finite = choose(self._logits, self._wants, self._options, draws, self._history)
         self._token.copy_(token)
         self._report[1].copy_(finite)
+        if self._top is not None:
+            scores = self._logits.log_softmax(-1)
+            best = scores.topk(self._top)
+            found = scores.gather(1, self._token[:, None]), best.values, best.indices
+            self._scores.copy_(torch.cat([part.to(self._scores) for part in found], 1))
 
     def _refill(self) -> None:
         """The random numbers of the next draws, where those at hand are used up."""
-        self._drawn += 1
-        if self._drawn <= _DRAWS:
-            return
-        self._drawn = 1
-        if self._sampling.temperature > 0:
+        self._column = 0
+        if self._wants.drawn:
             draws = torch.from_numpy(uniforms(self._seeds, self._positions, _DRAWS))
             self._draws.copy_(draws.pin_memory() if self._ahead else draws, non_blocking=True)
-            self._at.zero_()
+            self._at.fill_(-1)  # a step begins with the next column
+
+    # The memory of the states.
+
+    def _empty(self, like: State) -> State:
+        """Free rows, in the dtypes of a state."""
+        return tree_map(lambda all, one: all.to(one.dtype, copy=True), self._model.init_state(self._rows), like)
+
+    def _write(self, row: int, state: State) -> None:
+        """Put the state of one row where the states of all are, which stay where they are if there is room."""
+        if self._state is state:
+            return
+        needed, found = self._positions[row], leaves(state)
+        growing = [(own.shape[1], one.shape[1]) for own, one, grows in self._pairs(found) if grows]
+        short = any(have < min(needed, brought) for have, brought in growing)
+        if short or not all(map(may_write, leaves(self._state))):
+            self._state = self._roomy(self._state, 2 ** (needed - 1).bit_length() if short else 0)
+            self._captured.clear()
+        for own, one, grows in self._pairs(found):
+            if grows:
+                slots = min(own.shape[1], one.shape[1])
+                own[row].zero_()
+                own[row, :slots].copy_(one[0, :slots])
+            else:
+                own[row].copy_(one[0])
+
+    def _pairs(self, found: list[Tensor]) -> Any:
+        """The states of all rows, those of one, and whether they grow."""
+        return zip(leaves(self._state), found, self._grows, strict=True)
+
+    def _roomy(self, state: State, room: int) -> State:
+        """The state with memory of its own, where caches that grow have room for so many tokens."""
+        grown = self._model.init_state(self._rows, max_len=room)
+
+        def moved(old: Tensor, new: Tensor) -> Tensor:
+            if old.shape == new.shape or old.dim() < 2 or old.shape[1] >= new.shape[1]:
+                return old.clone(memory_format=torch.contiguous_format)
+            new = new.to(old.dtype)
+            new[:, : old.shape[1]] = old
+            return new
+
+        return tree_map(moved, state, grown)
 
     # On a GPU.
 
+    def _graph(self) -> Any:
+        """A step in a CUDA graph; None where it could not be captured."""
+        if max(self._positions) > self._room:
+            self._settle()
+        if self._wants not in self._captured:
+            self._capture()
+        return self._captured.get(self._wants)
+
+    def _settle(self) -> None:
+        """The states in memory that graphs read and write, with room that follows from the tokens seen alone."""
+        room = 2 ** max(_LEAST_ROOM - 1, max(self._positions)).bit_length()
+        self._room = room if any(self._grows) else sys.maxsize
+        self._state = self._roomy(self._state, room if any(self._grows) else 0)
+        self._captured.clear()
+
     def _capture(self) -> None:
         """A step in a CUDA graph, which reads and writes the memory that it finds here."""
-        self._choose_room()
-        self._state = self._roomy(self._state)
-        moving = (self._state, self._logits, self._at, self._report)
-        moving = moving if self._history is None else (*moving, self._history)
+        if len(self._captured) >= _GRAPHS:
+            self._captured.clear()
+        moving = (self._state, self._logits, self._at, self._report, self._scores, self._history)
         before = clone(moving)
         try:
             aside = torch.cuda.Stream()
@@ -161,7 +283,7 @@ class Decoder:
                 with torch.cuda.graph(graph, stream=aside):
                     self._keep(self._step())
             torch.cuda.current_stream().wait_stream(aside)
-            self._graph = graph
+            self._captured[self._wants] = graph
         except Exception as error:
             torch.cuda.synchronize()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -170,31 +292,12 @@ class Decoder:
                 SlowBackendWarning,
                 stacklevel=2,
             )
-            self._graphs, self._graph = False, None
+            self._graphs = False
+            self._captured.clear()
         tree_map(lambda now, then: now.copy_(then), moving, before)
-
-    def _choose_room(self) -> None:
-        """The tokens that growing caches have room for: they follow from those seen, wherever rows were put down."""
-        small, large = (leaves(self._model.init_state(1, max_len=n)) for n in (1, 2))
-        grows = any(a.shape != b.shape for a, b in zip(small, large, strict=True))
-        self._room = 2 ** max(_LEAST_ROOM - 1, max(self._positions)).bit_length() if grows else sys.maxsize
 
     def _keep(self, state: State) -> None:
         """The state where the graph looks for it: steps that do not write there leave it elsewhere."""
         for here, made in zip(leaves(self._state), leaves(state), strict=True):
             if here.data_ptr() != made.data_ptr():
                 here.copy_(made)
-
-    def _roomy(self, state: State) -> State:
-        """The state with memory of its own, where caches that grow have room for as many tokens as the graph."""
-        room = 0 if self._room == sys.maxsize else self._room
-        grown = self._model.init_state(len(self._logits), max_len=room)
-
-        def moved(old: Tensor, new: Tensor) -> Tensor:
-            if old.shape == new.shape or old.dim() < 2 or old.shape[1] >= new.shape[1]:
-                return old.clone()
-            new = new.to(old.dtype)
-            new[:, : old.shape[1]] = old
-            return new
-
-        return tree_map(moved, state, grown)

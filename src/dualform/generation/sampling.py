@@ -5,8 +5,8 @@ what the one before it left. Randomness is counter-based: the draw at a position
 only, so a generation that is interrupted, moved to another machine or batched with others keeps its random stream.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dualform.core.errors import ArgumentError
 from dualform.generation.options import Sampling
 
 _INF = float("inf")
+_MOST = 2**31  # a k that keeps all of any vocabulary
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -39,9 +40,47 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int], count: int) -> NDAr
         return (_mix(start[:, None] + step * np.uint64(_GOLDEN)) >> np.uint64(11)) * 2.0**-53
 
 
+class Wants(NamedTuple):
+    """What rows want of a draw, as the host knows it: what none of them wants is not computed."""
+
+    greedy: bool
+    """Whether a row takes the most likely token."""
+    drawn: bool
+    """Whether a row draws."""
+    top_k: int
+    """The largest k, as a power of two; 0 where no row has one."""
+    top_p: bool
+    min_p: bool
+    penalty: bool
+
+    @classmethod
+    def of(cls, samplings: Iterable[Sampling]) -> "Wants":
+        """What rows with these options want."""
+        rows = list(samplings)
+        drawn = [row for row in rows if row.temperature > 0]
+        most = max((row.top_k for row in drawn), default=0)
+        return cls(
+            greedy=len(drawn) < len(rows),
+            drawn=bool(drawn),
+            top_k=2 ** (most - 1).bit_length() if most else 0,
+            top_p=any(row.top_p < 1 for row in drawn),
+            min_p=any(row.min_p > 0 for row in drawn),
+            penalty=any(row.repetition_penalty != 1 for row in rows),
+        )
+
+
+def table(samplings: Sequence[Sampling]) -> Float[Tensor, "B 5"]:
+    """The options of rows as numbers, float64: temperature, top-k, top-p (infinite where 1), min-p, penalty."""
+    rows = [
+        (s.temperature, min(s.top_k, _MOST), s.top_p if s.top_p < 1 else _INF, s.min_p, s.repetition_penalty)
+        for s in samplings
+    ]
+    return torch.tensor(rows, dtype=torch.float64).view(len(rows), 5)
+
+
 def sample(
     logits: Float[Tensor, "B V"],
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     draws: Float[Tensor, " B"],
     history: Int[Tensor, "B L"] | None = None,
 ) -> Int[Tensor, " B"]:
@@ -49,14 +88,15 @@ def sample(
 
     Args:
         logits: any floating dtype; the arithmetic is float64.
-        sampling: penalty, temperature and truncations.
+        sampling: penalty, temperature and truncations, of all rows or of each.
         draws: uniform in [0, 1), one per row (:func:`uniform`); temperature 0 ignores them.
         history: recent tokens of each row for the repetition penalty; -1 fills the empty places.
 
     Raises:
         ArgumentError: for logits that hold NaN or infinity, or no finite value at all.
     """
-    tokens, finite = choose(logits, sampling, draws, history)
+    samplings = [sampling] * len(logits) if isinstance(sampling, Sampling) else sampling
+    tokens, finite = choose(logits, Wants.of(samplings), table(samplings).to(_home(logits)), draws, history)
     if not finite.all():
         raise not_finite()
     return tokens
@@ -71,38 +111,58 @@ def not_finite() -> ArgumentError:
 
 
 def choose(
-    logits: Float[Tensor, "B V"], sampling: Sampling, draws: Float[Tensor, " B"], history: Int[Tensor, "B L"] | None
+    logits: Float[Tensor, "B V"],
+    wants: Wants,
+    options: Float[Tensor, "B 5"],
+    draws: Float[Tensor, " B"],
+    history: Int[Tensor, "B L"] | None,
 ) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"]]:
-    """:func:`sample` without waiting for the device: the tokens, and whether the logits of each row are finite."""
-    if logits.device.type == "mps":  # has no float64
-        logits = logits.cpu()
+    """:func:`sample` without waiting for the device: the tokens, and whether the logits of each row are finite.
+
+    Args:
+        logits: as there.
+        wants: what any of the rows wants.
+        options: of the rows, as :func:`table` has them; where the logits are, or on the CPU for a device without
+            float64.
+        draws: as there.
+        history: as there.
+    """
+    logits = logits.to(_home(logits))
     top, likeliest = logits.max(-1)
-    penal = history is not None and sampling.repetition_penalty != 1
-    if sampling.temperature == 0 and not penal:
+    temperature, k, p, least, penalty = options.split(1, -1)
+    if wants.penalty and history is not None:
+        logits = penalize(logits.double(), history.to(logits.device), penalty)
+        likeliest = logits.argmax(-1)
+    if not wants.drawn:
         return likeliest, top.isfinite()
-    return _drawn(logits.double(), sampling, draws, history if penal else None), top.isfinite()
-
-
-def _drawn(logits: Tensor, sampling: Sampling, draws: Tensor, history: Tensor | None) -> Tensor:
-    if history is not None:
-        logits = penalize(logits, history.to(logits.device), sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.max(-1, keepdim=True).values) / sampling.temperature
-    if sampling.top_k:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p:
-        logits = keep_min_p(logits, sampling.min_p)
+    logits = logits.double()
+    if wants.greedy:
+        temperature = temperature.masked_fill(temperature == 0, 1)
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    if wants.top_k:
+        logits = keep_top_k(logits, k, wants.top_k)
+    if wants.top_p:
+        logits = keep_top_p(logits, p)
+    if wants.min_p:
+        logits = keep_min_p(logits, least)
     cumulative = logits.softmax(-1).cumsum(-1)
     target = draws.to(cumulative) * cumulative[:, -1]
     found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    return found.clamp(max=logits.shape[-1] - 1)  # of logits that are not finite: a token all the same
+    found = found.clamp(max=logits.shape[-1] - 1)  # of logits that are not finite: a token all the same
+    return torch.where(options[:, 0] == 0, likeliest, found) if wants.greedy else found, top.isfinite()
 
 
-def penalize(logits: Float[Tensor, "B V"], history: Int[Tensor, "B L"], penalty: float) -> Float[Tensor, "B V"]:
+def _home(logits: Tensor) -> torch.device:
+    """Where float64 is, for logits that may be where it is not."""
+    return torch.device("cpu") if logits.device.type == "mps" else logits.device
+
+
+def penalize(
+    logits: Float[Tensor, "B V"], history: Int[Tensor, "B L"], penalty: float | Tensor
+) -> Float[Tensor, "B V"]:
     """Make the tokens of ``history`` less likely: a positive logit is divided by ``penalty``, a negative multiplied.
+
+    The penalty is one number, or one for each row, ``(B, 1)``, as the limits of the truncations below are.
 
     A finite logit stays finite under any penalty.
     """
@@ -113,13 +173,20 @@ def penalize(logits: Float[Tensor, "B V"], history: Int[Tensor, "B L"], penalty:
     return torch.where(seen & logits.isfinite(), penalized, logits)
 
 
-def keep_top_k(logits: Float[Tensor, "B V"], k: int) -> Float[Tensor, "B V"]:
-    """The ``k`` largest logits of each row, and those equal to the k-th; -inf elsewhere."""
-    kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
-    return logits.masked_fill(logits < kth, -_INF)
+def keep_top_k(logits: Float[Tensor, "B V"], k: int | Tensor, most: int = 0) -> Float[Tensor, "B V"]:
+    """The ``k`` largest logits of each row, and those equal to the k-th; -inf elsewhere.
+
+    Where ``k`` has one number for each row, ``most`` is at least the largest, and 0 keeps all of a row.
+    """
+    if not isinstance(k, Tensor):
+        kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+        return logits.masked_fill(logits < kth, -_INF)
+    ordered = logits.topk(min(most, logits.shape[-1])).values
+    kth = ordered.gather(1, k.long().clamp(1, ordered.shape[1]) - 1)
+    return logits.masked_fill((logits < kth) & (k > 0), -_INF)
 
 
-def keep_top_p(logits: Float[Tensor, "B V"], p: float) -> Float[Tensor, "B V"]:
+def keep_top_p(logits: Float[Tensor, "B V"], p: float | Tensor) -> Float[Tensor, "B V"]:
     """The fewest most likely tokens whose probabilities reach ``p``; -inf elsewhere."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     reached = ordered.softmax(-1).cumsum(-1) >= p
@@ -127,7 +194,7 @@ def keep_top_p(logits: Float[Tensor, "B V"], p: float) -> Float[Tensor, "B V"]:
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -_INF)
 
 
-def keep_min_p(logits: Float[Tensor, "B V"], p: float) -> Float[Tensor, "B V"]:
+def keep_min_p(logits: Float[Tensor, "B V"], p: float | Tensor) -> Float[Tensor, "B V"]:
     """The tokens at least ``p`` times as likely as the most likely one, -inf elsewhere."""
     relative = (logits - logits.max(-1, keepdim=True).values).exp()
     return logits.masked_fill(relative < p, -_INF)

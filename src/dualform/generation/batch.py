@@ -1,0 +1,239 @@
+"""Many generations at a time: requests that join and leave the rows of one batch between its steps."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
+
+from torch import Tensor
+
+from dualform.core.calls import explained
+from dualform.core.errors import ArgumentError
+from dualform.core.options import brief
+from dualform.generation.decoder import Decoder
+from dualform.generation.engine import DEFAULT, ELSEWHERE, evaluating
+from dualform.generation.options import Sampling
+from dualform.generation.request import Request, check_model, prefill_tokens, request
+from dualform.generation.sampling import not_finite
+from dualform.generation.session import Session
+from dualform.models.lm import LanguageModel
+
+_SHARE = 8  # prompts that are read between two steps, at most: one costs at least this part of a piece
+
+
+@explained(elsewhere=ELSEWHERE)
+class Engine:
+    """A batch of rows that decode together; each has a request of its own, which may come and go between steps.
+
+    ::
+
+        engine = Engine(model, rows=16)
+        requests = [engine.admit(prompt, 100, sampling=Sampling(temperature=0.8), seed=1) for prompt in prompts]
+        for request, token in engine:  # until all are done
+            ...
+
+    The tokens of a request are those that :func:`dualform.generate` yields for the same arguments, up to rounding:
+    batches of different sizes may add in different orders, and then tokens differ where two candidates are as close as
+    that. What is not finite in one row ends its request, and no other.
+
+    Requests wait where all rows are taken, and are served in the order in which they came. A prompt is read in pieces,
+    at most as much as one piece between two steps, so that a long prompt does not hold up those that are under way.
+
+    Args:
+        model: evaluated without gradients, on its own device; its training flag is left as it was. Its weights should
+            not change while requests are under way: what follows from them alone is computed once, at the first step.
+        rows: the most requests that decode at a time. Every step computes all of them, free ones too.
+        logprobs: how many of the most likely tokens are told with their log-probabilities for every token of a request,
+            beside that of the token itself; 0 tells the latter alone, None none, which costs nothing.
+
+    Raises:
+        ArgumentError: for what is no language model, fewer than one row, or log-probabilities of fewer than no tokens.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int = 16, *, logprobs: int | None = None):
+        check_model("Engine", model)
+        if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
+            raise ArgumentError(f"Engine: rows is {brief(rows)}, expected a whole number, 1 or more")
+        if logprobs is not None and (isinstance(logprobs, bool) or not isinstance(logprobs, Integral) or logprobs < 0):
+            raise ArgumentError(f"Engine: logprobs is {brief(logprobs)}, expected a whole number, 0 or more, or None")
+        self.model = model
+        self._logprobs = None if logprobs is None else int(logprobs)
+        self._rows: list[Request | None] = [None] * int(rows)
+        self._queue: deque[Request] = deque()
+        self._decoder: Decoder | None = None
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        """The requests that have a row."""
+        return tuple(one for one in self._rows if one is not None)
+
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """The requests that have none yet, in their order."""
+        return tuple(self._queue)
+
+    def admit(
+        self,
+        prompt_tokens: Sequence[int] | Tensor,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = DEFAULT,
+        stop: Iterable[int | Sequence[int]] = (),
+        seed: int | None = None,
+        state: Session | None = None,
+    ) -> Request:
+        """Let a request in; it is served by the steps that follow, as soon as a row is free.
+
+        Args:
+            prompt_tokens: token ids of one sequence, a list, bytes or a tensor ``(T,)``; may be empty with a state.
+            max_new_tokens: the most tokens that it gets; 0 only reads the prompt.
+            sampling: how its tokens are drawn.
+            stop: token ids, or sequences of token ids, that end it. They are given before it ends.
+            seed: of its random stream, as for :func:`dualform.generate`.
+            state: a session to continue. It is not changed.
+
+        Raises:
+            ArgumentError: as for :func:`dualform.generate`.
+        """
+        options = {"sampling": sampling, "stop": stop, "seed": seed, "state": state}
+        made = request("Engine.admit", self.model, prompt_tokens, max_new_tokens, **options)
+        self._queue.append(made)
+        return made
+
+    def step(self) -> list[tuple[Request, int]]:
+        """Read at most one piece of prompts, then decode one token of every row: the requests with their tokens.
+
+        Where no row is taken yet, the first prompt is read to its end. A request whose logits are not finite gets no
+        token: its ``finish`` is ``"error"``, and its ``error`` says why.
+        """
+        given: list[tuple[Request, int]] = []
+        with evaluating(self.model):
+            self._fill()
+            if self._decoder is None or not self.running:
+                return given
+            tokens = self._decoder.next()
+            scores = [] if self._logprobs is None else [self._decoder.logprobs(i) for i in range(len(tokens))]
+            for row, token in enumerate(tokens):
+                if (one := self._rows[row]) is None:
+                    continue
+                if token is None:
+                    one.end(None, not_finite())
+                    self._leave(row)
+                    continue
+                one.hear(token)
+                one.tokens.append(token)
+                if self._logprobs is not None:
+                    one.logprobs.append(scores[row])
+                given.append((one, token))
+                if one.exhausted:
+                    one.end(self._leave(row))
+        return given
+
+    def __iter__(self) -> Iterator[tuple[Request, int]]:
+        while self._queue or self.running:
+            yield from self.step()
+
+    def release(self, request: Request) -> Session:
+        """Take a request out, at any time, and its session, with which it goes on anywhere.
+
+        The session is that after all tokens that were given; of a request that waits, the rest of its prompt is read
+        first. A request that has ended holds its session until it is released, or nobody holds the request.
+
+        Raises:
+            ArgumentError: for a request that is not here, such as one that was released before, or that an error
+                ended.
+        """
+        if not isinstance(request, Request):
+            raise ArgumentError(
+                f"Engine.release: request is {brief(request)}, expected a Request", hint="admit returns one"
+            )
+        if not request.finish:
+            with evaluating(self.model):
+                if request in self._queue:
+                    while request.read():
+                        pass
+                    self._queue.remove(request)
+                    request.end(request.session())
+                elif request in self._rows:
+                    request.end(self._leave(self._rows.index(request)))
+        session = request.take()
+        if session is None:
+            raise ArgumentError("Engine.release: the request was released before, or is another engine's")
+        return session
+
+    def _fill(self) -> None:
+        """Read prompts, as much as one piece, or until a row is taken; and put them in free rows."""
+        piece = left = prefill_tokens(self.model)
+        while self._queue and None in self._rows:
+            one = self._queue[0]
+            cost = max(min(one.unread, piece), piece // _SHARE)
+            if cost > left and self.running:
+                break
+            left -= cost
+            one.read()
+            if one.unread:
+                continue
+            self._queue.popleft()
+            if one.exhausted:
+                one.end(one.session())
+                continue
+            self._decoder = self._decoder or Decoder(self.model, len(self._rows), logprobs=self._logprobs)
+            row = self._rows.index(None)
+            self._decoder.put(row, *one.hand_over())
+            self._rows[row] = one
+
+    def _leave(self, row: int) -> Session | None:
+        """Free a row; the session of its request, None where it has failed."""
+        one, self._rows[row] = self._rows[row], None
+        if one is None or self._decoder is None:
+            return None
+        session = None if one.error else one.session(self._decoder.read(row))
+        self._decoder.free(row)
+        return session
+
+
+@explained(elsewhere=ELSEWHERE)
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int] | Tensor],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | Sequence[Sampling] = DEFAULT,
+    stop: Iterable[int | Sequence[int]] = (),
+    seed: int = 0,
+    rows: int = 16,
+) -> list[list[int]]:
+    """Continue many prompts, of any lengths: the new tokens of each, in their order.
+
+    Args:
+        model: as for :func:`dualform.generate`.
+        prompts: token ids of each.
+        max_new_tokens: the most tokens for each.
+        sampling: how tokens are drawn, of all or of each.
+        stop: token ids, or sequences of token ids, that end a generation; they are its last tokens.
+        seed: of the first prompt's random stream; the next one's is one more, and so on.
+        rows: how many are decoded at a time.
+
+    Raises:
+        ArgumentError: for arguments that do not fit, or logits of a prompt that are not finite.
+    """
+    engine, stops = Engine(model, rows), list(stop) if isinstance(stop, Iterator) else stop
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | Tensor):
+        raise ArgumentError(f"generate_batch: prompts is {brief(prompts)}, expected a list of token ids for each")
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    if not isinstance(samplings, Sequence) or len(samplings) != len(prompts):
+        raise ArgumentError(
+            f"generate_batch: sampling is {brief(sampling)}, expected a Sampling, or one for each of "
+            f"{len(prompts)} prompts"
+        )
+    if not isinstance(seed, Integral):
+        raise ArgumentError(f"generate_batch: seed is {brief(seed)}, expected a whole number in [0, 2^63)")
+    requests: list[Request] = []
+    for i, (prompt, one) in enumerate(zip(prompts, samplings, strict=True)):
+        where, options = f"generate_batch: prompts[{i}]", {"sampling": one, "stop": stops, "seed": seed + i}
+        requests.append(request(where, model, prompt, max_new_tokens, **options, state=None))
+    engine._queue.extend(requests)  # pyright: ignore[reportPrivateUsage]
+    for _ in engine:
+        pass
+    if failed := next((one.error for one in requests if one.error), None):
+        raise failed
+    return [one.tokens for one in requests]
