@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -374,11 +374,12 @@ def _models() -> list[Case]:
         pattern="MLDW",
         tie_embeddings=False,
     )
+    normed = replace(mixed, norm="batch", embed_norm="batch")
     return [
         model_case("mamba2 + shared attention", zamba),
         model_case("mamba + lstm + experts + s4d + window", mixed),
         _on_features("step classifier", "lm", lambda: StepClassifier(mixed, 3, inputs=2, missing="carried"), 2),
-        _on_features("step regressor", "lm", lambda: StepRegressor(mixed, 1, inputs=2, missing="marked"), 2),
+        _on_features("step regressor", "lm", lambda: StepRegressor(normed, 1, inputs=2, missing="marked").eval(), 2),
     ]
 
 

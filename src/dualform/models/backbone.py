@@ -24,7 +24,7 @@ from dualform.layers.context import EMBEDDING, Context, Told
 from dualform.layers.drop import Drop, depth_rates, dropout
 from dualform.layers.low_rank import another_use
 from dualform.layers.mixer import Prepared, Step
-from dualform.layers.norms import make_norm
+from dualform.layers.norms import counting, make_norm
 from dualform.layers.part import Part
 from dualform.layers.stream_step import StreamSteps
 from dualform.models.adapters import Adaptation
@@ -204,7 +204,7 @@ class Backbone(nn.Module):
         rows = x.shape[0] if packing is None else packing.rows
         options = {"cu_seqlens": packing, "intervals": intervals, "rate": rate}
         x, state, held = self._enter(x, state, packing)
-        h, new, trains = self._embed(x), [], self.training and torch.is_grad_enabled()
+        h, new, trains = self._embed(x, counted), [], self.training and torch.is_grad_enabled()
         if trains:
             h = dropout(h, self.config.embed_dropout)
         context = Context({EMBEDDING: h}, collects=trains, counted=counted)
@@ -212,7 +212,7 @@ class Backbone(nn.Module):
         for block, old, drop in zip(self._stack(), self._states(state, rows), drops, strict=True):
             h, left = self._run(block, h, old, options | {"drop": drop}, context)
             new.append(left)
-        return self._final(h), (*new, *held), context.losses
+        return counting(self.norm, counted)(h), (*new, *held), context.losses
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """:func:`dualform.save`, for :func:`dualform.load` to read."""
@@ -260,12 +260,12 @@ class Backbone(nn.Module):
         if interval is None and steps.together is not None:
             old = state if steps.together.continues(state, x.shape[0]) else self._states(state, x.shape[0])
             if (made := steps.together(h, old)) is not None:
-                return self._final(made[0]), (*made[1], *held) if held else made[1]
+                return self.norm(made[0]), (*made[1], *held) if held else made[1]
         context = Context({EMBEDDING: h[:, None]})
         for step, old in zip(steps.alone, self._states(state, x.shape[0]), strict=True):
             h, left = step(h, old, interval=interval, context=context)
             new.append(left)
-        return self._final(h), (*new, *held)
+        return self.norm(h), (*new, *held)
 
     def _enter(
         self, x: Tensor, state: State | None, packing: Packing | None = None
@@ -324,15 +324,12 @@ class Backbone(nn.Module):
     def _stack(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def _embed(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
         h = self.embed(x if self.inputs is None else x.to(self._dtype))
         h = h.to(wide(h))
         if self.config.embed_scale != 1:
             h = self.config.embed_scale * h
-        return h if self.config.embed_norm is None else self.embed_norm(h).to(h.dtype)
-
-    def _final(self, h: Tensor) -> Tensor:
-        return self.norm(h)
+        return h if self.config.embed_norm is None else counting(self.embed_norm, counted)(h).to(h.dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
