@@ -129,6 +129,31 @@ def test_what_stands_at_padding_may_be_anything(x):
     close(model(x.masked_fill(~KEEP[..., None], NAN), lengths=LENGTHS), model(x, lengths=LENGTHS))
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", [SequenceRegressor, StepRegressor])
+def test_padding_and_packing_leave_gradients_as_they_are(kind, bidirectional, x):
+    model = build(kind, bidirectional=bidirectional, missing="marked")
+    targets = draw(4, 9, 3) if kind is StepRegressor else draw(4, 3)
+
+    def gradients(x, targets, **given):
+        loss = model.loss(x, targets, **given) * (LENGTHS.sum() if kind is StepRegressor else 4)
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    want = [torch.zeros_like(p) for p in model.parameters()]
+    for i, n in enumerate(LENGTHS):
+        own = targets[i : i + 1, :n] if kind is StepRegressor else targets[i : i + 1]
+        loss = model.loss(x[i : i + 1, :n], own) * (n if kind is StepRegressor else 1)
+        want = [a + b for a, b in zip(want, torch.autograd.grad(loss, list(model.parameters())), strict=True)]
+    packed = {"cu_seqlens": from_lengths(LENGTHS)}
+    line = targets[KEEP][None] if kind is StepRegressor else targets
+    for got in (
+        gradients(x, targets, lengths=LENGTHS),
+        gradients(x, targets, attention_mask=KEEP.long()),
+        gradients(x[KEEP][None], line, **packed),
+    ):
+        close(list(got), want)
+
+
 # --- values that are missing, and scales ---
 
 

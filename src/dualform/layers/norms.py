@@ -64,9 +64,9 @@ class BatchNorm(nn.Module):
     """``(x - mean) / sqrt(var + eps) * weight + bias``, of each feature over the elements of a batch.
 
     While the model trains (``norm.train()``, gradients recorded) mean and variance are those of all elements that are
-    no padding, padded or packed. ``running_mean`` and ``running_var`` follow them, ``r = 0.9 r + 0.1 new``, the variance
-    without its bias. In evaluation and in steps these are used, so that an output depends on its own row and past
-    alone. In training it depends on later elements, too: language models have another norm. A batch with a single
+    no padding, padded or packed. ``running_mean`` and ``running_var`` follow them, ``r = 0.9 r + 0.1 new``, the
+    variance without its bias. In evaluation and in steps these are used, so that an output depends on its own row and
+    past alone. In training it depends on later elements, too: language models have another norm. A batch with a single
     element has no variance, and trains with the running ones.
 
     Args:
