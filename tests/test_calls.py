@@ -111,7 +111,7 @@ def test_an_error_inside_of_a_function_is_its_own():
 def test_signatures_are_those_of_the_functions(model):
     assert list(inspect.signature(df.generate).parameters)[:3] == ["model", "prompt_tokens", "max_new_tokens"]
     assert list(inspect.signature(model.forward).parameters)[:2] == ["tokens", "state"]
-    assert list(inspect.signature(df.SequenceClassifier).parameters) == ["config", "classes", "inputs", "pooling"]
+    assert list(inspect.signature(df.SequenceClassifier).parameters)[:4] == ["config", "classes", "inputs", "pooling"]
     assert list(inspect.signature(Recipe).parameters)[:2] == ["model", "out"]
     assert inspect.signature(LSTM(8).step).parameters.keys() == {"x", "state"}
 

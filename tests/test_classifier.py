@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import dualform as df
 from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
 from dualform.core.packing import from_lengths
-from dualform.core.tree import clone, leaves
+from dualform.core.tree import clone, leaves, take
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.s4d import S4DConfig
@@ -27,7 +27,11 @@ def config(bidirectional: bool = False, **options) -> df.ModelConfig:
 
 def classifier(pooling: str = "mean", **options) -> SequenceClassifier:
     torch.manual_seed(0)
-    return SequenceClassifier(config(**options), 3, inputs=2, pooling=pooling).double()
+    window = 4 if pooling in ("window", "forgetting") else None
+    model = SequenceClassifier(config(**options), 3, inputs=2, pooling=pooling, window=window).double()
+    if pooling == "attention":
+        torch.nn.init.normal_(model.pool.query)
+    return model
 
 
 @pytest.fixture
@@ -35,15 +39,28 @@ def x() -> torch.Tensor:
     return torch.randn(4, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-REDUCE = {"mean": lambda h: h.mean(1), "last": lambda h: h[:, -1], "max": lambda h: h.amax(1)}
+def forgetful(h):
+    weights = 0.75 ** torch.arange(h.shape[1] - 1, -1, -1, dtype=h.dtype)
+    return torch.einsum("t,btd->bd", weights / weights.sum(), h)
 
 
+REDUCE = {
+    "mean": lambda h, _: h.mean(1),
+    "last": lambda h, _: h[:, -1],
+    "max": lambda h, _: h.amax(1),
+    "attention": lambda h, pool: torch.einsum("bt,btd->bd", (h @ pool.query).softmax(1), h),
+    "window": lambda h, _: h[:, -4:].mean(1),
+    "forgetting": lambda h, _: forgetful(h),
+}
+
+
+@pytest.mark.parametrize("length", [9, 2])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_the_output_is_the_head_of_the_pooled_features(pooling, x):
-    model = classifier(pooling)
+def test_the_output_is_the_head_of_the_pooled_features(pooling, length, x):
+    model, x = classifier(pooling), x[:, :length]
     logits, state = model(x)
-    torch.testing.assert_close(logits, model.head(REDUCE[pooling](model.features(x)[0])))
-    assert logits.shape == (4, 3) and state.seen.tolist() == [9] * 4
+    torch.testing.assert_close(logits, model.head(REDUCE[pooling](model.features(x)[0], model.pool)))
+    assert logits.shape == (4, 3) and state.seen.tolist() == [length] * 4
     assert all(len(leaf) == 4 for leaf in leaves(state))
 
 
@@ -85,12 +102,12 @@ def test_packed_and_padded_are_each_sequence_alone(pooling, bidirectional, x):
 def test_packed_goes_on_from_a_state_and_empty_sequences_keep_theirs(pooling, x):
     model = classifier(pooling)
     _, state = model(x[:, :5])
-    want_empty = state.pooled[1].clone()
+    want_empty = take(state.pooled, [1])
     want = torch.cat([model(x[i : i + 1, :end])[0] for i, end in enumerate((7, 5, 9, 6))])
     keep = torch.arange(4) < torch.tensor([2, 0, 4, 1])[:, None]
     got, state = model(x[:, 5:][keep][None], clone(state), cu_seqlens=torch.tensor([0, 2, 2, 6, 7]))
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(state.pooled[1], want_empty)
+    torch.testing.assert_close(take(state.pooled, [1]), want_empty)
     nothing, _ = model(x[:1, :0])
     torch.testing.assert_close(nothing[0], model.head.bias)
 
@@ -261,7 +278,8 @@ def test_the_mean_of_a_long_stream_is_still_the_mean_and_still_moves():
 def test_what_is_pooled_does_not_hold_on_to_the_features(pooling, x):
     with torch.no_grad():
         _, state = classifier(pooling)(x)
-    assert state.pooled.untyped_storage().nbytes() == state.pooled.nbytes
+    for leaf in leaves(state.pooled):
+        assert leaf.untyped_storage().nbytes() == leaf.nbytes
 
 
 # --- intervals and rate ---

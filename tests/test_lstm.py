@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.layers.lstm import LSTM, LSTMConfig, LSTMState
+from dualform.ops.lstm import _spans
 from vectors import close
 
 CONFIGS = {"plain": (LSTMConfig(), 3), "wide": (LSTMConfig(hidden=5, layers=2), 3), "smallest": (LSTMConfig(), 1)}
@@ -75,7 +76,10 @@ def test_split_and_step(layer: LSTM) -> None:
         close(y, want[:, t], 1e-12)
 
 
-@pytest.mark.parametrize("lengths", [(2, 0, 5, 1), (0, 3), (0, 0), (4,), (1, 1, 1)])
+MANY = (2, 120, 0, *[1] * 80, 90, *[7] * 60)  # time is cut: at step 1, and at step 7
+
+
+@pytest.mark.parametrize("lengths", [(2, 0, 5, 1), (0, 3), (0, 0), (4,), (1, 1, 1), MANY], ids=len)
 def test_packed(layer: LSTM, lengths: tuple[int, ...]) -> None:
     x, _ = sample(layer, 1, sum(lengths))
     _, state = sample(layer, len(lengths), 1)
@@ -97,6 +101,39 @@ def test_packed(layer: LSTM, lengths: tuple[int, ...]) -> None:
             gradients(layer, x, state, y, after), gradients(layer, x, state, want, want_after), strict=True
         ):
             close(got, expected, 1e-11)
+
+
+def test_ragged_rows_run_in_spans_whose_padding_at_most_doubles_the_work() -> None:
+    borders = torch.tensor([0, *MANY]).cumsum(0)
+    *_, places, first, second, third = _spans(borders)
+    assert [tuple(steps.shape) for steps in (first, second, third)] == [(1, 143), (6, 63), (113, 2)]
+    read = torch.cat([steps.flatten() for steps in (first, second, third)])
+    assert torch.equal(read[places], torch.arange(sum(MANY)))
+    assert (read == sum(MANY)).sum() < sum(MANY)
+
+
+@pytest.mark.parametrize("large", [1.0, 1e6])
+def test_a_row_is_held_exactly_where_its_sequence_has_ended(large: float) -> None:
+    """In float32, where PyTorch has a kernel of its own for rows; inputs that fill the gates reach no padding."""
+    torch.manual_seed(0)
+    layer, lengths = LSTMConfig(hidden=6).build(4), [3, 300, 1]
+    x = large * torch.randn(1, sum(lengths), 4)
+    with torch.no_grad():
+        _, after = layer(x, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+        for i, part in enumerate(x.split(lengths, 1)):
+            _, alone = layer(part)
+            close(after.h[i], alone.h[0], 1e-6)
+            close(after.c[i], alone.c[0], 1e-6)
+
+
+def test_what_is_not_finite_stays_in_its_sequence() -> None:
+    torch.manual_seed(0)
+    layer, x = LSTMConfig().build(3), torch.randn(1, 9, 3)
+    want, end = layer(x, cu_seqlens=torch.tensor([0, 2, 9]))
+    x[0, 0] = torch.nan
+    y, after = layer(x, cu_seqlens=torch.tensor([0, 2, 9]))
+    assert y[0, :2].isnan().all() and torch.equal(y[0, 2:], want[0, 2:])
+    assert torch.equal(after.c[1], end.c[1]) and torch.equal(after.h[1], end.h[1])
 
 
 def test_low_precision_keeps_a_wide_state() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dualform.generation.options import Sampling
     from dualform.generation.session import Session
     from dualform.models.config import ModelConfig
-    from dualform.models.heads import SequenceClassifier, SequenceRegressor
+    from dualform.models.heads import SequenceClassifier, SequenceRegressor, StepClassifier, StepRegressor
     from dualform.models.lm import LanguageModel
     from dualform.models.presets import preset
     from dualform.models.saving.model import load, save
@@ -45,6 +45,8 @@ __all__ = [
     "SequenceRegressor",
     "Session",
     "StateSpace",
+    "StepClassifier",
+    "StepRegressor",
     "__version__",
     "backend",
     "export_onnx",
@@ -71,6 +73,8 @@ _HOME = {
     "SequenceRegressor": "models.heads",
     "Session": "generation.session",
     "StateSpace": "core.system",
+    "StepClassifier": "models.heads",
+    "StepRegressor": "models.heads",
     "backend": "ops.op",
     "export_onnx": "models.saving.onnx_file",
     "generate": "generation.engine",

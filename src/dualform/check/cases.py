@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ from dualform.layers.s5 import S5Config
 from dualform.layers.short_conv import GatedShortConvConfig
 from dualform.layers.slstm import SLSTMConfig
 from dualform.models.config import ModelConfig
+from dualform.models.heads import StepClassifier, StepRegressor
 from dualform.models.lm import LanguageModel
 
 _WIDTH = 16  # d_model of a mixer without a case of its own
@@ -113,21 +114,26 @@ def mixer_case(name: str, config: PartConfig, d_model: int) -> Case:
         d_model: D.
     """
     kind = MIXERS.name_of(type(config)) or type(config).__name__
-    return _on_features(" ".join(filter(None, (kind, name, f"d={d_model}"))), kind, lambda: config, d_model)
+    return _on_features(
+        " ".join(filter(None, (kind, name, f"d={d_model}"))), kind, lambda: config.build(d_model), d_model
+    )
 
 
 def default_cases(known: Iterable[Case]) -> list[Case]:
     """A case for every mixer of the registry that has none among those ``known``, such as one of another package."""
     without = [kind for kind in MIXERS if kind not in {case.kind for case in known}]
-    return [_on_features(f"{kind} d={_WIDTH}", kind, lambda kind=kind: MIXERS[kind](), _WIDTH) for kind in without]
+    return [
+        _on_features(f"{kind} d={_WIDTH}", kind, lambda kind=kind: MIXERS[kind]().build(_WIDTH), _WIDTH)
+        for kind in without
+    ]
 
 
-def _on_features(name: str, kind: str, config: Callable[[], PartConfig], d_model: int) -> Case:
+def _on_features(name: str, kind: str, make: Callable[[], Any], width: int) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> tuple[Any, None]:
-        return config().build(d_model).to(device, dtype), None
+        return make().to(device, dtype), None
 
     def sample(batch: int, length: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(batch, length, d_model, generator=generator, dtype=torch.float64)
+        return torch.randn(batch, length, width, generator=generator, dtype=torch.float64)
 
     return Case(name, kind, build, sample)
 
@@ -374,7 +380,13 @@ def _models() -> list[Case]:
         pattern="MLDW",
         tie_embeddings=False,
     )
-    return [model_case("mamba2 + shared attention", zamba), model_case("mamba + lstm + experts + s4d + window", mixed)]
+    normed = replace(mixed, norm="batch", embed_norm="batch")
+    return [
+        model_case("mamba2 + shared attention", zamba),
+        model_case("mamba + lstm + experts + s4d + window", mixed),
+        _on_features("step classifier", "lm", lambda: StepClassifier(mixed, 3, inputs=2, missing="carried"), 2),
+        _on_features("step regressor", "lm", lambda: StepRegressor(normed, 1, inputs=2, missing="marked").eval(), 2),
+    ]
 
 
 CASES: dict[str, Case] = {

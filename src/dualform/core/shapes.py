@@ -153,6 +153,27 @@ def check_indices(where: str, name: str, indices: Tensor, below: int, ignored: i
         raise ArgumentError(f"{where}: {name} holds {int(indices[outside][0])}, expected 0 to {below - 1}", hint=hint)
 
 
+def known(tensor: Tensor) -> bool:
+    """Whether reading values costs nothing: on the CPU, outside of compiled programs and transforms."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_finite(where: str, **tensors: Tensor) -> None:
+    """Every number must be finite; they are read where that costs nothing.
+
+    Raises:
+        ArgumentError: names the argument, its row and the first number that is not.
+    """
+    for name, tensor in tensors.items():
+        if known(tensor) and not tensor.isfinite().all():
+            at = tensor.isfinite().logical_not().nonzero()[0].tolist()
+            raise ArgumentError(
+                f"{where}: {name} holds {tensor[tuple(at)].item()} in row {at[0]}, expected finite numbers"
+            )
+
+
 def dtype_of(where: str, dtype: str | torch.dtype, among: Sequence[torch.dtype] = FLOATING) -> torch.dtype:
     """A dtype, or the one of a name such as ``float32``.
 

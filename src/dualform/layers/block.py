@@ -16,7 +16,7 @@ from dualform.layers.context import Context, save_from, value_for
 from dualform.layers.drop import Drop, check_rates, left
 from dualform.layers.low_rank import adapt
 from dualform.layers.mixer import Mixer, PartConfig, Prepared, Step
-from dualform.layers.norms import check_norm_kind, make_norm
+from dualform.layers.norms import check_norm_kind, counting, make_norm
 from dualform.layers.part import ELSEWHERE, as_weights, check_parts
 from dualform.layers.stream_step import StreamStep
 
@@ -32,7 +32,7 @@ class SublayerConfig:
 
     Args:
         part: the config of what is inside: a mixer, a feed-forward, a chain or parallel branches.
-        norm: the norm before it: ``rms``, ``rms_offset``, ``layer``, ``layer_no_bias``, or None for none.
+        norm: the norm before it: ``rms``, ``rms_offset``, ``layer``, ``layer_no_bias``, ``batch``, or None.
         after: the norm of its output, of the same names.
         eps: epsilon of both; None is the model's.
         scale_in: a factor of what the part reads.
@@ -292,7 +292,9 @@ class Block(nn.Module):
         """
         made: Tensor | None = None  # by the part before, and not yet added
         total: Tensor | None = None  # of the branches
+        counted = None if context is None else context.counted
         for s, norm, part, after in self._sublayers():
+            norm, after = counting(norm, counted), counting(after, counted)
             if residual is not None:
                 x, made = x if made is None else x + made, None
                 if (behind := residual(part, x)) is not None:

@@ -1,5 +1,7 @@
 """The LSTM, the classic recurrent baseline, as a mixer around ``torch.nn.LSTM``."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer, check_kind
 from dualform.layers.part import DEEPEST
 from dualform.ops.derivatives import mapped, transformed
-from dualform.ops.lstm import lstm, side_by_side
+from dualform.ops.lstm import in_spans, lstm, side_by_side
 from dualform.ops.op import forced
 
 
@@ -83,7 +85,7 @@ class LSTM(Mixer):
     def forward(
         self, x: Float[Tensor, "B T D"], state: LSTMState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], LSTMState]:
-        """The whole sequence; packed sequences run side by side, without padding."""
+        """The whole sequence; packed sequences run side by side, and each state is that after its own last step."""
         check_tensors("lstm", x=(x, f"B T {self.d_model}"))
         packing = Packing.of("lstm", cu_seqlens, x)
         rows = x.shape[0] if packing is None else packing.rows
@@ -98,6 +100,8 @@ class LSTM(Mixer):
             y, state = self._run_as_ops(x, state, packing)
         elif packing is None:
             y, state = self._run(x, state)
+        elif x.device.type == "cpu" and packing.known:
+            y, state = self._run_in_spans(x[0], state, packing)
         else:
             y, state = self._run_packed(x[0], state, packing)
         return self.out_proj(y), state
@@ -115,12 +119,27 @@ class LSTM(Mixer):
         On a CPU the states of low precision stay wide, as :func:`dualform.ops.lstm.lstm` computes in float32 there.
         """
         dtype = wide(self.like) if x.device.type == "cpu" else self.like.dtype
+
+        def run(y: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            return lstm(y, h, c, *weights, cu_seqlens=packing)
+
+        return self._layer_by_layer(run, x, state, dtype)
+
+    def _run_in_spans(self, x: Tensor, state: LSTMState, packing: Packing) -> tuple[Tensor, LSTMState]:
+        """``x`` ``(total, D)``, as rows that are held where their sequences have ended."""
+        y, state = self._layer_by_layer(partial(in_spans, packing=packing), x, state, self.like.dtype)
+        return y[None], state
+
+    def _layer_by_layer(
+        self, run: Callable[..., tuple[Tensor, Tensor, Tensor]], x: Tensor, state: LSTMState, dtype: torch.dtype
+    ) -> tuple[Tensor, LSTMState]:
+        """``run(x, h, c, weights)`` for each of the stacked layers, in one dtype."""
         y, last = x.to(dtype), []
         for i in range(self.layers):
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             weights = [getattr(self.lstm, f"{name}_l{i}").to(dtype) for name in names]
             h, c = (s[:, i].to(dtype) for s in state)
-            y, *after = lstm(y, h, c, *weights, cu_seqlens=packing)
+            y, *after = run(y, h, c, weights)
             last.append(after)
         h, c = (torch.stack(s, 1).to(old.dtype) for s, old in zip(zip(*last, strict=True), state, strict=True))
         return y.to(self.like.dtype), LSTMState(h, c)

@@ -1,8 +1,10 @@
 """The norms around the sub-layers of a block, by the names that configs use."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -58,6 +60,81 @@ class LayerNorm(nn.LayerNorm):
         return y if stream is None else (y, x)
 
 
+class BatchNorm(nn.Module):
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, of each feature over the elements of a batch.
+
+    While the model trains (``norm.train()``, gradients recorded) mean and variance are those of all elements that are
+    no padding, padded or packed. ``running_mean`` and ``running_var`` follow them, ``r = 0.9 r + 0.1 new``, the
+    variance without its bias. In evaluation and in steps these are used, so that an output depends on its own row and
+    past alone. In training it depends on later elements, too: language models have another norm. A batch with a single
+    element has no variance, and trains with the running ones.
+
+    Args:
+        width: the size of the last axis.
+        eps: added to the variance.
+
+    References:
+        Ioffe & Szegedy (2015), arXiv:1502.03167, algorithms 1 and 2.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(
+        self, x: Float[Tensor, "... D"], stream: Float[Tensor, "... D"] | None = None, *, counted: Tensor | None = None
+    ) -> Any:
+        """The norm of x ``(B, T, D)``, or of ``stream + x``, and that sum; of a step, ``(B, D)``.
+
+        ``counted`` ``(B, T)`` says which elements are no padding, None that all are.
+        """
+        x = x if stream is None else stream + x
+        dtype = wide(x, self.weight)
+        mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        h = x.to(dtype)
+        if self.training and torch.is_grad_enabled() and x.dim() > 2:
+            mean, var = self._of_batch(h, counted, mean, var)
+        y = (h - mean) * (torch.rsqrt(var + self.eps) * self.weight.to(dtype)) + self.bias.to(dtype)
+        y = y.to(self.weight.dtype)
+        return y if stream is None else (y, x)
+
+    def _of_batch(self, h: Tensor, counted: Tensor | None, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the elements that count; the running ones move once for each forward."""
+        rows = h.flatten(0, -2)
+        gone = None if counted is None else counted.expand(h.shape[:-1]).flatten().logical_not()[:, None]
+
+        def total(m: Tensor) -> Tensor:
+            return (m if gone is None else m.masked_fill(gone, 0)).sum(0)
+
+        count = torch.full((), len(rows), device=h.device) if gone is None else gone.logical_not().sum()
+        some, n = count > 1, count.clamp(min=2).to(h.dtype)
+        center = total(rows) / n
+        spread = total((rows - center).square()) / n
+        mean, spread = torch.where(some, center, mean), torch.where(some, spread, var)
+        if not in_backward():
+            with torch.no_grad():
+                unbiased = torch.where(some, spread * n / (n - 1), var)
+                self.running_mean.lerp_(mean.to(self.running_mean), 0.1)
+                self.running_var.lerp_(unbiased.to(self.running_var), 0.1)
+        return mean, spread
+
+
+def in_backward() -> bool:
+    """Whether autograd runs here a forward once more, of a checkpoint."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def counting(norm: Any, counted: Tensor | None) -> Any:
+    """A norm that knows which elements ``(B, T)`` are no padding, where it makes a difference."""
+    return partial(norm, counted=counted) if counted is not None and isinstance(norm, BatchNorm) else norm
+
+
 class NoNorm(nn.Module):
     """``x`` as it is, where a block would have a norm."""
 
@@ -70,6 +147,7 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "rms": RMSNorm,
     "rms_offset": OffsetRMSNorm,
     "layer": LayerNorm,
+    "batch": BatchNorm,
     "layer_no_bias": lambda width, eps: LayerNorm(width, eps, bias=False),
 }
 """The norms of configs: each is called with a width and an epsilon."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Real
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,11 +24,13 @@ from dualform.layers.context import EMBEDDING, Context, Told
 from dualform.layers.drop import Drop, depth_rates, dropout
 from dualform.layers.low_rank import another_use
 from dualform.layers.mixer import Prepared, Step
-from dualform.layers.norms import make_norm
+from dualform.layers.norms import counting, make_norm
 from dualform.layers.part import Part
 from dualform.layers.stream_step import StreamSteps
 from dualform.models.adapters import Adaptation
 from dualform.models.config import ModelConfig
+from dualform.models.entrance import Entrance
+from dualform.models.padding import lay_out
 from dualform.ops.op import backend, forced
 
 EMBEDDING_STD = 0.02  # of the embedding of a new model
@@ -72,6 +74,8 @@ class Backbone(nn.Module):
     Args:
         config: the blocks, and the vocabulary if tokens are read.
         inputs: width of the features; None reads tokens.
+        entrance: options of their :class:`~dualform.models.entrance.Entrance`, which scales them, and knows what is
+            missing.
 
     Raises:
         ConfigError: for what is no ModelConfig, a config without a vocabulary where tokens are read, a width below 1,
@@ -81,7 +85,7 @@ class Backbone(nn.Module):
     recompute: bool = False
     adaptation: Adaptation | None = None  # where it has adapters: what they lie on
 
-    def __init__(self, config: ModelConfig, inputs: int | None = None):
+    def __init__(self, config: ModelConfig, inputs: int | None = None, entrance: dict[str, Any] | None = None):
         super().__init__()
         if not isinstance(config, ModelConfig):
             hint = "dualform.preset gives one by its name, ModelConfig.from_dict one from a table"
@@ -91,7 +95,10 @@ class Backbone(nn.Module):
             raise ConfigError(f"{self._name}: vocab_size is 0, expected at least 1 for a model that reads tokens")
         if inputs is not None and inputs < 1:
             raise ConfigError(f"{self._name}: inputs is {inputs}, expected at least 1")
+        self.entrance: Entrance | None = None
         with sized(self._name):
+            if inputs is not None:
+                self.entrance = self._entrance(inputs, entrance or {})
             self._build(config, inputs)
 
     def _build(self, config: ModelConfig, inputs: int | None) -> None:
@@ -101,7 +108,7 @@ class Backbone(nn.Module):
         if inputs is None:
             self.embed = nn.Embedding(config.vocab_size, config.d_model)
         else:
-            self.embed = nn.Linear(inputs, config.d_model)
+            self.embed = nn.Linear(inputs if self.entrance is None else self.entrance.width, config.d_model)
         if config.embed_norm is not None:
             self.embed_norm = make_norm(config.embed_norm, config.d_model, config.norm_eps)
         used: set[str] = set()
@@ -121,12 +128,22 @@ class Backbone(nn.Module):
         for block in first:
             block.initialise(residual_parts)
 
+    def _entrance(self, inputs: int, given: dict[str, Any]) -> "Entrance":
+        try:
+            return Entrance(inputs, **given)
+        except ConfigError as error:
+            raise ConfigError(f"{self._name}: {error}") from error
+
     def _block(self, letter: str) -> Block:
         return Block(self.config.parts[letter], self.config.d_model, self.config.norm_eps)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> State:
         """The state before the first element; ``max_len`` is the capacity of caches that grow with the context."""
-        return tuple(block.init_state(batch, max_len=max_len) for block in self._stack())
+        blocks = tuple(block.init_state(batch, max_len=max_len) for block in self._stack())
+        if self.entrance is None or not self.entrance.carries:
+            return blocks
+        weight = self.norm.weight
+        return *blocks, weight.new_zeros(batch, self.entrance.inputs, dtype=wide(weight))
 
     @property
     def causal(self) -> bool:
@@ -139,6 +156,8 @@ class Backbone(nn.Module):
         state: State | None = None,
         *,
         cu_seqlens: Borders = None,
+        attention_mask: Tensor | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
         intervals: Real[Tensor, "B T"] | None = None,
         rate: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], State]:
@@ -149,6 +168,10 @@ class Backbone(nn.Module):
             state: what came before; None is the state before the first element.
             cu_seqlens: borders of packed sequences, or their ``Packing``; then B is 1 and the state has one row per
                 sequence.
+            attention_mask: ``(B, T)``, 1 for an element and 0 for padding, left, right or anywhere. Padding changes
+                nothing: features there are 0, and each row's state is that of its elements alone.
+            lengths: ``(B,)``, int64, how many elements each row has, where it is padded on the right: the mask in
+                another form.
             intervals: for inputs at irregular times, the number of steps over which each is held; None is 1 throughout.
             rate: the step of every mixer is multiplied by it: 2 for inputs sampled half as often as in training.
 
@@ -156,9 +179,10 @@ class Backbone(nn.Module):
             ArgumentError: names the argument, what came and what was expected; also for intervals or a rate that a
                 mixer does not take.
         """
-        given = {"cu_seqlens": cu_seqlens, "intervals": intervals, "rate": rate}
-        h, state, _ = self._features(x, state, given)
-        return h, state
+        line = lay_out(self._name, x, state, cu_seqlens, attention_mask, intervals, lengths)
+        given = {"cu_seqlens": line.packing, "intervals": line.intervals, "rate": rate}
+        h, state, _ = self._features(line.x, line.state, given, line.counted())
+        return line.unpack(h), line.rows(state)
 
     def _features(
         self, x: Tensor, state: State | None, given: dict[str, Any], counted: Tensor | None = None
@@ -179,7 +203,8 @@ class Backbone(nn.Module):
         packing = Packing.of(self._name, cu_seqlens, x)
         rows = x.shape[0] if packing is None else packing.rows
         options = {"cu_seqlens": packing, "intervals": intervals, "rate": rate}
-        h, new, trains = self._embed(x), [], self.training and torch.is_grad_enabled()
+        x, state, held = self._enter(x, state, packing)
+        h, new, trains = self._embed(x, counted), [], self.training and torch.is_grad_enabled()
         if trains:
             h = dropout(h, self.config.embed_dropout)
         context = Context({EMBEDDING: h}, collects=trains, counted=counted)
@@ -187,7 +212,7 @@ class Backbone(nn.Module):
         for block, old, drop in zip(self._stack(), self._states(state, rows), drops, strict=True):
             h, left = self._run(block, h, old, options | {"drop": drop}, context)
             new.append(left)
-        return self._final(h), tuple(new), context.losses
+        return counting(self.norm, counted)(h), (*new, *held), context.losses
 
     def save(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """:func:`dualform.save`, for :func:`dualform.load` to read."""
@@ -230,16 +255,42 @@ class Backbone(nn.Module):
         self._check_timing(interval=interval)
         if interval is not None:
             check_tensors(self._name, x=(x, "B ..."), interval=(interval, "B"))
+        x, state, held = self._enter(x, state)
         h, new = self._embed(x), []
         if interval is None and steps.together is not None:
             old = state if steps.together.continues(state, x.shape[0]) else self._states(state, x.shape[0])
             if (made := steps.together(h, old)) is not None:
-                return self._final(made[0]), made[1]
+                return self.norm(made[0]), (*made[1], *held) if held else made[1]
         context = Context({EMBEDDING: h[:, None]})
         for step, old in zip(steps.alone, self._states(state, x.shape[0]), strict=True):
             h, left = step(h, old, interval=interval, context=context)
             new.append(left)
-        return self._final(h), tuple(new)
+        return self.norm(h), (*new, *held)
+
+    def _enter(
+        self, x: Tensor, state: State | None, packing: Packing | None = None
+    ) -> tuple[Tensor, State | None, tuple[Tensor, ...]]:
+        """What the embedding reads of inputs ``(B, T, ...)`` or ``(B, ...)``, and the states of blocks and entrance."""
+        entrance, held = self.entrance, None
+        if entrance is None:
+            return x, state, ()
+        if entrance.carries and state is not None:
+            if not isinstance(state, tuple) or len(state) != len(self.blocks) + 1:
+                raise self._no_state(len(self.blocks) + 1, "one per block, and the last values of the inputs")
+            *blocks, held = state
+            state = tuple(blocks)
+        if x.dim() == 2:
+            y, left = entrance(self._name, x[:, None], held)
+            y = y[:, 0]
+        else:
+            y, left = entrance(self._name, x, held, packing)
+        return y, state, () if left is None else (left,)
+
+    def _no_state(self, parts: int, which: str) -> ArgumentError:
+        return ArgumentError(
+            f"{self._name}: state is not a tuple of {parts}, {which}",
+            hint="a state comes from init_state, forward or step of the same model",
+        )
 
     def _check_timing(self, *, rate: float = 1.0, **times: Tensor | None) -> None:
         for letter, block in dict(zip(self.config.pattern, self._stack(), strict=True)).items():
@@ -273,15 +324,12 @@ class Backbone(nn.Module):
     def _stack(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def _embed(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
         h = self.embed(x if self.inputs is None else x.to(self._dtype))
         h = h.to(wide(h))
         if self.config.embed_scale != 1:
             h = self.config.embed_scale * h
-        return h if self.config.embed_norm is None else self.embed_norm(h).to(h.dtype)
-
-    def _final(self, h: Tensor) -> Tensor:
-        return self.norm(h)
+        return h if self.config.embed_norm is None else counting(self.embed_norm, counted)(h).to(h.dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -292,10 +340,7 @@ class Backbone(nn.Module):
         if state is None:
             return (None,) * len(self.blocks)
         if not isinstance(state, tuple) or len(state) != len(self.blocks):
-            raise ArgumentError(
-                f"{self._name}: state is not a tuple of {len(self.blocks)}, one per block",
-                hint="a state comes from init_state, forward or step of the same model",
-            )
+            raise self._no_state(len(self.blocks), "one per block")
         self._check_rows(state, rows)
         return state
 

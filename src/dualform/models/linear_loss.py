@@ -24,16 +24,23 @@ def counted(h: Tensor, targets: Tensor) -> Tensor:
     return h.masked_fill((targets == IGNORED)[:, None], 0)
 
 
-def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def mean_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
     """The mean over the targets that count, in nats; 0 where none does.
 
     Args:
         logits: ``(M, V)``. Its gradient is finite where those of targets that count are.
         targets: ``(M,)``, int64; -100 does not count.
+        weight: ``(V,)``, what a target of each class counts; None is 1.
+        smoothing: the share of a target that goes to all classes alike.
     """
     logits = counted(logits, targets).to(wide(logits))
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    return total / (targets != IGNORED).sum().clamp(min=1)
+    given: dict[str, Any] = {"weight": weight, "label_smoothing": smoothing, "ignore_index": IGNORED}
+    total = F.cross_entropy(logits, targets, reduction="sum", **given)
+    count = targets != IGNORED
+    if weight is None:
+        return total / count.sum().clamp(min=1)
+    amount = (weight[targets.clamp(min=0)] * count).sum()
+    return total / amount.where(amount > 0, 1)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

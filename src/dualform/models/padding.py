@@ -8,7 +8,7 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import Borders, Packing, from_lengths, readable
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors
+from dualform.core.shapes import check_indices, check_tensors
 from dualform.core.tree import Tree, concat, take
 
 _VALUES = "1 or true for an element, 0 or false for padding; where all is padding, in whole numbers or bool"
@@ -62,15 +62,23 @@ def lay_out(
     cu_seqlens: Borders,
     attention_mask: Tensor | None,
     intervals: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Line:
     """The line of inputs ``(B, T, ...)``, with a mask ``(B, T)`` of 1 for an element and 0 for padding.
+
+    ``lengths`` ``(B,)`` is the mask of rows that are padded on the right.
 
     The borders or the mask are read on the host once: one synchronisation where they are on a GPU, and none for a
     ``Packing``.
 
     Raises:
-        ArgumentError: for a mask beside ``cu_seqlens``, of another shape, or with other values.
+        ArgumentError: for more than one of ``cu_seqlens``, a mask and lengths, a mask of another shape or with other
+            values, or a length that is none of 0 to T.
     """
+    if lengths is not None:
+        if cu_seqlens is not None or attention_mask is not None:
+            raise ArgumentError(f"{where}: give one of cu_seqlens, attention_mask and lengths")
+        attention_mask = _mask_of(where, x, lengths)
     if attention_mask is None:
         return Line(x, state, Packing.of(where, cu_seqlens, x), intervals)
     if cu_seqlens is not None:
@@ -100,3 +108,10 @@ def lay_out(
         packing = Packing.of_host(from_lengths(shown.sum(1)), x.device)
     line = Line(x, state, packing, intervals, keep, order, spare=unread)
     return line._replace(x=line.pack(x), intervals=None if intervals is None else line.pack(intervals))
+
+
+def _mask_of(where: str, x: Tensor, lengths: Tensor) -> Tensor:
+    """``(B, T)``, bool: the first ``lengths[i]`` elements of row i."""
+    check_tensors(where, x=(x, "B T ..."), lengths=(lengths, "B"))
+    check_indices(where, "lengths", lengths, x.shape[1] + 1, hint="how many elements each row has")
+    return torch.arange(x.shape[1], device=x.device) < lengths[:, None]

@@ -1,8 +1,10 @@
 """One layer of an LSTM, by rows or packed, as an operator: compilers see one node, and no loop over time."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
@@ -127,11 +129,84 @@ def _forward(a: LSTM) -> list[Tensor]:
     if a.packing is None:
         y, h, c = torch.lstm(x, (h[None], c[None]), weights, True, 1, 0.0, True, False, True)
         return [m.to(a.x.dtype).contiguous() for m in (y, h[0], c[0])]
+    if x.device.type == "cpu":
+        y, h, c = in_spans(x[0], h, c, weights, a.packing)
+        return [m.to(a.x.dtype) for m in (y[None], h, c)]
     line = side_by_side(a.packing)
     state = tuple(s.index_select(0, line.rows)[None] for s in (h, c))
     y, *after = torch.lstm(x[0].index_select(0, line.steps), line.running, state, weights, True, 1, 0.0, True, False)
     last = [s.index_copy(0, line.rows, new[0]) for s, new in zip((h, c), after, strict=True)]
     return [m.to(a.x.dtype) for m in (y.index_select(0, line.places)[None], *last)]
+
+
+def in_spans(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed sequences as padded rows: on a CPU, PyTorch has a kernel for rows, and a loop of small calls for others.
+
+    A row is held where its sequence has ended: one more input, 1 in padding alone, shuts its input gate and opens its
+    forget gate, so that c stays as it is and every gradient through the padding is 0. Time is cut in spans where at
+    most half of a span's rows go on, so that padding at most doubles the work.
+
+    Args:
+        x: ``(T, D)``, the line; T is above 0.
+        h: ``(n, N)``.
+        c: ``(n, N)``.
+        weights: W, U, b and d of :func:`lstm`; all dtypes are alike.
+        packing: of n sequences, its borders known.
+
+    Returns:
+        h of every step ``(T, N)``, and h and c after the last step of each sequence ``(n, N)``.
+    """
+    W, *others = weights
+    width = h.shape[1]
+    hold = W.new_tensor([-_HOLD, _HOLD, 0.0, 0.0]).repeat_interleave(width)
+    weights = [torch.cat([W, hold[:, None]], 1), *others]
+    x = F.pad(x, (0, 1, 0, 1))  # one more input, and the step that padding reads
+    x[-1, -1] = 1
+    rows, last, places, *spans = packing.table("spans", _spans)
+    state, outputs, cells = [s.index_select(0, rows) for s in (h, c)], [], []
+    for steps in spans:
+        going = steps.shape[1]
+        cells.append(state[1][going:])
+        into = x.index_select(0, steps.flatten()).unflatten(0, steps.shape)
+        y, *after = torch.lstm(into, [s[None, :going] for s in state], weights, True, 1, 0.0, True, False, False)
+        state = [s[0] for s in after]
+        outputs.append(y.flatten(0, 1))
+    y = torch.cat(outputs)
+    ends = y.index_select(0, last), torch.cat([state[1], *reversed(cells)])
+    h, c = (s.index_copy(0, rows, new) for s, new in zip((h, c), ends, strict=True))
+    return y.index_select(0, places), h, c
+
+
+_HOLD = 1e4  # added to a gate: its logistic function is 0 or 1
+_WORTH_A_CUT = 2**12  # steps of padding; fewer take less time than another call
+
+
+def _spans(host: Tensor) -> tuple[Tensor, ...]:
+    """What :func:`in_spans` needs, from the borders.
+
+    The sequences that have steps, longest first; where the outputs of their last steps, and of all steps of the line,
+    lie among the outputs of all spans; and for each span the steps of the line that it reads, ``(L, R)``, or T for
+    padding.
+    """
+    lengths, rows = host.diff().sort(descending=True, stable=True)
+    rows = rows[lengths > 0]
+    lengths = lengths[: len(rows)]
+    longest = int(lengths[0])
+    going = (len(rows) - torch.bincount(lengths, minlength=longest + 1).cumsum(0)).tolist()[:-1]
+    cuts, there = [0], len(rows)
+    for t, left in enumerate(going):
+        if 2 * left <= there and (longest - t) * (there - left) >= _WORTH_A_CUT:
+            cuts.append(t)
+            there = left
+    spans = []
+    for begin, end in pairwise([*cuts, longest]):
+        time, here = torch.arange(begin, end)[:, None], going[begin]
+        spans.append(torch.where(time < lengths[:here], host[rows[:here]] + time, host[-1]))
+    read = torch.cat([steps.flatten() for steps in spans])
+    places = torch.empty(int(host[-1]) + 1, dtype=torch.int64)
+    places[read] = torch.arange(len(read))
+    places = places[:-1]
+    return rows, places[host[rows + 1] - 1], places, *spans
 
 
 class SideBySide(NamedTuple):

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from dualform import __version__
 from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
 from dualform.core.json_file import entry, kind_of, read_json
-from dualform.core.options import brief
+from dualform.core.options import brief, suggestion
 from dualform.models.backbone import Backbone
 from dualform.models.config import ModelConfig
-from dualform.models.heads import PooledModel, SequenceClassifier, SequenceRegressor
+from dualform.models.heads import HEADS, PooledModel, Readout
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.adapter import adapter_of, base_folder
 from dualform.models.saving.files import CONFIG_FILE, current
@@ -18,7 +18,15 @@ from dualform.models.saving.weights import FILES, Files, stored_tensors
 from dualform.models.tables.registry import SUPPORTED, Readable, layout_of, layout_of_file, written_as
 
 FORMAT = 1
-POOLED: dict[str, type[PooledModel]] = {kind.__name__: kind for kind in (SequenceClassifier, SequenceRegressor)}
+_HEAD = {"outputs": int, "inputs": int | None}
+_OPTIONS = {
+    "window": int,
+    "standardise": bool,
+    "missing": str,
+    "multi_label": bool,
+    "class_names": tuple[str, ...],
+    "quantiles": tuple[float, ...],
+}
 Folder = str | os.PathLike[str]
 
 
@@ -38,12 +46,18 @@ class Described(NamedTuple):
             ConfigError: for options that cannot be; names the file.
         """
         try:
-            if not issubclass(self.kind, PooledModel):
+            if not issubclass(self.kind, Readout):
                 return self.kind(self.config)
-            types = {"outputs": int, "inputs": int | None, "pooling": str}
-            outputs, inputs, pooling = (entry(self.head, name, of, f"{self.path}: head") for name, of in types.items())
-            return self.kind(self.config, outputs, inputs=inputs, pooling=pooling)
-        except ConfigError as error:
+            where, pooled = f"{self.path}: head", {"pooling": str} if issubclass(self.kind, PooledModel) else {}
+            options = {name: entry(self.head, name, of, where) for name, of in {**_HEAD, **pooled}.items()}
+            for name in self.head.keys() - options:
+                if name not in _OPTIONS:
+                    raise CheckpointError(f"{where}: unknown key {name!r}", hint=suggestion(name, list(_OPTIONS)))
+                given = self.head[name]
+                table = {name: tuple(given) if isinstance(given, list) else given}
+                options[name] = entry(table, name, _OPTIONS[name], where)
+            return self.kind.from_options(self.config, options)
+        except (ArgumentError, ConfigError) as error:  # an argument that the kind does not have
             raise ConfigError(f"{self.path}: {error}") from error
 
 
@@ -71,9 +85,9 @@ def described(folder: Folder) -> Described:
     if not isinstance(head, dict):
         raise CheckpointError(f"{path}: head is {brief(head)}, expected a table of options")
     name = head.pop("kind", None)
-    if not isinstance(name, str) or name not in POOLED:
-        raise CheckpointError(f"{folder}: unknown kind of model {brief(name)}", hint=f"known: {', '.join(POOLED)}")
-    return Described(path, POOLED[name], config, head, None)
+    if not isinstance(name, str) or name not in HEADS:
+        raise CheckpointError(f"{folder}: unknown kind of model {brief(name)}", hint=f"known: {', '.join(HEADS)}")
+    return Described(path, HEADS[name], config, head, None)
 
 
 def _of_file(path: Path) -> Described:
@@ -100,7 +114,7 @@ def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Readable
         table, about = written
         return about if layout != "hf" else {**about, "torch_dtype": _dtype(model)}, table
     about = {"format": FORMAT, "library": f"dualform {__version__}", "model": model.config.to_dict()}
-    if isinstance(model, PooledModel):
+    if isinstance(model, Readout):
         about["head"] = model.head_options()
     return about, None
 

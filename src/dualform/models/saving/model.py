@@ -20,9 +20,10 @@ from dualform.core.json_file import to_json
 from dualform.core.shapes import dtype_of
 from dualform.models.adapters import adapter_tensors, stored_name
 from dualform.models.backbone import Backbone
+from dualform.models.heads import HEADS
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.adapter import adapter_of, base_digests, base_folder, check_base, merge, write_adapter
-from dualform.models.saving.described import POOLED, described, described_as
+from dualform.models.saving.described import described, described_as
 from dualform.models.saving.files import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -92,7 +93,7 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
         CheckpointError: when the disk refuses.
     """
     if not isinstance(model, Backbone):
-        kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *POOLED.values()))
+        kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *HEADS.values()))
         raise ArgumentError(f"save: model is {type(model).__name__}, expected one of {kinds}", hint=_OF_A_LAYER)
     _, table = described_as(model, layout)
     if isinstance(table, RWKV7File):
