@@ -258,7 +258,7 @@ def _mixers() -> list[Case]:
         mixer_case("", RWKV6Config(d_head=3, mix_rank=2, decay_rank=1, norm_eps=0.1), 3),
         mixer_case("", RWKV6Config(d_head=17, mix_rank=1, decay_rank=2, norm_eps=0.1), 17),
         mixer_case("heads", RWKV6Config(d_head=3, mix_rank=2, decay_rank=1, norm_eps=0.1), 6),
-        # A key of width 1 is its sign once it is normalised: gradients through it are the rounding of float32.
+        # A normalised key of width 1 is its sign, and gradients through it are rounding.
         mixer_case("", RWKV7Config(d_head=2, decay_rank=1, rate_rank=1, gate_rank=1, norm_eps=0.1), 2),
         mixer_case("", RWKV7Config(d_head=3, decay_rank=1, rate_rank=2, gate_rank=1, norm_eps=0.1), 3),
         mixer_case("", RWKV7Config(d_head=17, decay_rank=2, rate_rank=1, gate_rank=3, norm_eps=0.1), 17),
@@ -361,13 +361,8 @@ def _irregular() -> list[Case]:
 def _models() -> list[Case]:
     mlp = MLPConfig(d_hidden=13)
     mamba2 = Mamba2Config(d_state=5, d_head=3, d_inner=12, groups=2, norm_eps=1e-3)
-    zamba = ModelConfig(
-        vocab_size=11,
-        d_model=6,
-        parts={"M": (mamba2,), "S": (AttentionConfig(heads=3, kv_heads=1, rope=100.0), mlp)},
-        pattern="MSMS",
-        shared="S",
-    )
+    attention = AttentionConfig(heads=3, kv_heads=1, rope=100.0)
+    zamba = ModelConfig(11, 6, {"M": (mamba2,), "S": (attention, mlp)}, "MSMS", shared="S")
     mixed = ModelConfig(
         vocab_size=7,
         d_model=9,
