@@ -36,7 +36,7 @@ SAMPLINGS = [
     Sampling(temperature=0.0, repetition_penalty=1.3),
     Sampling(temperature=1.4, top_k=3),
     Sampling(top_p=0.8),
-    Sampling(min_p=0.1),
+    Sampling(min_p=0.1, presence_penalty=0.5),
     Sampling(temperature=0.6, top_k=V + 3, repetition_penalty=1.5),
 ]
 
