@@ -36,7 +36,7 @@ SAMPLINGS = [
     Sampling(temperature=0.0, repetition_penalty=1.3),
     Sampling(temperature=1.4, top_k=3),
     Sampling(top_p=0.8),
-    Sampling(min_p=0.1),
+    Sampling(min_p=0.1, presence_penalty=0.5),
     Sampling(temperature=0.6, top_k=V + 3, repetition_penalty=1.5),
 ]
 
@@ -197,23 +197,28 @@ def test_a_long_prompt_stalls_the_others_by_one_piece(ssm, short_pieces, monkeyp
     assert waits.tokens == list(generate(ssm, PROMPT * 3, 5))
 
 
-def test_what_is_not_finite_ends_its_own_request(ssm):
-    bad = generate(ssm, PROMPT, 0).state
-    bad = bad._replace(state=torch.utils._pytree.tree_map(lambda leaf: torch.full_like(leaf, torch.nan), bad.state))
-    for sampling in (GREEDY, EVERYTHING):
-        engine = Engine(ssm, rows=3)
-        fine = engine.admit(PROMPT, 12, sampling=sampling)
-        ill = engine.admit([], 12, sampling=sampling, state=bad)
-        later = engine.admit([3], 9, sampling=sampling, state=bad)
-        after = [engine.admit(PROMPT, 12, sampling=sampling, seed=seed) for seed in range(3)]
-        list(engine)
-        assert ill.finish == later.finish == "error" and len(ill.tokens) == 1 and not later.tokens
-        for one in (ill, later):
-            with pytest.raises(ArgumentError, match="the logits are not finite"):
-                engine.release(one)
-        assert fine.tokens == list(generate(ssm, PROMPT, 12, sampling=sampling))
-        for seed, one in enumerate(after):
-            assert one.tokens == list(generate(ssm, PROMPT, 12, sampling=sampling, seed=seed))
+@pytest.mark.parametrize("pattern", ["MM", "MA", "MW"])
+@pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
+def test_what_is_not_finite_ends_its_own_request(pattern, sampling):
+    """Nothing of it is left to who has the row next."""
+    model = build(pattern)
+    bad = generate(model, PROMPT * 2, 0).state
+    for leaf in leaves(bad.state):
+        if leaf.is_floating_point():
+            leaf.fill_(torch.nan)
+    engine = Engine(model, rows=3)
+    fine = engine.admit(PROMPT, 12, sampling=sampling)
+    ill = engine.admit([], 12, sampling=sampling, state=bad)
+    later = engine.admit([3], 9, sampling=sampling, state=bad)
+    after = [engine.admit([1 + seed], 12, sampling=sampling, seed=seed) for seed in range(3)]
+    list(engine)
+    assert ill.finish == later.finish == "error" and len(ill.tokens) == 1 and not later.tokens
+    for one in (ill, later):
+        with pytest.raises(ArgumentError, match="the logits are not finite"):
+            engine.release(one)
+    assert fine.tokens == list(generate(model, PROMPT, 12, sampling=sampling))
+    for seed, one in enumerate(after):
+        assert one.tokens == list(generate(model, [1 + seed], 12, sampling=sampling, seed=seed))
 
 
 @pytest.mark.parametrize("pattern", ["MA", "MW"])

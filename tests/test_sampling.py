@@ -79,6 +79,18 @@ def test_repetition_penalty(logits):
         assert new == want
 
 
+def test_presence_penalty(logits):
+    history = torch.tensor([[-1, 3, 3, 7]]).expand(len(logits), -1)
+    got = penalize(logits, history, 1.5, 0.4).tolist()
+    for row, new in zip(logits.tolist(), got, strict=True):
+        assert new == [(x / 1.5 if x > 0 else x * 1.5) - 0.4 if i in (3, 7) else x for i, x in enumerate(row)]
+    draws, best = torch.rand(len(logits)), logits.argmax(-1)
+    second = logits.scatter(1, best[:, None], -math.inf).argmax(-1)
+    for amount, want in ((1e9, second), (-1e9, best), (1e308, second)):
+        sampling = Sampling(temperature=0.0, presence_penalty=amount)
+        assert torch.equal(sample(logits, sampling, draws, best[:, None]), want)
+
+
 def test_penalty_history_is_per_row(logits):
     got = penalize(logits[:2], torch.tensor([[0], [-1]]), 2.0)
     assert torch.equal(got[1], logits[1]) and not torch.equal(got[0], logits[0])
@@ -134,7 +146,8 @@ def test_each_row_has_options_of_its_own(logits):
         Sampling(temperature=0.5, top_k=3),
         Sampling(top_k=V + 2, repetition_penalty=0.5),
         Sampling(top_k=2**62, top_p=0.7),
-        Sampling(min_p=0.3),
+        Sampling(min_p=0.3, presence_penalty=1.5),
+        Sampling(temperature=0.0, presence_penalty=0.7),
     ]
     generator = torch.Generator().manual_seed(1)
     draws = torch.rand(len(logits), dtype=torch.float64, generator=generator)
@@ -156,7 +169,13 @@ def test_what_no_row_wants_is_not_computed(logits, monkeypatch):
     draws = torch.rand(2, dtype=torch.float64)
     greedy = Sampling(temperature=0.0, top_k=3, top_p=0.5, min_p=0.1)  # its truncations do not matter
     sample(logits[:2], [greedy, Sampling()], draws, torch.zeros(2, 1, dtype=torch.int64))
-    for sampling in (Sampling(top_k=1), Sampling(top_p=0.5), Sampling(min_p=0.5), Sampling(repetition_penalty=2.0)):
+    for sampling in (
+        Sampling(top_k=1),
+        Sampling(top_p=0.5),
+        Sampling(min_p=0.5),
+        Sampling(repetition_penalty=2.0),
+        Sampling(presence_penalty=1.0),
+    ):
         with pytest.raises(AssertionError):
             sample(logits[:2], [greedy, sampling], draws, torch.zeros(2, 1, dtype=torch.int64))
 
@@ -197,6 +216,7 @@ def test_uniform_is_uniform_and_independent_between_seeds():
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
+        ("presence_penalty", math.inf),
     ],
 )
 def test_values_outside_their_range_are_refused(name, value):

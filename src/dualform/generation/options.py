@@ -17,6 +17,8 @@ class Sampling:
         min_p: keep tokens at least min_p times as likely as the most likely one.
         repetition_penalty: logits of recent tokens are divided by it where positive, multiplied where negative; 1 is
             off. "Recent" are the last ``dualform.generation.session.WINDOW`` tokens, prompt included.
+        presence_penalty: is subtracted from the logits of recent tokens, after that; 0 is off, and less than 0 makes
+            them more likely.
 
     Raises:
         ArgumentError: for an unknown keyword, or a value outside its range.
@@ -31,6 +33,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         ranges = {
@@ -42,6 +45,7 @@ class Sampling:
                 self.repetition_penalty > 0 and isfinite(self.repetition_penalty),
                 "a finite number above 0 (1 is off)",
             ),
+            "presence_penalty": (isfinite(self.presence_penalty), "a finite number (0 is off)"),
         }
         for name, (fits, expected) in ranges.items():
             if not fits:

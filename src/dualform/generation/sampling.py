@@ -1,7 +1,7 @@
-"""From logits to a token: penalty, temperature, the three truncations, and one uniform draw.
+"""From logits to a token: penalties, temperature, the three truncations, and one uniform draw.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p; each truncation renormalises
-what the one before it left. Randomness is counter-based: the draw at a position depends on the seed and the position
+The order is that of transformers: penalties, temperature, top-k, top-p, min-p; each truncation renormalises what the
+one before it left. Randomness is counter-based: the draw at a position depends on the seed and the position
 only, so a generation that is interrupted, moved to another machine or batched with others keeps its random stream.
 """
 
@@ -65,17 +65,20 @@ class Wants(NamedTuple):
             top_k=2 ** (most - 1).bit_length() if most else 0,
             top_p=any(row.top_p < 1 for row in drawn),
             min_p=any(row.min_p > 0 for row in drawn),
-            penalty=any(row.repetition_penalty != 1 for row in rows),
+            penalty=any(row.repetition_penalty != 1 or row.presence_penalty != 0 for row in rows),
         )
 
 
-def table(samplings: Sequence[Sampling]) -> Float[Tensor, "B 5"]:
-    """The options of rows as numbers, float64: temperature, top-k, top-p (infinite where 1), min-p, penalty."""
+def table(samplings: Sequence[Sampling]) -> Float[Tensor, "B 6"]:
+    """The options of rows as numbers, float64: temperature, top-k, top-p (infinite where 1), min-p, penalties."""
     rows = [
-        (s.temperature, min(s.top_k, _MOST), s.top_p if s.top_p < 1 else _INF, s.min_p, s.repetition_penalty)
+        (
+            *(s.temperature, min(s.top_k, _MOST), s.top_p if s.top_p < 1 else _INF, s.min_p),
+            *(s.repetition_penalty, s.presence_penalty),
+        )
         for s in samplings
     ]
-    return torch.tensor(rows, dtype=torch.float64).view(len(rows), 5)
+    return torch.tensor(rows, dtype=torch.float64).view(len(rows), 6)
 
 
 def sample(
@@ -90,7 +93,7 @@ def sample(
         logits: any floating dtype; the arithmetic is float64.
         sampling: penalty, temperature and truncations, of all rows or of each.
         draws: uniform in [0, 1), one per row (:func:`uniform`); temperature 0 ignores them.
-        history: recent tokens of each row for the repetition penalty; -1 fills the empty places.
+        history: recent tokens of each row for the penalties; -1 fills the empty places.
 
     Raises:
         ArgumentError: for logits that hold NaN or infinity, or no finite value at all.
@@ -113,7 +116,7 @@ def not_finite() -> ArgumentError:
 def choose(
     logits: Float[Tensor, "B V"],
     wants: Wants,
-    options: Float[Tensor, "B 5"],
+    options: Float[Tensor, "B 6"],
     draws: Float[Tensor, " B"],
     history: Int[Tensor, "B L"] | None,
 ) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"]]:
@@ -129,9 +132,9 @@ def choose(
     """
     logits = logits.to(_home(logits))
     top, likeliest = logits.max(-1)
-    temperature, k, p, least, penalty = options.split(1, -1)
+    temperature, k, p, least, repetition, presence = options.split(1, -1)
     if wants.penalty and history is not None:
-        logits = penalize(logits.double(), history.to(logits.device), penalty)
+        logits = penalize(logits.double(), history.to(logits.device), repetition, presence)
         likeliest = logits.argmax(-1)
     if not wants.drawn:
         return likeliest, top.isfinite()
@@ -158,19 +161,18 @@ def _home(logits: Tensor) -> torch.device:
 
 
 def penalize(
-    logits: Float[Tensor, "B V"], history: Int[Tensor, "B L"], penalty: float | Tensor
+    logits: Float[Tensor, "B V"], history: Int[Tensor, "B L"], penalty: float | Tensor, presence: float | Tensor = 0.0
 ) -> Float[Tensor, "B V"]:
     """Make the tokens of ``history`` less likely: a positive logit is divided by ``penalty``, a negative multiplied.
 
-    The penalty is one number, or one for each row, ``(B, 1)``, as the limits of the truncations below are.
-
-    A finite logit stays finite under any penalty.
+    Then ``presence`` is subtracted. Both are one number, or one for each row, ``(B, 1)``, as the limits of the
+    truncations below are. A finite logit stays finite under any penalty.
     """
     seen = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
     seen = seen.scatter(1, torch.where(history < 0, logits.shape[1], history), True)[:, :-1]
     most = torch.finfo(logits.dtype).max
-    penalized = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-most, most)
-    return torch.where(seen & logits.isfinite(), penalized, logits)
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-most, most) - presence
+    return torch.where(seen & logits.isfinite(), penalized.clamp(-most, most), logits)
 
 
 def keep_top_k(logits: Float[Tensor, "B V"], k: int | Tensor, most: int = 0) -> Float[Tensor, "B V"]:
