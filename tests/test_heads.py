@@ -336,6 +336,23 @@ def test_a_window_forgets_what_is_behind_it(x):
         close(y, model.head(h))
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("pooling", ["window", "forgetting"])
+def test_one_program_pools_any_length(pooling, x):
+    model, programs = build(SequenceClassifier, pooling=pooling, window=3, bidirectional=True), []
+
+    def count(program, _):
+        programs.append(program)
+        return program.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=count, dynamic=True, fullgraph=True)
+    for length in (5, 9, 7):
+        part = x[:, :length].contiguous()
+        close(compiled(part)[0], model(part)[0])
+    assert len(programs) == 1
+
+
 # --- options and files ---
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float, Real
 from torch import Tensor, full_like, int64, where, zeros
+from torch import bool as boolean
 
 from dualform.core.allocation import sized
 from dualform.core.calls import explained
@@ -92,7 +93,7 @@ class PooledModel(Readout):
         if rows is None:
             return PooledState(old.blocks, *self._nothing(count))
         check_tensors(self._name, seen=(old.seen, "R"), rows=(rows, "R"))
-        if rows.dtype.is_floating_point or rows.dtype == int64:
+        if rows.dtype != boolean:
             raise ArgumentError(f"{self._name}: rows is {rows.dtype}, expected bool, one for each row")
 
         def chosen(new: Tensor, old: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """From the features of a sequence to one vector: over all of it, or what a stream still remembers."""
 
-from math import exp, expm1, log1p
+from math import expm1, log1p
 from typing import Any
 
 import torch
@@ -153,8 +153,8 @@ class Forgetting(Last):
     def forward(self, h: Tensor, pooled: Tree, packing: Packing | None) -> Tree:
         h, length = h.to(pooled.dtype), h.shape[1]
         if packing is None:
-            ages = torch.arange(length - 1, -1, -1, device=h.device, dtype=h.dtype)
-            return exp(length * self.log_keep) * pooled + torch.einsum("t,btd->bd", (ages * self.log_keep).exp(), h)
+            kept = (torch.arange(length, -1, -1, device=h.device, dtype=h.dtype) * self.log_keep).exp()
+            return kept[0] * pooled + torch.einsum("t,btd->bd", kept[1:], h)
         ids, lengths = packing.sequence_ids(length), packing.cu_seqlens.diff()
         ages = packing.cu_seqlens[1:][ids] - 1 - torch.arange(length, device=h.device)
         kept = (lengths.to(h.dtype) * self.log_keep).exp()[:, None] * pooled

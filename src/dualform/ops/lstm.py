@@ -171,7 +171,7 @@ def in_spans(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], packing: Pa
         y, *after = torch.lstm(into, [s[None, :going] for s in state], weights, True, 1, 0.0, True, False, False)
         state = [s[0] for s in after]
         outputs.append(y.flatten(0, 1))
-    y = torch.cat(outputs)
+    y = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     ends = y.index_select(0, last), torch.cat([state[1], *reversed(cells)])
     h, c = (s.index_copy(0, rows, new) for s, new in zip((h, c), ends, strict=True))
     return y.index_select(0, places), h, c
