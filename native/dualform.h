@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 12  // of this interface
+#define DUALFORM_VERSION 13  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -255,6 +255,28 @@ typedef struct {
   const void* bias;  // (outputs), or null
   View y;            // (rows, 1, outputs)
 } Linear;
+
+// The Kalman filter of M observations of N states, each step a transition and then the observation:
+// h' = A h + c + q, q ~ N(0, Q); y = C h' + r, r ~ N(0, R). Rows and columns lie like one contiguous axis; a view that
+// is constant in time has the stride 0 there. Everything but `seen` has the dtype of the state. The four moments are
+// given together, or all null.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;  // of the state
+  int64_t rows, length, states, observed;
+  View a;                                  // (rows, T, N, N)
+  View shift;                              // (rows, T, N)
+  View q;                                  // (rows, T, N, N), symmetric
+  View c;                                  // (rows, T, M, N)
+  View r;                                  // (rows, T, M, M), symmetric
+  View y;                                  // (rows, T, M), read where seen
+  const uint8_t* seen;                     // (rows, T, M), 0 where an observation is missing
+  const void *mean, *cov;                  // (rows, N) and (rows, N, N), of the state before the first step
+  void* loglik;                            // (rows, T); NaN where an observation has no variance
+  void *means, *covs;                      // (rows, T, N) and (rows, T, N, N), after each observation; or null
+  void *predicted_means, *predicted_covs;  // the same before it; or null
+  void *last_mean, *last_cov;              // (rows, N) and (rows, N, N)
+} KalmanFilter;
 
 // One step of a block: x + out(mixer(norm(x))) with a Mamba as the mixer, of M features, D channels, N states, rank R
 // and W taps. All tensors are contiguous. The next states may be where the states are.

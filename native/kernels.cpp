@@ -5,6 +5,7 @@
 #include "causal_conv1d.h"
 #include "dense.h"
 #include "diagonal_ssm.h"
+#include "kalman.h"
 #include "linear_scan.h"
 #include "norm.h"
 #include "selective_scan.h"
@@ -39,6 +40,7 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::norm::backward<float>, isa::norm::backward<double>},
     {isa::dense::read_rows<float>, isa::dense::read_rows<double>},
     {isa::dense::forward<float>, isa::dense::forward<double>},
+    {isa::kalman::forward<float>, isa::kalman::forward<double>},
     {isa::block::mamba<float>, isa::block::mamba<double>},
     {isa::block::mamba2<float>, isa::block::mamba2<double>},
     {isa::add_groups<float>, isa::add_groups<double>},

@@ -294,6 +294,16 @@ bool check(const Norm& s) {
   return true;
 }
 
+bool check(const KalmanFilter& s) {
+  check_state_dtype(s.dtype);
+  if (!check_sizes({s.rows, s.length, s.states, s.observed})) return false;
+  for (const View* view : {&s.a, &s.shift, &s.q, &s.c, &s.r, &s.y}) check_view(*view, view->dtype == s.dtype);
+  check_pointers({s.seen, s.mean, s.cov, s.loglik, s.last_mean, s.last_cov});
+  const bool moments = s.means;
+  for (const void* part : {s.covs, s.predicted_means, s.predicted_covs}) require((part != nullptr) == moments);
+  return true;
+}
+
 }  // namespace
 
 EXPORT int64_t dualform_version() { return DUALFORM_VERSION; }
@@ -524,5 +534,20 @@ EXPORT int dualform_norm_backward(const Norm* s) {
     });
     add_up(dweight, s->dtype, tasks, s->width, s->dweight);
     add_up(dbias, s->dtype, tasks, s->width, s->dbias);
+  });
+}
+
+EXPORT int dualform_kalman_filter(const KalmanFilter* s) {
+  return guarded([&] {
+    if (!check(*s)) return;
+    const int64_t n = s->states, group = lanes(s->dtype), groups = over(s->rows, group);
+    const int64_t threads = threads_for(s->threads, s->rows * s->length * n * n * (2 * n + 3 * s->observed));
+    // Groups of as many rows as a vector has lanes, or single rows where those would leave threads without work.
+    const int64_t size = groups >= threads ? group : 1, units = over(s->rows, size);
+    const int64_t tasks = std::min(units, threads == 1 ? 1 : 4 * threads);
+    auto kernel = kernels->kalman_filter[s->dtype];
+    in_scratch(threads, tasks, [&](int64_t i, void* memory) {
+      return kernel(*s, units * i / tasks * size, std::min(units * (i + 1) / tasks * size, s->rows), memory);
+    });
   });
 }

@@ -479,6 +479,33 @@ def gated_norm(draw: Draw) -> Arguments:
     }
 
 
+def kalman_filter(draw: Draw) -> Arguments:
+    """Noise at every observation, so that what is computed in another order is the same but for rounding."""
+    rows, length = draw.one(0, 1, 2, 3, 9, 17), draw.one(0, 1, 2, 5, 33)
+    n, m = draw.one(1, 1, 2, 3, 4, 5, 17), draw.one(0, 1, 1, 2, 5)
+    steps = (rows if draw.chance(0.5) else 1, length if draw.chance(0.5) else 1)
+
+    def spread(x: Tensor) -> Tensor:
+        return x.to(draw.dtype).expand(rows, length, *x.shape[2:])
+
+    def covariance(*shape: int) -> Tensor:
+        root = draw.normal(*shape, shape[-1], dtype=torch.float64)
+        return root @ root.mT / max(1, shape[-1]) + torch.eye(shape[-1], dtype=torch.float64)
+
+    return {
+        "A": spread(draw.normal(*steps, n, n) * (0.7 / n**0.5)),
+        "c": spread(draw.normal(*steps, n)),
+        "Q": spread(covariance(*steps, n)),
+        "C": spread(draw.normal(*steps, m, n)),
+        "R": spread(covariance(*steps, m)),
+        "y": draw.normal(rows, length, m),
+        "seen": draw.uniform(rows, length, m, dtype=torch.float64) < draw.one(0.7, 2.0),
+        "mean": draw.normal(rows, n),
+        "cov": covariance(rows, n).to(draw.dtype),
+        "moments": draw.chance(0.5),
+    }
+
+
 def linear(draw: Draw) -> Arguments:
     batch, width, outputs = draw.one(0, 1, 3, 16, 17), draw.one(0, 1, 3, 17, 64, 100), draw.one(1, 3, 4, 33)
     return {
@@ -559,6 +586,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         lstm,
         slstm,
         grouped_linear,
+        kalman_filter,
         linear,
         mamba_step,
         mamba2_step,

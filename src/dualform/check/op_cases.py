@@ -23,6 +23,7 @@ from dualform.ops.gated_norm import gated_norm
 from dualform.ops.grouped_linear import grouped_linear
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
+from dualform.ops.kalman_filter import kalman_filter
 from dualform.ops.linear import linear
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
@@ -111,6 +112,18 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     rows = len(lengths)
     ids = torch.arange(length, dtype=torch.int32).div(torch.tensor([[length + 1], [2], [5]]), rounding_mode="floor") % 3
     ids[1, ids[1] == 1], ids[2, : length // 4] = -1, -1  # padding between sequences, and before them
+
+    def gaussian(batch: int, n: int, m: int) -> dict[str, Tensor]:
+        steps = (batch, length)
+        roots = {"Q": normal(*steps, n, n), "R": normal(*steps, m, m), "cov": normal(batch, n, n)}
+        return {
+            **{"A": 0.4 * normal(*steps, n, n), "c": normal(*steps, n), "C": normal(*steps, m, n)},
+            **{"y": normal(*steps, m), "mean": normal(batch, n)},
+            **{name: x @ x.mT + 0.5 * torch.eye(x.shape[-1], dtype=x.dtype) for name, x in roots.items()},
+        }
+
+    def missing(batch: int, m: int) -> dict[str, Tensor]:
+        return {"seen": torch.rand(batch, length, m, generator=generator) < 0.7}
 
     def scan_(batch: int, states: int, complex: bool = False) -> dict[str, Tensor]:
         a = torch.rand(batch, length, 5, generator=generator, dtype=torch.float64)
@@ -372,6 +385,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("slstm", "slstm", slstm, scaled_gates(3, 3)),
         OpCase("slstm packed", "slstm", slstm, scaled_gates(1, rows), runs),
         OpCase("grouped_linear", "grouped_linear", grouped_linear, groups, {"ends": packed[1:].long()}),
+        OpCase("kalman_filter", "kalman_filter", kalman_filter, gaussian(3, 5, 2), missing(3, 2)),
+        OpCase("kalman_filter level", "kalman_filter", kalman_filter, gaussian(9, 1, 1), missing(9, 1)),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
         OpCase("mamba_step", "mamba_step", one_mamba_step, mamba_block(normal, bias=True)),
         OpCase("mamba_step no bias", "mamba_step", one_mamba_step, mamba_block(normal, bias=False)),

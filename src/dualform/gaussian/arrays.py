@@ -61,6 +61,8 @@ class Door:
 
 def refuse_infinite(where: str, name: str, x: Tensor) -> None:
     """Raise for an infinite observation."""
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and x.detach().sum().isfinite():
+        return  # in one pass over what is complete
     refuse(where, name, x, x.detach().isinf(), "has infinite values", "NaN stands for a missing observation")
 
 

@@ -15,12 +15,16 @@ from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
 from dualform.gaussian.steps import Steps, Transition, cut, masked
+from dualform.ops.kalman_filter import KalmanFilter, has_kernel, kalman_filter_op
 
 Form = Literal["sequential", "parallel"]
 
 
 class Pass(NamedTuple):
-    """What the filter finds at each step: before its observation, with it, and how likely that was."""
+    """What the filter finds at each step: before its observation, with it, and how likely that was.
+
+    Where moments were not asked for, there may be no steps of them.
+    """
 
     mean: Tensor  # (B, T, N)
     cov: Tensor  # (B, T, N, N)
@@ -47,27 +51,30 @@ def is_parallel_faster(batch: int, length: int, n: int, device: torch.device) ->
     return device.type != "cpu" or (length >= 32 and batch * n**1.5 <= 150)
 
 
-def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blame: Blame) -> tuple[Pass, Belief, Form]:
+def run(
+    steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blame: Blame, moments: bool = True
+) -> tuple[Pass, Belief, Form]:
     """The filter over some steps, in one form, or in the one that is faster and keeps its digits (None).
 
-    While a direction is diffuse in any row, all rows take the steps of the exact diffuse filter.
+    While a direction is diffuse in any row, all rows take the steps of the exact diffuse filter. The sequential form is
+    that of a kernel where there is one, see :mod:`dualform.ops.kalman_filter`, and it is then the faster one.
 
     Args:
-        steps: the model and the observations. They are masked here: an implementation that takes C, R and ``seen`` as
-            they are would have its place before.
+        steps: the model and the observations, not masked.
         belief: before the first of them; its count of steps is passed on as it is.
         parallel: whether the scan runs.
         counted: whether an observation that determines a diffuse direction counts ``-log(2 pi) / 2``.
         blame: explains what a caller gave, where a step fails.
+        moments: whether the moments of each step are wanted, or only the likelihood and the last belief.
 
     Returns:
         What was found at each step, the belief after the last, and the form that ran but for single steps at the front.
     """
-    head, rest, state = [], masked(steps), belief
+    head, rest, state = [], steps, belief
     while rest.A.shape[1] and belief.diffuse.shape[-1]:
         if not torch.compiler.is_compiling() and not state.diffuse.any():
             break
-        now = cut(rest, slice(1))
+        now = masked(cut(rest, slice(1)))
         before = predict(state, tree_map(lambda z: z[:, 0], now))
         out, state = _update_diffuse(before, now, counted, blame, len(head))
         head.append(out)
@@ -76,7 +83,9 @@ def run(steps: Steps, belief: Belief, parallel: bool | None, counted: bool, blam
         return concat(head, 1), state, "sequential"
     if rest.A.shape[1]:
         state = state._replace(diffuse=_directions(state.diffuse))
-    out, last, form = _proper(rest, Gaussian(state.mean, state.cov), parallel, blame, len(head))
+    start = Gaussian(state.mean, state.cov)
+    quick = None if parallel else _by_kernel(rest, start, moments)
+    out, last, form = quick or _proper(masked(rest), start, parallel, blame, len(head))
     none = state.diffuse[:, None].expand(-1, out.mean.shape[1], -1, -1)
     out = Pass(out.mean, out.cov, none, out.predicted_mean, out.predicted_cov, none, out.loglik)
     return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
@@ -99,6 +108,17 @@ class _Found(NamedTuple):
     loglik: Tensor
     predicted_mean: Tensor
     predicted_cov: Tensor
+
+
+def _by_kernel(steps: Steps, state: Gaussian, moments: bool) -> tuple[_Found, Gaussian, Form] | None:
+    """None where there is no kernel for it, or a step fails: the loop says which one, and why."""
+    a = KalmanFilter(steps.A, steps.c, steps.Q, steps.C, steps.R, steps.y, steps.seen, *state, moments)
+    if not steps.A.shape[1] or not has_kernel(a):
+        return None
+    loglik, mean, cov, predicted_mean, predicted_cov, *last = kalman_filter_op(a)
+    if not loglik.sum().isfinite():  # as long as each of them is, up to an overflow
+        return None
+    return _Found(mean, cov, loglik, predicted_mean, predicted_cov), Gaussian(*last), "sequential"
 
 
 def _proper(

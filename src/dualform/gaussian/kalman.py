@@ -34,13 +34,17 @@ class KalmanFilter(Series, nn.Module):
     much greater than the covariance of the noise: with a vague prior, all that float32 has. Steps in which a start is
     still exactly diffuse are taken one after the other. The smoother is two scans.
 
+    On a CPU the sequential form is a compiled loop wherever nothing is differentiated or compiled, and is then taken for
+    all sizes up to 128 states; a model without gradients is filtered in ``with torch.no_grad()``.
+
     A :class:`~dualform.gaussian.model.LinearGaussian` has the same methods; this class is for the choice of the form.
 
     Args:
         model: the parameters; results have the widest dtype among theirs, the data's and the state's.
         parallel: the form that is taken for whole series. None takes the parallel form where it is expected to be
-            faster, on a CPU for few and long series of small models; the loop again where the scan would lose digits
-            or cannot be. While a graph is compiled, the loop on a CPU and the scan elsewhere.
+            faster, on a CPU for few and long series of small models whose gradients are wanted; the loop again where
+            the scan would lose digits or cannot be. While a graph is compiled, the loop on a CPU and the scan
+            elsewhere.
 
     Raises:
         ArgumentError: for a model of another kind.

@@ -311,7 +311,7 @@ class Recurrent:
             check_tensors(where, y=(y[(0,) * (y.dim() - 2)] if y.dim() > 2 else y, f"{rows} {model.d_obs}"))
         start = (belief.steps - 1).clamp_min(0)
         at = Matrices(where, model, self._full(where, rows), start, 1, belief.mean.dtype)
-        C, R, level = at.there("C")[:, 0], symmetric_part(at.there("R"))[:, 0], None
+        C, R, level = at.there("C")[:, 0], at.noise_of_y()[:, 0], None
         if own[0] is None:
             u = self._check_inputs(where, u, (rows,), belief) if model.D is not None else None
             level = at.driven("d", "D", None if u is None else u[:, None])

@@ -167,7 +167,7 @@ class Series(Recurrent):
         where = f"{type(self).__name__}.log_likelihood"
         if burn < 0:
             raise ArgumentError(f"{where}: burn is {burn}, expected 0 or more")
-        series = self._filtered(where, y, state, u, lengths)
+        series = self._filtered(where, y, state, u, lengths, moments=False)
         return series.found.loglik[:, burn:].sum(-1).reshape(series.full)
 
     def smooth(self, y: Any, state: Any = None, *, u: Any = None, lengths: Any = None) -> Smoothed:
@@ -261,7 +261,7 @@ class Series(Recurrent):
         C, level = matrices.there("C"), matrices.driven("d", "D", future)
         mean = matvec(C, ahead.predicted_mean)
         mean = mean if level is None else mean + level
-        cov = symmetric_part(C @ ahead.predicted_cov @ C.mT) + symmetric_part(matrices.there("R"))
+        cov = symmetric_part(C @ ahead.predicted_cov @ C.mT) + matrices.noise_of_y()
         return Forecast(*self._out(series, mean, cov))
 
     # What the methods share.
@@ -274,7 +274,8 @@ class Series(Recurrent):
         """Results with the batch axes of the call, of the kind of its observations."""
         return series.door.out(*(value.reshape((*series.full, *value.shape[1:])) for value in rows), timed=timed)
 
-    def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> _Series:
+    def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any, moments: bool = True) -> _Series:
+        """Without ``moments`` there may be only the likelihood."""
         model = self.system
         door = Door(where, y, model.A, model.d_obs)
         y = door.y
@@ -296,12 +297,13 @@ class Series(Recurrent):
             keep = time < lengths[:, None], time <= lengths[:, None]
         here = None if u is None else u[:, :length]
         steps = self._steps(where, x, start, here, full, keep)
-        found, last, form = self._run(steps, start)
-        last = last._replace(steps=start.steps + length) if lengths is None else after(start, found, lengths)
+        found, last, form = self._run(steps, start, moments)
+        if moments:
+            last = last._replace(steps=start.steps + length) if lengths is None else after(start, found, lengths)
         return _Series(door, full, start, found, steps, last, lengths, u, form)
 
-    def _run(self, steps: Steps, start: Belief) -> tuple[Pass, Belief, Form]:
-        return run(steps, start, self.parallel, self._counted, lambda: None)
+    def _run(self, steps: Steps, start: Belief, moments: bool = True) -> tuple[Pass, Belief, Form]:
+        return run(steps, start, self.parallel, self._counted, lambda: None, moments)
 
     def _inputs(self, where: str, u: Any, full: tuple[int, ...], length: int, start: Belief) -> Tensor | None:
         """Inputs as rows ``(rows, T or more, U)``."""

@@ -58,14 +58,21 @@ class Matrices:
 
     def get(self, name: str) -> Tensor | None:
         """One of them ``(B, T, ...)``; an expanded view where it is constant."""
+        value = self._rows(name)
+        return None if value is None else self._expanded(value)
+
+    def _expanded(self, value: Tensor) -> Tensor:
+        return value.expand(-1, self.length, *value.shape[2:])
+
+    def _rows(self, name: str) -> Tensor | None:
+        """One of them, with a single step where it is constant."""
         value: Tensor | None = getattr(self.model, name)
         if value is None:
             return None
         value = value.to(self.dtype)
         core = value.shape[value.dim() - len(CORES[name].split()) :]
         if name not in self.model.time_varying:
-            value = value.expand(*self.full, *core).reshape(self.rows, 1, *core)
-            return value.expand(self.rows, self.length, *core)
+            return value.expand(*self.full, *core).reshape(self.rows, 1, *core)
         longest = value.shape[-len(core) - 1]
         value = value.expand(*self.full, longest, *core).reshape(self.rows, longest, *core)
         if torch.compiler.is_compiling() or value.device.type == "meta":
@@ -98,8 +105,17 @@ class Matrices:
 
     def noise(self) -> Tensor:
         """``S Q S^T``, or Q."""
-        S, Q = self.get("S"), symmetric_part(self.there("Q"))
-        return Q if S is None else symmetric_part(S @ Q @ S.mT)
+        S, Q = self._rows("S"), self._covariance("Q")
+        return self._expanded(Q if S is None else symmetric_part(S @ Q @ S.mT))
+
+    def noise_of_y(self) -> Tensor:
+        """R."""
+        return self._expanded(self._covariance("R"))
+
+    def _covariance(self, name: str) -> Tensor:
+        value = self._rows(name)
+        assert value is not None
+        return symmetric_part(value)
 
     def driven(self, vector: str, matrix: str, u: Tensor | None) -> Tensor | None:
         """``c + B u`` or ``d + D u``; None where there is neither."""
@@ -144,7 +160,7 @@ def steps_of(matrices: Matrices, y: Tensor, u: Tensor | None, seen: Tensor, stil
         seen: ``(B, T, M)``, which components are observed.
         still: ``(B, T)``, the steps that make no transition; None is none.
     """
-    moved, C, R = transition(matrices, u, still), matrices.there("C"), symmetric_part(matrices.there("R"))
+    moved, C, R = transition(matrices, u, still), matrices.there("C"), matrices.noise_of_y()
     y, level = torch.where(seen, y.to(C.dtype), 0), matrices.driven("d", "D", u)
     if level is not None:
         y = torch.where(seen, y - level, 0)

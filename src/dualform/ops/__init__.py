@@ -18,6 +18,7 @@ from dualform.ops.gated_norm import gated_norm
 from dualform.ops.grouped_linear import grouped_linear
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
+from dualform.ops.kalman_filter import kalman_filter
 from dualform.ops.linear import linear
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
@@ -59,6 +60,7 @@ for _name in (
     "block",
     "causal_conv1d",
     "diagonal_ssm",
+    "kalman_filter",
     "linear",
     "linear_scan",
     "norm",
@@ -97,6 +99,7 @@ __all__ = [
     "grouped_linear",
     "irregular_scan",
     "irregular_ssm",
+    "kalman_filter",
     "linear",
     "linear_scan",
     "long_conv",

@@ -114,8 +114,8 @@ class Op(Generic[Arguments]):
             they are given themselves; this guards the calls that come past them, compiled or through ``torch.ops``.
         outputs: how many there are.
         keeps: outputs, by position, that the backward of every backend needs.
-        stepwise: the reference has no loop over time: it is the backend ``torch`` as well, and runs as plain PyTorch
-            wherever a gradient is wanted.
+        stepwise: the reference has no loop over time, or none that PyTorch has a better form of: it is the backend
+            ``torch`` as well, and runs as plain PyTorch wherever a gradient is wanted.
     """
 
     def __init__(
