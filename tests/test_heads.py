@@ -226,7 +226,10 @@ def test_inputs_are_scaled_inside_of_the_model(missing, x, tmp_path):
     model.save(tmp_path)
     again = df.load(tmp_path, kind=SequenceClassifier)
     close(again(shifted)[0], model(shifted)[0], rtol=0, atol=0)
-    assert again.entrance.options == {"standardise": True, **({} if missing == "refused" else {"missing": missing})}
+    assert again.entrance is not None and again.entrance.options == {
+        "standardise": True,
+        **({} if missing == "refused" else {"missing": missing}),
+    }
 
 
 def test_a_constant_channel_and_one_without_values_are_left(x):

@@ -122,6 +122,9 @@ class Entrance(nn.Module):
         check_tensors("Entrance", x=(x, f"* * {self.inputs}"), state=(held, f"{rows} {self.inputs}"))
         if x.shape[1] == 0:
             return x, held
+        if packing is None and x.shape[1] == 1:
+            y = torch.where(gone, held[:, None].to(x.dtype), x)
+            return y, y[:, 0].to(held.dtype, copy=True)
         time = torch.arange(x.shape[1], device=x.device)[None, :, None]
         last = torch.where(gone, -1, time).cummax(1).values  # of the line, perhaps of a sequence before
         if packing is None:
