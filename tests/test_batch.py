@@ -10,6 +10,7 @@ from dualform.core.errors import ArgumentError
 from dualform.core.tree import leaves
 from dualform.generation import request
 from dualform.generation.batch import Engine, generate_batch
+from dualform.generation.decoder import Decoder
 from dualform.generation.engine import generate
 from dualform.generation.options import Sampling
 from dualform.generation.session import Session
@@ -75,7 +76,52 @@ def asked(dice, most=30):
 @pytest.mark.parametrize("pattern", ["MM", "mm", "MA", "mWA"])
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_join_and_leave_at_random(pattern, seed, short_pieces):
-    model, dice = build(pattern), random.Random(seed)
+    join_and_leave(build(pattern), random.Random(seed))
+
+
+@pytest.mark.parametrize("pattern", ["MM", "MA", "mWA"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_join_and_leave_graphs_that_are_played(pattern, seed, short_pieces, monkeypatch):
+    """What a GPU does: a step under way before its token is read, in memory that stays until a cache has to grow."""
+    captured = []
+
+    def capture(self):
+        places, wants = [leaf.data_ptr() for leaf in leaves(self._state)], self._wants
+        captured.append((self, wants))
+
+        class Played:
+            @staticmethod
+            def replay():
+                assert [leaf.data_ptr() for leaf in leaves(self._state)] == places and self._wants == wants
+                self._keep(self._step())
+
+        self._captured[wants] = Played
+
+    def decoder(*given, **options):
+        found = Decoder(*given, **options)
+        found._graphs = found._ahead = True
+        return found
+
+    class Event:
+        def record(self):
+            self.recorded = True
+
+        def synchronize(self):
+            assert self.recorded
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr("dualform.generation.decoder._LEAST_ROOM", 16)
+    monkeypatch.setattr("dualform.generation.decoder._GRAPHS", 3)
+    monkeypatch.setattr("dualform.generation.decoder._IDLE", 9)
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr("dualform.generation.batch.Decoder", decoder)
+    join_and_leave(build(pattern), random.Random(10 + seed))
+    assert len({wants for _, wants in captured}) > 1
+
+
+def join_and_leave(model, dice):
+    """Requests of all kinds, at random; each has the tokens that it has alone."""
     engine, came, heard = Engine(model, rows=dice.choice([1, 2, 3, 5])), [], {}
     for _ in range(60):
         for _ in range(dice.choice([0, 0, 0, 1, 3]) if len(came) < 12 else 0):

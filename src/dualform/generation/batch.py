@@ -40,7 +40,7 @@ class Engine:
 
     Args:
         model: evaluated without gradients, on its own device; its training flag is left as it was. Its weights should
-            not change while requests are under way: what follows from them alone is computed once, at the first step.
+            not change any more: what follows from them alone is computed once, when the first request gets a row.
         rows: the most requests that decode at a time. Every step computes all of them, free ones too.
         logprobs: how many of the most likely tokens are told with their log-probabilities for every token of a request,
             beside that of the token itself; 0 tells the latter alone, None none, which costs nothing.

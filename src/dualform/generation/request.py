@@ -114,9 +114,12 @@ class Request:
         self._position += 1
         self._generated += 1
         self._remaining -= 1
-        recent = tuple(self._history)
-        if any(len(s) <= self._generated and recent[-len(s) :] == s for s in self._stops):
+        if self._stops and self._stopped():
             self.finish = "stop"
+
+    def _stopped(self) -> bool:
+        recent = tuple(self._history)
+        return any(len(s) <= self._generated and recent[-len(s) :] == s for s in self._stops)
 
     def end(self, session: Session | None, error: DualformError | None = None) -> None:
         """Keep where it ended, until it is asked for, or the error that ended it."""
