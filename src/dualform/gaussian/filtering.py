@@ -205,14 +205,14 @@ def _blocked(steps: Steps) -> int:
     """
     if torch.compiler.is_compiling():
         return 0
-    _, _, failed = elements_of(cut(steps, slice(-1)))
+    _, failed = own_root(cut(steps, slice(-1)))
     at = (failed != 0).any(0).nonzero()
     return int(at.max()) + 1 if len(at) else 0
 
 
 def _scan(steps: Steps, state: Gaussian) -> tuple[Gaussian, Tensor]:
     """The states before every step, and J of all steps before each."""
-    elements, _, _ = elements_of(cut(steps, slice(-1)))
+    elements = elements_of(cut(steps, slice(-1)))
     first = tree_map(lambda z: z[:, None], state)
     zero = torch.zeros_like(first.cov)
     known = GaussianElement(zero, first.mean, first.cov, zero[..., 0], zero)
@@ -231,25 +231,28 @@ def _condition(P: Tensor, J: Tensor) -> Tensor:
     return condition.nan_to_num(nan=torch.inf, posinf=torch.inf).max()
 
 
-def elements_of(steps: Steps) -> tuple[GaussianElement, Tensor, Tensor]:
+def own_root(steps: Steps) -> tuple[Tensor, Tensor]:
+    """The root of ``C Q C^T + R``, and where it does not exist (not 0)."""
+    return torch.linalg.cholesky_ex(symmetric_part(steps.C @ steps.Q @ steps.C.mT) + steps.R)
+
+
+def elements_of(steps: Steps) -> GaussianElement:
     """Each step by itself: the filter from a known state, and what its observation says about that state.
 
-    Besides, the root of ``C Q C^T + R``, and where it does not exist (not 0): an element is then meaningless.
+    Without meaning where :func:`own_root` does not exist.
     """
-    CQ = steps.C @ steps.Q
-    root, failed = torch.linalg.cholesky_ex(symmetric_part(CQ @ steps.C.mT) + steps.R)
+    CQ, (root, _) = steps.C @ steps.Q, own_root(steps)
     K = torch.cholesky_solve(CQ, root).mT
     left = torch.eye(CQ.shape[-1], dtype=CQ.dtype, device=CQ.device) - K @ steps.C
     CA = steps.C @ steps.A
     information = torch.cholesky_solve(CA, root).mT
-    elements = GaussianElement(
+    return GaussianElement(
         left @ steps.A,
         matvec(left, steps.c) + matvec(K, steps.y),
         symmetric_part(left @ steps.Q),
         matvec(information, steps.y - matvec(steps.C, steps.c)),
         symmetric_part(information @ CA),
     )
-    return elements, root, failed
 
 
 def _all_at_once(

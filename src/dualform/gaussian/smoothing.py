@@ -37,7 +37,7 @@ from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.filtering import Pass, elements_of, is_parallel_faster, sharpened
+from dualform.gaussian.filtering import Pass, elements_of, is_parallel_faster, own_root, sharpened
 from dualform.gaussian.steps import Steps, cut, masked
 
 
@@ -82,7 +82,7 @@ def posterior(belief: Belief, found: Pass, steps: Steps, parallel: bool | None) 
     more = 0 if torch.compiler.is_compiling() else _last(sharpened(J, before.cov[:, first:]))
     if more:  # once more, so that no gradient passes through numbers without meaning
         first += more
-        on, eta, J = collect(elements_of(cut(steps, slice(first, None)))[0], belief.mean)
+        on, eta, J = collect(elements_of(cut(steps, slice(first, None))), belief.mean)
     eta, J = eta[:, 0], J[:, 0]
     reached = tree_map(lambda z: z[:, first], before)
     middle, lag = tree_map(lambda z: z[:, None], _combined(reached, eta, J)), J[:, None][:, :0]
@@ -104,16 +104,16 @@ def _regular(found: Pass, steps: Steps) -> tuple[GaussianElement, int]:
     ``eps^1/2`` of the two variances, (eta, J) would lose half of the digits.
     """
     if torch.compiler.is_compiling() or not steps.A.shape[1]:
-        return elements_of(steps)[0], 0
+        return elements_of(steps), 0
     with torch.no_grad():
-        _, root, failed = elements_of(steps)
+        root, failed = own_root(steps)
         own = root.diagonal(dim1=-2, dim2=-1).square()
         all_of_it = ((steps.C @ found.predicted_cov) * steps.C).sum(-1) + steps.R.diagonal(dim1=-2, dim2=-1)
         least = torch.where(steps.seen, all_of_it, torch.inf).amin(1, keepdim=True)
         noisy = (own > torch.finfo(own.dtype).eps ** 0.5 * least) | ~steps.seen
         sharp = (failed != 0) | ~noisy.all(-1)
         first = _last(sharp)
-    return elements_of(cut(steps, slice(first, None)))[0], first
+    return elements_of(cut(steps, slice(first, None))), first
 
 
 def _last(mask: Tensor) -> int:
