@@ -147,8 +147,7 @@ class Structural(Built):
             terms["diffuse"] = diffuse
         return LinearGaussian(A, C, Q, R[..., None, None], P0=start, prior="first", **terms)
 
-    @torch.no_grad()
-    def begin(self, y: Any) -> None:
+    def _begin(self, y: Any) -> None:
         """Set the estimated variances to shares of the variance of the changes of y."""
         values = Door("begin", y, self.build().A, 1).y
         scale = _variance(values.diff(dim=-2))
