@@ -135,6 +135,17 @@ def test_a_series_that_begins_with_missing_values_is_fitted(nile):
     close(found.values, nile.values, 1e-4)
 
 
+def test_every_other_value_may_be_missing():
+    """No two neighbours are there, so that no difference is."""
+    y = 100 * noise(40, seed=3).cumsum(0)
+    y[1::2] = torch.nan
+    found = (Level() + Irregular(0.0)).fit(y)
+    steps = y[::2].diff()  # of two years each
+    close(found.values, steps.square().mean()[None] / 2, 1e-5)
+    same = sarimax((0, 1, 0)).fit(y)
+    close(same.values, found.values, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["structural", "sarimax"])
 def test_many_series_are_fitted_at_once(kind):
     """Each as by itself, with lengths and missing values of its own, also where one is done long before another."""

@@ -180,6 +180,8 @@ class Sarimax(Built):
         """
         o = self.orders
         w = difference(Door("sarimax", y, self.variance, 1).y.to(self.variance), o)[:, 0]
+        if w.isnan().all():  # nothing is left of so few values
+            return
         if self.X is not None:
             X = difference(self.X, o)[: len(w)]
             rows = ~w.isnan()
