@@ -84,12 +84,11 @@ def test_standard_errors_in_closed_form():
     assert math.isclose(found.bic, 3 * math.log(50) - 2 * total, rel_tol=1e-9)
 
 
-def test_units_do_not_matter():
+def test_units_do_not_matter(nile):
     """A series a million times as large has a maximum that is moved, and as good a fit."""
-    y = load("nile_local_level")["y"][:25]
-    one, other = ((Level() + Irregular()).fit(factor * y) for factor in (1.0, 1e6))
-    close(other.values / 1e12, one.values, 1e-4)
-    assert one.converged and other.converged
+    found = (Level() + Irregular()).fit(1e6 * load("nile_local_level")["y"])
+    assert found.converged
+    close(found.values / 1e12, nile.values, 1e-4)
 
 
 def test_criteria_count_diffuse_states_with_their_convention(nile):
@@ -134,6 +133,39 @@ def test_a_series_that_begins_with_missing_values_is_fitted(nile):
     found = (Level() + Irregular()).fit(y.numpy())
     assert found.n_obs == 100
     close(found.values, nile.values, 1e-4)
+
+
+def test_every_other_value_may_be_missing():
+    """No two neighbours are there, so that no difference is."""
+    y = 100 * noise(40, seed=3).cumsum(0)
+    y[1::2] = torch.nan
+    found = (Level() + Irregular(0.0)).fit(y)
+    steps = y[::2].diff()  # of two years each
+    close(found.values, steps.square().mean()[None] / 2, 1e-5)
+    same = sarimax((0, 1, 0)).fit(y)
+    close(same.values, found.values, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["structural", "sarimax"])
+def test_many_series_are_fitted_at_once(kind):
+    """Each as by itself, with lengths and missing values of its own, also where one is done long before another."""
+    y = torch.stack([load("nile_local_level")["y"][:24] / 100, noise(24, seed=1).cumsum(0), 5 * noise(24, seed=2)])
+    y[1, 7], lengths = torch.nan, [24, 24, 18]
+    make = {"structural": lambda: Level() + Irregular(), "sarimax": lambda: sarimax((1, 0, 0), intercept=True)}[kind]
+    model = make().expand(3)
+    found = model.fit(y[..., None], lengths=lengths)
+    for row, one, length in ((1, found[1], 24), (2, found[2], 18)):
+        alone = make().fit(y[row, :length])
+        assert one.converged and one.names == alone.names and one.n_obs == alone.n_obs
+        assert math.isclose(one.log_likelihood, alone.log_likelihood, abs_tol=1e-7)
+        free = ~alone.standard_errors.isnan()
+        close(one.values[free], alone.values[free], 1e-3)
+        close(one.standard_errors[free], alone.standard_errors[free], 1e-3)
+        assert one.at_bound == alone.at_bound
+        if length == 24:
+            assert one.summary().splitlines()[-3:] == alone.summary().splitlines()[-3:] or free.sum() < len(free)
+    ahead = model.forecast(y[..., None], 2, lengths=lengths)
+    close(ahead.mean[2], found[2].model.forecast(y[2, :18], 2).mean, 1e-9)
 
 
 # What is said of failures.
@@ -184,6 +216,15 @@ def test_series_that_are_refused():
         (Level() + Irregular()).fit(noise(2, 10, 1))
     with pytest.raises(ArgumentError, match="infinite"):
         (Level() + Irregular()).fit([1.0, math.inf])
+    batch = (Level() + Irregular()).expand(2)
+    with pytest.raises(ArgumentError, match=r"expected \(2, T, M\), a series for each row"):
+        batch.fit(noise(3, 10, 1))
+    with pytest.raises(ArgumentError, match="row 1 of y has no observation"):
+        batch.fit(noise(2, 10, 1), lengths=[10, 0])
+    with pytest.raises(ArgumentError, match="expand: rows is 2, of a model with 2"):
+        batch.expand(2)
+    with pytest.raises(ArgumentError, match="row: row is 2, expected one of 2"):
+        batch.row(2)
 
 
 # Its parts.

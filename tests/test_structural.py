@@ -96,6 +96,52 @@ def test_a_regression_by_states_is_generalised_least_squares():
     close(fixed.log_likelihood(y)[None], torch.tensor([found.log_likelihood], dtype=torch.float64), 1e-10)
 
 
+def test_coefficients_that_move_are_random_walks():
+    """Against a model whose emission is given for each step."""
+    X, y = (torch.randn(20, k, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (2, 1))
+    model = Regression(X, moving=True, variance=[0.2, 0.05]) + Irregular(0.5)
+    eye = torch.eye(2, dtype=torch.float64)
+    want = df.LinearGaussian(
+        eye, X[:, None], torch.diag(eye.new_tensor([0.2, 0.05])), [[0.5]], P0="diffuse", prior="first", time_varying="C"
+    )
+    close(model.log_likelihood(y)[None], want.log_likelihood(y)[None], 1e-12)
+    close(model.components(y)["regression"].mean, (want.smooth(y).mean * X).sum(-1), 1e-12)
+    trained = Regression(X, moving=True) + Irregular()
+    assert trained.fit(y).names == ["regression.variance[1]", "regression.variance[2]", "irregular.variance"]
+
+
+def test_batches_of_parameters_and_of_series():
+    """Each row is what it is alone, in likelihood, components and gradients."""
+    y = torch.randn(3, 12, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    damping = torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64, requires_grad=True)
+    model = Trend(0.1, 0.2, damped=True, damping=damping) + Cycle(5.0, damping=damping, variance=0.1) + Irregular(1.0)
+    together, found = model.log_likelihood(y), model.components(y)
+    alone = [Trend(0.1, 0.2, damped=True, damping=d) + Cycle(5.0, damping=d, variance=0.1) for d in damping]
+    for row, one in enumerate(alone):
+        one = one + Irregular(1.0)
+        close(one.log_likelihood(y[row])[None], together[row : row + 1], 1e-12)
+        for name, effect in one.components(y[row]).items():
+            close(effect.mean, found[name].mean[row], 1e-10)
+            close(effect.var, found[name].var[row], 1e-10)
+    (gradient,) = torch.autograd.grad(together.sum(), damping)
+    assert (gradient != 0).all()
+
+
+def test_results_are_of_the_kind_of_the_series():
+    pd = pytest.importorskip("pandas")
+    y = pd.Series(load("nile_local_level")["y"].numpy(), index=pd.period_range("1871", periods=100, freq="Y"))
+    model = Level() + Irregular()
+    model.set(**{"level.variance": 1469.1, "irregular.variance": 15099.0})
+    assert isinstance(model.components(y)["level"].mean, np.ndarray)
+    smooth = model.smooth(y)
+    assert isinstance(smooth.mean, pd.DataFrame) and smooth.mean.index.equals(y.index)
+    assert isinstance(model.forecast(y, 3).mean, np.ndarray)
+    assert model.log_likelihood(y).requires_grad
+    with torch.no_grad():
+        single = model.log_likelihood(torch.as_tensor(y.to_numpy(), dtype=torch.float32))
+    close(single[None], model.log_likelihood(y)[None], 1e-9)
+
+
 def test_forecasts_see_the_covariates_to_come():
     X = torch.arange(12, dtype=torch.float64)
     model = Regression(X, beta=[3.0]) + Irregular(1.0)
@@ -183,6 +229,8 @@ def test_noise_alone_is_a_model():
         (lambda: Structural(), "no components"),
         (lambda: Structural(3), "int is not a component"),
         (lambda: Regression([1.0, float("nan")]), "NaN or infinite|cannot be missing"),
+        (lambda: Regression([1.0], variance=2.0), "coefficients do not move"),
+        (lambda: Regression([1.0], moving=True, beta=[1.0]), "coefficients that move are states"),
         (lambda: Regression([1.0]) + Regression([1.0, 2.0]), r"covariates of \[1, 2\] steps"),
         (lambda: (Level() + Irregular()).set(**{"level.varience": 1.0}), "is no estimated parameter"),
         (lambda: (Level() + Irregular()).set(**{"level.variance": -1.0}), "level.variance: .* expected 0 or more"),

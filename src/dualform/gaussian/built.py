@@ -1,6 +1,7 @@
 """What every model does whose linear-Gaussian form is made of its parameters."""
 
-from typing import Any, Literal
+import copy
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError
 from dualform.core.options import suggestion
 from dualform.gaussian.constraints import kind, places
-from dualform.gaussian.fitting import Fit, fit
+from dualform.gaussian.fitting import fit
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.recurrent import Innovation
 from dualform.gaussian.series import Filtered, Forecast, Smoothed
@@ -29,8 +30,10 @@ class Built(nn.Module):
         """
         raise NotImplementedError
 
-    def begin(self, y: Any) -> None:
-        """Set the estimated parameters to where an optimiser may begin, by the series."""
+    rows: int | None = None
+
+    def _begin(self, y: Any) -> None:
+        """Set the parameters of one series."""
 
     def prepared(self, y: Any) -> Any:
         """The series as it is filtered: y itself, unless a model transforms it."""
@@ -69,9 +72,48 @@ class Built(nn.Module):
         """:meth:`~dualform.gaussian.model.LinearGaussian.sample` of the model."""
         return self.build().sample(length, batch, **options)
 
-    def fit(self, y: Any, method: Literal["lbfgs"] = "lbfgs", **options: Any) -> Fit:
+    def fit(self, y: Any, method: Literal["lbfgs"] = "lbfgs", **options: Any) -> Any:
         """Maximise the likelihood of a series: :func:`~dualform.gaussian.fitting.fit`, with its arguments."""
         return fit(self, y, method, **options)
+
+    def expand(self, rows: int) -> Self:
+        """A copy whose estimated parameters each have an axis of ``rows`` in front, for as many series.
+
+        Raises:
+            ArgumentError: for a model that was expanded, and fewer than one row.
+        """
+        if self.rows is not None or rows < 1:
+            raise ArgumentError(f"{kind(self)}.expand: rows is {rows}, of a model with {self.rows}, expected 1 or more")
+        made = copy.deepcopy(self)
+        made.rows = rows
+        for place in places(made):
+            place.free.data = place.free.data.expand(rows, *place.free.shape).clone()
+        return made
+
+    def row(self, row: int) -> Self:
+        """The model of one series, a copy, of a model that was expanded.
+
+        Raises:
+            ArgumentError: for a row that there is not.
+        """
+        if self.rows is None or not 0 <= row < self.rows:
+            raise ArgumentError(f"{kind(self)}.row: row is {row}, expected one of {self.rows or 'an expanded model'}")
+        made = copy.deepcopy(self)
+        made.rows = None
+        for place in places(made):
+            place.free.data = place.free.data[row].clone()
+        return made
+
+    @torch.no_grad()
+    def begin(self, y: Any) -> None:
+        """Set the estimated parameters to where an optimiser may begin, by the series; each row by its own."""
+        if self.rows is None:
+            return self._begin(y)
+        one = self.row(0)
+        for row in range(self.rows):
+            one._begin(y[row])
+            for mine, its in zip(places(self), places(one), strict=True):
+                mine.free[row] = its.free
 
     def values(self) -> dict[str, Tensor]:
         """The estimated parameters by name, as constrained values."""

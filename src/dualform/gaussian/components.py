@@ -294,7 +294,7 @@ class Autoregressive(Component):
 
 @explained
 class Regression(Component):
-    """The effect of covariates with constant coefficients: ``X_t beta``.
+    """The effect of covariates: ``X_t beta``, with coefficients that are constant or random walks.
 
     Args:
         X: ``(T, K)``, or ``(T,)`` for one, of every step that is filtered or forecast; it may be longer than
@@ -302,15 +302,19 @@ class Regression(Component):
         diffuse: how beta is found. True: as constant states from an exactly diffuse start, that is, by generalised
             least squares, with a marginal likelihood. False: as parameters, by maximum likelihood, as statsmodels does.
         beta: the coefficients ``(K,)``, which are then fixed.
+        moving: whether the coefficients are random walks, ``beta_t = beta_{t-1} + eta_t``.
+        variance: of eta, ``(K,)``, 0 or more, of coefficients that move.
 
     Raises:
-        ArgumentError: for covariates that are not finite or have other axes.
+        ArgumentError: for covariates that are not finite or have other axes, a variance of coefficients that do not
+            move, and moving ones that are no states.
     """
 
     name = "regression"
     beta: Tensor
+    variance: Tensor
 
-    def __init__(self, X: Any, *, diffuse: bool = True, beta: Any = None):
+    def __init__(self, X: Any, *, diffuse: bool = True, beta: Any = None, moving: bool = False, variance: Any = None):
         super().__init__()
         given = X.to_numpy(dtype="float64") if hasattr(X, "iloc") else X
         made = as_tensors("Regression", X=given)["X"].to(torch.float64)
@@ -322,18 +326,23 @@ class Regression(Component):
         self.states = diffuse and beta is None
         if not self.states:
             constrained(self, "beta", beta, [0.0] * made.shape[1], None)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """It has no variances."""
-        return {}
+        if moving and not self.states:
+            raise ArgumentError("Regression: coefficients that move are states, expected no beta and no diffuse=False")
+        if variance is not None and not moving:
+            raise ArgumentError("Regression: variance is given, but the coefficients do not move", hint="moving=True")
+        self.moving = moving
+        if moving:
+            constrained(self, "variance", variance, [1.0] * made.shape[1], Positive())
 
     def begin(self, y: Tensor, scale: float) -> None:
-        """Set estimated coefficients to those of least squares, of the changes of the series."""
+        """Set estimated coefficients to those of least squares, of the changes of the series; and their variances."""
         if "beta" in dict(self.named_parameters()):
             X, dy = self.get_buffer("X")[: len(y)].diff(dim=0), y.diff(dim=-2)
             rows = ~dy[:, 0].isnan()
             self.beta.copy_(torch.linalg.lstsq(X[rows], dy[rows].to(X), driver="gelsd").solution[:, 0])
+        if self.moving and self.variance.requires_grad:
+            size = self.get_buffer("X").square().mean(0)
+            self.variance = 0.01 * scale / torch.where(size > 0, size, 1)
 
     @property
     def length(self) -> int | None:
@@ -346,7 +355,8 @@ class Regression(Component):
         k = X.shape[1] if self.states else 0
         eye = torch.eye(k, dtype=X.dtype, device=X.device)
         effect = None if self.states else (X @ self.beta.to(X).unsqueeze(-1)).squeeze(-1)
-        return Block(eye, X if self.states else X[0, :0], torch.zeros_like(eye), [True] * k, d=effect)
+        Q = torch.diag_embed(self.variance.to(X).expand(*self.variance.shape[:-1], k)) if self.moving else 0 * eye
+        return Block(eye, X if self.states else X[0, :0], Q, [True] * k, d=effect)
 
 
 def companion(phi: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Positive(nn.Module):
             raise ArgumentError(f"a variance is {value.min().item():g}, expected 0 or more")
         return value.sqrt()
 
-    def at_bound(self, x: Tensor, scale: float) -> Tensor:
+    def at_bound(self, x: Tensor, scale: Tensor) -> Tensor:
         """Where a variance is next to 0, beside one of the data."""
         return x.detach().square() <= 1e-9 * scale
 
@@ -68,7 +68,7 @@ class Interval(nn.Module):
             )
         return torch.logit((value - self.low) / (self.high - self.low))
 
-    def at_bound(self, x: Tensor, scale: float) -> Tensor:
+    def at_bound(self, x: Tensor, scale: Tensor) -> Tensor:
         """Where a value is next to a bound."""
         part = torch.sigmoid(x.detach())
         return (part < _EDGE) | (part > 1 - _EDGE)
@@ -110,7 +110,7 @@ class Stationary(nn.Module):
             raise ArgumentError(f"{what}: {[round(v, 6) for v in value.detach().flatten().tolist()]}")
         return partial.atanh()
 
-    def at_bound(self, x: Tensor, scale: float) -> Tensor:
+    def at_bound(self, x: Tensor, scale: Tensor) -> Tensor:
         """All coefficients, where a partial autocorrelation is next to 1 or -1."""
         return (x.detach().tanh().abs() > 1 - _EDGE).any(-1, keepdim=True).expand(x.shape)
 

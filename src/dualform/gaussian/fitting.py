@@ -1,9 +1,9 @@
 """Maximum likelihood for any model with parameters, and what it found."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.options import suggestion
 from dualform.gaussian.arrays import Door
-from dualform.gaussian.constraints import Place, kind, places
+from dualform.gaussian.constraints import kind, places
 from dualform.gaussian.diagnostics import Diagnostics, diagnose
+from dualform.gaussian.objective import Objective, rows_of
 from dualform.gaussian.optimize import minimize
 
 _GAIN = 1e-6
@@ -147,8 +148,11 @@ def fit(
     start: Mapping[str, Any] | Literal["data", "current"] = "data",
     max_iter: int = 200,
     **options: Any,
-) -> Fit:
-    """Maximise the log-likelihood of one series over the parameters of a model, which keeps what was found.
+) -> Any:
+    """Maximise the log-likelihood over the parameters of a model, which keeps what was found.
+
+    A model that was expanded, ``model.expand(B)``, is fitted to B series at once, each with parameters of its own: one
+    pass of the filter takes them all, and each has its own line search.
 
     Args:
         model: a sum of components, :class:`~dualform.gaussian.sarimax.Sarimax`, a ``LinearGaussian`` of
@@ -160,14 +164,14 @@ def fit(
         start: where to begin: ``"data"``, where the model guesses by y; ``"current"``, at the present values; or a
             mapping of some values, besides the guess.
         max_iter: how many directions of L-BFGS.
-        options: of ``log_likelihood``, such as ``u``.
+        options: of ``log_likelihood``, such as ``u``, or ``lengths`` of several series.
 
     Returns:
-        What was found, converged or not: see :class:`Fit`.
+        What was found, converged or not: a :class:`Fit`, or a list of them for an expanded model.
 
     Raises:
-        ArgumentError: for an unknown method or name, a model without parameters to estimate, a batch of series, a
-            series without a number, and where the likelihood has no value at the start.
+        ArgumentError: for an unknown method or name, a model without parameters to estimate, series that are not as
+            many as the rows of the model, one without a number, and where the likelihood has no value at the start.
 
     References:
         Durbin and Koopman (2012), "Time series analysis by state space methods", chapter 7.
@@ -184,10 +188,19 @@ def fit(
     values = Door("fit", y, _like(model), _width(model)).y
     if values.isnan().all():
         raise ArgumentError("fit: y has no observation, all values are missing")
-    if values.dim() != 2:
-        raise ArgumentError(f"fit: y has shape {tuple(values.shape)}, expected one series (T, M)")
+    rows = rows_of(model)
+    if values.dim() != (3 if rows else 2) or (rows and len(values) != rows):
+        wanted = f"({rows}, T, M), a series for each row of the model" if rows else "one series (T, M)"
+        raise ArgumentError(
+            f"fit: y has shape {tuple(values.shape)}, expected {wanted}", hint="model.expand(B) fits B series at once"
+        )
+    if "lengths" in options:
+        keep = torch.arange(values.shape[-2]) < torch.as_tensor(options["lengths"])[:, None]
+        values = torch.where(keep.to(values.device)[..., None], values, torch.nan)
+    if rows and (empty := values.isnan().flatten(1).all(1)).any():
+        raise ArgumentError(f"fit: row {int(empty.nonzero()[0])} of y has no observation, all values are missing")
     if start != "current":
-        getattr(model, "begin", lambda y: None)(y)
+        getattr(model, "begin", lambda y: None)(values)
     for name, value in {
         **kept,
         **(start if isinstance(start, Mapping) else {}),
@@ -197,168 +210,98 @@ def fit(
     free = [place for name, place in known.items() if name not in fixed]
     if not free:
         raise ArgumentError("fit: the model has no parameter to estimate", hint="a number fixes one, None leaves it")
-    problem = _Problem(model, y, free, options)
-    begin = problem.point()
-    if not math.isfinite(problem(torch.ones_like(begin))[0].item()):
+    problem = Objective(model, values, free, options)
+    begin = torch.ones_like(problem.point())
+    if not problem(begin)[0].isfinite().all():
         problem.value()  # raises what is wrong
         raise ArgumentError("fit: the likelihood is not finite where the optimiser begins", hint="start={...}")
-    found = minimize(problem, torch.ones_like(begin), max_iter=max_iter)
+    found = minimize(problem, begin, max_iter=max_iter)
     problem.move(found.x)
-    return _judged(problem, bool(found.converged), found.iterations, found.evaluations)
+    prepared = getattr(model, "prepared", lambda y: y)(values)
+    fits = _judged(problem, prepared, ~found.converged, (found.iterations, found.evaluations))
+    return fits if problem.rows else fits[0]
 
 
-class _Problem:
-    """The negative log-likelihood over scaled unconstrained parameters: 1 where the optimiser begins."""
-
-    def __init__(self, model: Any, y: Any, free: list[Place], options: dict[str, Any]):
-        self.model, self.y, self.options, self.free = model, y, options, free
-        self.tensors: list[Tensor] = [place.free for place in free]
-        begin = self.point()
-        floors = [torch.full((1, p.free.numel()), getattr(p.constraint, "floor", 0.0)) for p in free]
-        sizes = torch.maximum(begin.abs(), torch.cat(floors, 1).to(begin))
-        self.scale = torch.where(sizes > 0, sizes, 1.0)
-        self.offset = begin - self.scale
-
-    def point(self) -> Tensor:
-        return torch.cat([tensor.detach().reshape(1, -1).double() for tensor in self.tensors], 1)
-
-    @torch.no_grad()
-    def move(self, z: Tensor) -> None:
-        x, at = (self.offset + self.scale * z)[0], 0
-        for tensor in self.tensors:
-            tensor.copy_(x[at : at + tensor.numel()].view(tensor.shape))
-            at += tensor.numel()
-
-    def value(self) -> Tensor:
-        with torch.enable_grad():
-            return -self.model.log_likelihood(self.y, **self.options)
-
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        self.move(z)
-        try:
-            value = self.value()
-            gradient = self.flat(torch.autograd.grad(value, self.tensors, allow_unused=True))
-        except ArgumentError:  # a covariance that is not positive definite, a model that is not stationary
-            return z.new_full((1,), torch.inf), torch.zeros_like(z)
-        return value.detach().double().reshape(1), gradient[None] * self.scale
-
-    def flat(self, gradients: Any) -> Tensor:
-        pairs = zip(gradients, self.tensors, strict=True)
-        return torch.cat([(torch.zeros_like(t) if g is None else g).reshape(-1).double() for g, t in pairs])
-
-    def hessian(self) -> tuple[float, Tensor, Tensor]:
-        """The log-likelihood, its gradient and its Hessian, in the unconstrained parameters."""
-        value = -self.value()
-        gradient = self.flat(torch.autograd.grad(value, self.tensors, create_graph=True, allow_unused=True))
-        rows = [self.flat(torch.autograd.grad(g, self.tensors, retain_graph=True, allow_unused=True)) for g in gradient]
-        H = torch.stack(rows)
-        return value.item(), gradient.detach(), (H + H.mT) / 2
-
-    def jacobian(self) -> tuple[Tensor, Tensor]:
-        """The constrained values, and their derivatives by the unconstrained ones."""
-        with torch.enable_grad():
-            values = self.constrained()
-            rows = [
-                self.flat(torch.autograd.grad(v, self.tensors, retain_graph=True, allow_unused=True)) for v in values
-            ]
-        return values.detach(), torch.stack(rows)
-
-    def bending(self, weights: Tensor) -> Tensor:
-        """The Hessian of a weighted sum of the constrained values, by the unconstrained ones."""
-        with torch.enable_grad():
-            total = (weights * self.constrained()).sum()
-            gradient = self.flat(torch.autograd.grad(total, self.tensors, create_graph=True, allow_unused=True))
-            if not gradient.requires_grad:
-                return torch.zeros(len(weights), len(weights), dtype=weights.dtype, device=weights.device)
-            rows = [
-                self.flat(torch.autograd.grad(g, self.tensors, retain_graph=True, allow_unused=True)) for g in gradient
-            ]
-        return torch.stack(rows)
-
-    def constrained(self) -> Tensor:
-        """The constrained values in a row."""
-        return torch.cat([place.value.reshape(-1).double() for place in self.free])
-
-    def names(self) -> list[str]:
-        parts = []
-        for place in self.free:
-            shape = place.value.shape
-            index = [tuple(i + 1 for i in at) for at in torch.ones(shape).nonzero().tolist()]
-            parts += [f"{place.name}[{', '.join(map(str, at))}]" if at else place.name for at in index]
-        return parts
-
-    def at_bound(self, scale: float) -> Tensor:
-        flags = []
-        for place, tensor in zip(self.free, self.tensors, strict=True):
-            check: Callable[..., Tensor] | None = getattr(place.constraint, "at_bound", None)
-            flags.append(
-                torch.zeros(tensor.numel(), dtype=torch.bool)
-                if check is None
-                else check(tensor, scale).reshape(-1).cpu()
-            )
-        return torch.cat(flags)
-
-
-def _judged(problem: _Problem, converged: bool, iterations: int, evaluations: int) -> Fit:
-    """What the optimiser left, judged by the Hessian there."""
-    model, y = problem.model, problem.y
-    prepared = getattr(model, "prepared", lambda y: y)(y)
-    numbers = Door("fit", prepared, _like(model), _width(model)).y
-    seen = numbers[~numbers.isnan()]
-    bound = problem.at_bound(seen.var().item() if seen.numel() > 1 else 1.0)
+def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[int, int]) -> list[Fit]:
+    """What the optimiser left in each row, judged by the Hessian there."""
+    series = numbers if problem.rows else numbers[None]
+    scale = [part[~part.isnan()].var().item() if (~part.isnan()).sum() > 1 else 1.0 for part in series]
+    bound = problem.at_bound(torch.tensor(scale, dtype=torch.float64))
     log_likelihood, gradient, H = problem.hessian()
     values, J = problem.jacobian()
-    names, inner = problem.names(), ~bound
     # The curvature in the constrained values; that of the constraints themselves would count while a slope is left.
     weights = torch.zeros_like(gradient)
-    if inner.any():
-        weights[inner] = torch.linalg.lstsq(J[inner][:, inner].mT, gradient[inner, None]).solution[:, 0]
-    information, slope = (problem.bending(weights) - H)[inner][:, inner], gradient[inner]
-    size = information.diagonal().clamp_min(torch.finfo(H.dtype).tiny).rsqrt()
-    curvatures, axes = torch.linalg.eigh(size[:, None] * information * size)
-    covariance = torch.full_like(H, torch.nan)
-    good = bool((curvatures > _FLAT).all())
-    if good:
-        half = size[:, None] * axes * curvatures.rsqrt()
-        gain = (half.mT @ slope).square().sum().item() / 2
-        covariance = (J[:, inner] @ half) @ (J[:, inner] @ half).mT
-        good = gain < _GAIN
-        message = f"a Newton step would gain {gain:.1e} nats"
-    else:
-        message = "the Hessian is not negative definite: a parameter is not determined, or this is a saddle"
-    pull = (gradient * problem.point()[0])[bound].abs()
-    if (pull > 100 * _GAIN).any():
-        good, message = (
-            False,
-            f"the likelihood still rises on the way to a bound, by about {pull.max().item():.1e} nats",
+    for row, free in enumerate(~bound):
+        if free.any():
+            slopes = torch.linalg.lstsq(J[row][free][:, free].mT, gradient[row, free, None]).solution
+            weights[row, free] = slopes[:, 0]
+    information, x = problem.bending(weights) - H, problem.point()
+    system = problem.model.build() if hasattr(problem.model, "build") else problem.model
+    diffuse = getattr(system, "diffuse", None)
+    found = []
+    for row in range(len(values)):
+        at = _Point(gradient[row], H[row], J[row], information[row], bound[row], x[row])
+        covariance, good, message = at.verdict()
+        names = problem.names()
+        if not good and stopped[row]:
+            message += f", after {counts[0]} iterations of L-BFGS"
+        held = [name for name, b in zip(names, bound[row].tolist(), strict=True) if b]
+        message += f"; at the bound: {', '.join(held)}" if held else ""
+        found.append(
+            Fit(
+                model=problem.model.row(row) if problem.rows else problem.model,
+                y=problem.y[row] if problem.rows else problem.y,
+                names=names,
+                values=values[row],
+                standard_errors=covariance.diagonal().clamp_min(0).sqrt(),
+                covariance=covariance,
+                log_likelihood=log_likelihood[row].item(),
+                n_obs=int((~series[row].isnan()).sum()),
+                n_diffuse=0 if diffuse is None else diffuse.shape[-1],
+                convention="proper" if diffuse is None else system.convention,
+                converged=good,
+                message=message,
+                at_bound=held,
+                iterations=counts[0],
+                evaluations=counts[1],
+                options={k: v for k, v in problem.options.items() if k != "lengths"},
+            )
         )
-    if (H.diagonal()[bound] > _GAIN).any():
-        good, message = False, "the likelihood rises where a parameter leaves its bound"
-    if not good and not converged:
-        message += f", after {iterations} iterations of L-BFGS"
-    if bound.any():
-        message += f"; at the bound: {', '.join(name for name, b in zip(names, bound.tolist(), strict=True) if b)}"
-    errors = covariance.diagonal().clamp_min(0).sqrt().masked_fill(bound, torch.nan)
-    system = model.build() if hasattr(model, "build") else model
-    convention = "proper" if getattr(system, "diffuse", None) is None else system.convention
-    return Fit(
-        model=model,
-        y=y,
-        names=names,
-        values=values,
-        standard_errors=errors,
-        covariance=covariance.masked_fill(bound[:, None] | bound, torch.nan),
-        log_likelihood=log_likelihood,
-        n_obs=seen.numel(),
-        n_diffuse=0 if getattr(system, "diffuse", None) is None else system.diffuse.shape[-1],
-        convention=convention,
-        converged=good,
-        message=message,
-        at_bound=[name for name, b in zip(names, bound.tolist(), strict=True) if b],
-        iterations=iterations,
-        evaluations=evaluations,
-        options=problem.options,
-    )
+    return found
+
+
+class _Point(NamedTuple):
+    """Where one series was left: derivatives of the log-likelihood there."""
+
+    gradient: Tensor  # (K,), by the unconstrained parameters
+    H: Tensor  # (K, K)
+    J: Tensor  # (K, K), of the constrained values
+    information: Tensor  # (K, K), the negative curvature in the constrained values
+    bound: Tensor  # (K,), bool
+    x: Tensor  # (K,), the unconstrained parameters
+
+    def verdict(self) -> tuple[Tensor, bool, str]:
+        """The covariance of the constrained values, NaN at bounds; whether this is a maximum; and a word on it."""
+        bound, inner = self.bound, ~self.bound
+        information, slope = self.information[inner][:, inner], self.gradient[inner]
+        size = information.diagonal().clamp_min(torch.finfo(slope.dtype).tiny).rsqrt()
+        curvatures, axes = torch.linalg.eigh(size[:, None] * information * size)
+        covariance = torch.full_like(self.H, torch.nan)
+        good = bool((curvatures > _FLAT).all())
+        message = "the Hessian is not negative definite: a parameter is not determined, or this is a saddle"
+        if good:
+            half = size[:, None] * axes * curvatures.rsqrt()
+            gain = (half.mT @ slope).square().sum().item() / 2
+            root = self.J[:, inner] @ half
+            covariance = (root @ root.mT).masked_fill(bound[:, None] | bound, torch.nan)
+            good, message = gain < _GAIN, f"a Newton step would gain {gain:.1e} nats"
+        pull = (self.gradient * self.x)[bound].abs()
+        if (pull > 100 * _GAIN).any():
+            size = pull.max().item()
+            good, message = False, f"the likelihood still rises on the way to a bound, by about {size:.1e} nats"
+        if (self.H.diagonal()[bound] > _GAIN).any():
+            good, message = False, "the likelihood rises where a parameter leaves its bound"
+        return covariance, good, message
 
 
 def _like(model: nn.Module) -> Tensor:

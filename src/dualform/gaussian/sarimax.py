@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
@@ -114,31 +114,34 @@ class Sarimax(Built):
         return self._built(self.simple)
 
     def _built(self, simple: bool) -> LinearGaussian:
-        o, like = self.orders, self.variance
+        o, like, parts = self.orders, self.variance, []
         one = like.new_ones(1)
-        phi, theta = ({}, {})
-        for kind, sign, found in (("ar", -1, phi), ("ma", 1, theta)):
-            for name in (kind, f"seasonal_{kind}"):
-                found[name] = torch.cat([one, sign * getattr(self, name)]) if self.groups[name] else one
-        ar, ma = (_product(found[k], found[f"seasonal_{k}"], o.s) for k, found in (("ar", phi), ("ma", theta)))
-        r = max(len(ar) - 1, len(ma))
-        column = torch.nn.functional.pad(-ar[1:], (0, r - len(ar) + 1))
-        A = torch.cat([column[:, None], torch.eye(r, dtype=one.dtype, device=one.device)[:, : r - 1]], 1)
-        S = torch.nn.functional.pad(ma, (0, r - len(ma)))
-        Q = self.variance * torch.outer(S, S)
-        first = torch.eye(r, dtype=one.dtype, device=one.device)[0]
-        c = first * self.intercept if "intercept" in dict(self.named_parameters()) else None
+        for sign, name in ((-1, "ar"), (1, "ma")):
+            factors = []
+            for group in (name, f"seasonal_{name}"):
+                rest = sign * getattr(self, group) if self.groups[group] else one[:0]
+                factors.append(torch.cat([torch.ones_like(rest[..., :1]) if len(rest) else one, rest], -1))
+            parts.append(_product(factors[0], factors[1], o.s))
+        ar, ma = parts
+        r = max(ar.shape[-1] - 1, ma.shape[-1])
+        eye = torch.eye(r, dtype=one.dtype, device=one.device)
+        first = eye[0]
+        column = nn.functional.pad(-ar[..., 1:], (0, r - ar.shape[-1] + 1))
+        A = torch.cat([column.unsqueeze(-1), eye[:, : r - 1].expand(*column.shape, r - 1)], -1)
+        S = nn.functional.pad(ma, (0, r - ma.shape[-1]))
+        Q = self.variance[..., None, None] * S.unsqueeze(-1) * S.unsqueeze(-2)
+        c = first * self.intercept.unsqueeze(-1) if "intercept" in dict(self.named_parameters()) else None
         lags, see = (one.new_zeros(0, 0), one[:0]) if simple else _differencing(o, one)
         n = len(lags)
-        whole = diagonal([lags, A])
-        if n:  # every number that is kept of the past but for mere delays takes in the new value of the ARMA process
-            whole = torch.cat([torch.cat([lags, _entering(o, one)[:, None] * first], 1), whole[n:]], 0)
+        # What is kept of the past, but for mere delays, takes in the new value of the ARMA process.
+        entering = one[:0] if simple else _entering(o, one)
+        whole = diagonal([lags, A]) + nn.functional.pad(entering[:, None] * first, (n, 0, 0, r))
         terms: dict[str, Any] = {}
         if c is not None:
-            terms["c"] = torch.nn.functional.pad(c, (n, 0))
+            terms["c"] = nn.functional.pad(c, (n, 0))
         if (X := self.X) is not None:
             X = difference(X, o) if simple else X
-            terms |= {"d": X @ self.beta[:, None], "time_varying": ("d",)}
+            terms |= {"d": X @ self.beta.unsqueeze(-1), "time_varying": ("d",)}
         P0: Any = "stationary"
         if n and self.approximate is None:
             terms |= {"diffuse": [True] * n + [False] * r, "convention": self.convention}
@@ -146,8 +149,8 @@ class Sarimax(Built):
             known = discrete_lyapunov("sarimax", A, Q)
             P0 = diagonal([self.approximate * torch.eye(n, dtype=one.dtype, device=one.device), known])
             if c is not None:
-                m = torch.linalg.solve(torch.eye(r, dtype=one.dtype, device=one.device) - A, c)
-                terms["m0"] = torch.nn.functional.pad(m, (n, 0))
+                m = torch.linalg.solve(eye - A, c.unsqueeze(-1)).squeeze(-1)
+                terms["m0"] = nn.functional.pad(m, (n, 0))
         noise = diagonal([one.new_zeros(n, n), Q])
         return LinearGaussian(
             whole, torch.cat([see, first])[None], noise, one.new_zeros(1, 1), P0=P0, prior="first", **terms
@@ -169,8 +172,7 @@ class Sarimax(Built):
                 return self._built(True).log_likelihood(difference(values, self.orders))
         return super().log_likelihood(y, **{"burn": self.burn, **options})
 
-    @torch.no_grad()
-    def begin(self, y: Any) -> None:
+    def _begin(self, y: Any) -> None:
         """Set the parameters to least squares estimates of the differenced series.
 
         References:
@@ -178,6 +180,8 @@ class Sarimax(Built):
         """
         o = self.orders
         w = difference(Door("sarimax", y, self.variance, 1).y.to(self.variance), o)[:, 0]
+        if w.isnan().all():  # nothing is left of so few values
+            return
         if self.X is not None:
             X = difference(self.X, o)[: len(w)]
             rows = ~w.isnan()
@@ -257,8 +261,8 @@ def _orders(order: Any, seasonal: Any) -> Orders:
 
 def _product(a: Tensor, b: Tensor, s: int) -> Tensor:
     """The coefficients of ``a(L) b(L^s)``."""
-    longest = len(a) + s * (len(b) - 1)
-    parts = [torch.nn.functional.pad(b[i] * a, (s * i, longest - s * i - len(a))) for i in range(len(b))]
+    n = b.shape[-1]
+    parts = [nn.functional.pad(b[..., i : i + 1] * a, (s * i, s * (n - 1 - i))) for i in range(n)]
     return torch.stack(parts).sum(0)
 
 
@@ -297,4 +301,4 @@ def _residual(w: Tensor, columns: list[tuple[Tensor, int]]) -> tuple[Tensor, Ten
     most = max(k for _, k in columns)
     X = torch.stack([series[most - k : len(series) - k] for series, k in columns], 1)
     solution = torch.linalg.lstsq(X, w[most:, None], driver="gelsd").solution[:, 0]
-    return solution, torch.nn.functional.pad(w[most:] - X @ solution, (most, 0))
+    return solution, nn.functional.pad(w[most:] - X @ solution, (most, 0))

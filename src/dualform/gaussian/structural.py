@@ -147,11 +147,10 @@ class Structural(Built):
             terms["diffuse"] = diffuse
         return LinearGaussian(A, C, Q, R[..., None, None], P0=start, prior="first", **terms)
 
-    @torch.no_grad()
-    def begin(self, y: Any) -> None:
+    def _begin(self, y: Any) -> None:
         """Set the estimated variances to shares of the variance of the changes of y."""
         values = Door("begin", y, self.build().A, 1).y
-        scale = _variance(values.diff(dim=-2))
+        scale = _variance(values[~values.isnan()].diff())
         for part in self.parts.values():
             if isinstance(part, Component):
                 part.begin(values, scale if scale > 0 else 1.0)
@@ -208,6 +207,5 @@ def diagonal(blocks: list[Tensor]) -> Tensor:
     return torch.cat(rows, -2)
 
 
-def _variance(values: Tensor) -> float:
-    seen = values[~values.isnan()]
-    return seen.var().item() if seen.numel() > 1 else 1.0
+def _variance(changes: Tensor) -> float:
+    return changes.var().item() if changes.numel() > 1 else 1.0

@@ -1,0 +1,114 @@
+"""The likelihood of a model as a function of its unconstrained parameters, with exact derivatives of two orders."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualform.core.errors import ArgumentError
+from dualform.gaussian.constraints import Place
+
+
+class Objective:
+    """The negative log-likelihood over scaled unconstrained parameters ``(R, K)``: 1 where the optimiser begins.
+
+    R is 1, or the number of series of a model in which each has parameters of its own.
+    """
+
+    def __init__(self, model: Any, y: Any, free: list[Place], options: dict[str, Any]):
+        self.model, self.y, self.options, self.free = model, y, options, free
+        self.rows = rows_of(model)
+        self.tensors: list[Tensor] = [place.free for place in free]
+        begin = self.point()
+        least = [getattr(place.constraint, "floor", 0.0) for place in free]
+        floors = [torch.full_like(part, floor) for part, floor in zip(self.parts(), least, strict=True)]
+        sizes = torch.maximum(begin.abs(), torch.cat(floors, 1))
+        self.scale = torch.where(sizes > 0, sizes, 1.0)
+        self.offset = begin - self.scale
+
+    def parts(self) -> list[Tensor]:
+        """The unconstrained parameters, ``(R, k)`` each."""
+        return [tensor.detach().reshape(self.rows or 1, -1).double() for tensor in self.tensors]
+
+    def point(self) -> Tensor:
+        """The unconstrained parameters ``(R, K)``."""
+        return torch.cat(self.parts(), 1)
+
+    @torch.no_grad()
+    def move(self, z: Tensor) -> None:
+        """Set the parameters to a point."""
+        x = (self.offset + self.scale * z).split([part.shape[1] for part in self.parts()], 1)
+        for tensor, part in zip(self.tensors, x, strict=True):
+            tensor.copy_(part.reshape(tensor.shape))
+
+    def value(self) -> Tensor:
+        """The negative log-likelihood of each row ``(R,)``."""
+        with torch.enable_grad():
+            value = -self.model.log_likelihood(self.y, **self.options)
+            return value.reshape(-1) if self.rows else value.sum().reshape(1)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.move(z)
+        try:
+            value = self.value()
+            gradient = self._gradient(value.sum())
+        except ArgumentError:  # a covariance that is not positive definite, a model that is not stationary
+            return z.new_full((len(z),), torch.inf), torch.zeros_like(z)
+        return value.detach().double(), gradient * self.scale
+
+    def hessian(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The log-likelihoods ``(R,)``, their gradients and their Hessians, in the unconstrained parameters."""
+        value = -self.value()
+        gradient = self._gradient(value.sum(), again=True)
+        H = self._each(gradient)
+        return value.detach().double(), gradient.detach(), (H + H.mT) / 2
+
+    def jacobian(self) -> tuple[Tensor, Tensor]:
+        """The constrained values ``(R, K)``, and their derivatives ``(R, K, K)`` by the unconstrained ones."""
+        with torch.enable_grad():
+            values = self.constrained()
+            return values.detach(), self._each(values)
+
+    def bending(self, weights: Tensor) -> Tensor:
+        """The Hessian of a weighted sum of the constrained values, by the unconstrained ones ``(R, K, K)``."""
+        with torch.enable_grad():
+            return self._each(self._gradient((weights * self.constrained()).sum(), again=True))
+
+    def constrained(self) -> Tensor:
+        """The constrained values ``(R, K)``."""
+        return torch.cat([place.value.reshape(self.rows or 1, -1).double() for place in self.free], 1)
+
+    def names(self) -> list[str]:
+        """Of each of the K numbers."""
+        parts = []
+        for place in self.free:
+            shape = place.value.shape[1:] if self.rows else place.value.shape
+            index = [tuple(i + 1 for i in at) for at in torch.ones(shape).nonzero().tolist()]
+            parts += [f"{place.name}[{', '.join(map(str, at))}]" if at else place.name for at in index]
+        return parts
+
+    def at_bound(self, scale: Tensor) -> Tensor:
+        """Which of them rest on a bound ``(R, K)``, for series of the variances ``(R,)``."""
+        flags = []
+        for place, part in zip(self.free, self.parts(), strict=True):
+            check: Callable[..., Tensor] | None = getattr(place.constraint, "at_bound", None)
+            none = torch.zeros_like(part, dtype=torch.bool)
+            flags.append(none if check is None else check(part, scale[:, None].to(part)))
+        return torch.cat(flags, 1)
+
+    def _gradient(self, total: Tensor, again: bool = False) -> Tensor:
+        if not total.requires_grad:
+            return torch.zeros_like(self.point())
+        found = torch.autograd.grad(total, self.tensors, create_graph=again, retain_graph=True, allow_unused=True)
+        parts = [torch.zeros_like(t) if g is None else g for g, t in zip(found, self.tensors, strict=True)]
+        return torch.cat([part.reshape(self.rows or 1, -1).double() for part in parts], 1)
+
+    def _each(self, values: Tensor) -> Tensor:
+        """The derivatives of values ``(R, K)``, each of which depends on the parameters of its row."""
+        return torch.stack([self._gradient(values[:, k].sum()) for k in range(values.shape[1])], 1)
+
+
+def rows_of(model: nn.Module) -> int | None:
+    """How many series have parameters of their own, in a model that was expanded to a batch; None for one model."""
+    return getattr(model, "rows", None)
