@@ -48,6 +48,7 @@ for _name in (
     "diagonal_ssm",
     "gated_delta_rule",
     "gated_delta_rule_update",
+    "linear",
     "linear_scan",
     "norm",
     "selective_scan",
