@@ -136,9 +136,11 @@ def test_results_are_of_the_kind_of_the_series():
     smooth = model.smooth(y)
     assert isinstance(smooth.mean, pd.DataFrame) and smooth.mean.index.equals(y.index)
     assert isinstance(model.forecast(y, 3).mean, np.ndarray)
+    by_table = Regression(pd.DataFrame({"x": y}), beta=[2.0]) + Irregular(1.0)
+    close(by_table.build().d[:, 0], 2 * load("nile_local_level")["y"], 1e-12)
     assert model.log_likelihood(y).requires_grad
     with torch.no_grad():
-        single = model.log_likelihood(torch.as_tensor(y.to_numpy(), dtype=torch.float32))
+        single = model.log_likelihood(load("nile_local_level")["y"].float())
     close(single[None], model.log_likelihood(y)[None], 1e-9)
 
 

@@ -22,6 +22,8 @@ class Built(nn.Module):
     the series; the same methods of ``build()`` have them.
     """
 
+    rows: int | None = None
+
     def build(self) -> LinearGaussian:
         """The linear-Gaussian model of the values that the parameters have now.
 
@@ -29,8 +31,6 @@ class Built(nn.Module):
             ArgumentError: where they have none, such as a stationary start of an autoregression at its bound.
         """
         raise NotImplementedError
-
-    rows: int | None = None
 
     def _begin(self, y: Any) -> None:
         """Set the parameters of one series."""
