@@ -2,8 +2,8 @@
 // vector, or one series in scalars; others hold the rows of their covariance in vectors. An observation is taken by
 // Joseph's form as two changes of rank one, so that the error of the gain enters squared and the covariance stays
 // positive semi-definite; correlated ones are made independent first, by the factors of R. While the model of a series
-// and the pattern of what is missing do not change, the covariance comes to a fixed point, and from there the steps
-// move the mean alone: they find what they would have found, to the last bit.
+// and the pattern of what is missing do not change, the covariance comes to rest. From where 64 steps together change
+// it by no more than rounding does, or where it is in scalars one step does not at all, the steps move the mean alone.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ namespace DUALFORM_ISA {
 namespace kalman {
 
 constexpr int FEW = 4;        // states of a series that lies in one lane
-constexpr int64_t SPAN = 64;  // steps between two times of logarithms
+constexpr int64_t SPAN = 64;  // steps between two times of logarithms, and between covariances that are compared
 constexpr double LOG_2PI = 1.8378770664093453;
 
 // log(x) within about 2 ulp of its own or of 1, whichever is greater; NaN where x is not positive or not finite.
@@ -361,6 +361,18 @@ struct Many {
     symmetric();
   }
 
+  // Whether the covariance is the one in `before`, but for rounding: within n units in the last place of the
+  // standard deviations.
+  bool settled() const {
+    const T units = T(n) * (sizeof(T) == 8 ? T(2.220446049250313e-16) : T(1.1920929e-7f));
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j <= i; j++) {
+        const T scale = std::sqrt(cov[i * wide + i]) * std::sqrt(cov[j * wide + j]);
+        if (!(std::abs(cov[i * wide + j] - before[i * wide + j]) <= units * scale)) return false;
+      }
+    return true;
+  }
+
   // c_i cov into b, and c_i cov c_i^T.
   T seen_by(int64_t i) const {
     constexpr int L = LANES<T>;
@@ -451,7 +463,8 @@ void many(const KalmanFilter& s, int64_t row, Many<T>& f) {
   memcpy(f.mean, static_cast<const T*>(s.mean) + row * n, n * sizeof(T));
   f.copy(static_cast<const T*>(s.cov) + row * n * n, f.cov, n);
   f.symmetric();
-  bool still = false;
+  int64_t alike = 0;   // steps of the same model before
+  bool still = false;  // whether the covariance has come to rest
   T logs = 0;
   for (int64_t t = 0; t < length; t++) {
     // Whether a part of the model is not that of the step before.
@@ -467,11 +480,9 @@ void many(const KalmanFilter& s, int64_t row, Many<T>& f) {
     if (r) memcpy(f.r, at<T>(s.r, row, t), m * m * sizeof(T));
     const bool chosen = c || r || memcmp(mask, mask - m, m) != 0;
     if (chosen) f.choose(mask);
-    if (a || q || chosen) still = false;
+    if (a || q || chosen) still = false, alike = 0;
     f.predict_mean(at<T>(s.shift, row, t));
     if (!still) {
-      // The covariance before the last step lies in `before`, the one after it in `cov`.
-      memcpy(f.before, f.cov, size);
       f.predict_cov();
       if (s.means) f.write(f.cov, s.predicted_means, s.predicted_covs, row * length + t);
       if (!f.update_cov()) {
@@ -480,7 +491,10 @@ void many(const KalmanFilter& s, int64_t row, Many<T>& f) {
       }
       logs = T(f.seen) * T(LOG_2PI);
       for (int64_t i = 0; i < f.seen; i++) logs += std::log(f.sizes[i]);
-      still = !(a || q || chosen) && memcmp(f.before, f.cov, size) == 0;
+      if (++alike % SPAN == 0) {
+        still = alike > SPAN && f.settled();
+        memcpy(f.before, f.cov, size);
+      }
     } else if (s.means) {
       const T* last = static_cast<const T*>(s.predicted_covs) + (row * length + t - 1) * n * n;
       memcpy(static_cast<T*>(s.predicted_means) + (row * length + t) * n, f.mean, n * sizeof(T));

@@ -50,17 +50,9 @@ def close(got, want, tolerance):
         )
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def isa(request):
-    if library.choose(request.param) != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.choose()
-
-
 @pytest.mark.parametrize("varying", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_kernel_equals_the_loop(size, varying, isa):
+def test_the_kernel_equals_the_loop(size, varying, instructions, poison):
     """One series, rows that do not fill the lanes, and more; missing data, singular Q, correlated noise."""
     for rows, length, options in (
         (1, 65, {}),
@@ -70,6 +62,16 @@ def test_the_kernel_equals_the_loop(size, varying, isa):
         (9, 1, {"diagonal": True}),
     ):
         close(*both(arguments(rows, length, *size, varying=varying, **options)), 1e-11)
+
+
+@pytest.mark.parametrize("rows, size", [(70, (1, 1)), (5, (6, 1)), (3, (12, 2))])
+def test_threads_share_the_rows(rows, size, threads):
+    """And find what one of them does."""
+    a = arguments(rows, 200, *size)
+    threads(1)
+    want = kalman_filter_op(a)
+    threads(3)
+    close(kalman_filter_op(a), want, 1e-12)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -84,7 +86,7 @@ def test_nothing_to_do(rows, length, size):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (12, 1), (3, 2)], ids=str)
-def test_the_likelihood_alone_is_the_same(size):
+def test_the_likelihood_alone_is_the_same(size, poison):
     a = arguments(3, 70, *size)
     got, want = kalman_filter_op(a._replace(moments=False)), kalman_filter_op(a)
     assert torch.equal(got[0], want[0]) and torch.equal(got[5], want[5]) and torch.equal(got[6], want[6])
@@ -92,7 +94,7 @@ def test_the_likelihood_alone_is_the_same(size):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 1), (6, 1), (3, 2)], ids=str)
-def test_scratch_memory_is_not_read_before_it_is_written(size):
+def test_scratch_memory_is_not_read_before_it_is_written(size, poison):
     """A call on numbers that are NaN leaves NaN in the memory that the next one finds."""
     a = arguments(2, 30, *size)
     first = kalman_filter_op(a)

@@ -34,8 +34,8 @@ class KalmanFilter(Series, nn.Module):
     much greater than the covariance of the noise: with a vague prior, all that float32 has. Steps in which a start is
     still exactly diffuse are taken one after the other. The smoother is two scans.
 
-    On a CPU the sequential form is a compiled loop wherever nothing is differentiated or compiled, and is then taken
-    for all sizes up to 128 states; a model without gradients is filtered in ``with torch.no_grad()``.
+    On a CPU the sequential form is a compiled loop wherever nothing is differentiated or compiled; it is then taken for
+    all sizes up to 128 states; a model without gradients is filtered in ``with torch.no_grad()``.
 
     A :class:`~dualform.gaussian.model.LinearGaussian` has the same methods; this class is for the choice of the form.
 
