@@ -365,7 +365,7 @@ def test_everything_compiled_whole_and_exported():
     ("make", "sentence"),
     [
         (lambda: SublayerConfig(MLP, norm="rns"), "sublayer: norm is 'rns', expected the name of a norm"),
-        (lambda: SublayerConfig(MLP, after="batch"), "sublayer: after is 'batch'"),
+        (lambda: SublayerConfig(MLP, after="bath"), "sublayer: after is 'bath'"),
         (lambda: SublayerConfig(MLP, scale=math.inf), "sublayer: scale is inf, expected a finite number"),
         (lambda: SublayerConfig(MLP, eps=0.0), "sublayer: eps is 0.0, expected a small positive number"),
         (lambda: SublayerConfig(MLP, low_rank=-1), "sublayer: low_rank is -1"),

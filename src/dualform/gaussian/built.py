@@ -1,7 +1,7 @@
 """What every model does whose linear-Gaussian form is made of its parameters."""
 
 import copy
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from dualform.gaussian.fitting import fit
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.recurrent import Innovation
 from dualform.gaussian.series import Filtered, Forecast, Smoothed
+
+B = TypeVar("B", bound="Built")
 
 
 class Built(nn.Module):
@@ -76,7 +78,7 @@ class Built(nn.Module):
         """Maximise the likelihood of a series: :func:`~dualform.gaussian.fitting.fit`, with its arguments."""
         return fit(self, y, method, **options)
 
-    def expand(self, rows: int) -> Self:
+    def expand(self: B, rows: int) -> B:
         """A copy whose estimated parameters each have an axis of ``rows`` in front, for as many series.
 
         Raises:
@@ -90,7 +92,7 @@ class Built(nn.Module):
             place.free.data = place.free.data.expand(rows, *place.free.shape).clone()
         return made
 
-    def row(self, row: int) -> Self:
+    def row(self: B, row: int) -> B:
         """The model of one series, a copy, of a model that was expanded.
 
         Raises:

@@ -1,7 +1,7 @@
 """The parameters of a linear-Gaussian model: which there are, what shapes they have, and what is refused."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class Terms(TypedDict, total=False):
     time_varying: Sequence[str]
     diffuse: Any
     convention: Literal["statsmodels", "kfas"]
+
+
+P = TypeVar("P", bound="Parameters")
 
 
 class Parameters(nn.Module):
@@ -89,7 +92,7 @@ class Parameters(nn.Module):
             raise ArgumentError(f"{where}: P0='stationary' with A, Q, S or c that vary in time, expected constant ones")
 
     @classmethod
-    def like(cls, other: "Parameters", time_varying: Sequence[str], **tensors: Tensor | None) -> Self:
+    def like(cls: type[P], other: "Parameters", time_varying: Sequence[str], **tensors: Tensor | None) -> P:
         """A model with the parameters of another but for some, which are taken as they are, unchecked."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)

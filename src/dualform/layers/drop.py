@@ -1,6 +1,6 @@
 """What training leaves out at random: single numbers of what a sub-layer makes (dropout), or all of it (drop path)."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,7 @@ def depth_rates(rate: float, depth: int, like: Tensor) -> tuple[Tensor, ...]:
     return (rate / depth * torch.arange(1, depth + 1, device=like.device, dtype=like.dtype)).unbind()
 
 
+@runtime_checkable
 class Dropping(Protocol):
     """What a sub-layer says: its rates, None for those of the model, and whether it is added to the stream."""
 

@@ -100,7 +100,7 @@ class LSTM(Mixer):
             y, state = self._run_as_ops(x, state, packing)
         elif packing is None:
             y, state = self._run(x, state)
-        elif x.device.type == "cpu" and packing.known:
+        elif x.device.type == "cpu" and packing.known and type(self.lstm) is nn.LSTM:  # not one that is quantised
             y, state = self._run_in_spans(x[0], state, packing)
         else:
             y, state = self._run_packed(x[0], state, packing)

@@ -49,7 +49,7 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _may_stand_in(x: Tensor) -> bool:
     """Whether nobody would miss the operation of PyTorch: autograd, a compiler, a transform, or a mode that counts."""
-    if torch.is_grad_enabled() or seen_through() or type(x) is not Tensor:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or seen_through() or type(x) is not Tensor:
         return False
     where = x.is_cpu or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     return where and not torch._C._len_torch_dispatch_stack()

@@ -1,6 +1,6 @@
 """One step of a block with a Mamba in it: everything from the residual stream to the residual stream."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class MambaStep(NamedTuple):
 MATRICES = ("in_weight", "maps", "steps", "out_weight")
 
 
-def check_step_dtypes(where: str, a: NamedTuple, matrices: tuple[str, ...]) -> None:
+def check_step_dtypes(where: str, a: Any, matrices: tuple[str, ...]) -> None:
     """Matrices are of one dtype, that of x or 16 bits beside float32; everything else has that of x.
 
     Raises:
