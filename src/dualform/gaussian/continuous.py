@@ -50,8 +50,7 @@ class ContinuousLinearGaussian(Parameters):
         prior: ``"first"``: m0 and P0 are of the state at the first observation. ``"before"``: at the time that the
             methods are given as ``start``.
         terms: c, d, B, D, S, ``diffuse`` and ``convention``, as in ``LinearGaussian``; ``time_varying`` may name C, R,
-        d
-            and D, whose axis of time is that of the observations.
+            d and D, whose axis of time is that of the observations.
 
     Raises:
         ArgumentError: as ``LinearGaussian``.

@@ -51,16 +51,13 @@ class LinearGaussian(Series, Parameters):
             computed where it is needed, with gradients. ``"diffuse"``: exactly diffuse, an infinite variance in every
             direction.
         prior: ``"before"`` or ``"first"``.
-        c: intercept of the state ``(N,)``.
-        d: intercept of the observation ``(M,)``.
-        B: of inputs on the state ``(N, U)``.
-        D: of inputs on the observation ``(M, U)``.
-        S: which states the noise reaches ``(N, K)``; the identity by default.
-        time_varying: the letters of those that have an axis of time, such as ``("C", "d")``.
-        diffuse: True for each state that is exactly diffuse, or directions ``(N, K)`` that are; besides P0, which is
-            then of what is known. With ``P0="stationary"`` the other states are stationary.
-        convention: how an observation that determines a diffuse direction counts in the log-likelihood:
-            ``"statsmodels"`` (Durbin and Koopman 2012, equation 7.4), the limit of the proper one plus
+        terms: what most models do without, by name. c and d, intercepts of the state ``(N,)`` and of the observation
+            ``(M,)``. B and D, of inputs on the state ``(N, U)`` and on the observation ``(M, U)``. S, which states the
+            noise reaches ``(N, K)``; the identity by default. ``time_varying``, the letters of those that have an axis
+            of time, such as ``("C", "d")``. ``diffuse``, True for each state that is exactly diffuse, or directions
+            ``(N, K)`` that are; besides P0, which is then of what is known; with ``P0="stationary"`` the other states
+            are stationary. ``convention``, how an observation that determines a diffuse direction counts in the
+            log-likelihood: ``"statsmodels"`` (Durbin and Koopman 2012, equation 7.4), the limit of the proper one plus
             ``log(kappa) / 2``, or ``"kfas"``, which leaves out ``-log(2 pi) / 2`` besides.
 
     Tensors, NumPy arrays and nested lists are taken (see :func:`dualform.core.linalg.as_tensors` for their dtype);
@@ -70,8 +67,7 @@ class LinearGaussian(Series, Parameters):
 
     Raises:
         ArgumentError: for shapes that do not fit, values that are not finite, covariances that are not symmetric or
-        have
-            a negative eigenvalue, both beyond rounding, and names that are unknown.
+            have a negative eigenvalue, both beyond rounding, and names that are unknown.
 
     Example:
         >>> import dualform as df

@@ -70,9 +70,8 @@ def coordinated_turn(rate: Any, noise: Any, R: Any, *, m0: Any = None, P0: Any =
         vx' = -rate vy + wx,   vy' = rate vx + wy
 
     Args:
-        rate: in radians per unit of time, to the left where positive. A number, or a batch of them ``(*batch,)``, such
-        as
-            of hypotheses.
+        rate: in radians per unit of time, to the left where positive. A number, or a batch of them ``(*batch,)``,
+            such as of hypotheses.
         noise: as in :func:`constant_velocity`.
         R: as in :func:`constant_velocity`, ``(2, 2)``.
         m0: prior mean of the state ``(4,)``.
