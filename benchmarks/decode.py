@@ -21,6 +21,7 @@ from harness import interleaved, report
 from dualform.core.tree import nbytes
 from dualform.generation.decoder import Decoder
 from dualform.generation.options import Sampling
+from dualform.generation.session import WINDOW
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import preset
 
@@ -47,10 +48,11 @@ def waited(device: str) -> None:
 
 def decoding(model: LanguageModel, rows: int, tokens: int, device: str) -> tuple[Callable[[], None], int]:
     """A run of so many steps, and the bytes of a state."""
-    state = model.init_state(rows, max_len=2 * tokens)
-    bytes_of_state = nbytes(state)
-    logits, history = torch.zeros(rows, model.config.vocab_size, device=device), torch.full((rows, 1), -1)
-    decoder = Decoder(model, state, logits, history, Sampling(temperature=0.0), range(rows), [0] * rows)
+    decoder, greedy = Decoder(model, rows), Sampling(temperature=0.0)
+    logits, history = torch.zeros(1, model.config.vocab_size, device=device), torch.full((1, WINDOW), -1)
+    for row in range(rows):
+        decoder.put(row, model.init_state(1), logits, history, greedy, 0, 0)
+    bytes_of_state = nbytes(model.init_state(rows))
 
     def run() -> None:
         for _ in range(tokens):
