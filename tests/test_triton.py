@@ -7,7 +7,6 @@ again, in a process in which they are. That they compile is in ``test_triton_com
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -543,13 +542,18 @@ def test_triton_is_imported_by_the_first_launch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")
-def test_in_the_interpreter():
+def passes_interpreted(file: str, seconds: int = 900) -> None:
+    """Run a file of tests again, in a process in which kernels are interpreted."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=seconds,
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")
+def test_in_the_interpreter():
+    passes_interpreted(__file__)

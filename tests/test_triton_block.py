@@ -1,9 +1,5 @@
 """Steps of whole blocks in Triton, as ``test_triton.py`` has the kernels of other operators."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +10,7 @@ from dualform.core.errors import BackendError
 from dualform.ops import OPS, backend, linear
 from dualform.ops.mamba_step import MATRICES, MambaWeights, mamba_step
 from dualform.ops.triton.support import INTERPRETED, missing
-from test_triton import DEVICE, GPU, normal, runs, triton_backend
+from test_triton import DEVICE, GPU, normal, passes_interpreted, runs, triton_backend
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason="Triton is not installed")
 
@@ -139,11 +135,4 @@ def test_kernels_compile_for(target):
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    passes_interpreted(__file__, seconds=500)

@@ -1,9 +1,6 @@
 """The Triton kernels of the gated delta rule, as ``test_triton.py`` has those of other operators."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,18 @@ from dualform.core.errors import BackendError
 from dualform.ops import OPS, backend, gated_delta_rule, gated_delta_rule_update
 from dualform.ops.gated_delta_rule import GatedDeltaRuleUpdate
 from dualform.ops.triton.support import INTERPRETED, missing
-from test_triton import DEVICE, GPU, case, compile_both_directions, normal, record_of, runs, slice_of, triton_backend
+from test_triton import (
+    DEVICE,
+    GPU,
+    case,
+    compile_both_directions,
+    normal,
+    passes_interpreted,
+    record_of,
+    runs,
+    slice_of,
+    triton_backend,
+)
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason="Triton is not installed")
 
@@ -213,11 +221,4 @@ def test_kernels_compile_for(target, as_they_are):
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    passes_interpreted(__file__)

@@ -4,10 +4,6 @@ As in ``test_triton.py``, where there is no GPU one test runs this file again, i
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +15,7 @@ from dualform.core.errors import BackendError
 from dualform.core.packing import from_lengths
 from dualform.ops import OPS, backend, wkv7
 from dualform.ops.triton.support import INTERPRETED, missing
-from test_triton import compile_both_directions, normal, record_of, triton_backend
+from test_triton import compile_both_directions, normal, passes_interpreted, record_of, triton_backend
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason="Triton is not installed")
 GPU = torch.cuda.is_available()
@@ -132,11 +128,4 @@ def test_what_no_kernel_was_written_for_is_refused():
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    passes_interpreted(__file__)
