@@ -63,13 +63,16 @@ void launch(unsigned grid, unsigned size, Body kernel, const void* given);
 
 inline void __syncthreads() { emulator::sync_block(); }
 inline void __syncwarp() { emulator::sync_warp(); }
-inline float __shfl_xor_sync(unsigned, float x, int distance) {
+inline float __shfl_sync(unsigned, float x, int lane) {
   unsigned me = emulator::current;
   emulator::exchange[me] = x;
   __syncwarp();
-  float found = emulator::exchange[me ^ unsigned(distance)];
+  float found = emulator::exchange[me / 32 * 32 + unsigned(lane) % 32];
   __syncwarp();
   return found;
+}
+inline float __shfl_xor_sync(unsigned mask, float x, int distance) {
+  return __shfl_sync(mask, x, int(emulator::current % 32) ^ distance);
 }
 inline unsigned __shfl_xor_sync(unsigned mask, unsigned x, int distance) {
   return __builtin_bit_cast(unsigned, __shfl_xor_sync(mask, __builtin_bit_cast(float, x), distance));

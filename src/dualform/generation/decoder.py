@@ -14,7 +14,7 @@ from torch import Tensor
 from dualform.core.recurrence import State
 from dualform.core.tree import clone, leaves, may_write, tree_map
 from dualform.generation.options import Sampling
-from dualform.generation.sampling import Wants, choose, table, uniforms
+from dualform.generation.sampling import Wants, choose, likeliest, table, uniforms
 from dualform.generation.session import WINDOW
 from dualform.models.lm import LanguageModel
 from dualform.ops.op import SlowBackendWarning
@@ -192,15 +192,21 @@ class Decoder:
         return state
 
     def _choose(self) -> None:
-        draws = self._draws.index_select(1, self._at)[:, 0] if self._wants.drawn else self._draws[:, 0]
-        token, finite = choose(self._logits, self._wants, self._options, draws, self._history)
-        self._token.copy_(token)
-        self._report[1].copy_(finite)
+        if self._wants.drawn or self._wants.penalty:
+            self._draw()
+        else:
+            likeliest(self._logits, self._report)
         if self._top is not None:
             scores = self._logits.log_softmax(-1)
             best = scores.topk(self._top)
             found = scores.gather(1, self._token[:, None]), best.values, best.indices
             self._scores.copy_(torch.cat([part.to(self._scores) for part in found], 1))
+
+    def _draw(self) -> None:
+        draws = self._draws.index_select(1, self._at)[:, 0] if self._wants.drawn else self._draws[:, 0]
+        token, finite = choose(self._logits, self._wants, self._options, draws, self._history)
+        self._token.copy_(token)
+        self._report[1].copy_(finite)
 
     def _refill(self) -> None:
         """The random numbers of the next draws, where those at hand are used up."""

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.generation.options import Sampling
+from dualform.layers.projection import kernels_run
+from dualform.ops.triton import draw
 
 _INF = float("inf")
 _MOST = 2**31  # a k that keeps all of any vocabulary
@@ -153,6 +155,16 @@ def choose(
     found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     found = found.clamp(max=logits.shape[-1] - 1)  # of logits that are not finite: a token all the same
     return torch.where(options[:, 0] == 0, likeliest, found) if wants.greedy else found, top.isfinite()
+
+
+def likeliest(logits: Float[Tensor, "B V"], found: Int[Tensor, "2 B"]) -> None:
+    """What :func:`choose` gives where all rows are greedy, without a penalty: written to ``found``."""
+    if logits.is_cuda and logits.dtype == torch.float32 and kernels_run("cuda"):
+        draw.largest(logits, found)
+    else:
+        top, token = logits.to(_home(logits)).max(-1)
+        found[0].copy_(token)
+        found[1].copy_(top.isfinite())
 
 
 def _home(logits: Tensor) -> torch.device:

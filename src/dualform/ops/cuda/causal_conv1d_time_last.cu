@@ -1,9 +1,8 @@
-// Where time is last, (B, D, T): a warp takes one channel, and every lane V of its steps at a time. A lane reads what
-// it needs of its neighbours from memory, too: it was just read, and waits in the cache. Either V steps are aligned and
-// divide the length, or V is one.
+// Where time is last, (B, D, T): a warp takes one channel, and every lane V of its steps at a time. Either V steps are
+// aligned and divide the length, or V is one. Inputs before the first are those of the state, as steps before 0.
 //
-// The backward computes the gradient of an output once more for every lane that needs it. Inputs before the first are
-// handled as steps before 0.
+// The forward reads what a lane needs of its neighbours from memory, too: it was just read, and waits in the cache. The
+// backward, which needs more of them, asks the lanes that have it.
 #include "causal_conv1d_sums.cuh"
 
 constexpr int PAST = (W - 1 + V - 1) / V * V;  // steps around those of a lane that it reads, on either side
@@ -90,48 +89,95 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   p.final[of.state(p) + lane] = !seen ? 0 : t < 0 ? before[t + W - 1] : Taps::number(xs + t);
 }
 
+// The part of the gradient of an input that comes through the final state.
+DEVICE float of_final(const Conv& p, const Track& of, Runs& runs, int64 states, int t) {
+  const int j = t - (of.length - (W - 1));
+  if (j < 0 || j >= W - 1) return 0;
+  runs.go_before(of.length);
+  return runs.sees(W - 2 - j) ? p.dfinal[states + j] : 0;
+}
+
+// What is `ahead` steps from the first of a lane, among the V of each lane of a round and of the round that is nearest
+// in that direction.
+DEVICE float of_step(const float* round, const float* next, int ahead, int lane) {
+  const int lanes = (ahead + 32 * V) / V - 32, v = (ahead + 32 * V) % V;
+  if (lanes == 0) return round[v];
+  const bool beyond = lanes > 0 ? lane < lanes : lane >= 32 + lanes;  // seen from the lane that is asked
+  return of_lane(beyond ? next[v] : round[v], (lane + lanes) & 31);
+}
+
+// The gradients before SiLU of the outputs of a round, and how far these see.
+struct Outputs {
+  float g[V], reach[V];
+  METHOD float gradient(const Outputs& later, int ahead, int back, int lane) const {
+    const float there = of_step(g, later.g, ahead, lane);
+    return !IDS || back <= of_step(reach, later.reach, ahead, lane) ? there : 0;
+  }
+};
+
+// Goes back in time, round by round of the lanes: a lane has the outputs that see its inputs from the lanes behind it,
+// the last lanes from the round before.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     causal_conv1d_time_last_backward(const __grid_constant__ Conv p) {
+  constexpr int ROUND = 32 * V;
   const Track of(p);
   if (!of.exists) return;
   const int lane = threadIdx.x % 32;
   const INPUT *xs = of.input(p.x), *dys = of.input(p.dy);
   const int64 states = of.state(p);
   const Taps taps(p, of);
-  float sums[ROWS] = {};
-  // Steps before 0 are those of the state.
-  for (int s = (of.begin ? of.begin : -PAST) + lane * V; s < of.end; s += 32 * V) {
-    float x[2 * PAST + V], g[PAST + V], dx[V] = {};
-    of.read<2 * PAST + V>(xs, p.state + states, s - PAST, x);
-    of.read<PAST + V>(dys, nullptr, s, g);
+  const int last = of.begin + (of.end - 1 - of.begin) / ROUND * ROUND;  // where the last round begins
+  float sums[ROWS] = {}, x[V];
+  Outputs later = {};
+  int s = (of.end < of.length ? last + ROUND : last) + lane * V;  // outputs of the next span see inputs of this one
+  of.read<V>(xs, p.state + states, s, x);
+  for (; s - lane * V >= of.begin; s -= ROUND) {
+    float earlier[V], window[V + W - 1], dx[V] = {};
+    Outputs now;
+    of.read<V>(xs, p.state + states, s - ROUND, earlier);
+    of.read<V>(dys, nullptr, s, now.g);
+    UNROLL for (int i = 0; i < V + W - 1; i++)
+      window[i] = of_step(x, earlier, i - (W - 1), lane);
+    const bool mine = s - lane * V <= last;
     Runs runs(p, of.row);
     runs.go_before(s);
-    UNROLL for (int i = 0; i < V + W - 1; i++) {
-      const bool inside = s + i >= 0 && s + i < of.length;
-      const float* window = x + PAST + i - (W - 1);
-      if (IDS && inside) runs.next(runs.at(s + i));
-      if (SILU) {
-        const float z = taps.before_silu(window, runs.reach), open = sigmoid(z);
-        g[i] *= open + z * open * (1 - open);
-      }
-      if (!inside || runs.padding()) g[i] = 0;
-      // Output i for the inputs of this lane that it sees, and for the weights if its step is one of this lane's.
-      UNROLL for (int v = 0; v < V; v++)
-        if (i >= v && i - v < W && runs.sees(i - v)) dx[v] += taps.w[W - 1 - (i - v)] * g[i];
-      if (i >= V || !inside) continue;
-      UNROLL for (int j = 0; j < W; j++)
-        if (runs.sees(W - 1 - j)) sums[j] += g[i] * window[j];
-      if (BIASED) sums[ROWS - 1] += g[i];
-    }
     UNROLL for (int v = 0; v < V; v++) {
-      const int j = s + v - (of.length - (W - 1));
-      if (j >= 0 && j < W - 1) {
-        runs.go_before(of.length);
-        if (runs.sees(W - 2 - j)) dx[v] += p.dfinal[states + j];
+      const bool inside = s + v < of.length;
+      if (IDS && inside) runs.next(runs.at(s + v));
+      if (SILU) {
+        const float z = taps.before_silu(window + v, runs.reach), open = sigmoid(z);
+        now.g[v] *= open + z * open * (1 - open);
       }
-      if (s + v < 0 && s + v >= 1 - W) p.dstate[states + s + v + W - 1] = dx[v];
+      if (!inside || runs.padding()) now.g[v] = 0;
+      now.reach[v] = runs.reach;
+      if (!mine || !inside) continue;
+      UNROLL for (int j = 0; j < W; j++)
+        if (runs.sees(W - 1 - j)) sums[j] += now.g[v] * window[v + j];
+      if (BIASED) sums[ROWS - 1] += now.g[v];
     }
-    if (s >= 0) store_group(of.output(p, p.dx) + s, dx, V);
+    if (mine) {
+      UNROLL for (int v = 0; v < V; v++) {
+        UNROLL for (int back = 0; back < W; back++)
+          dx[v] += taps.w[W - 1 - back] * now.gradient(later, v + back, back, lane);
+        dx[v] += of_final(p, of, runs, states, s + v);
+      }
+      if (s < of.end) store_group(of.output(p, p.dx) + s, dx, V);
+    }
+    later = now;
+    UNROLL for (int v = 0; v < V; v++)
+      x[v] = earlier[v];
+  }
+  if (of.begin == 0) {  // of the steps before the first, which are in the state
+    Runs runs(p, of.row);
+    UNROLL for (int k = 1; k < W; k++) {
+      float d = of_final(p, of, runs, states, -k);
+      UNROLL for (int back = k; back < W; back++) {
+        const int v = (back - k) % V, from = (back - k) / V;
+        const float g = of_lane(later.g[v], from);
+        if (!IDS || back <= of_lane(later.reach[v], from)) d += taps.w[W - 1 - back] * g;
+      }
+      if (lane == 0) p.dstate[states + W - 1 - k] = d;
+    }
   }
   UNROLL for (int j = 0; j < ROWS; j++) {
     UNROLL for (int distance = 16; distance > 0; distance /= 2)

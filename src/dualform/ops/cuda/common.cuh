@@ -266,6 +266,7 @@ DEVICE void write_floats(float* p, const float* x) {
 
 DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE int64 least(int64 a, int64 b) { return a < b ? a : b; }
+DEVICE float of_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 DEVICE unsigned from_lane(unsigned x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 DEVICE bool in_any_lane(bool x) { return __any_sync(0xffffffffu, x); }

@@ -1,8 +1,9 @@
 """Steps of whole blocks on a GPU, in few kernels.
 
 Of few rows, products are made by a kernel that reads the matrix once and goes on with the convolution or the residual
-stream: five kernels for a Mamba-2, six for a Mamba. Of more rows they are PyTorch's. What a matrix of 16 bits is
-multiplied with has its dtype, as in the layers themselves.
+stream: five kernels for a block of either kind. Of more rows they are PyTorch's. What a matrix of 16 bits is multiplied
+with has its dtype, as in the layers themselves. A kernel reads its parameters and states while the one before it runs:
+within a block no kernel writes what another reads in this way.
 """
 
 import torch
@@ -16,7 +17,7 @@ from dualform.ops.mamba_step import MambaStep, mamba_step_op
 from dualform.ops.selective_scan import SelectiveUpdate
 from dualform.ops.triton.linear import FEW, Convolution, by_kernel
 from dualform.ops.triton.norm import gated_norm
-from dualform.ops.triton.step import MOST_STATES, convolve, selective_update
+from dualform.ops.triton.step import MOST_STATES, add, convolve, selective_update
 from dualform.ops.triton.support import add_backend
 
 
@@ -25,9 +26,9 @@ def _project(
 ) -> Tensor:
     """``W x + b`` ``(B, O)``, or the stream and that."""
     if len(x) <= FEW:
-        return by_kernel(x, weight, bias, dtype, stream=stream)
+        return by_kernel(x, weight, bias, dtype, stream=stream, ahead=True)
     y = _by_library(x, weight, bias)
-    return y if stream is None else stream + y
+    return y if stream is None else add(stream, y)
 
 
 def _convolved(
@@ -35,7 +36,7 @@ def _convolved(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``W x + b`` in three: the outputs before the convolution's, what it makes of its own, and those behind them."""
     few = len(x) <= FEW
-    made = by_kernel(x, weight, bias, dtype, conv) if few else _by_library(x, weight, bias)
+    made = by_kernel(x, weight, bias, dtype, conv, ahead=True) if few else _by_library(x, weight, bias)
     channels = conv.state.shape[1]
     before, through, behind = made.split([conv.first, channels, made.shape[1] - conv.first - channels], -1)
     if not few:
@@ -62,7 +63,7 @@ def _mamba2(a: Mamba2Step) -> list[Tensor]:
             B.unflatten(-1, (a.groups, -1)), C.unflatten(-1, (a.groups, -1)), a.D[:, None], None, a.dt_bias[:, None],
             True, h, None,
         ),
-        limits=(a.low, a.high),
+        limits=(a.low, a.high), ahead=True,
     )  # fmt: skip
     y = y.view(rows, inner)
     y = y * F.silu(z) if a.gate is None else _normed(y, a.gate, a.gate_eps, matrix, z, a.groups, a.norm_before_gate)
@@ -76,8 +77,8 @@ def _mamba(a: MambaStep) -> list[Tensor]:
     into = Convolution(a.conv, a.conv_weight, a.conv_bias, 0, conv)
     _, u, z = _convolved(x, a.in_weight, a.in_bias, dtype, into)
     low, B, C = _project(u, a.maps, None, dtype).split([a.steps.shape[1], states, states], -1)
-    dt = by_kernel(low, a.steps, None, dtype)
-    y, h = selective_update(SelectiveUpdate(a.h, u, dt, a.A, B[:, None], C[:, None], a.D, z, a.dt_bias, True, h, None))
+    update = SelectiveUpdate(a.h, u, low, a.A, B[:, None], C[:, None], a.D, z, a.dt_bias, True, h, None)
+    y, h = selective_update(update, steps=a.steps, ahead=True)
     return [_project(y, a.out_weight, a.out_bias, dtype, a.x), conv, h]
 
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from dualform.ops.layout import inner_contiguous
 from dualform.ops.linear import Linear, linear_op
-from dualform.ops.triton.support import add_backend, blocks, kernels, power_of_two
+from dualform.ops.triton.support import add_backend, blocks, early, kernels, power_of_two
 
 FEW = 4
 """Rows of a tile: up to so many, the matrix is read once."""
+_TILES_AHEAD = 4  # that a program holds while it waits
 
 
 class Convolution(NamedTuple):
@@ -25,9 +26,12 @@ class Convolution(NamedTuple):
 
 def by_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, conv: Convolution | None = None,
-    stream: Tensor | None = None,
+    stream: Tensor | None = None, *, ahead: bool = False,
 ) -> Tensor:  # fmt: skip
-    """``W x + b`` ``(B, O)``: some of it convolved, or added to the stream."""
+    """``W x + b`` ``(B, O)``: some of it convolved, or added to the stream.
+
+    ``ahead`` says that the kernel before this one does not write the matrix, which is read while that kernel runs.
+    """
     x, (rows, inputs), outputs = inner_contiguous(x), x.shape, weight.shape[0]
     y = x.new_empty(rows, outputs, dtype=dtype)
     if y.numel() == 0:
@@ -39,7 +43,7 @@ def by_kernel(
         _dense(conv and conv.weight), _dense(conv and conv.bias), conv and conv.after, y,
         rows, outputs, conv.first if conv else 0, conv.state.shape[1] if conv else 0, x.stride(0),
         K=inputs, TAPS=conv.weight.shape[1] if conv else 0, WIDE=torch.float64 in (x.dtype, weight.dtype),
-        **tile, num_warps=max(1, min(8, few * tile["BO"] * tile["BK"] // 512)),
+        AHEAD=ahead and inputs <= _TILES_AHEAD * tile["BK"], **early(), **tile, num_warps=max(1, min(8, few * tile["BO"] * tile["BK"] // 512)),
     )  # fmt: skip
     return y
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dualform.ops.add_norm import AddNorm, add_norm_op
 from dualform.ops.gated_norm import GatedNorm, gated_norm_op
 from dualform.ops.layout import inner_contiguous
-from dualform.ops.triton.support import add_backend, blocks, kernels, power_of_two, processors, warps
+from dualform.ops.triton.support import add_backend, blocks, early, kernels, power_of_two, processors, warps
 
 _WIDEST = 16384  # features of a slice: more of them do not fit into the registers of a program
 _ELEMENTS = 1024  # of a tile, where a slice has fewer
@@ -54,7 +54,7 @@ def _forward(a: AddNorm | GatedNorm, residual: Tensor | None, z: Tensor | None, 
     options = _options(a)
     kernels("norm").forward[(blocks(len(x), options["R"]) * slices,)](
         x, residual, z, a.weight.contiguous(), _contiguous(a.bias), y, r, len(x), size, slices,
-        x.stride(0), _stride(residual), _stride(z), **options,
+        x.stride(0), _stride(residual), _stride(z), **early(), **options,
     )  # fmt: skip
 
 

@@ -8,14 +8,21 @@ from torch import Tensor
 from dualform.ops.causal_conv1d import ConvUpdate, conv_update_op
 from dualform.ops.layout import inner_contiguous, lay, next_state, time_last
 from dualform.ops.selective_scan import SelectiveUpdate, selective_update_op
-from dualform.ops.triton.support import add_backend, blocks, kernels, power_of_two
+from dualform.ops.triton.support import add_backend, blocks, early, kernels, power_of_two
 
 MOST_STATES = 256
 _ELEMENTS = 1024  # of the states of a program
 
 
-def selective_update(a: SelectiveUpdate, limits: tuple[float, float] = (0.0, math.inf)) -> list[Tensor]:
-    """The step of the scan, with bounds of dt behind its softplus."""
+def selective_update(
+    a: SelectiveUpdate, limits: tuple[float, float] = (0.0, math.inf), *, steps: Tensor | None = None,
+    ahead: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """The step of the scan, with bounds of dt behind its softplus.
+
+    With ``steps`` ``(D, R)``, dt is ``(B, R)``, of which they make that of each channel. ``ahead`` says that the kernel
+    before this one writes neither states nor parameters, which are read while that kernel runs.
+    """
     inner, by_head = a.x.shape, a.by_head
     after, given = next_state(a.out_state, a.state, inner[0], a.A.dtype, a.state.dim() - 1)
     y = a.x.new_empty(inner)
@@ -24,16 +31,17 @@ def selective_update(a: SelectiveUpdate, limits: tuple[float, float] = (0.0, mat
     rows, states, per_head = inner[0], a.state.shape[-1], inner[2] if by_head else 1
     width = inner.numel() // rows
     state, x, dt, B, C = _row(a.state), _row(a.x), _row(a.dt), inner_contiguous(a.B), inner_contiguous(a.C)
-    z, A, bias = None if a.z is None else _row(a.z), a.A.contiguous(), _like(a.dt_bias, a.dt)
+    z, A = None if a.z is None else _row(a.z), a.A.contiguous()
+    bias, rank = _like(a.dt_bias, a.dt if steps is None else a.x), 0 if steps is None else steps.shape[1]
     D, per_skip = _skip(a)
     padded = power_of_two(states)
     channels = min(max(1, _ELEMENTS // padded), power_of_two(width))
     kernels("step").selective_state_update[(rows * blocks(width, channels),)](
-        state, x, dt, A, B, C, D, z, bias, y, after, _contiguous(a.rows), len(state), width, per_head, per_skip,
+        state, x, dt, A, B, C, D, z, bias, y, after, _contiguous(a.rows), _contiguous(steps), len(state), width, per_head, per_skip,
         width // B.shape[1], width // C.shape[1], state.stride(0), x.stride(0), dt.stride(0),
         0 if z is None else z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1), after.stride(0),
         SOFTPLUS=a.dt_softplus, LIMITED=limits != (0.0, math.inf), LOW=limits[0], HIGH=limits[1], BY_HEAD=by_head,
-        TABLE=given, N=states, NP=padded, BD=channels,
+        TABLE=given, AHEAD=ahead, RANK=rank, RP=power_of_two(rank), N=states, NP=padded, BD=channels, **early(),
     )  # fmt: skip
     return [y, after]
 
@@ -58,9 +66,20 @@ def convolve(a: ConvUpdate) -> list[Tensor]:
         width, steps, size, len(state),
         x.stride(0), x.stride(-2), *state.stride(), *after.stride(),
         SILU=a.silu, W=taps, BD=channels, DOUBLE=a.dtype == torch.float64, TABLE=given,
-        RENEW=given and a.cache_seqlens is not None and after is state,
+        RENEW=given and a.cache_seqlens is not None and after is state, **early(),
     )  # fmt: skip
     return [lay(y, time_last(a.x)), after]
+
+
+def add(stream: Tensor, y: Tensor) -> Tensor:
+    """The residual stream and what a block adds to it, in the dtype of the stream."""
+    found = torch.empty_like(stream, memory_format=torch.contiguous_format)
+    if found.numel() > 0:
+        grid = (blocks(found.numel(), _ELEMENTS),)
+        kernels("step").add[grid](
+            stream.contiguous(), y.contiguous(), found, found.numel(), BLOCK=_ELEMENTS, **early()
+        )
+    return found
 
 
 def _contiguous(m: Tensor | None) -> Tensor | None:

@@ -129,6 +129,21 @@ def warps(threads: int) -> int:
     return threads // (32 if INTERPRETED else _warp_size(driver.active))
 
 
+@cache
+def _starts_early(driver: Any) -> bool:
+    target = driver.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def early() -> dict[str, Any]:
+    """Options of a kernel that calls ``wait_for_the_kernel_before``: where devices can, it starts before that ended."""
+    from triton.runtime import driver
+
+    if INTERPRETED or not _starts_early(driver.active):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
 def exact_products() -> str:
     """How a matrix product of float32 keeps all digits on the device at hand; on NVIDIA's by tensor cores."""
     from triton.runtime import driver

@@ -7,6 +7,8 @@ adds up its part of the gradients of weight and bias on the way.
 import triton
 import triton.language as tl
 
+from dualform.ops.triton.kernels.early import wait_for_the_kernel_before
+
 
 @triton.jit
 def _sigmoid(x):
@@ -59,6 +61,7 @@ def forward(
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     WIDE: tl.constexpr,
+    EARLY: tl.constexpr,
     R: tl.constexpr,
     BS: tl.constexpr,
 ):
@@ -67,6 +70,8 @@ def forward(
     slice = tl.program_id(0) % slices
     row, column, mask = _tile(tl.program_id(0) // slices, slice, rows, S, R, BS)
     to, last = row * (S * slices) + column, slice * S + S
+    if EARLY:
+        wait_for_the_kernel_before()
     v = _rows(x_ptr, row, column, mask, stride_x, dtype)
     if residual_ptr is not None:
         v += _rows(residual_ptr, row, column, mask, stride_residual, dtype)

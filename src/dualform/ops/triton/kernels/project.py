@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
+from dualform.ops.triton.kernels.early import wait_for_the_kernel_before
 from dualform.ops.triton.kernels.pointwise import silu
+
+
+@triton.jit
+def _tile(line, begin: tl.constexpr, known, K: tl.constexpr, BK: tl.constexpr):
+    """``BK`` columns of the matrix, in its own dtype."""
+    k = begin + tl.arange(0, BK)
+    return tl.load(line + k[None, :], mask=known[:, None] & (k < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -25,6 +33,8 @@ def project(
     K: tl.constexpr,
     TAPS: tl.constexpr,
     WIDE: tl.constexpr,
+    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
     BR: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
@@ -32,20 +42,26 @@ def project(
     """``BO`` outputs of ``BR`` rows: ``y = W x + b``, and the residual stream, if there is one.
 
     With ``TAPS``, the ``channels`` outputs from ``first`` on go through a convolution and SiLU; the last inputs of the
-    convolution are read from ``conv_ptr`` and written to ``after_ptr``, which may be the same place.
+    convolution are read from ``conv_ptr`` and written to ``after_ptr``, which may be the same place. ``AHEAD`` reads the
+    matrix before it waits for the kernel before this one, which must not write it.
     """
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     o, row = tl.program_id(0) * BO + tl.arange(0, BO), tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
     known, there = o < outputs, row < rows
     line = weight_ptr + o.to(tl.int64)[:, None] * K
+    tiles = ()
+    if AHEAD:
+        for begin in tl.static_range(0, K, BK):
+            tiles = tiles + (_tile(line, begin, known, K, BK),)
+    if EARLY:
+        wait_for_the_kernel_before()
     part = tl.zeros((BR, BO, BK), dtype)
     for begin in tl.static_range(0, K, BK):
+        w = tiles[begin // BK] if AHEAD else _tile(line, begin, known, K, BK)
         k = begin + tl.arange(0, BK)
-        inside = k < K
-        w = tl.load(line + k[None, :], mask=known[:, None] & inside[None, :], other=0.0).to(dtype)
-        mask = there[:, None] & inside[None, :]
+        mask = there[:, None] & (k < K)[None, :]
         x = tl.load(x_ptr + row[:, None] * stride_x + k[None, :], mask=mask, other=0.0).to(dtype)
-        part += x[:, None, :] * w[None, :, :]
+        part += x[:, None, :] * w.to(dtype)[None, :, :]
     y = tl.sum(part, 2)
     mask, at = there[:, None] & known[None, :], row[:, None] * outputs + o[None, :]
     if bias_ptr is not None:

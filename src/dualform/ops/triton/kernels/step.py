@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from dualform.ops.triton.kernels.early import wait_for_the_kernel_before
 from dualform.ops.triton.kernels.pointwise import silu, softplus
 
 
@@ -42,6 +43,7 @@ def causal_conv1d_update(
     DOUBLE: tl.constexpr,
     TABLE: tl.constexpr,
     RENEW: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """``T`` steps of ``BD`` channels of a row: the outputs, and the last S inputs, which may lie where they did.
 
@@ -49,6 +51,8 @@ def causal_conv1d_update(
     writes the new inputs alone, into a ring that holds the others already.
     """
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    if EARLY:
+        wait_for_the_kernel_before()
     blocks = tl.cdiv(D, BD)
     d, b = tl.program_id(0) % blocks * BD + tl.arange(0, BD), (tl.program_id(0) // blocks).to(tl.int64)
     mask, column = d < D, d.to(tl.int64)
@@ -122,6 +126,7 @@ def selective_state_update(
     y_ptr,
     after_ptr,
     rows_ptr,
+    steps_ptr,
     R,
     width,
     per_head,
@@ -143,6 +148,10 @@ def selective_state_update(
     HIGH: tl.constexpr,
     BY_HEAD: tl.constexpr,
     TABLE: tl.constexpr,
+    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
+    RANK: tl.constexpr,
+    RP: tl.constexpr,
     N: tl.constexpr,
     NP: tl.constexpr,
     BD: tl.constexpr,
@@ -150,7 +159,9 @@ def selective_state_update(
     """``BD`` channels of a row; the next states may lie where those before did.
 
     ``per_head`` neighbouring channels share a step size and, ``BY_HEAD``, a rate; ``per_skip`` an entry of D; ``per_b``
-    and ``per_c`` a group of B and of C. Rows are found as those of the convolution.
+    and ``per_c`` a group of B and of C. Rows are found as those of the convolution. With ``RANK``, step sizes are given
+    as so many numbers of a row, and what is at ``steps_ptr``, ``(width, RANK)``, makes them of those. ``AHEAD`` reads
+    the state and the parameters before it waits for the kernel before this one, which must not write them.
     """
     dtype: tl.constexpr = A_ptr.dtype.element_ty
     blocks = tl.cdiv(width, BD)
@@ -158,36 +169,65 @@ def selective_state_update(
     n, mask = tl.arange(0, NP)[None, :], d < width
     inside, at = mask[:, None] & (n < N), d[:, None].to(tl.int64) * N + n
     row, read, write = b, inside, inside
+    if EARLY and not AHEAD:
+        wait_for_the_kernel_before()
     if rows_ptr is not None:
         row, there, blank = table_row(rows_ptr, b, R)
         read = inside & there
     after_row = b
     if TABLE:
         after_row, write = row, read
-    x = tl.load(x_ptr + b * stride_x + d, mask=mask, other=0.0).to(dtype)
-    dt = tl.load(dt_ptr + b * stride_dt + d // per_head, mask=mask, other=0.0).to(dtype)
-    if bias_ptr is not None:
-        dt += tl.load(bias_ptr + d // per_head, mask=mask, other=0.0).to(dtype)
-    if SOFTPLUS:
-        dt = softplus(dt)
-    if LIMITED:
-        dt = tl.where(dt < LOW, LOW, tl.where(dt > HIGH, HIGH, dt))  # NaN stays NaN
     if BY_HEAD:
         rates = tl.load(A_ptr + d // per_head, mask=mask, other=0.0)[:, None]
     else:
         rates = tl.load(A_ptr + at, mask=inside, other=0.0)
+    before = tl.load(state_ptr + row * stride_state + at, mask=read, other=0.0).to(dtype)
+    bias = tl.zeros((BD,), dtype)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + d // per_head, mask=mask, other=0.0).to(dtype)
+    skip = tl.zeros((BD,), dtype)
+    if D_ptr is not None:
+        skip = tl.load(D_ptr + d // per_skip, mask=mask, other=0.0).to(dtype)
+    if RANK > 0:
+        r = tl.arange(0, RP)
+        steps = tl.load(
+            steps_ptr + d[:, None] * RANK + r[None, :], mask=mask[:, None] & (r < RANK)[None, :], other=0.0
+        ).to(dtype)
+    if EARLY and AHEAD:
+        wait_for_the_kernel_before()
+    x = tl.load(x_ptr + b * stride_x + d, mask=mask, other=0.0).to(dtype)
+    if RANK > 0:
+        low = tl.load(dt_ptr + b * stride_dt + r, mask=r < RANK, other=0.0).to(dtype)
+        dt = bias + tl.sum(steps * low[None, :], 1)
+    else:
+        dt = bias + tl.load(dt_ptr + b * stride_dt + d // per_head, mask=mask, other=0.0).to(dtype)
+    if SOFTPLUS:
+        dt = softplus(dt)
+    if LIMITED:
+        dt = tl.where(dt < LOW, LOW, tl.where(dt > HIGH, HIGH, dt))  # NaN stays NaN
     into = tl.load(B_ptr + b * stride_b + (d // per_b)[:, None] * stride_b_group + n, mask=inside, other=0.0).to(dtype)
     out = tl.load(C_ptr + b * stride_c + (d // per_c)[:, None] * stride_c_group + n, mask=inside, other=0.0).to(dtype)
-    before = tl.load(state_ptr + row * stride_state + at, mask=read, other=0.0).to(dtype)
     h = tl.exp(dt[:, None] * rates.to(dtype)) * before + (dt * x)[:, None] * into
     y = tl.sum(h * out, 1)
     if rows_ptr is not None:
         h = tl.where(there, h, blank.to(dtype))
     tl.store(after_ptr + after_row * stride_after + at, h.to(after_ptr.dtype.element_ty), mask=write)
     if D_ptr is not None:
-        y += tl.load(D_ptr + d // per_skip, mask=mask, other=0.0).to(dtype) * x
+        y += skip * x
     if z_ptr is not None:
         y *= silu(tl.load(z_ptr + b * stride_z + d, mask=mask, other=0.0).to(dtype))
     if rows_ptr is not None:
         y = tl.where(there, y, blank.to(dtype))
     tl.store(y_ptr + b * width + d, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add(x_ptr, y_ptr, sum_ptr, size, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    """``x + y`` in the dtype of the sum."""
+    if EARLY:
+        wait_for_the_kernel_before()
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    dtype: tl.constexpr = sum_ptr.dtype.element_ty
+    total = tl.load(x_ptr + at, mask=mask).to(dtype) + tl.load(y_ptr + at, mask=mask).to(dtype)
+    tl.store(sum_ptr + at, total, mask=mask)
