@@ -63,18 +63,18 @@ def _backward(
 ) -> dict[str, Tensor]:
     """The gradients of weight and bias; ``beside`` are dy and dr, and memory for dx, dresidual and dz."""
     (size, slices), options = _slices(a), _options(a)
+    names = ("weight",) if a.bias is None else ("weight", "bias")
     if x.numel() == 0:
-        return {name: a.weight.new_zeros(len(a.weight)) for name in ("weight", "bias")}
+        return {name: a.weight.new_zeros(len(a.weight)) for name in names}
     threads = power_of_two(options["R"] * options["BS"]) // _EACH
     wanted = processors(x) * max(1, 2 * _THREADS // max(32, threads))
     programs = max(1, min(blocks(len(x), options["R"]), wanted // slices))
-    sums = x.new_empty(2, programs, len(a.weight), dtype=a.inside)
+    sums = x.new_empty(len(names), programs, len(a.weight), dtype=a.inside)
     kernels("norm").backward[(programs * slices,)](
-        x, residual, z, a.weight.contiguous(), _contiguous(a.bias), *beside, *sums, len(x), size, slices,
+        x, residual, z, a.weight.contiguous(), _contiguous(a.bias), *beside, sums[0], sums[-1], len(x), size, slices,
         x.stride(0), _stride(residual), _stride(z), programs, **options,
     )  # fmt: skip
-    dweight, dbias = sums.sum(1)
-    return {"weight": dweight, "bias": dbias}
+    return dict(zip(names, sums.sum(1), strict=True))
 
 
 def _options(a: AddNorm | GatedNorm) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def _tile(tile, slice, rows, S, R: tl.constexpr, BS: tl.constexpr):
 
 
 @triton.jit
-def _rows(ptr, row, column, mask, stride, dtype: tl.constexpr):
-    return tl.load(ptr + row * stride + column, mask=mask, other=0.0).to(dtype)
+def _rows(ptr, row, column, mask, stride):
+    return tl.load(ptr + row * stride + column, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -72,12 +72,12 @@ def forward(
     to, last = row * (S * slices) + column, slice * S + S
     if EARLY:
         wait_for_the_kernel_before()
-    v = _rows(x_ptr, row, column, mask, stride_x, dtype)
+    v = _rows(x_ptr, row, column, mask, stride_x).to(dtype)
     if residual_ptr is not None:
-        v += _rows(residual_ptr, row, column, mask, stride_residual, dtype)
+        v += _rows(residual_ptr, row, column, mask, stride_residual).to(dtype)
         tl.store(r_ptr + to, v.to(r_ptr.dtype.element_ty), mask=mask)
     if z_ptr is not None:
-        z = _rows(z_ptr, row, column, mask, stride_z, dtype)
+        z = _rows(z_ptr, row, column, mask, stride_z).to(dtype)
         gate = z * _sigmoid(z)
     if BEFORE:
         v *= gate
@@ -119,7 +119,10 @@ def backward(
     R: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Of each slice, ``programs`` programs; the sums of each go to dweight and dbias, (programs, slices S)."""
+    """Of each slice, ``programs`` programs; the sums of each go to dweight and dbias, (programs, slices S).
+
+    The next tile is on its way from memory while the sums of the present one are made.
+    """
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     slice, program = tl.program_id(0) % slices, tl.program_id(0) // slices
     D, at = S * slices, tl.arange(0, BS)
@@ -128,43 +131,59 @@ def backward(
     if bias_ptr is not None:
         bias = _entries(bias_ptr, entry, last, dtype)
     dweight, dbias = tl.zeros((BS,), dtype), tl.zeros((BS,), dtype)
+    row, column, mask = _tile(tl.cast(program, tl.int64), slice, rows, S, R, BS)
+    x_next = _rows(x_ptr, row, column, mask, stride_x)
+    dy_next = _rows(dy_ptr, row, column, mask, D)
+    residual_next = x_next
+    if residual_ptr is not None:
+        residual_next = _rows(residual_ptr, row, column, mask, stride_residual)
+    z_next = x_next
+    if z_ptr is not None:
+        z_next = _rows(z_ptr, row, column, mask, stride_z)
     for tile in range(program, tl.cdiv(rows, R), programs):
-        row, column, mask = _tile(tl.cast(tile, tl.int64), slice, rows, S, R, BS)
-        to = row * D + column
-        x = _rows(x_ptr, row, column, mask, stride_x, dtype)
-        d = tl.load(dy_ptr + to, mask=mask, other=0.0).to(dtype)
+        to, here = row * D + column, mask
+        x, d = x_next.to(dtype), dy_next.to(dtype)
         v = x
         if residual_ptr is not None:
-            v += _rows(residual_ptr, row, column, mask, stride_residual, dtype)
+            v += residual_next.to(dtype)
+        z = z_next.to(dtype)
+        row, column, mask = _tile(tl.cast(tile + programs, tl.int64), slice, rows, S, R, BS)
+        x_next = _rows(x_ptr, row, column, mask, stride_x)
+        dy_next = _rows(dy_ptr, row, column, mask, D)
+        if residual_ptr is not None:
+            residual_next = _rows(residual_ptr, row, column, mask, stride_residual)
         if z_ptr is not None:
-            z = _rows(z_ptr, row, column, mask, stride_z, dtype)
+            z_next = _rows(z_ptr, row, column, mask, stride_z)
+        if z_ptr is not None:
             sigmoid = _sigmoid(z)
             gate, slope = z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
         if BEFORE:
             v *= gate
-        v, scale = _centered(v, mask, S, EPS, CENTER)
+        v, scale = _centered(v, here, S, EPS, CENTER)
         n = v * scale
         if AFTER:
             u = n * weight
             if bias_ptr is not None:
                 u += bias
-            tl.store(dz_ptr + to, (d * u * slope).to(dz_ptr.dtype.element_ty), mask=mask)
+            tl.store(dz_ptr + to, (d * u * slope).to(dz_ptr.dtype.element_ty), mask=here)
             d *= gate
         dweight += tl.sum(d * n, 0)
-        dbias += tl.sum(d, 0)
+        if bias_ptr is not None:
+            dbias += tl.sum(d, 0)
         d *= weight
         dv = d - n * (tl.sum(d * n, 1)[:, None] / S)
         if CENTER:
             dv -= tl.sum(d, 1)[:, None] / S
         dv *= scale
         if BEFORE:
-            tl.store(dz_ptr + to, (dv * x * slope).to(dz_ptr.dtype.element_ty), mask=mask)
+            tl.store(dz_ptr + to, (dv * x * slope).to(dz_ptr.dtype.element_ty), mask=here)
             dv *= gate
         if dr_ptr is not None:
-            dv += tl.load(dr_ptr + to, mask=mask, other=0.0).to(dtype)
-        tl.store(dx_ptr + to, dv.to(dx_ptr.dtype.element_ty), mask=mask)
+            dv += tl.load(dr_ptr + to, mask=here, other=0.0).to(dtype)
+        tl.store(dx_ptr + to, dv.to(dx_ptr.dtype.element_ty), mask=here)
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + to, dv.to(dresidual_ptr.dtype.element_ty), mask=mask)
+            tl.store(dresidual_ptr + to, dv.to(dresidual_ptr.dtype.element_ty), mask=here)
     to = program.to(tl.int64) * D + slice * S + at
     tl.store(dweight_ptr + to, dweight, mask=at < S)
-    tl.store(dbias_ptr + to, dbias, mask=at < S)
+    if bias_ptr is not None:
+        tl.store(dbias_ptr + to, dbias, mask=at < S)
