@@ -12,6 +12,7 @@ many is printed, too.
 import argparse
 import statistics
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,15 @@ def waited(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def decoding(model: LanguageModel, rows: int, tokens: int, device: str) -> tuple[Callable[[], None], int]:
+def decoding(
+    model: LanguageModel, rows: int, tokens: int, device: str, state_dtype: torch.dtype | None = None
+) -> tuple[Callable[[], None], int]:
     """A run of so many steps, and the bytes of a state."""
-    decoder, greedy = Decoder(model, rows), Sampling(temperature=0.0)
+    decoder, greedy = Decoder(model, rows, state_dtype=state_dtype), Sampling(temperature=0.0)
     logits, history = torch.zeros(1, model.config.vocab_size, device=device), torch.full((1, WINDOW), -1)
     for row in range(rows):
         decoder.put(row, model.init_state(1), logits, history, greedy, 0, 0)
-    bytes_of_state = nbytes(model.init_state(rows))
+    bytes_of_state = nbytes(decoder.state)
 
     def run() -> None:
         for _ in range(tokens):
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["mamba-130m", "mamba2-130m"], help="presets")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--state-dtype", nargs="+", default=["as it is"], help="such as bfloat16, of states of float32")
     parser.add_argument("--prompt", nargs="*", type=int, default=[], help="lengths")
     parser.add_argument("--tokens", type=int, default=10, help="in one timing")
     parser.add_argument("--repeats", type=int, default=9)
@@ -96,9 +100,10 @@ def main() -> None:
             model = LanguageModel(preset(name)).to(options.device, getattr(torch, dtype)).eval()
             weights = sum(p.nbytes for p in model.parameters())
             cases, moved = {MEMORY: read}, {}
-            for rows in options.rows:
+            for rows, held in product(options.rows, options.state_dtype):
                 title = f"{name}, {dtype}, {rows} row" + "s" * (rows > 1)
-                cases[title], state = decoding(model, rows, options.tokens, options.device)
+                title, kind = (f"{title}, states {held}", getattr(torch, held)) if "float" in held else (title, None)
+                cases[title], state = decoding(model, rows, options.tokens, options.device, kind)
                 moved[title] = rows, weights + 2 * state
             for prompt in options.prompt:
                 cases[f"{name}, {dtype}, first token after {prompt}"] = reading(model, prompt, options.device)

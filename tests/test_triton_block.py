@@ -9,6 +9,7 @@ from dualform.check.block_steps import mamba2_block, mamba_block, one_mamba2_ste
 from dualform.core.errors import BackendError
 from dualform.ops import OPS, backend, linear
 from dualform.ops.mamba_step import MATRICES, MambaWeights, mamba_step
+from dualform.ops.triton.draw import largest
 from dualform.ops.triton.support import INTERPRETED, missing
 from test_triton import DEVICE, GPU, normal, passes_interpreted, runs, triton_backend
 
@@ -108,6 +109,21 @@ def test_past_the_dispatcher_alone_states_are_written_in_place():
     assert torch.equal(tensors["h"], h)
 
 
+@runs
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 5), (2, 1024), (5, 2500)])
+def test_the_largest_of_each_row(rows, width):
+    """The first of equals; a NaN before all numbers; and whether it is finite."""
+    x, inf, nan = normal(rows, width).to(DEVICE), float("inf"), float("nan")
+    if rows > 2:
+        x[0, 2:4], x[1, 2], x[1, 4], x[2, 1] = 9.0, nan, inf, inf
+    if rows > 3:
+        x[3], x[4, 1:] = -inf, -inf
+    found = torch.full((2, rows), -7, device=DEVICE)
+    largest(x, found)
+    value, place = x.max(-1)
+    assert torch.equal(found, torch.stack((place, value.isfinite().long())))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("target", ["NVIDIA Hopper", "AMD MI300"])
 def test_kernels_compile_for(target):
@@ -118,16 +134,20 @@ def test_kernels_compile_for(target):
         ("mamba_step", mamba_block(torch.randn, bias=False, sizes=(1, 768, 1536, 16, 48, 4))),
         ("mamba_step", mamba_block(torch.randn, bias=True, sizes=(1, 1, 1, 1, 1, 1))),
         ("mamba2_step", mamba2_block(torch.randn, bias=False, sizes=(4, 2048, 64, 64, 128, 4))),
+        ("mamba2_step", mamba2_block(torch.randn, bias=False, sizes=(64, 768, 24, 64, 128, 4))),
     ]
     with compiled(TARGETS[target]) as kernels:
+        largest(torch.randn(64, 50288), torch.zeros(2, 64, dtype=torch.int64))
         for op, tensors in made:
             tensors |= {k: m.bfloat16() for k, m in tensors.items() if k in MATRICES}
             rest = (1e-5,) if op == "mamba_step" else (1, 1e-5, 1e-5, False, 0.0, float("inf"))
             fields = OPS[op].fields
             record = OPS[op].arguments(*(tensors.get(f) for f in fields[: len(fields) - len(rest) - 1]), *rest, True)
             triton_backend(OPS[op]).forward(record)
-    assert {name for name, _ in kernels} == {"project", "forward", "selective_state_update"}
+    few = {"project", "forward", "selective_state_update", "parts", "whole"}
+    assert {name for name, _ in kernels} == few | {"causal_conv1d_update", "add"}
     for name, kernel in kernels:
+        assert ("griddepcontrol.wait" in kernel.asm.get("ptx", "")) == (target == "NVIDIA Hopper")
         used = resources(kernel)
         print(target, name, used)  # seen with pytest -s
         assert used["spilled"] <= 64, f"{name} puts registers into memory: {used}"

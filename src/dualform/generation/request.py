@@ -17,8 +17,9 @@ from dualform.generation.session import WINDOW, Session, mark
 from dualform.models.lm import LanguageModel
 
 # Features of the residual stream in one piece of a prompt: bounds the memory of a prompt of any length. Small on a CPU,
-# where larger pieces are not faster and the caches are small; on an accelerator a piece is thousands of tokens.
-PREFILL = {"cpu": 2**15, "accelerator": 2**21}
+# where larger pieces are not faster and the caches are small. On an accelerator, whose kernels are over before the host
+# has launched the next ones, a piece is many thousands of tokens; it takes half a gigabyte.
+PREFILL = {"cpu": 2**15, "accelerator": 2**24}
 _LEAST_PIECE = 64  # tokens
 _MODEL = "dualform.load reads one from a folder, and LanguageModel(config) makes one"
 _SAMPLING = "such as dualform.Sampling(temperature=0.8)"

@@ -98,12 +98,29 @@ def fingerprint(model: LanguageModel, most: int = _SAMPLE) -> str:
     goes on bit for bit only with the numbers it came from.
     """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in unique_tensors(model).items():
+    tensors = unique_tensors(model)
+    samples = _brought([_sample(tensor.detach().flatten(), most) for tensor in tensors.values()])
+    for (name, tensor), sample in zip(tensors.items(), samples, strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        sample = flat[:: -(-len(flat) // most)] if len(flat) > most else flat
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sample(flat: Tensor, most: int) -> Tensor:
+    return flat[:: -(-len(flat) // most)] if len(flat) > most else flat
+
+
+def _brought(parts: list[Tensor]) -> list[Tensor]:
+    """Vectors on the CPU, those of one dtype and device in one copy: a device is waited for at each."""
+    found, kinds = list(parts), dict[tuple[torch.dtype, torch.device], list[int]]()
+    for i, part in enumerate(parts):
+        kinds.setdefault((part.dtype, part.device), []).append(i)
+    for (_, device), places in kinds.items():
+        if device.type != "cpu":
+            together = torch.cat([parts[i] for i in places]).cpu()
+            for i, part in zip(places, together.split([len(parts[i]) for i in places]), strict=True):
+                found[i] = part
+    return found
 
 
 def _read(path: StatePath, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str], bool]:
