@@ -112,14 +112,14 @@ def _sample(flat: Tensor, most: int) -> Tensor:
 
 def _brought(parts: list[Tensor]) -> list[Tensor]:
     """Vectors on the CPU, those of one dtype and device in one copy: a device is waited for at each."""
-    found, kinds = list(parts), dict[tuple[torch.dtype, torch.device], list[int]]()
+    kinds = dict[tuple[torch.dtype, torch.device], list[int]]()
     for i, part in enumerate(parts):
         kinds.setdefault((part.dtype, part.device), []).append(i)
-    for (_, device), places in kinds.items():
-        if device.type != "cpu":
-            together = torch.cat([parts[i] for i in places]).cpu()
-            for i, part in zip(places, together.split([len(parts[i]) for i in places]), strict=True):
-                found[i] = part
+    found = list(parts)
+    for places in kinds.values():
+        sizes = [len(parts[i]) for i in places]
+        for i, part in zip(places, torch.cat([parts[i] for i in places]).cpu().split(sizes), strict=True):
+            found[i] = part
     return found
 
 
