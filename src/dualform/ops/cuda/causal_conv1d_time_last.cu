@@ -24,18 +24,14 @@ struct Track {
   }
   METHOD INPUT* output(const Conv& p, INPUT* data) const { return data + (row * p.width + channel) * p.length; }
 
-  // COUNT steps from t, of which V are in the sequence or none. Those before the first are in the state; beyond the end
-  // there are zeros.
-  template <int COUNT>
-  METHOD void read(const INPUT* from, const float* state, int t, float* x) const {
-    UNROLL for (int i = 0; i < COUNT; i += V) {
-      if (t + i >= 0 && t + i < length) {
-        unpack(load_group(from + t + i, V), x + i);
-      } else {
-        UNROLL for (int v = 0; v < V; v++)
-          x[i + v] = state && t + i + v < 0 && t + i + v >= 1 - W ? state[t + i + v + W - 1] : 0;
-      }
-    }
+  // V steps from t, which are in the sequence or not; none of them before `first`. Elsewhere there are zeros.
+  METHOD Group group(const INPUT* from, int t, int first) const {
+    return t >= first && t < length ? load_group(from + t, V) : Group{};
+  }
+  // V steps before the first, as far as they are in the state.
+  METHOD void before(const float* state, int t, float* x) const {
+    UNROLL for (int v = 0; v < V; v++)
+      x[v] = t + v >= 1 - W ? state[t + v + W - 1] : 0;
   }
 };
 
@@ -72,7 +68,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll 2
   for (int t = of.begin + lane * V; t < of.end; t += 32 * V) {
     float x[PAST + V], y[V];
-    of.read<PAST + V>(xs, before, t - PAST, x);
+    UNROLL for (int i = 0; i < PAST + V; i += V) {
+      unpack(of.group(xs, t - PAST + i, 0), x + i);
+      if (t - PAST + i < 0) of.before(before, t - PAST + i, x + i);
+    }
     runs.go_before(t);
     UNROLL for (int v = 0; v < V; v++) {
       if (IDS) runs.next(runs.at(t + v));
@@ -109,10 +108,6 @@ DEVICE float of_step(const float* round, const float* next, int ahead, int lane)
 // The gradients before SiLU of the outputs of a round, and how far these see.
 struct Outputs {
   float g[V], reach[V];
-  METHOD float gradient(const Outputs& later, int ahead, int back, int lane) const {
-    const float there = of_step(g, later.g, ahead, lane);
-    return !IDS || back <= of_step(reach, later.reach, ahead, lane) ? there : 0;
-  }
 };
 
 // Goes back in time, round by round of the lanes: a lane has the outputs that see its inputs from the lanes behind it,
@@ -130,19 +125,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   float sums[ROWS] = {}, x[V];
   Outputs later = {};
   int s = (of.end < of.length ? last + ROUND : last) + lane * V;  // outputs of the next span see inputs of this one
-  of.read<V>(xs, p.state + states, s, x);
+  const int first = of.begin > ROUND ? of.begin - ROUND : 0;      // of the inputs that are wanted
+  unpack(of.group(xs, s, first), x);
+  Group next_x = of.group(xs, s - ROUND, first), next_dy = of.group(dys, s, of.begin);  // on their way from memory
   for (; s - lane * V >= of.begin; s -= ROUND) {
-    float earlier[V], window[V + W - 1], dx[V] = {};
+    float earlier[V], window[V + W - 1];
     Outputs now;
-    of.read<V>(xs, p.state + states, s - ROUND, earlier);
-    of.read<V>(dys, nullptr, s, now.g);
+    unpack(next_x, earlier), unpack(next_dy, now.g);
+    next_x = of.group(xs, s - 2 * ROUND, first), next_dy = of.group(dys, s - ROUND, of.begin);
+    if (s < ROUND) of.before(p.state + states, s - ROUND, earlier);
     UNROLL for (int i = 0; i < V + W - 1; i++)
       window[i] = of_step(x, earlier, i - (W - 1), lane);
-    const bool mine = s - lane * V <= last;
+    const bool inside = s < of.length;  // all V steps, or none
     Runs runs(p, of.row);
     runs.go_before(s);
     UNROLL for (int v = 0; v < V; v++) {
-      const bool inside = s + v < of.length;
       if (IDS && inside) runs.next(runs.at(s + v));
       if (SILU) {
         const float z = taps.before_silu(window + v, runs.reach), open = sigmoid(z);
@@ -150,18 +147,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       }
       if (!inside || runs.padding()) now.g[v] = 0;
       now.reach[v] = runs.reach;
-      if (!mine || !inside) continue;
-      UNROLL for (int j = 0; j < W; j++)
-        if (runs.sees(W - 1 - j)) sums[j] += now.g[v] * window[v + j];
-      if (BIASED) sums[ROWS - 1] += now.g[v];
     }
-    if (mine) {
-      UNROLL for (int v = 0; v < V; v++) {
-        UNROLL for (int back = 0; back < W; back++)
-          dx[v] += taps.w[W - 1 - back] * now.gradient(later, v + back, back, lane);
-        dx[v] += of_final(p, of, runs, states, s + v);
+    if (s - lane * V <= last) {  // not that of the next span
+      float g[V + W - 1], reach[V + W - 1], dx[V] = {};
+      UNROLL for (int i = 0; i < V + W - 1; i++) {
+        g[i] = of_step(now.g, later.g, i, lane);
+        if (IDS) reach[i] = of_step(now.reach, later.reach, i, lane);
       }
-      if (s < of.end) store_group(of.output(p, p.dx) + s, dx, V);
+      UNROLL for (int v = 0; v < V; v++) UNROLL
+        for (int back = 0; back < W; back++)
+          if (!IDS || back <= reach[v + back]) dx[v] += taps.w[W - 1 - back] * g[v + back];
+      if (s + V > of.length - (W - 1)) {
+        UNROLL for (int v = 0; v < V; v++)
+          dx[v] += of_final(p, of, runs, states, s + v);
+      }
+      if (inside) {
+        UNROLL for (int v = 0; v < V; v++) {
+          UNROLL for (int j = 0; j < W; j++)
+            if (!IDS || W - 1 - j <= reach[v]) sums[j] += g[v] * window[v + j];
+          if (BIASED) sums[ROWS - 1] += g[v];
+        }
+        store_group(of.output(p, p.dx) + s, dx, V);
+      }
     }
     later = now;
     UNROLL for (int v = 0; v < V; v++)
