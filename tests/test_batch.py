@@ -367,6 +367,7 @@ def test_bad_engines_and_batches_are_named(ssm):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*runs on the slower backend")
 @pytest.mark.parametrize("pattern", ["MM", "mm", "MAmW"])
 def test_rows_join_and_leave_graphs(pattern):
     """Those of one size, where each row does the same work whatever the others hold."""

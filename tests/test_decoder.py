@@ -1,5 +1,6 @@
 """Rows that go on by one token at a time: alone and in company, in memory of their own, and captured on a GPU."""
 
+import operator
 import sys
 import warnings
 
@@ -20,6 +21,9 @@ from dualform.layers.registry import MIXERS
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from test_generate import EVERYTHING, PROMPT, V, build
+
+# Kernels of products have no float32; that another backend takes their place is told.
+pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the slower backend")
 
 GREEDY = Sampling(temperature=0.0)
 SAMPLINGS = pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
@@ -149,14 +153,25 @@ def on_gpu(parts, pattern, dtype):
 
 
 def same_in_a_graph(model, rows, sampling, tokens=24):
+    """A decoder with graphs beside one without, which is given the tokens of the first.
+
+    In a graph small products have kernels of their own: in 16 bits another token may be drawn once in a while.
+    """
     prompts = torch.randint(211, (rows, 33), generator=torch.Generator().manual_seed(1)).tolist()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="generation runs slower")
         captured, plain = (decoder(model, prompts, sampling, graphs=graphs) for graphs in (True, False))
         plain._settle()  # attention over as much room gives the same numbers
-        got, want = ([one.next() for _ in range(tokens)] for one in (captured, plain))
+        assert captured.next() == plain.next()
+        same = 0
+        for _ in range(tokens):
+            given, own = captured.next(), plain._token.tolist()
+            same += sum(map(operator.eq, given, own))
+            with torch.inference_mode():
+                plain._token.copy_(torch.tensor(given))
+            assert plain.next() == given
     assert captured._captured and not plain._captured
-    assert got == want
+    assert same == rows * tokens if model.embed.weight.dtype == torch.float32 else same > 0.9 * rows * tokens
     for row in range(rows):
         torch.testing.assert_close(captured.read(row), plain.read(row), rtol=2e-2, atol=2e-2)
 

@@ -8,6 +8,7 @@ import torch
 from dualform.check.block_steps import mamba2_block, mamba_block, one_mamba2_step, one_mamba_step
 from dualform.core.errors import BackendError
 from dualform.ops import OPS, backend, linear
+from dualform.ops.mamba2_step import Mamba2Weights, mamba2_step
 from dualform.ops.mamba_step import MATRICES, MambaWeights, mamba_step
 from dualform.ops.triton.draw import largest
 from dualform.ops.triton.support import INTERPRETED, missing
@@ -107,6 +108,26 @@ def test_past_the_dispatcher_alone_states_are_written_in_place():
     compiled = torch.compile(mamba_step, fullgraph=True, backend="eager")
     compiled(tensors["x"], tensors["conv"], tensors["h"], weights, in_place=True)
     assert torch.equal(tensors["h"], h)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["mamba", "mamba rows", "mamba2 groups", "mamba2 rows"])
+def test_states_of_16_bits_beside_a_stream_of_32(name, dtype, poison):
+    """They are read, and rounded once."""
+    tensors, _ = given(name, torch.float32)
+    *_, run, more = CASES[name]
+    step, kind = (mamba_step, MambaWeights) if run is one_mamba_step else (mamba2_step, Mamba2Weights)
+    weights = kind(*(tensors.get(field) for field in kind._fields))
+    states = [tensors[name].to(dtype) for name in ("conv", "h")]
+    with backend("reference"):
+        want = step(tensors["x"], *states, weights, **more)
+    assert [m.dtype for m in want] == [torch.float32, dtype, dtype]
+    with backend("triton"):
+        torch.testing.assert_close(step(tensors["x"], *states, weights, **more), want)
+        found = step(tensors["x"], *states, weights, **more, in_place=True)
+    torch.testing.assert_close(found, want)
+    assert [m.data_ptr() for m in found[1:]] == [m.data_ptr() for m in states]
 
 
 @runs

@@ -15,6 +15,7 @@ from dualform.ops.linear import FEW
 from dualform.ops.native.block import Program, Record
 from dualform.ops.op import Op
 
+_HALVES = {"cpu": (), "cuda": (torch.bfloat16, torch.float16)}  # of states, beside the dtype of the stream
 _ROWS = {"cpu": FEW, "cuda": 256}  # of a step that the kernels run; the products of more take more time than all else
 
 
@@ -53,7 +54,7 @@ class StreamStep:
         """A step, or None for one that the kernel does not run, such as one of many rows."""
         if x.shape[0] > _ROWS.get(x.device.type, 0) or x.dtype != self.dtype or not kernels_run(x.device.type):
             return None
-        if not isinstance(state, self.kind) or any(m.dtype != self.dtype for m in state):
+        if not isinstance(state, self.kind) or {m.dtype for m in state} - {self.dtype, *_HALVES[x.device.type]}:
             return None
         in_place = not x.is_cpu and all(map(may_write, state))  # on a CPU steps of a whole model do so
         record = self.record(x, state)._replace(in_place=in_place)

@@ -30,8 +30,8 @@ def mamba_step(
     ``u = silu(conv(u))``; ``dt, B, C = maps(u)``; ``h = exp(dt A) h + dt B u``; ``y = C h + D u``, where dt has been
     through its own map and softplus, and ``norm(x) = x / sqrt(mean(x^2) + eps)`` times a weight.
 
-    The matrices may have 16 bits beside a float32 stream; everything else has the dtype of x, in which all of it is
-    computed, and nothing is rounded in between.
+    The matrices may have 16 bits beside a float32 stream, and so may the states, which keep their dtype; everything else
+    has the dtype of x, in which all of it is computed, and nothing is rounded in between.
 
     Args:
         x: ``(B, M)``, the residual stream, float32 or float64.
@@ -96,10 +96,11 @@ class MambaStep(NamedTuple):
 
 
 MATRICES = ("in_weight", "maps", "steps", "out_weight")
+_STATES = ("conv", "h")
 
 
 def check_step_dtypes(where: str, a: Any, matrices: tuple[str, ...]) -> None:
-    """Matrices are of one dtype, that of x or 16 bits beside float32; everything else has that of x.
+    """Matrices are of one dtype, that of x or 16 bits beside float32, and so are states; everything else has that of x.
 
     Raises:
         ArgumentError: names the tensor, its dtype and the one that was expected.
@@ -109,10 +110,12 @@ def check_step_dtypes(where: str, a: Any, matrices: tuple[str, ...]) -> None:
     x, matrix = named["x"].dtype, named["in_weight"].dtype
     if x not in (torch.float32, torch.float64):
         raise ArgumentError(f"{where}: x is {x}, expected float32 or float64")
-    if matrix != x and (x != torch.float32 or matrix.itemsize > 2):
-        raise ArgumentError(f"{where}: in_weight is {matrix}, expected {x}, or 16 bits beside float32")
+    for name in ("in_weight", *_STATES):
+        dtype = named[name].dtype
+        if dtype != x and (x != torch.float32 or dtype.itemsize > 2):
+            raise ArgumentError(f"{where}: {name} is {dtype}, expected {x}, or 16 bits beside float32")
     for name, m in named.items():
-        want = matrix if name in matrices else x
+        want = matrix if name in matrices else named["conv"].dtype if name in _STATES else x
         if m.dtype != want:
             raise ArgumentError(f"{where}: {name} is {m.dtype}, expected {want}")
 
@@ -178,7 +181,7 @@ def _reference(a: MambaStep) -> tuple[Tensor, Tensor, Tensor]:
     low, B, C = of(u, a.maps).split([a.steps.shape[1], states, states], -1)
     dt, B, C = of(low, a.steps), B[:, None], C[:, None]
     y, h = selective_update_op.reference(SelectiveUpdate(a.h, u, dt, a.A, B, C, a.D, z, a.dt_bias, True, None, None))
-    return a.x + of(y, a.out_weight, a.out_bias), conv, h
+    return a.x + of(y, a.out_weight, a.out_bias), conv.to(a.conv.dtype), h.to(a.h.dtype)
 
 
 def convolution(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> ConvUpdate:

@@ -121,6 +121,8 @@ def _dense(m: Tensor | None) -> Tensor | None:
 
 
 def _refuses(a: Record) -> str | None:
+    if a.h.dtype != a.x.dtype:
+        return f"the states are {a.h.dtype}, not {a.x.dtype}"
     dtype = a.in_weight.dtype
     return None if dtype in DTYPES else f"it cannot read {dtype}"
 
