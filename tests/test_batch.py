@@ -79,10 +79,12 @@ def test_rows_that_join_and_leave_at_random(pattern, seed, short_pieces):
     join_and_leave(build(pattern), random.Random(seed))
 
 
-@pytest.mark.parametrize("pattern", ["MM", "MA", "mWA"])
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_that_join_and_leave_graphs_that_are_played(pattern, seed, short_pieces, monkeypatch):
-    """What a GPU does: a step under way before its token is read, in memory that stays until a cache has to grow."""
+@pytest.fixture
+def played(monkeypatch):
+    """What a GPU does: a step under way before its token is read, in memory that stays until a cache has to grow.
+
+    The decoders that captured a graph, and what their rows wanted.
+    """
     captured = []
 
     def capture(self):
@@ -116,8 +118,46 @@ def test_rows_that_join_and_leave_graphs_that_are_played(pattern, seed, short_pi
     monkeypatch.setattr("dualform.generation.decoder._IDLE", 9)
     monkeypatch.setattr(Decoder, "_capture", capture)
     monkeypatch.setattr("dualform.generation.batch.Decoder", decoder)
+    return captured
+
+
+@pytest.mark.parametrize("pattern", ["MM", "MA", "mWA"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_join_and_leave_graphs_that_are_played(pattern, seed, short_pieces, played):
     join_and_leave(build(pattern), random.Random(10 + seed))
-    assert len({wants for _, wants in captured}) > 1
+    assert len({wants for _, wants in played}) > 1
+
+
+@pytest.mark.parametrize("pattern", ["MM", "MA"])
+def test_the_first_token_waits_for_no_graph(pattern, played):
+    """Nor does that of a request that comes later, whatever it wants; and a graph that is there is played again."""
+    model = build(pattern)
+    engine = Engine(model, rows=3)
+    requests = [engine.admit(PROMPT, 9, sampling=GREEDY)]
+    engine.step()
+    assert played == [] and len(requests[0].tokens) == 1
+    engine.step()
+    assert len(played) == 1
+    requests.append(engine.admit([1], 9, sampling=GREEDY))
+    engine.step()
+    assert len(requests[1].tokens) == 1 and len(played) == 1
+    requests.append(engine.admit([2], 3, sampling=EVERYTHING))
+    engine.step()
+    assert len(requests[2].tokens) == 1 and len(played) == 1
+    engine.step()
+    assert len(played) == 2
+    list(engine)
+    for one, prompt, most in zip(requests, (PROMPT, [1], [2]), (9, 9, 3), strict=True):
+        assert one.tokens == list(generate(model, prompt, most, sampling=one.sampling))
+
+
+def test_a_state_after_the_first_token_waits_for_no_graph(played):
+    model = build("MA")
+    engine = Engine(model, rows=2)
+    one = engine.admit(PROMPT, 9)
+    engine.step()
+    session = engine.release(one)
+    assert played == [] and one.tokens + list(generate(model, [], 8, state=session)) == list(generate(model, PROMPT, 9))
 
 
 def join_and_leave(model, dice):

@@ -1,7 +1,8 @@
 """Decoding: rows of a model that go on by one token at a time, on the device.
 
 The token that is drawn stays on the device, and goes into the next step from there. On a GPU a step and the draw behind
-it are one CUDA graph, which is started before the host reads the token that goes into it: the host holds nothing up.
+it are one CUDA graph, which is started before the host reads the token that goes into it: the host holds nothing up. A
+graph is captured when a second token is asked for: the first is drawn from the logits of the prompt, and waits for none.
 """
 
 import sys
@@ -105,24 +106,23 @@ class Decoder:
     def next(self) -> list[int | None]:
         """A token of each row; None where the logits of a row are not finite, and of a free row any."""
         with torch.inference_mode():
+            if self._stale:
+                self._advance(capture=True)
+                self._stale = False
             if self._changed:
                 self._choose()  # once more in the other rows, which gives the same tokens
                 self._changed = False
-            if self._ahead:
-                self._host.copy_(self._report, non_blocking=True)
-                if self._top is not None:
-                    self._host_scores.copy_(self._scores, non_blocking=True)
+            ahead = self._ahead and (not self._graphs or self._warm(1))
+            self._host.copy_(self._report, non_blocking=ahead)
+            if self._top is not None:
+                self._host_scores.copy_(self._scores, non_blocking=ahead)
+            if ahead:
                 read = torch.cuda.Event()
                 read.record()
-                self._advance()
+                self._advance(capture=False)
                 read.synchronize()
-                tokens, finite = self._host.tolist()
-            else:
-                self._catch_up()
-                tokens, finite = self._report.tolist()
-                if self._top is not None:
-                    self._host_scores.copy_(self._scores)
-                self._stale = True
+            self._stale = not ahead  # tokens at hand do not wait for a graph to be captured
+            tokens, finite = self._host.tolist()
         return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
 
     def logprobs(self, row: int) -> tuple[float, list[tuple[int, float]]]:
@@ -163,11 +163,11 @@ class Decoder:
 
     def _catch_up(self) -> None:
         if self._stale:
-            self._advance()
+            self._advance(capture=False)
             self._stale = False
 
-    def _advance(self) -> None:
-        """One step by the tokens at hand, and the draw of the next ones."""
+    def _advance(self, *, capture: bool) -> None:
+        """One step by the tokens at hand, and the draw of the next ones; by a graph that is there, or is captured."""
         self._positions = [position + 1 for position in self._positions]
         for row, position in enumerate(self._positions):
             if self._samplings[row] is None and position > _IDLE:
@@ -175,11 +175,14 @@ class Decoder:
         self._column += 1
         if self._column == _DRAWS:
             self._refill()
-        graph = self._graph() if self._graphs else None
-        if graph is None:
-            self._state = self._step()
-        else:
+        graph = self._graph() if self._graphs and (capture or self._warm()) else None
+        if graph is not None:
             graph.replay()
+        elif self._captured and max(self._positions) <= self._room:
+            self._keep(self._step())  # where the graphs look for it
+        else:
+            self._captured.clear()
+            self._state, self._room = self._step(), 0
 
     def _step(self) -> State:
         if self._wants.penalty:
@@ -252,6 +255,10 @@ class Decoder:
         return tree_map(moved, state, grown)
 
     # On a GPU.
+
+    def _warm(self, more: int = 0) -> bool:
+        """Whether a graph of a step is there, and has room for so many tokens beyond those that were seen."""
+        return self._wants in self._captured and max(self._positions) + more <= self._room
 
     def _graph(self) -> Any:
         """A step in a CUDA graph; None where it could not be captured."""
