@@ -10,7 +10,6 @@ from dualform.core.errors import ArgumentError
 from dualform.core.tree import leaves
 from dualform.generation import request
 from dualform.generation.batch import Engine, generate_batch
-from dualform.generation.decoder import Decoder
 from dualform.generation.engine import generate
 from dualform.generation.options import Sampling
 from dualform.generation.session import Session
@@ -77,47 +76,6 @@ def asked(dice, most=30):
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_join_and_leave_at_random(pattern, seed, short_pieces):
     join_and_leave(build(pattern), random.Random(seed))
-
-
-@pytest.mark.parametrize("pattern", ["MM", "MA", "mWA"])
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_that_join_and_leave_graphs_that_are_played(pattern, seed, short_pieces, monkeypatch):
-    """What a GPU does: a step under way before its token is read, in memory that stays until a cache has to grow."""
-    captured = []
-
-    def capture(self):
-        places, wants = [leaf.data_ptr() for leaf in leaves(self._state)], self._wants
-        captured.append((self, wants))
-
-        class Played:
-            @staticmethod
-            def replay():
-                assert [leaf.data_ptr() for leaf in leaves(self._state)] == places and self._wants == wants
-                self._keep(self._step())
-
-        self._captured[wants] = Played
-
-    def decoder(*given, **options):
-        found = Decoder(*given, **options)
-        found._graphs = found._ahead = True
-        return found
-
-    class Event:
-        def record(self):
-            self.recorded = True
-
-        def synchronize(self):
-            assert self.recorded
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr("dualform.generation.decoder._LEAST_ROOM", 16)
-    monkeypatch.setattr("dualform.generation.decoder._GRAPHS", 3)
-    monkeypatch.setattr("dualform.generation.decoder._IDLE", 9)
-    monkeypatch.setattr(Decoder, "_capture", capture)
-    monkeypatch.setattr("dualform.generation.batch.Decoder", decoder)
-    join_and_leave(build(pattern), random.Random(10 + seed))
-    assert len({wants for _, wants in captured}) > 1
 
 
 def join_and_leave(model, dice):
@@ -267,16 +225,21 @@ def test_what_is_not_finite_ends_its_own_request(pattern, sampling):
         assert one.tokens == list(generate(model, [1 + seed], 12, sampling=sampling, seed=seed))
 
 
-@pytest.mark.parametrize("pattern", ["MA", "MW"])
-def test_a_free_row_does_not_grow(pattern, monkeypatch):
-    monkeypatch.setattr("dualform.generation.decoder._IDLE", 8)
-    model = build(pattern)
-    engine = Engine(model, rows=3)
-    ended, long = engine.admit(PROMPT, 2), engine.admit([1], 60)
+def test_a_step_has_the_rows_that_are_taken(ssm, monkeypatch):
+    """Of a CPU: what a step costs is what those rows cost."""
+    sizes = []
+    step_features = ssm._step_features
+
+    def counted(steps, x, *rest):
+        sizes.append(len(x))
+        return step_features(steps, x, *rest)
+
+    monkeypatch.setattr(ssm, "_step_features", counted)
+    engine = Engine(ssm, rows=16)
+    requests = [engine.admit([seed], 3 + seed, seed=seed) for seed in range(6)]
     list(engine)
-    assert ended.tokens == list(generate(model, PROMPT, 2)) and long.tokens == list(generate(model, [1], 60))
-    *_, length = leaves(engine._decoder._state)
-    assert length.dtype == torch.int64 and int(length.max()) <= 9
+    assert sizes == sorted(sizes, reverse=True) and set(sizes) == set(range(1, 7))
+    assert [one.tokens for one in requests] == [list(generate(ssm, [seed], 3 + seed, seed=seed)) for seed in range(6)]
 
 
 def test_the_model_is_left_as_it_was(ssm):
@@ -382,4 +345,4 @@ def test_rows_join_and_leave_graphs(pattern):
     together = [engine.admit(prompt, most, **options) for prompt, most, options in wanted]
     list(engine)
     assert [one.tokens for one in together] == [one.tokens for one in alone]
-    assert engine._decoder._captured
+    assert engine._decoders[0]._captured

@@ -49,8 +49,9 @@ def test_results_of_a_correct_case():
 def test_every_operator_and_mixer_in_float32():
     results = run_checks([*OPS, "mamba d=17", "lm mamba2 + shared attention"], length=13)
     assert [r for r in results if not r.ok] == []
-    assert {r.tolerance for r in results if r.error is not None} == {1e-4}  # a backend may be missing
-    assert {r.table for r in results} == {"laws", "backends"}
+    bounds = {(r.table == "exact", r.tolerance) for r in results if r.error is not None}  # a backend may be missing
+    assert bounds == {(False, 1e-4), (True, 0.0)}
+    assert {r.table for r in results} == {"laws", "backends", "exact"}
     rows = {r.case for r in results if r.table == "backends"}
     assert {"ssd packed [torch]", "ssd packed [reference]"} <= rows
 
@@ -144,3 +145,12 @@ def test_plan_covers_everything():
 def test_bad_arguments(arguments: dict, said: str):
     with pytest.raises(ArgumentError, match=said.replace("?", r"\?")):
         run_checks(**arguments)
+
+
+def test_bits_that_differ_in_company_are_found(monkeypatch: pytest.MonkeyPatch):
+    """As rows of one batch differ, if more of them are put together than its kernels sum in one order."""
+    (bits,) = (c for c in plan(["gla"], length=9) if c.table == "exact")
+    assert bits.run().ok and bits.run().error == 0
+    monkeypatch.setattr("dualform.generation.batch.rows_together", lambda model: 2)
+    result = bits.run()
+    assert not result.ok and result.error > 0 and "request" in result.message

@@ -14,6 +14,7 @@ from torch import Tensor
 from dualform.check import long
 from dualform.check.cases import CASES, Case, default_cases
 from dualform.check.defaults import DEVICE, DTYPE, LENGTH
+from dualform.check.exact import builds, exactness
 from dualform.check.op_cases import OpCase, op_cases
 from dualform.core.deviation import Worst, deviation
 from dualform.core.errors import ArgumentError, BackendError
@@ -36,8 +37,8 @@ class Result:
     """What one check found.
 
     Args:
-        table: ``laws``, ``backends`` or ``long``.
-        case: the row: a recurrence, or an operator with the name of its backend.
+        table: ``laws``, ``backends``, ``exact`` or ``long``.
+        case: the row: a recurrence, an operator with the name of its backend, or a mixer for a model of it.
         law: the column.
         error: worst relative error; infinite for a wrong shape, a NaN or an exception; None where it does not apply.
         tolerance: what is allowed.
@@ -92,8 +93,9 @@ def run_checks(
 ) -> list[Result]:
     """Verify the contract: every law for every mixer, filter and model; every backend against its float64 reference.
 
-    On a GPU also: sequences of more than 2^31 elements against their pieces, in bfloat16 where the GPU is too small for
-    the dtype.
+    And for a model of every mixer that ``exact=True`` keeps every bit of a request, whoever decodes beside it. On a GPU
+    also: sequences of more than 2^31 elements against their pieces, in bfloat16 where the GPU is too small for the
+    dtype.
 
     TF32, to which cuDNN rounds by default, is off meanwhile: what is checked in float32 is float32.
 
@@ -162,6 +164,9 @@ def plan(
                     )
                     for law, b in (("forward", False), ("backward", True))
                 ]
+    for (case, kind), build in builds(recurrences, device, dtype).items():
+        if names is None or {case, kind} & names:
+            checks.append(Check("exact", case, "exact", lambda build=build: (exactness(build, length), 0.0)))
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         for case in long.CASES:

@@ -27,6 +27,7 @@ EPILOG = """[bold]Examples[/bold]
 _TITLES = {
     "laws": "Laws: the greatest relative difference between two forms of one recurrence",
     "backends": "Backends: the greatest relative difference from the float64 reference",
+    "exact": "Exact generation: the greatest relative difference between a request alone and in company",
     "long": "More than 2^31 elements: the greatest relative difference between one call and two over its pieces",
 }
 

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from dualform.core.errors import ArgumentError
 from dualform.core.options import brief
 from dualform.generation.decoder import Decoder
 from dualform.generation.engine import DEFAULT, ELSEWHERE, evaluating
+from dualform.generation.exact import rows_together
 from dualform.generation.options import Sampling
 from dualform.generation.request import Request, check_model, prefill_tokens, request
 from dualform.generation.sampling import not_finite
@@ -33,7 +35,11 @@ class Engine:
 
     The tokens of a request are those that :func:`dualform.generate` yields for the same arguments, up to rounding:
     batches of different sizes may add in different orders, and then tokens differ where two candidates are as close as
-    that. What is not finite in one row ends its request, and no other.
+    that. With ``exact=True`` they are those of ``generate(..., exact=True)``, and so are the logits bit for bit, on one
+    machine with one number of threads: a row is summed in one order, whatever the others do, and prompts are read one
+    by one, in pieces whose borders are multiples of one length. For stacks of Mamba or Mamba-2 alone on a CPU that
+    costs next to nothing; all other models then step one row after the other, so that many rows take as long as each by
+    itself. What is not finite in one row ends its request, and no other.
 
     Requests wait where all rows are taken, and are served in the order in which they came. A prompt is read in pieces,
     at most as much as one piece between two steps, so that a long prompt does not hold up those that are under way.
@@ -41,15 +47,16 @@ class Engine:
     Args:
         model: evaluated without gradients, on its own device; its training flag is left as it was. Its weights should
             not change any more: what follows from them alone is computed once, when the first request gets a row.
-        rows: the most requests that decode at a time. Every step computes all of them, free ones too.
+        rows: the most requests that decode at a time. On a GPU every step computes all of them, free ones too.
         logprobs: how many of the most likely tokens are told with their log-probabilities for every token of a request,
             beside that of the token itself; 0 tells the latter alone, None none, which costs nothing.
+        exact: whether tokens and logits are bit for bit the same alone and in company.
 
     Raises:
         ArgumentError: for what is no language model, fewer than one row, or log-probabilities of fewer than no tokens.
     """
 
-    def __init__(self, model: LanguageModel, rows: int = 16, *, logprobs: int | None = None):
+    def __init__(self, model: LanguageModel, rows: int = 16, *, logprobs: int | None = None, exact: bool = False):
         check_model("Engine", model)
         if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
             raise ArgumentError(f"Engine: rows is {brief(rows)}, expected a whole number, 1 or more")
@@ -59,7 +66,9 @@ class Engine:
         self._logprobs = None if logprobs is None else int(logprobs)
         self._rows: list[Request | None] = [None] * int(rows)
         self._queue: deque[Request] = deque()
-        self._decoder: Decoder | None = None
+        self._exact = exact
+        self._share = min(int(rows), rows_together(model)) if exact else int(rows)  # rows of one decoder
+        self._decoders: list[Decoder | None] = [None] * (-(-int(rows) // self._share))
 
     @property
     def running(self) -> tuple[Request, ...]:
@@ -96,6 +105,7 @@ class Engine:
         """
         options = {"sampling": sampling, "stop": stop, "seed": seed, "state": state}
         made = request("Engine.admit", self.model, prompt_tokens, max_new_tokens, **options)
+        made.exact = self._exact
         self._queue.append(made)
         return made
 
@@ -108,11 +118,7 @@ class Engine:
         given: list[tuple[Request, int]] = []
         with evaluating(self.model):
             self._fill()
-            if self._decoder is None or not self.running:
-                return given
-            tokens = self._decoder.next()
-            scores = [] if self._logprobs is None else [self._decoder.logprobs(i) for i in range(len(tokens))]
-            for row, token in enumerate(tokens):
+            for row, token, scores in self._decode():
                 if (one := self._rows[row]) is None:
                     continue
                 if token is None:
@@ -121,12 +127,22 @@ class Engine:
                     continue
                 one.hear(token)
                 one.tokens.append(token)
-                if self._logprobs is not None:
-                    one.logprobs.append(scores[row])
+                one.logprobs += scores
                 given.append((one, token))
                 if one.exhausted:
                     one.end(self._leave(row))
         return given
+
+    def _decode(self) -> list[tuple[int, int | None, list[Any]]]:
+        """The rows that are taken, with the token of each and its log-probabilities, where they are told."""
+        found: list[tuple[int, int | None, list[Any]]] = []
+        for first, decoder in zip(range(0, len(self._rows), self._share), self._decoders, strict=True):
+            taken = [row for row, one in enumerate(self._rows[first : first + self._share]) if one is not None]
+            if decoder is not None and taken:
+                tokens = decoder.next()
+                scores = [[] if self._logprobs is None else [decoder.logprobs(row)] for row in taken]
+                found += [(first + row, tokens[row], told) for row, told in zip(taken, scores, strict=True)]
+        return found
 
     def __iter__(self) -> Iterator[tuple[Request, int]]:
         while self._queue or self.running:
@@ -176,18 +192,24 @@ class Engine:
             if one.exhausted:
                 one.end(one.session())
                 continue
-            self._decoder = self._decoder or Decoder(self.model, len(self._rows), logprobs=self._logprobs)
             row = self._rows.index(None)
-            self._decoder.put(row, *one.hand_over())
+            which, place = divmod(row, self._share)
+            decoder = self._decoders[which]
+            if decoder is None:
+                decoder = Decoder(self.model, self._share, logprobs=self._logprobs, exact=self._exact)
+                self._decoders[which] = decoder
+            decoder.put(place, *one.hand_over())
             self._rows[row] = one
 
     def _leave(self, row: int) -> Session | None:
         """Free a row; the session of its request, None where it has failed."""
         one, self._rows[row] = self._rows[row], None
-        if one is None or self._decoder is None:
+        which, place = divmod(row, self._share)
+        decoder = self._decoders[which]
+        if one is None or decoder is None:
             return None
-        session = None if one.error else one.session(self._decoder.read(row))
-        self._decoder.free(row)
+        session = None if one.error else one.session(decoder.read(place))
+        decoder.free(place)
         return session
 
 
@@ -201,6 +223,7 @@ def generate_batch(
     stop: Iterable[int | Sequence[int]] = (),
     seed: int = 0,
     rows: int = 16,
+    exact: bool = False,
 ) -> list[list[int]]:
     """Continue many prompts, of any lengths: the new tokens of each, in their order.
 
@@ -212,11 +235,12 @@ def generate_batch(
         stop: token ids, or sequences of token ids, that end a generation; they are its last tokens.
         seed: of the first prompt's random stream; the next one's is one more, and so on.
         rows: how many are decoded at a time.
+        exact: whether tokens are those of each prompt by itself, whatever is decoded beside it; see :class:`Engine`.
 
     Raises:
         ArgumentError: for arguments that do not fit, or logits of a prompt that are not finite.
     """
-    engine, stops = Engine(model, rows), list(stop) if isinstance(stop, Iterator) else stop
+    engine, stops = Engine(model, rows, exact=exact), list(stop) if isinstance(stop, Iterator) else stop
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | Tensor):
         raise ArgumentError(f"generate_batch: prompts is {brief(prompts)}, expected a list of token ids for each")
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
@@ -231,6 +255,7 @@ def generate_batch(
     for i, (prompt, one) in enumerate(zip(prompts, samplings, strict=True)):
         where, options = f"generate_batch: prompts[{i}]", {"sampling": one, "stop": stops, "seed": seed + i}
         requests.append(request(where, model, prompt, max_new_tokens, **options, state=None))
+        requests[-1].exact = exact
     engine._queue.extend(requests)  # pyright: ignore[reportPrivateUsage]
     for _ in engine:
         pass

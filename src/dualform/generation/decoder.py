@@ -1,28 +1,29 @@
 """Decoding: rows of a model that go on by one token at a time, on the device.
 
 The token that is drawn stays on the device, and goes into the next step from there. On a GPU a step and the draw behind
-it are one CUDA graph, which is started before the host reads the token that goes into it: the host holds nothing up.
+it are one CUDA graph, which is started before the host reads the token that goes into it: the host holds nothing up. A
+graph is captured when a second token is asked for: the first is drawn from the logits of the prompt.
+
+A row has a slot, its place in the tensors of all. On a GPU there is a slot for each row, free ones too, as graphs want
+memory that stays; on a CPU there are slots for the rows that are taken, and a step costs what those cost.
 """
 
-import gc
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualform.core.recurrence import State
-from dualform.core.tree import clone, leaves, may_write, tree_map
+from dualform.core.tree import leaves, may_write, tree_map
+from dualform.generation.capture import captured
+from dualform.generation.exact import rows_together
 from dualform.generation.options import Sampling
 from dualform.generation.sampling import Wants, choose, likeliest, table, uniforms
-from dualform.generation.session import WINDOW
+from dualform.generation.slots import DRAWS, Slots, free_slot
 from dualform.models.lm import LanguageModel
-from dualform.ops.op import SlowBackendWarning
 
-_DRAWS = 64  # random numbers of a row that are on the device at a time
 _LEAST_ROOM = 256  # tokens that a growing cache has room for, in a graph
 _IDLE = 128  # tokens that a free row takes before it begins anew; its caches do not grow beyond
 _GRAPHS = 8  # of one step each, for different wants of the rows
@@ -31,9 +32,9 @@ _GRAPHS = 8  # of one step each, for different wants of the rows
 class Decoder:
     """Rows that go on together: :meth:`next` gives a token of each.
 
-    A row is put in after its last token was read, and taken out with the state after all tokens that were given. Every
-    step is the same operations for all rows, so that where rows are put down and go on changes nothing. A row that is
-    free goes on from the token 0, and nobody reads what it says.
+    A row is put in after its last token was read, and taken out with the state after all tokens that were given. What
+    a row holds changes nothing for the others. On a GPU a row that is free goes on from the token 0, and nobody reads
+    what it says.
 
     Args:
         model: in evaluation mode; steps are prepared here, see :class:`~dualform.layers.mixer.Prepared`.
@@ -41,8 +42,10 @@ class Decoder:
         logprobs: how many of the most likely tokens are told with their log-probabilities, beside that of the token
             that is given; None tells none.
         graphs: whether a step is captured in a CUDA graph, on a device that has them.
-        state_dtype: that states of float32 are held in between steps, such as bfloat16, which halves their memory and
-            the time that reading and writing them takes. By default they stay what they are.
+        state_dtype: that states of float32 are held in between steps, such as bfloat16, which halves their memory and,
+            on a GPU, the time that reading and writing them takes. By default they stay what they are.
+        exact: whether a row is summed in the same order however many there are; then there are at most
+            :func:`~dualform.generation.exact.rows_together`.
     """
 
     def __init__(
@@ -53,13 +56,16 @@ class Decoder:
         logprobs: int | None = None,
         graphs: bool = True,
         state_dtype: torch.dtype | None = None,
+        exact: bool = False,
     ):
         device = next(model.parameters()).device
-        self._model, self._rows = model, rows
+        self._model, self._rows, self._exact = model, rows, exact
+        self._least = min(2, rows_together(model)) if exact else 1  # slots; a single row is summed in another order
         self._ahead = device.type == "cuda"  # whether a step is under way before its token was read
         self._graphs, self._captured = graphs and self._ahead, dict[Wants, Any]()
-        self._samplings: list[Sampling | None] = [None] * rows  # None in a free row
-        self._seeds, self._positions = [0] * rows, [0] * rows  # of the random streams, and the places in them
+        self._taken: list[int | None] = []  # the row in each slot
+        self._samplings: list[Sampling | None] = []  # of each slot; None in a free one
+        self._seeds, self._positions = list[int](), list[int]()  # of the random streams, and the places in them
         self._wants = Wants.of(())
         self._stale = False  # whether the tokens at hand were given, and are not in the state yet
         self._changed = False  # whether rows were put in since tokens were drawn
@@ -70,21 +76,14 @@ class Decoder:
         small, large = (leaves(model.init_state(1, max_len=n)) for n in (1, 2))
         self._grows = [a.shape != b.shape for a, b in zip(small, large, strict=True)]
         home = torch.device("cpu") if device.type == "mps" else device  # of float64
+        self._top = None if logprobs is None else min(logprobs, model.config.vocab_size)
         with torch.inference_mode():
             self._state: State | None = None
-            self._blank = model.init_state(1)
-            self._logits = torch.zeros(rows, model.config.vocab_size, device=device)
-            self._history = torch.full((rows, WINDOW), -1, device=device)
-            self._options = table([Sampling()] * rows).to(home)
-            self._draws = torch.zeros(rows, _DRAWS, dtype=torch.float64, device=home)
+            self._blank_state = model.init_state(1)
+            self._blank = free_slot(device, home, model.config.vocab_size, self._top)
+            self._slots: Slots = tree_map(lambda leaf: leaf[:0], self._blank)
             self._at = torch.zeros(1, dtype=torch.int64, device=home)  # the column, on the device
-            self._report = torch.zeros(2, rows, dtype=torch.int64, device=device)  # tokens; are logits finite
-            self._token = self._report[0]
-            self._host = torch.zeros(2, rows, dtype=torch.int64, pin_memory=self._ahead)
-            self._top = None if logprobs is None else min(logprobs, model.config.vocab_size)
-            wide = 0 if self._top is None else 1 + 2 * self._top  # log-probabilities, then the most likely tokens
-            self._scores = torch.zeros(rows, wide, dtype=torch.float64, device=home)
-            self._host_scores = torch.zeros(rows, wide, dtype=torch.float64, pin_memory=self._ahead and wide > 0)
+            self._lay(0)
             self._steps = model.prepare()
 
     def put(
@@ -103,66 +102,70 @@ class Decoder:
         """
         with torch.inference_mode():
             self._catch_up()
-            self._samplings[row], self._seeds[row], self._positions[row] = sampling, seed, position
-            self._wants = Wants.of(s for s in self._samplings if s is not None)
             self._dtypes = [leaf.dtype for leaf in leaves(state)]
             state = self._held(state)
-            if self._state is None:
-                self._state = state if self._rows == 1 else self._empty(state)
-            self._write(row, state)
-            self._logits[row].copy_(logits[0])
-            self._history[row].copy_(history[0])
-            self._options[row].copy_(table([sampling])[0])
+            slot = self._claim(row, state)
+            self._samplings[slot], self._seeds[slot], self._positions[slot] = sampling, seed, position
+            self._wants = Wants.of(s for s in self._samplings if s is not None)
+            self._write(slot, state)
+            here = self._slots
+            here.logits[slot].copy_(logits[0])
+            here.history[slot].copy_(history[0])
+            here.options[slot].copy_(table([sampling])[0])
             if self._wants.drawn:
-                draws = uniforms([seed], [position], _DRAWS - self._column)
-                self._draws[row, self._column :].copy_(torch.from_numpy(draws)[0])
+                draws = uniforms([seed], [position], DRAWS - self._column)
+                here.draws[slot, self._column :].copy_(torch.from_numpy(draws)[0])
                 self._at.fill_(self._column)
             self._changed = True
 
     def next(self) -> list[int | None]:
         """A token of each row; None where the logits of a row are not finite, and of a free row any."""
         with torch.inference_mode():
+            if self._stale:
+                self._advance(capture=True)
+                self._stale = False
+            self._let_go()
             if self._changed:
                 self._choose()  # once more in the other rows, which gives the same tokens
                 self._changed = False
-            if self._ahead:
-                self._host.copy_(self._report, non_blocking=True)
-                if self._top is not None:
-                    self._host_scores.copy_(self._scores, non_blocking=True)
+            ahead = self._ahead and (not self._graphs or self._warm(1))
+            self._host.copy_(self._report, non_blocking=ahead)
+            if self._top is not None:
+                self._host_scores.copy_(self._slots.scores, non_blocking=ahead)
+            if ahead:
                 read = torch.cuda.Event()
                 read.record()
-                self._advance()
+                self._advance(capture=False)
                 read.synchronize()
-                tokens, finite = self._host.tolist()
-            else:
-                self._catch_up()
-                tokens, finite = self._report.tolist()
-                if self._top is not None:
-                    self._host_scores.copy_(self._scores)
-                self._stale = True
-        return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
+            self._stale = not ahead  # tokens at hand do not wait for a graph to be captured
+            tokens, finite = self._host.tolist()
+        given: list[int | None] = [0] * self._rows
+        for row, token, fine in zip(self._taken, tokens, finite, strict=True):
+            if row is not None:
+                given[row] = token if fine else None
+        return given
 
     def logprobs(self, row: int) -> tuple[float, list[tuple[int, float]]]:
         """The log-probability of the token that a row was given last, and the most likely ones with theirs.
 
         Of the model's own distribution, before penalty, temperature and truncations.
         """
-        found, n = self._host_scores[row].tolist(), self._top or 0
+        found, n = self._host_scores[self._taken.index(row)].tolist(), self._top or 0
         return found[0], [(int(token), score) for token, score in zip(found[1 + n :], found[1 : 1 + n], strict=True)]
 
     def read(self, row: int) -> tuple[State, Tensor]:
         """The state of a row after every token of it that was given, and the logits behind it: copies."""
         with torch.inference_mode():
             self._catch_up()
-        of, seen = iter(zip(self._grows, self._dtypes, strict=True)), self._positions[row]
+        slot, of = self._taken.index(row), iter(zip(self._grows, self._dtypes, strict=True))
+        seen, roomy = self._positions[slot], len(self._taken) > 1 or self._room > 0  # for the longest row, or graphs
 
         def one(leaf: Tensor) -> Tensor:
             grows, dtype = next(of)
-            cut = grows and (self._rows > 1 or self._room > 0)  # the room is that of the longest row, or of the graphs
-            leaf = leaf[row : row + 1, :seen] if cut else leaf[row : row + 1]
+            leaf = leaf[slot : slot + 1, :seen] if grows and roomy else leaf[slot : slot + 1]
             return leaf.to(dtype, copy=True)  # outside, so that autograd may see it
 
-        return tree_map(one, self._state), self._logits[row : row + 1].clone()
+        return tree_map(one, self._state), self._slots.logits[slot : slot + 1].clone()
 
     @property
     def state(self) -> State:
@@ -173,73 +176,139 @@ class Decoder:
         """Leave a row to others."""
         with torch.inference_mode():
             self._catch_up()
-            self._samplings[row] = None
+            slot = self._taken.index(row)
+            self._taken[slot] = self._samplings[slot] = None
             self._wants = Wants.of(s for s in self._samplings if s is not None)
-            self._begin_anew(row)
-            self._logits[row].zero_()
-            self._history[row].fill_(-1)
-            self._options[row].copy_(table([Sampling()])[0])
+            stays = self._ahead and not (self._exact and any(self._grows))  # the room of a cache is who had it before's
+            if not stays and self._taken.count(None) == len(self._taken):
+                self._arrange([], 0, None)
+                self._state, self._room = None, 0
+                self._captured.clear()
+            elif self._ahead:
+                self._begin_anew(slot)
+                tree_map(lambda own, blank: own[slot].copy_(blank[0]), self._slots, self._blank)
 
-    def _begin_anew(self, row: int) -> None:
-        self._positions[row] = 0
-        self._write(row, self._blank)
+    def _begin_anew(self, slot: int) -> None:
+        self._positions[slot] = 0
+        self._write(slot, self._blank_state)
 
     def _catch_up(self) -> None:
         if self._stale:
-            self._advance()
+            self._advance(capture=self._exact)  # a graph may round otherwise than steps without one
             self._stale = False
 
-    def _advance(self) -> None:
-        """One step by the tokens at hand, and the draw of the next ones."""
+    def _advance(self, *, capture: bool) -> None:
+        """One step by the tokens at hand, and the draw of the next ones; by a graph that is there, or is captured."""
         self._positions = [position + 1 for position in self._positions]
-        for row, position in enumerate(self._positions):
-            if self._samplings[row] is None and position > _IDLE:
-                self._begin_anew(row)
+        for slot, position in enumerate(self._positions):
+            if self._samplings[slot] is None and position > _IDLE:
+                self._begin_anew(slot)
         self._column += 1
-        if self._column == _DRAWS:
+        if self._column == DRAWS:
             self._refill()
-        graph = self._graph() if self._graphs else None
-        if graph is None:
-            self._state = self._held(self._step())
-        else:
+        graph = self._graph() if self._graphs and (capture or self._warm()) else None
+        if graph is not None:
             graph.replay()
+        elif self._captured and max(self._positions) <= self._room:
+            self._keep(self._step())  # where the graphs look for it
+        else:
+            self._captured.clear()
+            self._state, self._room = self._held(self._step()), 0
 
     def _step(self) -> State:
+        history = self._slots.history
         if self._wants.penalty:
-            self._history.copy_(torch.cat([self._history[:, 1:], self._token[:, None]], 1))
+            history.copy_(torch.cat([history[:, 1:], self._token[:, None]], 1))
         if self._wants.drawn:
             self._at += 1
         logits, state = self._steps.step(self._token, self._state)
-        self._logits.copy_(logits)
+        self._slots.logits.copy_(logits)
         self._choose()
         return state
 
     def _choose(self) -> None:
-        if self._wants.drawn or self._wants.penalty:
-            self._draw()
-        else:
-            likeliest(self._logits, self._report)
-        if self._top is not None:
-            scores = self._logits.log_softmax(-1)
-            best = scores.topk(self._top)
-            found = scores.gather(1, self._token[:, None]), best.values, best.indices
-            self._scores.copy_(torch.cat([part.to(self._scores) for part in found], 1))
+        for at, wants in self._apart() if self._exact else [(slice(None), self._wants)]:
+            logits, history, options, draws, scores = (leaf[at] for leaf in self._slots)
+            draws = draws.index_select(1, self._at)[:, 0] if wants.drawn else draws[:, 0]
+            if wants.drawn or wants.penalty:
+                token, finite = choose(logits, wants, options, draws, history)
+                self._token[at].copy_(token)
+                self._report[1, at].copy_(finite)
+            else:
+                likeliest(logits, self._report[:, at])
+            if self._top is not None:
+                told = logits.log_softmax(-1)
+                best = told.topk(self._top)
+                found = told.gather(1, self._token[at, None]), best.values, best.indices
+                scores.copy_(torch.cat([part.to(scores) for part in found], 1))
 
-    def _draw(self) -> None:
-        draws = self._draws.index_select(1, self._at)[:, 0] if self._wants.drawn else self._draws[:, 0]
-        token, finite = choose(self._logits, self._wants, self._options, draws, self._history)
-        self._token.copy_(token)
-        self._report[1].copy_(finite)
+    def _apart(self) -> Iterator[tuple[slice, Wants]]:
+        """Each row that is taken by itself, and what it wants."""
+        for slot, sampling in enumerate(self._samplings):
+            if sampling is not None:
+                yield slice(slot, slot + 1), Wants.of([sampling])
 
     def _refill(self) -> None:
         """The random numbers of the next draws, where those at hand are used up."""
         self._column = 0
         if self._wants.drawn:
-            draws = torch.from_numpy(uniforms(self._seeds, self._positions, _DRAWS))
-            self._draws.copy_(draws.pin_memory() if self._ahead else draws, non_blocking=True)
+            draws = torch.from_numpy(uniforms(self._seeds, self._positions, DRAWS))
+            self._slots.draws.copy_(draws.pin_memory() if self._ahead else draws, non_blocking=True)
             self._at.fill_(-1)  # a step begins with the next column
 
-    # The memory of the states.
+    # The slots, and the memory of the states.
+
+    def _claim(self, row: int, state: State) -> int:
+        """A slot for a row with such a state."""
+        if None not in self._taken:
+            there = len(self._taken)
+            more = self._rows if self._ahead else max(self._least - there, min(max(there, 1), self._rows - there))
+            self._arrange(list(range(there)), more, state)
+        slot = self._taken.index(None)
+        self._taken[slot] = row
+        return slot
+
+    def _let_go(self) -> None:
+        """Do without the slots of rows that were freed, where memory need not stay."""
+        kept = [slot for slot, row in enumerate(self._taken) if row is not None]
+        wanted = max(len(kept), self._least)
+        if not self._ahead and kept and wanted < len(self._taken):
+            self._arrange(kept, wanted - len(kept), self._state)
+
+    def _arrange(self, kept: list[int], free: int, like: State) -> None:
+        """Some of the slots, in this order, and so many free ones; the state has the dtypes of ``like``."""
+
+        def moved(old: Tensor, blank: Tensor) -> Tensor:
+            more = blank.to(old.dtype).expand(free, *blank.shape[1:])
+            if blank.dim() > 1 and blank.shape[1] < old.shape[1]:  # a cache that has grown
+                more = old.new_zeros(free, *old.shape[1:])
+            return torch.cat([old[kept], more]) if free else old[kept]
+
+        self._slots = tree_map(moved, self._slots, self._blank)
+        if self._state is not None:
+            self._state = tree_map(moved, self._state, self._blank_state)
+        elif free == 1:
+            self._state = like
+        else:
+            start = self._model.init_state(free)
+            self._state = tree_map(lambda all, one: all.to(one.dtype, copy=True), start, like)
+        self._taken = [*(self._taken[slot] for slot in kept), *[None] * free]
+        self._samplings = [*(self._samplings[slot] for slot in kept), *[None] * free]
+        self._seeds = [*(self._seeds[slot] for slot in kept), *[0] * free]
+        self._positions = [*(self._positions[slot] for slot in kept), *[0] * free]
+        self._lay(len(self._taken))
+        self._changed = True
+
+    def _lay(self, slots: int) -> None:
+        """Memory for what slots say: tokens, and whether logits are finite."""
+        device, wide = self._slots.logits.device, self._slots.scores.shape[1]
+        self._report = torch.zeros(2, slots, dtype=torch.int64, device=device)
+        self._token = self._report[0]
+        self._host = torch.zeros(2, slots, dtype=torch.int64)
+        self._host_scores = torch.zeros(slots, wide, dtype=torch.float64)
+        if self._ahead and slots:
+            self._host = self._host.pin_memory()
+            self._host_scores = self._host_scores.pin_memory() if wide else self._host_scores
 
     def _held(self, state: State) -> State:
         """The state in the dtypes that it is held in."""
@@ -247,15 +316,11 @@ class Decoder:
             return state
         return tree_map(lambda leaf: leaf.to(self._dtype) if leaf.dtype == torch.float32 else leaf, state)
 
-    def _empty(self, like: State) -> State:
-        """Free rows, in the dtypes of a state."""
-        return tree_map(lambda all, one: all.to(one.dtype, copy=True), self._model.init_state(self._rows), like)
-
-    def _write(self, row: int, state: State) -> None:
+    def _write(self, slot: int, state: State) -> None:
         """Put the state of one row where the states of all are, which stay where they are if there is room."""
         if self._state is state:
             return
-        needed, found = self._positions[row], leaves(state)
+        needed, found = self._positions[slot], leaves(state)
         growing = [(own.shape[1], one.shape[1]) for own, one, grows in self._pairs(found) if grows]
         short = any(have < min(needed, brought) for have, brought in growing)
         if short or not all(map(may_write, leaves(self._state))):
@@ -264,10 +329,10 @@ class Decoder:
         for own, one, grows in self._pairs(found):
             if grows:
                 slots = min(own.shape[1], one.shape[1])
-                own[row].zero_()
-                own[row, :slots].copy_(one[0, :slots])
+                own[slot].zero_()
+                own[slot, :slots].copy_(one[0, :slots])
             else:
-                own[row].copy_(one[0])
+                own[slot].copy_(one[0])
 
     def _pairs(self, found: list[Tensor]) -> Any:
         """The states of all rows, those of one, and whether they grow."""
@@ -275,7 +340,7 @@ class Decoder:
 
     def _roomy(self, state: State, room: int) -> State:
         """The state with memory of its own, where caches that grow have room for so many tokens."""
-        grown = self._model.init_state(self._rows, max_len=room)
+        grown = self._model.init_state(len(self._taken), max_len=room)
 
         def moved(old: Tensor, new: Tensor) -> Tensor:
             if old.shape == new.shape or old.dim() < 2 or old.shape[1] >= new.shape[1]:
@@ -287,6 +352,10 @@ class Decoder:
         return tree_map(moved, state, grown)
 
     # On a GPU.
+
+    def _warm(self, more: int = 0) -> bool:
+        """Whether a graph of a step is there, and has room for so many tokens beyond those that were seen."""
+        return self._wants in self._captured and max(self._positions) + more <= self._room
 
     def _graph(self) -> Any:
         """A step in a CUDA graph; None where it could not be captured."""
@@ -307,45 +376,16 @@ class Decoder:
         """A step in a CUDA graph, which reads and writes the memory that it finds here."""
         if len(self._captured) >= _GRAPHS:
             self._captured.clear()
-        moving = (self._state, self._logits, self._at, self._report, self._scores, self._history)
-        before = clone(moving)
-        try:
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                self._keep(self._step())  # what is compiled or chosen once, is so here
-                graph = torch.cuda.CUDAGraph()
-                # What other threads do, or a collection of garbage would free, does not belong to it.
-                with _no_collection(), torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                    self._keep(self._step())
-            torch.cuda.current_stream().wait_stream(aside)
-            self._captured[self._wants] = graph
-        except Exception as error:
-            torch.cuda.synchronize()
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(
-                f"generation runs slower: a step could not be captured in a CUDA graph ({reason})",
-                SlowBackendWarning,
-                stacklevel=2,
-            )
+        moving = (self._state, self._slots, self._at, self._report)
+        graph = captured(lambda: self._keep(self._step()), moving)
+        if graph is None:
             self._graphs = False
             self._captured.clear()
-        tree_map(lambda now, then: now.copy_(then), moving, before)
+        else:
+            self._captured[self._wants] = graph
 
     def _keep(self, state: State) -> None:
         """The state where the graph looks for it: steps that do not write there leave it elsewhere."""
         for here, made in zip(leaves(self._state), leaves(state), strict=True):
             if here.data_ptr() != made.data_ptr():
                 here.copy_(made)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage is collected inside."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

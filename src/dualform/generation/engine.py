@@ -31,6 +31,7 @@ def generate(
     stop: Iterable[int | Sequence[int]] = (),
     seed: int | None = None,
     state: Session | None = None,
+    exact: bool = False,
 ) -> "Generation":
     """Continue a prompt: an iterator of tokens that hands back its state at any moment.
 
@@ -54,6 +55,8 @@ def generate(
         seed: of the random stream, in [0, 2^63). The default is 0, or the stream of ``state``; with both, the
             continuation leaves that stream for another.
         state: a session to continue. It is not changed, and may be continued again.
+        exact: whether logits are bit for bit those that an ``Engine(model, exact=True)`` has for the same request, in
+            whatever company; see there.
 
     Raises:
         ArgumentError: for an empty prompt without a state, tokens outside the vocabulary, or a session that does
@@ -61,7 +64,9 @@ def generate(
     """
     check_model("generate", model)
     options = {"sampling": sampling, "stop": stop, "seed": seed, "state": state}
-    return Generation(model, request("generate", model, prompt_tokens, max_new_tokens, **options))
+    asked = request("generate", model, prompt_tokens, max_new_tokens, **options)
+    asked.exact = exact
+    return Generation(model, asked)
 
 
 class Generation(Iterator[int]):
@@ -88,7 +93,7 @@ class Generation(Iterator[int]):
         with evaluating(self.model):
             self._read()
             if self._decoder is None:
-                self._decoder = Decoder(self.model, 1)
+                self._decoder = Decoder(self.model, 1, exact=self._asked.exact)
                 self._decoder.put(0, *self._asked.hand_over())
             (token,) = self._decoder.next()
         if token is None:

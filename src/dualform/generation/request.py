@@ -52,6 +52,7 @@ class Request:
             has not ended.
         error: what ended it, where ``finish`` is ``"error"``.
         sampling: how its tokens are drawn.
+        exact: whether its prompt is read in pieces whose borders follow from the places of tokens alone.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Request:
         self.finish, self.sampling = "", sampling
         self.error: DualformError | None = None
         self._model, self._stops = model, stops
+        self.exact = False
         self._prompt, self._remaining = prompt, max_new_tokens
         self._begin: Callable[[], Session] | None = begin  # where there is no memory for it yet
         self._ended: Session | None = None
@@ -96,6 +98,8 @@ class Request:
             self._start(self._begin())
             self._begin = None
         size = prefill_tokens(self._model)
+        if self.exact:
+            size -= self._position % size
         piece, rest = self._prompt[:size], self._prompt[size:]
         if not len(piece):
             return 0

@@ -14,7 +14,7 @@ def largest(x: Tensor, found: Tensor) -> None:
 
     Args:
         x: ``(B, V)``, compared in float32.
-        found: where the places and 0 or 1 are written, int64 ``(2, B)``, contiguous.
+        found: where the places and 0 or 1 are written, int64 ``(2, B)``, each of them contiguous.
     """
     (rows, width), number = x.shape, blocks(x.shape[1], _PART)
     if rows == 0:
@@ -25,5 +25,5 @@ def largest(x: Tensor, found: Tensor) -> None:
     options = early()
     kernels("draw").parts[(number, rows)](x, values, places, width, x.stride(0), BLOCK=_PART, **options)
     kernels("draw").whole[(rows,)](
-        values, places, found, rows, number, width - 1, BLOCK=power_of_two(number), **options
+        values, places, found, found.stride(0), number, width - 1, BLOCK=power_of_two(number), **options
     )

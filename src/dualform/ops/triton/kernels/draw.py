@@ -30,7 +30,7 @@ def parts(x_ptr, values_ptr, places_ptr, width, stride, EARLY: tl.constexpr, BLO
 
 
 @triton.jit
-def whole(values_ptr, places_ptr, found_ptr, rows, number, last, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+def whole(values_ptr, places_ptr, found_ptr, stride, number, last, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     """Of a row: the place, and whether the value is finite."""
     if EARLY:
         wait_for_the_kernel_before()
@@ -40,4 +40,4 @@ def whole(values_ptr, places_ptr, found_ptr, rows, number, last, EARLY: tl.const
     places = tl.load(places_ptr + row * number + part, mask=mask, other=0)
     value, place = _first_of_the_largest(values, tl.where(mask, places, last), last)
     tl.store(found_ptr + row, place.to(tl.int64))
-    tl.store(found_ptr + rows + row, (tl.abs(value) < float("inf")).to(tl.int64))
+    tl.store(found_ptr + stride + row, (tl.abs(value) < float("inf")).to(tl.int64))
