@@ -5,6 +5,7 @@ Within a chunk one matrix product maps inputs to outputs; between chunks only st
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -35,33 +36,82 @@ class Chunks:
     """
 
     def __init__(self, x: Tensor, packing: Borders, size: int):
-        (batch, length), device = x.shape[:2], x.device
+        batch, length = x.shape[:2]
         packing = Packing.of("chunks", packing, x)
-        self.shape, self.size, self.packed = (batch, length), size, packing is not None
-        host = torch.arange(batch + 1, device="cpu") * length if packing is None else packing.host_borders()
-        self.line = Packing.of_host(from_lengths((host.diff() + size - 1) // size), device)  # a chunk is its step
-        borders, self.cu_chunks = Packing.of_host(host, device).cu_seqlens, self.line.cu_seqlens
+        self.shape, self.size, self.packed, self.device = (batch, length), size, packing is not None, x.device
         if packing is None:
+            self._host = torch.arange(batch + 1, device="cpu") * length
             self.in_row, everything = -(-length // size), slice(None)  # chunks of a row
             self.starts = {0: everything} if self.in_row else {}  # states that enter a chunk of every row from outside
             self.stops = {self.in_row - 1: everything} if self.in_row else {}  # and those that leave with it
         else:
+            self._host = packing.host_borders()
             edges = [(i, *pair) for i, pair in enumerate(pairwise(self.line.host_borders().tolist()))]
             self.in_row = edges[-1][2]
             self.starts = {begin: slice(i, i + 1) for i, begin, end in edges if begin < end}
             self.stops = {end - 1: slice(i, i + 1) for i, begin, end in edges if begin < end}
         self.total = batch * self.in_row  # M
-        owner = sequence_ids(self.cu_chunks, self.total)
-        self.index = torch.arange(self.total, device=device) - self.cu_chunks[owner]  # of a chunk in its sequence
-        begin = borders[owner] + self.index * size
-        self.count = torch.minimum(borders[owner + 1] - begin, torch.full_like(owner, size))  # steps of a chunk
-        self.filled, self.first, self.last = self.line.not_empty()  # sequences with steps; their first and last chunks
-        self.places: tuple[Tensor, Tensor] | None = None  # of steps in the line of chunks, left and right
-        if self.total * size != batch * length:
-            step = torch.arange(batch * length, device=device)
-            chunk = torch.searchsorted(begin, step, right=True) - 1
-            left = chunk * size + step - begin[chunk]
-            self.places = left, left + size - self.count[chunk]
+
+    # What follows is made where it is needed first: not every form needs it, and each takes some launches.
+
+    @cached_property
+    def line(self) -> Packing:
+        """The sequences, where a chunk is one step of them."""
+        return Packing.of_host(from_lengths((self._host.diff() + self.size - 1) // self.size), self.device)
+
+    @cached_property
+    def _sequences(self) -> tuple[Tensor, Tensor]:
+        """Of each chunk, where its sequence begins and ends."""
+        borders, owner = Packing.of_host(self._host, self.device).cu_seqlens, self._owner
+        return borders[owner], borders[owner + 1]
+
+    @cached_property
+    def _owner(self) -> Tensor:
+        return sequence_ids(self.line.cu_seqlens, self.total)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Of a chunk, which one of its sequence it is, ``(M,)``."""
+        return torch.arange(self.total, device=self.device) - self.line.cu_seqlens[self._owner]
+
+    @cached_property
+    def _begins(self) -> Tensor:
+        return self._sequences[0] + self.index * self.size
+
+    @cached_property
+    def count(self) -> Tensor:
+        """Steps of each chunk, ``(M,)``."""
+        rest = self._sequences[1] - self._begins
+        return torch.minimum(rest, torch.full_like(rest, self.size))
+
+    @cached_property
+    def _not_empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.line.not_empty()
+
+    @property
+    def filled(self) -> Tensor:
+        """Sequences with steps."""
+        return self._not_empty[0]
+
+    @property
+    def first(self) -> Tensor:
+        """Their first chunks."""
+        return self._not_empty[1]
+
+    @property
+    def last(self) -> Tensor:
+        """Their last chunks."""
+        return self._not_empty[2]
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor] | None:
+        """Of steps in the line of chunks, left and right; None where no chunk is short."""
+        if self.total * self.size == self.shape[0] * self.shape[1]:
+            return None
+        step = torch.arange(self.shape[0] * self.shape[1], device=self.device)
+        chunk = torch.searchsorted(self._begins, step, right=True) - 1
+        left = chunk * self.size + step - self._begins[chunk]
+        return left, left + self.size - self.count[chunk]
 
     @classmethod
     def of(cls, x: Tensor, packing: Packing | None, size: int) -> "Chunks":
