@@ -48,6 +48,8 @@ def exactly(device: str) -> AbstractContextManager[object]:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched where the arguments are, whichever device is the current one; autocast changes no dtype."""
     exact = exactly(device.type)
+    if device.type == "cuda" and device.index == torch.cuda.current_device():
+        return exact  # to make a device the current one takes as long as a launch
     return _launched(device, exact) if device.type in ("cuda", "xpu") else exact
 
 
