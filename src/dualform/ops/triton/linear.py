@@ -43,7 +43,8 @@ def by_kernel(
         _dense(conv and conv.weight), _dense(conv and conv.bias), conv and conv.after, y,
         rows, outputs, conv.first if conv else 0, conv.state.shape[1] if conv else 0, x.stride(0),
         K=inputs, TAPS=conv.weight.shape[1] if conv else 0, WIDE=torch.float64 in (x.dtype, weight.dtype),
-        AHEAD=ahead and inputs <= _TILES_AHEAD * tile["BK"], **early(), **tile, num_warps=max(1, min(8, few * tile["BO"] * tile["BK"] // 512)),
+        AHEAD=ahead and inputs <= _TILES_AHEAD * tile["BK"],
+        num_warps=max(1, min(8, few * tile["BO"] * tile["BK"] // 512)), **tile, **early(),
     )  # fmt: skip
     return y
 

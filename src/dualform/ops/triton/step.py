@@ -37,8 +37,8 @@ def selective_update(
     padded = power_of_two(states)
     channels = min(max(1, _ELEMENTS // padded), power_of_two(width))
     kernels("step").selective_state_update[(rows * blocks(width, channels),)](
-        state, x, dt, A, B, C, D, z, bias, y, after, _contiguous(a.rows), _contiguous(steps), len(state), width, per_head, per_skip,
-        width // B.shape[1], width // C.shape[1], state.stride(0), x.stride(0), dt.stride(0),
+        state, x, dt, A, B, C, D, z, bias, y, after, _contiguous(a.rows), _contiguous(steps), len(state), width,
+        per_head, per_skip, width // B.shape[1], width // C.shape[1], state.stride(0), x.stride(0), dt.stride(0),
         0 if z is None else z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1), after.stride(0),
         SOFTPLUS=a.dt_softplus, LIMITED=limits != (0.0, math.inf), LOW=limits[0], HIGH=limits[1], BY_HEAD=by_head,
         TABLE=given, AHEAD=ahead, RANK=rank, RP=power_of_two(rank), N=states, NP=padded, BD=channels, **early(),
@@ -76,9 +76,7 @@ def add(stream: Tensor, y: Tensor) -> Tensor:
     found = torch.empty_like(stream, memory_format=torch.contiguous_format)
     if found.numel() > 0:
         grid = (blocks(found.numel(), _ELEMENTS),)
-        kernels("step").add[grid](
-            stream.contiguous(), y.contiguous(), found, found.numel(), BLOCK=_ELEMENTS, **early()
-        )
+        kernels("step").add[grid](stream.contiguous(), y.contiguous(), found, found.numel(), BLOCK=_ELEMENTS, **early())
     return found
 
 

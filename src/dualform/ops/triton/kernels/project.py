@@ -42,8 +42,8 @@ def project(
     """``BO`` outputs of ``BR`` rows: ``y = W x + b``, and the residual stream, if there is one.
 
     With ``TAPS``, the ``channels`` outputs from ``first`` on go through a convolution and SiLU; the last inputs of the
-    convolution are read from ``conv_ptr`` and written to ``after_ptr``, which may be the same place. ``AHEAD`` reads the
-    matrix before it waits for the kernel before this one, which must not write it.
+    convolution are read from ``conv_ptr`` and written to ``after_ptr``, which may be the same place. ``AHEAD`` reads
+    the matrix before it waits for the kernel before this one, which must not write it.
     """
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     o, row = tl.program_id(0) * BO + tl.arange(0, BO), tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
