@@ -318,14 +318,14 @@ def _update_diffuse(
     return out, before._replace(mean=now[:, 0], cov=after.cov[:, 0], diffuse=after.diffuse[:, 0])
 
 
-def update(before: Belief, steps: Steps, counted: bool, blame: Blame) -> tuple[Pass, Belief]:
-    """The observation of one step, which has a time axis of length 1, without a transition."""
+def update(before: Belief, steps: Steps, counted: bool, blame: Blame, start: int | None = None) -> tuple[Pass, Belief]:
+    """The observation of one step, which has a time axis of length 1, without a transition; ``start`` is its time."""
     steps = masked(steps)
     if before.diffuse.shape[-1] and (torch.compiler.is_compiling() or before.diffuse.any()):
         before = before._replace(diffuse=_directions(before.diffuse))
-        return _update_diffuse(before, steps, counted, blame, None)
+        return _update_diffuse(before, steps, counted, blame, start)
     out, failed = _update(Gaussian(before.mean[:, None], before.cov[:, None]), steps)
-    _check(out, failed, steps, blame, None)
+    _check(out, failed, steps, blame, start)
     Z = before.diffuse[:, None]
     passed = Pass(out.mean, out.cov, Z, out.predicted_mean, out.predicted_cov, Z, out.loglik)
     return passed, before._replace(mean=out.mean[:, 0], cov=out.cov[:, 0])

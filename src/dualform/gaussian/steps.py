@@ -9,7 +9,7 @@ from dualform.core.errors import ArgumentError
 from dualform.core.linalg import matvec, symmetric_part
 from dualform.core.tree import tree_map
 from dualform.gaussian.belief import Belief
-from dualform.gaussian.parameters import CORES, Parameters
+from dualform.gaussian.parameters import CORES, Parameters, System
 
 
 class Steps(NamedTuple):
@@ -177,7 +177,7 @@ def masked(steps: Steps) -> Steps:
     return steps._replace(C=steps.C * seen, R=torch.where(seen & steps.seen.unsqueeze(-2), R, eye))
 
 
-def standing(model: Parameters, belief: Belief, length: int, keep: Tensor | None) -> Tensor | None:
+def standing(model: System, belief: Belief, length: int, keep: Tensor | None) -> Tensor | None:
     """The steps ``(B, T)`` that make no transition: padding, and under ``prior="first"`` the first of each series."""
     still = None if keep is None else ~keep
     if model.prior == "first" and length:
