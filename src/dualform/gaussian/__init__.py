@@ -15,8 +15,10 @@ from dualform.gaussian.continuous import ContinuousLinearGaussian
 from dualform.gaussian.diagnostics import Diagnostics
 from dualform.gaussian.fitting import Fit, fit
 from dualform.gaussian.kalman import KalmanFilter
+from dualform.gaussian.linearization import Cubature, Extended, Iterated, Unscented
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.motion import constant_acceleration, constant_velocity, coordinated_turn
+from dualform.gaussian.nonlinear import NonlinearGaussian
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
 from dualform.gaussian.sarimax import Sarimax, sarimax
 from dualform.gaussian.series import Filtered, Forecast, Smoothed
@@ -27,19 +29,23 @@ __all__ = [
     "Belief",
     "Component",
     "ContinuousLinearGaussian",
+    "Cubature",
     "Cycle",
     "Diagnostics",
     "Effect",
     "Estimate",
+    "Extended",
     "Filtered",
     "Fit",
     "Forecast",
     "Gaussian",
     "Innovation",
     "Irregular",
+    "Iterated",
     "KalmanFilter",
     "Level",
     "LinearGaussian",
+    "NonlinearGaussian",
     "Regression",
     "Sarimax",
     "Seasonal",
@@ -47,6 +53,7 @@ __all__ = [
     "Structural",
     "Trend",
     "TrigonometricSeasonal",
+    "Unscented",
     "Updated",
     "constant_acceleration",
     "constant_velocity",
