@@ -13,13 +13,16 @@ from dualform.gaussian.components import (
 )
 from dualform.gaussian.continuous import ContinuousLinearGaussian
 from dualform.gaussian.diagnostics import Diagnostics
+from dualform.gaussian.ensemble import EnsembleFilter
 from dualform.gaussian.fitting import Fit, fit
 from dualform.gaussian.kalman import KalmanFilter
 from dualform.gaussian.linearization import Cubature, Extended, Iterated, Unscented
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.motion import constant_acceleration, constant_velocity, coordinated_turn
 from dualform.gaussian.nonlinear import NonlinearGaussian
+from dualform.gaussian.particle import ParticleFilter
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
+from dualform.gaussian.sampling import Particles, Sampled
 from dualform.gaussian.sarimax import Sarimax, sarimax
 from dualform.gaussian.series import Filtered, Forecast, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
@@ -33,6 +36,7 @@ __all__ = [
     "Cycle",
     "Diagnostics",
     "Effect",
+    "EnsembleFilter",
     "Estimate",
     "Extended",
     "Filtered",
@@ -46,7 +50,10 @@ __all__ = [
     "Level",
     "LinearGaussian",
     "NonlinearGaussian",
+    "ParticleFilter",
+    "Particles",
     "Regression",
+    "Sampled",
     "Sarimax",
     "Seasonal",
     "Smoothed",

@@ -184,7 +184,7 @@ class _Points(Method):
     def affine(self, f: Rowwise, state: Gaussian, at: At) -> Affine:
         mean, cov = state
         xi, of_mean, of_cov = self.points(mean, mean.shape[-1])
-        unit, scale = _root(cov)
+        unit, scale = root_of(cov)
         x = mean.unsqueeze(-2) + xi @ (unit * scale.unsqueeze(-2)).mT
         y = f(x.flatten(0, 1), at.repeat(len(xi))).unflatten(0, (-1, len(xi)))
         center = of_mean @ y
@@ -257,7 +257,7 @@ class Cubature(_Points):
         return torch.cat([eye, -eye]), weights, weights
 
 
-def _root(cov: Tensor) -> tuple[Tensor, Tensor]:
+def root_of(cov: Tensor) -> tuple[Tensor, Tensor]:
     """Unit lower triangular L, and scales, of ``P = (L s) (L s)^T``; a scale of 0 where P is singular."""
     if not torch.compiler.is_compiling():
         root, failed = torch.linalg.cholesky_ex(cov)
