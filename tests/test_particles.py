@@ -119,7 +119,7 @@ def on_a_grid(y, density, Q, start, width=40.0, count=2001):
 
 @pytest.mark.parametrize("proposal, Q", [("bootstrap", 10.0), ("auxiliary", 1.0)])
 def test_particles_follow_the_exact_filter_of_a_growth_model(proposal, Q):
-    """Two modes, the sign of which the observation does not tell: Gordon, Salmond and Smith (1993), section 4.1."""
+    """Two modes, the sign of which the observation does not tell: the model of Gordon, Salmond and Smith (1993)."""
     model = df.NonlinearGaussian(growth, lambda x: x**2 / 20, [[Q]], [[1.0]], P0=5.0)
     y, _ = model.sample(12, generator=seeded(3))
     y = y[0, :, 0].masked_fill(torch.arange(12) == 5, torch.nan)

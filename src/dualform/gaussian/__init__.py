@@ -16,6 +16,7 @@ from dualform.gaussian.diagnostics import Diagnostics
 from dualform.gaussian.ensemble import EnsembleFilter
 from dualform.gaussian.fitting import Fit, fit
 from dualform.gaussian.kalman import KalmanFilter
+from dualform.gaussian.kim import SwitchingBelief
 from dualform.gaussian.linearization import Cubature, Extended, Iterated, Unscented
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.motion import constant_acceleration, constant_velocity, coordinated_turn
@@ -26,6 +27,12 @@ from dualform.gaussian.sampling import Particles, Sampled
 from dualform.gaussian.sarimax import Sarimax, sarimax
 from dualform.gaussian.series import Filtered, Forecast, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
+from dualform.gaussian.switching import (
+    SwitchingEstimate,
+    SwitchingFiltered,
+    SwitchingLinearGaussian,
+    SwitchingSmoothed,
+)
 
 __all__ = [
     "Autoregressive",
@@ -58,6 +65,11 @@ __all__ = [
     "Seasonal",
     "Smoothed",
     "Structural",
+    "SwitchingBelief",
+    "SwitchingEstimate",
+    "SwitchingFiltered",
+    "SwitchingLinearGaussian",
+    "SwitchingSmoothed",
     "Trend",
     "TrigonometricSeasonal",
     "Unscented",

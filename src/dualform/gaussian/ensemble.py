@@ -55,7 +55,7 @@ class EnsembleFilter(SampledFilter):
     References:
         Evensen (1994), "Sequential data assimilation with a nonlinear quasi-geostrophic model using Monte Carlo methods
         to forecast error statistics"; Burgers, van Leeuwen and Evensen (1998), "Analysis scheme in the ensemble Kalman
-        filter"; Whitaker and Hamill (2002), "Ensemble data assimilation without perturbed observations", equation 10.
+        filter"; Whitaker and Hamill (2002), "Ensemble data assimilation without perturbed observations".
     """
 
     def __init__(

@@ -126,7 +126,7 @@ class SampledFilter(nn.Module):
         where, model = f"{type(self).__name__}.filter", self.model
         door = Door(where, y, model.Q, model.d_obs)
         full = tuple(door.y.shape[:-2])
-        x = door.y.flatten(0, -3) if full else door.y[None]
+        x = door.rows
         rows, length = x.shape[:2]
         prior = initial(where, model, full)
         u = model._inputs(where, u, full, length, prior)
