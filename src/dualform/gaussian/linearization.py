@@ -37,6 +37,10 @@ class At(NamedTuple):
         """Every row so many times."""
         return At(None if self.u is None else self.u.repeat_interleave(count, 0), self.t.repeat_interleave(count))
 
+    def tile(self, count: int) -> "At":
+        """All rows so many times."""
+        return At(None if self.u is None else self.u.repeat(count, 1), self.t.repeat(count))
+
 
 class Rowwise:
     """A caller's function of one state, ``f(x)``, ``f(x, u)``, ``f(x, t)`` or ``f(x, u, t)``, applied to rows.
@@ -148,7 +152,8 @@ class Iterated(_Derivatives):
 
     The filter repeats the update of each observation from the tangent at the state that the last repetition found
     (Bell and Cathey 1993). The smoother repeats filter and smoother with all tangents at the states that the last one
-    found (Bell 1994); it begins with those of the filter. Steps are not damped.
+    found (Bell 1994); it begins with those of the filter. Of each step so much is taken as brings the density to its
+    greatest, where it has one: Q (of the smoother) and R are positive definite; elsewhere all of it.
 
     Args:
         iterations: at most so many; 1 is the extended filter or smoother.
@@ -159,8 +164,8 @@ class Iterated(_Derivatives):
         Kalman smoother as a Gauss-Newton method".
     """
 
-    iterations: int = 20
-    tolerance: float = 1e-9
+    iterations: int = 10
+    tolerance: float = 1e-6
 
     def __post_init__(self):
         if self.iterations < 1 or not self.tolerance >= 0:

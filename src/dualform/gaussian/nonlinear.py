@@ -16,11 +16,12 @@ from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.filtering import Blame, Form, Pass, predict, update
 from dualform.gaussian.initial import initial
 from dualform.gaussian.linearization import METHODS, Affine, At, Method, Rowwise, extras_of
+from dualform.gaussian.newton import Normal, at_once, nearer, settled, toward
 from dualform.gaussian.parameters import System, check_covariance, one_of
 from dualform.gaussian.recurrent import own
 from dualform.gaussian.series import Rows, Series
 from dualform.gaussian.smoothing import Posterior, moments, normal, posterior
-from dualform.gaussian.steps import Steps, Transition, cut, standing
+from dualform.gaussian.steps import Steps, Transition, cut, noise_of_seen, standing
 
 
 @explained
@@ -59,7 +60,7 @@ class NonlinearGaussian(Series, System):
         R: covariance of the noise of the observation ``(M, M)``.
         m0: prior mean ``(N,)``; zeros by default.
         P0: prior covariance ``(N, N)``, or a number times the identity.
-        method: a name from above, or one with options: ``Extended()``, ``Iterated(iterations=20)``,
+        method: a name from above, or one with options: ``Extended()``, ``Iterated(iterations=10)``,
             ``Unscented(alpha=1.0, beta=2.0, kappa=0.0)`` or ``Cubature()`` of :mod:`dualform.gaussian`.
         prior: ``"before"`` or ``"first"``, as in :class:`~dualform.gaussian.model.LinearGaussian`.
 
@@ -221,14 +222,23 @@ class NonlinearGaussian(Series, System):
 
     def _observe(self, before: Belief, u: Tensor | None, y: Tensor, seen: Tensor, R: Tensor) -> Affine:
         """The same, for one observation ``(B, M)``; tangents are moved to where they lead."""
-        point, done = before, torch.zeros_like(before.steps, dtype=torch.bool)
-        view, still = self._view(point, u), Transition(*(z[:, 0] for z in self._no_transition(before)))
+        point, view, done = before, self._view(before, u), torch.zeros_like(before.steps, dtype=torch.bool)
+        if self.method.iterations == 1:
+            return view
+        start, noise = Normal(before.cov), Normal(noise_of_seen(R, seen))
+
+        def cost(x: Tensor) -> Tensor:
+            at = At(u, (before.steps - 1).clamp_min(0)).tile(len(x))
+            away = torch.where(seen, y - self._h(x.flatten(0, 1), at).unflatten(0, x.shape[:2]), 0)
+            return start(x - before.mean) + noise(away)
+
         for _ in range(self.method.iterations - 1):
-            out, _ = update(before, _at_once(still, view, R, y, seen), self._counted, lambda: None)
-            done = done | _settled(out.mean[:, 0] - point.mean, before.cov, self.method)
+            mean = toward(before, view, R, y, seen)
+            done = done | settled(mean - point.mean, before.cov, self.method)
             if not torch.compiler.is_compiling() and done.all():
                 break
-            point = point._replace(mean=torch.where(done[:, None], point.mean, out.mean[:, 0]))
+            mean = nearer(cost, point.mean, mean) if noise.proper else mean
+            point = point._replace(mean=torch.where(done[:, None], point.mean, mean))
             view = self._view(point, u)
         return view
 
@@ -241,7 +251,7 @@ class NonlinearGaussian(Series, System):
         y = torch.where(seen, x, 0).to(belief.mean.dtype)
         move = self._move(belief, u, None if keep is None else keep[1], Q)
         before = predict(belief, move)._replace(steps=belief.steps + 1)
-        return before, _at_once(move, self._observe(before, u, y, seen, R), R, y, seen)
+        return before, at_once(move, self._observe(before, u, y, seen, R), R, y, seen)
 
     def _one(
         self, where: str, x: Tensor, belief: Belief, u: Tensor | None, full: tuple[int, ...]
@@ -309,38 +319,58 @@ class NonlinearGaussian(Series, System):
 
     def _chain(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> tuple[Rows, Posterior]:
         series, chain = super()._chain(where, y, state, u, lengths)
-        steps, (path, _) = series.steps, moments(chain, self.parallel)
-        if not steps.A.shape[1]:
+        if not series.steps.A.shape[1] or self.method.iterations == 1:
             return series, chain
+        steps, point = series.steps, moments(chain, self.parallel)[0].mean
+        Q, R = (Normal(cov) for cov in (self._noises(point)[0], noise_of_seen(self._noises(point)[1], steps.seen)))
+        cost = self._cost(series, Q, R)
         for _ in range(self.method.iterations - 1):
-            steps = self._tangents(series, path.mean)
+            steps = self._tangents(series, point)
             found, _, _ = self._run(steps, series.start)
             chain = posterior(series.start, found, steps, self.parallel)
-            last, (path, _) = path, moments(chain, self.parallel)
-            if not torch.compiler.is_compiling() and _settled(path.mean - last.mean, path.cov, self.method).all():
+            path, _ = moments(chain, self.parallel)
+            if not torch.compiler.is_compiling() and settled(path.mean - point, path.cov, self.method).all():
                 break
+            point = nearer(cost, point, path.mean) if Q.proper and R.proper else path.mean
         return series._replace(steps=steps), chain
+
+    def _cost(self, series: Rows, Q: Normal, R: Normal) -> Callable[[Tensor], Tensor]:
+        """Minus the log-density of paths ``(K, B, T + 1, N)`` and the observations, but for constants, ``(K, B)``."""
+        start, seen, (u, time, still) = Normal(series.start.cov), series.steps.seen, self._times(series)
+        x = series.door.rows.expand(seen.shape).nan_to_num().to(series.start.mean.dtype)
+
+        def cost(path: Tensor) -> Tensor:
+            at = At(u, time).tile(len(path))
+            moved, there = (z.flatten(0, 2) for z in (path[:, :, :-1], path[:, :, 1:]))
+            steps = Q((there - self._f(moved, at)).unflatten(0, (len(path), *seen.shape[:2])))
+            steps = steps if still is None else torch.where(still, 0, steps)
+            away = torch.where(seen, x - self._h(there, at).unflatten(0, (len(path), *seen.shape[:2])), 0)
+            return start(path[:, :, 0] - series.start.mean) + (steps + R(away)).sum(-1)
+
+        return cost
+
+    def _times(self, series: Rows) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Inputs and times of all steps, one after the other, and which of them make no transition ``(B, T)``."""
+        length = series.steps.A.shape[1]
+        time = torch.arange(length, device=series.start.steps.device)
+        moved = None if series.lengths is None else time <= series.lengths[:, None]
+        u = None if series.u is None else series.u[:, :length].flatten(0, 1)
+        return u, (series.start.steps[:, None] + time).flatten(), standing(self, series.start, length, moved)
 
     def _tangents(self, series: Rows, path: Tensor) -> Steps:
         """The steps of a series with the tangents of f and h at the states ``(B, T + 1, N)`` of a path."""
-        start, seen = series.start, series.steps.seen
-        rows, length, _ = seen.shape
-        time = torch.arange(length, device=seen.device)
-        Q, R = self._noises(path)
-        u = None if series.u is None else series.u[:, :length].flatten(0, 1)
-        at = At(u, (start.steps[:, None] + time).flatten())
+        seen, (u, time, still) = series.steps.seen, self._times(series)
+        (Q, R), axes = self._noises(path), seen.shape[:2]
 
         def tangent(g: Rowwise, points: Tensor) -> Affine:
             flat = points.flatten(0, 1)
-            found = self.method.affine(g, Gaussian(flat, torch.zeros_like(flat)[..., None]), at)
-            return tree_map(lambda z: z.unflatten(0, (rows, length)), found)
+            found = self.method.affine(g, Gaussian(flat, torch.zeros_like(flat)[..., None]), At(u, time))
+            return tree_map(lambda z: z.unflatten(0, axes), found)
 
         A, c, V = tangent(self._f, path[:, :-1])
-        moved = None if series.lengths is None else time <= series.lengths[:, None]
-        move = _stand(Transition(A, c, Q + V), standing(self, start, length, moved))
         C, d, W = tangent(self._h, path[:, 1:])
-        x = series.door.y.expand(*series.full, length, -1).reshape(rows, length, -1).to(path.dtype)
-        return Steps(*move, C, R + W, torch.where(seen, x - d, 0), seen)
+        y = series.door.rows.expand(seen.shape).to(path.dtype)
+        return Steps(*_stand(Transition(A, c, Q + V), still), C, R + W, torch.where(seen, y - d, 0), seen)
 
 
 def _stand(move: Transition, still: Tensor | None) -> Transition:
@@ -350,17 +380,6 @@ def _stand(move: Transition, still: Tensor | None) -> Transition:
     eye = torch.eye(move.A.shape[-1], dtype=move.A.dtype, device=move.A.device)
     full, line = still[..., None, None], still[..., None]
     return Transition(torch.where(full, eye, move.A), torch.where(line, 0, move.c), torch.where(full, 0, move.Q))
-
-
-def _at_once(move: Transition, view: Affine, R: Tensor, y: Tensor, seen: Tensor) -> Steps:
-    """A step, with a time axis of length 1."""
-    parts = (*move, view.A, R + view.V, torch.where(seen, y - view.b, 0), seen)
-    return Steps(*(z[:, None] for z in parts))
-
-
-def _settled(change: Tensor, cov: Tensor, method: Method) -> Tensor:
-    """Whether no state moves by more standard deviations than the method tolerates, ``(...)``."""
-    return (change.detach().square() <= method.tolerance**2 * cov.detach().diagonal(dim1=-2, dim2=-1)).all(-1)
 
 
 def _first(u: Tensor | None, rows: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from dualform.gaussian.initial import initial
 from dualform.gaussian.linearization import At, Rowwise, root_of
 from dualform.gaussian.nonlinear import NonlinearGaussian
 from dualform.gaussian.recurrent import Estimate
-from dualform.gaussian.steps import ended
+from dualform.gaussian.steps import ended, noise_of_seen
 
 
 @state_class
@@ -191,9 +191,7 @@ class SampledFilter(nn.Module):
     def _known(self, y: Tensor, state: Particles, generator: torch.Generator | None) -> Known:
         dtype, seen = state.x.dtype, ~y.isnan()
         Q, R = (symmetric_part(cov.to(dtype)) for cov in (self.model.Q, self.model.R))
-        eye = torch.eye(len(R), dtype=dtype, device=R.device)
-        both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
-        return Known(torch.where(seen, y, 0).to(dtype), seen, Q, torch.where(both, R, eye), generator)
+        return Known(torch.where(seen, y, 0).to(dtype), seen, Q, noise_of_seen(R, seen), generator)
 
     def _led(self, state: Particles, u: Tensor | None, Q: Tensor) -> tuple[Tensor, Tensor]:
         """``f`` of every state ``(B, K, N)``, and the roots of the noise that comes on top, for each row."""

@@ -172,9 +172,13 @@ def masked(steps: Steps) -> Steps:
 
     The others keep their joint distribution, and a missing one adds nothing to a log-likelihood.
     """
-    seen, R = steps.seen.unsqueeze(-1), steps.R
+    return steps._replace(C=steps.C * steps.seen.unsqueeze(-1), R=noise_of_seen(steps.R, steps.seen))
+
+
+def noise_of_seen(R: Tensor, seen: Tensor) -> Tensor:
+    """The noise ``(..., M, M)`` of the components that a mask ``(..., M)`` marks, and the identity of the others."""
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    return steps._replace(C=steps.C * seen, R=torch.where(seen & steps.seen.unsqueeze(-2), R, eye))
+    return torch.where(seen.unsqueeze(-1) & seen.unsqueeze(-2), R, eye)
 
 
 def standing(model: System, belief: Belief, length: int, keep: Tensor | None) -> Tensor | None:
