@@ -286,6 +286,19 @@ def test_a_step_that_would_overshoot_is_shortened():
         assert density(x, seen) < least + 1e-3
 
 
+def test_a_batch_is_smoothed_as_its_series():
+    """Each takes as many steps as it needs; with a singular Q none is shortened."""
+    model = pendulum("iterated")
+    model.Q[0] = model.Q[:, 0] = 0
+    y, _ = model.sample(8, 3, generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([8, 3, 5])
+    found = model.smooth(y, lengths=lengths)
+    for i, length in enumerate(lengths):
+        one = model.smooth(y[i, :length])
+        equal(found.mean[i, :length], one.mean)
+        equal(found.cov[i, :length], one.cov)
+
+
 def test_one_iteration_is_the_extended_filter():
     y, _ = pendulum().sample(5, generator=torch.Generator().manual_seed(1))
     once, plain = pendulum(Iterated(iterations=1)), pendulum("ekf")
@@ -306,6 +319,26 @@ def test_points_have_the_moments_of_polynomials(method):
     equal(-seen.innovation, torch.tensor([[m**2 + P]], dtype=torch.float64))
     if isinstance(method, Unscented):
         equal(seen.cov, torch.tensor([[[4 * m**2 * P + 2 * P**2 + 0.2]]], dtype=torch.float64))
+
+
+def test_what_the_functions_hold_is_fitted():
+    class Decay(nn.Module):
+        def __init__(self, rate):
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor(rate, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.rate * torch.sin(x)
+
+    def model(rate):
+        return df.NonlinearGaussian(Decay(rate), lambda x: x + x**3 / 10, [[0.2]], [[0.1]], P0=1.0, method="cubature")
+
+    y, _ = model(0.8).sample(40, generator=torch.Generator().manual_seed(0))
+    found = df.gaussian.fit(model(0.5), y[0])
+    assert found.converged
+    (row,) = re.findall(r"f\.rate +(\S+) +(\S+) +(\S+) +(\S+)", found.summary())
+    _, _, low, high = map(float, row)
+    assert low < 0.8 < high < low + 1
 
 
 def test_samples_are_of_the_model():
@@ -364,6 +397,7 @@ def test_arrays_and_copies():
         ),
         (lambda: pendulum().filter([0.1, float("inf")]), "y has infinite values"),
         (lambda: pendulum().forecast([0.1], 0), "horizon is 0"),
+        (lambda: pendulum().update(pendulum().init_state(1), [[0.1]], d=[0.1]), "d is given without C"),
         (lambda: pendulum().predict(pendulum().init_state(1), A=rows(2)), "unknown keyword 'A'"),
     ],
 )

@@ -41,9 +41,9 @@ class Normal:
         self.unit, self.scale = root_of(cov.detach())
 
     @property
-    def proper(self) -> bool:
-        """Whether every direction has a variance; False where that cannot be read."""
-        return not torch.compiler.is_compiling() and bool((self.scale > 0).all())
+    def proper(self) -> Tensor:
+        """Whether every direction has a variance, ``(...)``."""
+        return (self.scale > 0).all(-1)
 
     def __call__(self, away: Tensor) -> Tensor:
         """``(...)`` of deviations ``(..., N)``."""

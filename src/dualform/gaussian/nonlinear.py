@@ -21,7 +21,7 @@ from dualform.gaussian.parameters import System, check_covariance, one_of
 from dualform.gaussian.recurrent import own
 from dualform.gaussian.series import Rows, Series
 from dualform.gaussian.smoothing import Posterior, moments, normal, posterior
-from dualform.gaussian.steps import Steps, Transition, cut, noise_of_seen, standing
+from dualform.gaussian.steps import Steps, Transition, cut, noise_of_seen, standing, standing_still
 
 
 @explained
@@ -151,7 +151,7 @@ class NonlinearGaussian(Series, System):
 
     @property
     def d_input(self) -> str | None:
-        """Any, which is "*", where there is a function of u; None elsewhere."""
+        """Any width, "*", where there is a function of u; None elsewhere."""
         return "*" if "u" in (*self._f.takes, *self._h.takes) else None
 
     def extra_repr(self) -> str:
@@ -214,7 +214,7 @@ class NonlinearGaussian(Series, System):
         """The transition of a belief; the identity for the rows that ``keep`` leaves out, and before a first step."""
         A, c, V = self.method.affine(self._f, Gaussian(belief.mean, belief.cov), At(u, belief.steps))
         still = standing(self, belief, 1, None if keep is None else keep[:, None])
-        return _stand(Transition(A, c, Q + V), None if still is None else still[:, 0])
+        return standing_still(Transition(A, c, Q + V), None if still is None else still[:, 0])
 
     def _view(self, belief: Belief, u: Tensor | None) -> Affine:
         """The observation of a belief that has made its transition."""
@@ -237,7 +237,7 @@ class NonlinearGaussian(Series, System):
             done = done | settled(mean - point.mean, before.cov, self.method)
             if not torch.compiler.is_compiling() and done.all():
                 break
-            mean = nearer(cost, point.mean, mean) if noise.proper else mean
+            mean = torch.where(noise.proper[:, None], nearer(cost, point.mean, mean), mean)
             point = point._replace(mean=torch.where(done[:, None], point.mean, mean))
             view = self._view(point, u)
         return view
@@ -291,6 +291,13 @@ class NonlinearGaussian(Series, System):
     def _noise(self, where: str, belief: Belief) -> Tensor:
         return self._noises(belief.mean)[1]
 
+    def _observation(
+        self, where: str, belief: Any, y: Any, own: tuple[Any, Any, Any], u: Tensor | None, conditioned: bool
+    ) -> tuple[Belief, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        if own[0] is None and own[2] is not None:
+            raise ArgumentError(f"{where}: d is given without C", hint="it is the level of a linear sensor, C h + d")
+        return super()._observation(where, belief, y, own, u, conditioned)
+
     def _sees(
         self, where: str, belief: Belief, u: Tensor | None, y: Tensor | None, R: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,15 +330,18 @@ class NonlinearGaussian(Series, System):
             return series, chain
         steps, point = series.steps, moments(chain, self.parallel)[0].mean
         Q, R = (Normal(cov) for cov in (self._noises(point)[0], noise_of_seen(self._noises(point)[1], steps.seen)))
-        cost = self._cost(series, Q, R)
+        cost, damped = self._cost(series, Q, R), (Q.proper & R.proper).all(1)
+        done = torch.zeros_like(damped)
         for _ in range(self.method.iterations - 1):
             steps = self._tangents(series, point)
-            found, _, _ = self._run(steps, series.start)
-            chain = posterior(series.start, found, steps, self.parallel)
+            again, _, _ = self._run(steps, series.start)
+            chain = posterior(series.start, again, steps, self.parallel)
             path, _ = moments(chain, self.parallel)
-            if not torch.compiler.is_compiling() and settled(path.mean - point, path.cov, self.method).all():
+            done = done | settled(path.mean - point, path.cov, self.method).all(1)
+            if not torch.compiler.is_compiling() and done.all():
                 break
-            point = nearer(cost, point, path.mean) if Q.proper and R.proper else path.mean
+            found = torch.where(damped[:, None, None], nearer(cost, point, path.mean), path.mean)
+            point = torch.where(done[:, None, None], point, found)
         return series._replace(steps=steps), chain
 
     def _cost(self, series: Rows, Q: Normal, R: Normal) -> Callable[[Tensor], Tensor]:
@@ -370,16 +380,7 @@ class NonlinearGaussian(Series, System):
         A, c, V = tangent(self._f, path[:, :-1])
         C, d, W = tangent(self._h, path[:, 1:])
         y = series.door.rows.expand(seen.shape).to(path.dtype)
-        return Steps(*_stand(Transition(A, c, Q + V), still), C, R + W, torch.where(seen, y - d, 0), seen)
-
-
-def _stand(move: Transition, still: Tensor | None) -> Transition:
-    """Transitions, where a mask of their batch axes does not say that a row stays as it is."""
-    if still is None:
-        return move
-    eye = torch.eye(move.A.shape[-1], dtype=move.A.dtype, device=move.A.device)
-    full, line = still[..., None, None], still[..., None]
-    return Transition(torch.where(full, eye, move.A), torch.where(line, 0, move.c), torch.where(full, 0, move.Q))
+        return Steps(*standing_still(Transition(A, c, Q + V), still), C, R + W, torch.where(seen, y - d, 0), seen)
 
 
 def _first(u: Tensor | None, rows: int) -> Tensor | None:

@@ -143,11 +143,16 @@ def transition(matrices: Matrices, u: Tensor | None, still: Tensor | None) -> Tr
     """The transitions of some steps; the arguments are those of :func:`steps_of`."""
     A, Q, c = matrices.there("A"), matrices.noise(), matrices.driven("c", "B", u)
     c = A.new_zeros(1).expand(A.shape[:-1]) if c is None else c
-    if still is not None:
-        A = torch.where(still[..., None, None], torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), A)
-        Q = torch.where(still[..., None, None], 0, Q)
-        c = torch.where(still[..., None], 0, c)
-    return Transition(A, c, Q)
+    return standing_still(Transition(A, c, Q), still)
+
+
+def standing_still(moves: Transition, still: Tensor | None) -> Transition:
+    """Transitions, but the identity where a mask of their batch axes says that there is none."""
+    if still is None:
+        return moves
+    eye = torch.eye(moves.A.shape[-1], dtype=moves.A.dtype, device=moves.A.device)
+    full, line = still[..., None, None], still[..., None]
+    return Transition(torch.where(full, eye, moves.A), torch.where(line, 0, moves.c), torch.where(full, 0, moves.Q))
 
 
 def steps_of(matrices: Matrices, y: Tensor, u: Tensor | None, seen: Tensor, still: Tensor | None) -> Steps:
