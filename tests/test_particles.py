@@ -59,6 +59,7 @@ def test_linear_functions_are_filtered_as_by_the_kalman_filter(make, prior):
     linear, model = twins(prior)
     y, u = data(model, 2, 6)
     lengths = torch.tensor([6, 4])
+    y[1, 4:] = 1e6  # what follows the end of a series is not looked at
     want = linear.filter(y, u=u, lengths=lengths)
     size = 20000
     found = make(model, size).filter(y, u=u, lengths=lengths, generator=seeded())
@@ -238,8 +239,12 @@ def plain(**more):
             "not positive definite at row 0, time 0",
         ),
         (
-            lambda: ParticleFilter(plain(), log_density=lambda y, h: -torch.inf * y[0]).filter([0.0, 1.0]),
+            lambda: ParticleFilter(plain(), log_density=lambda y, h: 0 * h[0] - torch.inf).filter([0.0, 1.0]),
             "no state explains the observation at row 0, time",
+        ),
+        (
+            lambda: ParticleFilter(plain(), log_density=lambda y, h: (-1 - h[0].abs()).log()).filter([0.0]),
+            "the density of a state is NaN at row 0, time 0",
         ),
         (
             lambda: ParticleFilter(plain(), log_density=lambda y, h: h).filter([0.0]),

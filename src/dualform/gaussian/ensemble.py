@@ -83,7 +83,7 @@ class EnsembleFilter(SampledFilter):
         x = x + torch.randn(x.shape, generator=known.generator, dtype=x.dtype, device=x.device) @ moves.mT
         mean, scale = x.mean(1, keepdim=True), (self.size - 1) ** 0.5
         x = mean + self.inflation * (x - mean) if self.inflation != 1 else x
-        h = self._seen(x, u, steps) * known.seen.unsqueeze(1)
+        h = torch.where(known.seen.unsqueeze(1), self._seen(x, u, steps), 0)
         center = h.mean(1, keepdim=True)
         X, Y = ((x - mean) / scale).mT, ((h - center) / scale).mT
         S = symmetric_part(Y @ Y.mT) + known.R

@@ -102,10 +102,12 @@ class ParticleFilter(SampledFilter):
         if not torch.compiler.is_compiling() and not loglik.isfinite().all():
             row = int((~loglik.isfinite()).nonzero()[0])
             place = f"row {row}" + ("" if time is None else f", time {time}")
-            raise ArgumentError(
-                f"{where}: no state explains the observation at {place}",
-                hint="more states, a larger R, or a model under which it is possible",
-            )
+            if weights.isnan().any():
+                raise ArgumentError(
+                    f"{where}: the density of a state is NaN at {place}", hint="do the states overflow?"
+                )
+            hint = "more states, a larger R, or a model under which it is possible"
+            raise ArgumentError(f"{where}: no state explains the observation at {place}", hint=hint)
         return loglik, Particles(x, weights - loglik[:, None], steps)
 
     def _density(self, where: str, h: Tensor, known: Known) -> Tensor:

@@ -132,7 +132,10 @@ class SampledFilter(nn.Module):
         u = model._inputs(where, u, full, length, prior)
         now = self.init_state(rows, generator=generator) if state is None else state
         now = self._checked(where, now, rows, x.dtype)
-        lengths = None if lengths is None else lengths_of(where, lengths, full, length, x.device)
+        if lengths is not None:
+            lengths = lengths_of(where, lengths, full, length, x.device)
+            gone = torch.arange(length, device=x.device) >= lengths[:, None]
+            x = x.masked_fill(gone[..., None], torch.nan)
         found = []
         for t in range(length):
             known = self._known(x[:, t], now, generator)
