@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dualform.discrete.model import HiddenMarkov
     from dualform.gaussian.kalman import KalmanFilter
     from dualform.gaussian.model import LinearGaussian
+    from dualform.gaussian.nonlinear import NonlinearGaussian
     from dualform.generation.batch import Engine, generate_batch
     from dualform.generation.engine import generate
     from dualform.generation.options import Sampling
@@ -39,6 +40,7 @@ __all__ = [
     "LinearGaussian",
     "Memory",
     "ModelConfig",
+    "NonlinearGaussian",
     "Packing",
     "Sampling",
     "SequenceClassifier",
@@ -67,6 +69,7 @@ _HOME = {
     "LinearGaussian": "gaussian.model",
     "Memory": "core.memory",
     "ModelConfig": "models.config",
+    "NonlinearGaussian": "gaussian.nonlinear",
     "Packing": "core.packing",
     "Sampling": "generation.options",
     "SequenceClassifier": "models.heads",

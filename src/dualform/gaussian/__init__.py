@@ -13,40 +13,66 @@ from dualform.gaussian.components import (
 )
 from dualform.gaussian.continuous import ContinuousLinearGaussian
 from dualform.gaussian.diagnostics import Diagnostics
+from dualform.gaussian.ensemble import EnsembleFilter
 from dualform.gaussian.fitting import Fit, fit
 from dualform.gaussian.kalman import KalmanFilter
+from dualform.gaussian.kim import SwitchingBelief
+from dualform.gaussian.linearization import Cubature, Extended, Iterated, Unscented
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.motion import constant_acceleration, constant_velocity, coordinated_turn
+from dualform.gaussian.nonlinear import NonlinearGaussian
+from dualform.gaussian.particle import ParticleFilter
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
+from dualform.gaussian.sampling import Particles, Sampled
 from dualform.gaussian.sarimax import Sarimax, sarimax
 from dualform.gaussian.series import Filtered, Forecast, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
+from dualform.gaussian.switching import (
+    SwitchingEstimate,
+    SwitchingFiltered,
+    SwitchingLinearGaussian,
+    SwitchingSmoothed,
+)
 
 __all__ = [
     "Autoregressive",
     "Belief",
     "Component",
     "ContinuousLinearGaussian",
+    "Cubature",
     "Cycle",
     "Diagnostics",
     "Effect",
+    "EnsembleFilter",
     "Estimate",
+    "Extended",
     "Filtered",
     "Fit",
     "Forecast",
     "Gaussian",
     "Innovation",
     "Irregular",
+    "Iterated",
     "KalmanFilter",
     "Level",
     "LinearGaussian",
+    "NonlinearGaussian",
+    "ParticleFilter",
+    "Particles",
     "Regression",
+    "Sampled",
     "Sarimax",
     "Seasonal",
     "Smoothed",
     "Structural",
+    "SwitchingBelief",
+    "SwitchingEstimate",
+    "SwitchingFiltered",
+    "SwitchingLinearGaussian",
+    "SwitchingSmoothed",
     "Trend",
     "TrigonometricSeasonal",
+    "Unscented",
     "Updated",
     "constant_acceleration",
     "constant_velocity",

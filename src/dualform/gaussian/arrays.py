@@ -44,6 +44,11 @@ class Door:
             raise ArgumentError(f"{where}: complex values in y, expected real ones")
         self.y = made
 
+    @property
+    def rows(self) -> Tensor:
+        """The observations ``(B, T, M)``, a row for each series."""
+        return self.y.flatten(0, -3) if self.y.dim() > 2 else self.y[None]
+
     def out(self, *results: Tensor, timed: bool = False) -> tuple[Any, ...]:
         """Results in the form of what came; with ``timed``, the first has a row for each time of y."""
         if not self._numpy or any(value.requires_grad for value in results):

@@ -102,7 +102,9 @@ def _directions(Z: Tensor) -> Tensor:
     return torch.where((Z != 0).any(-2, keepdim=True), Z, 0) if Z.shape[-1] else Z
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
+    """What the updates of some steps make of their predictions, where nothing is diffuse."""
+
     mean: Tensor
     cov: Tensor
     loglik: Tensor
@@ -110,7 +112,7 @@ class _Found(NamedTuple):
     predicted_cov: Tensor
 
 
-def _by_kernel(steps: Steps, state: Gaussian, moments: bool) -> tuple[_Found, Gaussian, Form] | None:
+def _by_kernel(steps: Steps, state: Gaussian, moments: bool) -> tuple[Found, Gaussian, Form] | None:
     """None where there is no kernel for it, or a step fails: the loop says which one, and why."""
     a = KalmanFilter(steps.A, steps.c, steps.Q, steps.C, steps.R, steps.y, steps.seen, *state, moments)
     if not steps.A.shape[1] or not has_kernel(a):
@@ -118,17 +120,17 @@ def _by_kernel(steps: Steps, state: Gaussian, moments: bool) -> tuple[_Found, Ga
     loglik, mean, cov, predicted_mean, predicted_cov, *last = kalman_filter_op(a)
     if not loglik.sum().isfinite():  # as long as each of them is, up to an overflow
         return None
-    return _Found(mean, cov, loglik, predicted_mean, predicted_cov), Gaussian(*last), "sequential"
+    return Found(mean, cov, loglik, predicted_mean, predicted_cov), Gaussian(*last), "sequential"
 
 
 def _proper(
     steps: Steps, state: Gaussian, parallel: bool | None, blame: Blame, start: int
-) -> tuple[_Found, Gaussian, Form]:
+) -> tuple[Found, Gaussian, Form]:
     """Nothing is diffuse; ``start`` is the time of the first step, for errors."""
     batch, length, n = steps.A.shape[:3]
     if not length:
         mean, cov = (z[:, None].expand(-1, 0, *z.shape[1:]) for z in state)
-        return _Found(mean, cov, mean.new_zeros(batch, 0), mean, cov), state, "sequential"
+        return Found(mean, cov, mean.new_zeros(batch, 0), mean, cov), state, "sequential"
     out = None
     if parallel is None and is_parallel_faster(batch, length, n, steps.A.device):
         if not torch.compiler.is_compiling():
@@ -148,7 +150,7 @@ def _predict(state: Gaussian, steps: Steps | Transition) -> Gaussian:
     return Gaussian(matvec(steps.A, state.mean) + steps.c, cov)
 
 
-def _sequential(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian]:
+def _sequential(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[Found, Gaussian]:
     outs, failures, now = [], [], state
     for parts in zip(*(z.unbind(1) for z in steps), strict=True):
         step = Steps(*parts)
@@ -161,7 +163,7 @@ def _sequential(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tupl
     return out, now
 
 
-def _parallel(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:
+def _parallel(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[Found, Gaussian] | None:
     """The states before every step by the scan, then every step at once; None where only the loop can."""
     head = _blocked(steps)
     if head and head + 1 >= steps.A.shape[1]:
@@ -186,7 +188,7 @@ def sharpened(J: Tensor, P: Tensor) -> Tensor:
     return ~(J * P.amin(1, keepdim=True) <= torch.finfo(J.dtype).eps ** -0.5).all(-1)
 
 
-def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[_Found, Gaussian] | None:
+def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[Found, Gaussian] | None:
     """The scan, at once or after N steps of the loop; None where it would lose too many digits.
 
     The scan combines the covariance P of the state that it starts from with the information J of the observations by a
@@ -212,7 +214,7 @@ def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: in
     return None
 
 
-def _opening(steps: Steps, head: int, state: Gaussian, blame: Blame, start: int) -> tuple[_Found | None, Gaussian]:
+def _opening(steps: Steps, head: int, state: Gaussian, blame: Blame, start: int) -> tuple[Found | None, Gaussian]:
     """The first steps by the loop, and the state after them."""
     return _sequential(cut(steps, slice(head)), state, blame, start) if head else (None, state)
 
@@ -276,8 +278,8 @@ def elements_of(steps: Steps) -> GaussianElement:
 
 
 def _all_at_once(
-    opening: _Found | None, before: Gaussian, steps: Steps, blame: Blame, start: int
-) -> tuple[_Found, Gaussian]:
+    opening: Found | None, before: Gaussian, steps: Steps, blame: Blame, start: int
+) -> tuple[Found, Gaussian]:
     """Every step from the state before it, after those that were made already."""
     out, failed = _update(_predict(before, steps), steps)
     _check(out, failed, steps, blame, start)
@@ -285,7 +287,7 @@ def _all_at_once(
     return (out if opening is None else concat([opening, out], dim=1)), last
 
 
-def _update(predicted: Gaussian, steps: Steps) -> tuple[_Found, Tensor]:
+def _update(predicted: Gaussian, steps: Steps) -> tuple[Found, Tensor]:
     """The update, and where the innovation covariance is not positive definite, but for rounding (not 0)."""
     mean, cov = predicted
     C, R = steps.C, steps.R
@@ -301,7 +303,7 @@ def _update(predicted: Gaussian, steps: Steps) -> tuple[_Found, Tensor]:
     scale = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     loglik = -white.square().sum(-1) / 2 - scale - steps.seen.to(mean.dtype).sum(-1) * (math.log(2 * math.pi) / 2)
     joseph = symmetric_part(left @ cov @ left.mT) + symmetric_part(K @ R @ K.mT)
-    return _Found(mean + matvec(K, innovation), joseph, loglik, mean, cov), failed
+    return Found(mean + matvec(K, innovation), joseph, loglik, mean, cov), failed
 
 
 def _update_diffuse(
@@ -313,25 +315,35 @@ def _update_diffuse(
     numbers = steps.seen.to(cov.dtype).sum(-1) - (0 if counted else after.resolved)
     loglik = -(after.distance + after.log_det + numbers * math.log(2 * math.pi)) / 2
     now = after.mean.squeeze(-1)
-    _check(_Found(now, after.cov, loglik, mean, cov), after.failed, steps, blame, start)
+    _check(Found(now, after.cov, loglik, mean, cov), after.failed, steps, blame, start)
     out = Pass(now, after.cov, after.diffuse, mean, cov, Z, loglik)
     return out, before._replace(mean=now[:, 0], cov=after.cov[:, 0], diffuse=after.diffuse[:, 0])
 
 
-def update(before: Belief, steps: Steps, counted: bool, blame: Blame) -> tuple[Pass, Belief]:
-    """The observation of one step, which has a time axis of length 1, without a transition."""
+def update(before: Belief, steps: Steps, counted: bool, blame: Blame, start: int | None = None) -> tuple[Pass, Belief]:
+    """The observation of one step, which has a time axis of length 1, without a transition; ``start`` is its time."""
     steps = masked(steps)
     if before.diffuse.shape[-1] and (torch.compiler.is_compiling() or before.diffuse.any()):
         before = before._replace(diffuse=_directions(before.diffuse))
-        return _update_diffuse(before, steps, counted, blame, None)
-    out, failed = _update(Gaussian(before.mean[:, None], before.cov[:, None]), steps)
-    _check(out, failed, steps, blame, None)
+        return _update_diffuse(before, steps, counted, blame, start)
+    out = observe(Gaussian(before.mean[:, None], before.cov[:, None]), steps, blame, start)
     Z = before.diffuse[:, None]
     passed = Pass(out.mean, out.cov, Z, out.predicted_mean, out.predicted_cov, Z, out.loglik)
     return passed, before._replace(mean=out.mean[:, 0], cov=out.cov[:, 0])
 
 
-def _check(out: _Found, failed: Tensor, steps: Steps, blame: Blame, start: int | None) -> None:
+def observe(before: Gaussian, steps: Steps, blame: Blame, start: int | None = None) -> Found:
+    """The updates of beliefs ``(B, T, N)`` that do not follow from each other, each with its masked observation.
+
+    Raises:
+        ArgumentError: names the row of a belief with an observation without variance, and its time from ``start`` on.
+    """
+    out, failed = _update(before, steps)
+    _check(out, failed, steps, blame, start)
+    return out
+
+
+def _check(out: Found, failed: Tensor, steps: Steps, blame: Blame, start: int | None) -> None:
     """Raise where a step has failed, and say which and why; a single step has no time, and ``start`` None."""
     bad = (failed != 0) | ~out.loglik.isfinite()
     if torch.compiler.is_compiling() or not bad.any():

@@ -6,20 +6,21 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import symmetric_part
 from dualform.gaussian.belief import Belief
-from dualform.gaussian.parameters import Parameters
+from dualform.gaussian.parameters import Parameters, System
 
 _DOUBLINGS = 60
 
 
-def initial(where: str, model: Parameters, full: tuple[int, ...]) -> Belief:
+def initial(where: str, model: System, full: tuple[int, ...]) -> Belief:
     """The belief before any observation, of each of the series with the batch axes ``full``, laid out as rows.
 
     Raises:
         ArgumentError: for a stationary start of a model that is not stationary.
     """
     n, m0, P0 = model.d_state, model.m0, model.P0
-    if model.stationary or P0 is None:
+    if isinstance(model, Parameters) and (model.stationary or P0 is None):
         m0, P0 = stationary(where, model)
+    assert P0 is not None
     Z = m0.new_zeros(n, 0) if model.diffuse is None else model.diffuse.to(m0.dtype)
 
     def rows(value: Tensor, *core: int) -> Tensor:

@@ -4,15 +4,15 @@ from torch import nn
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
+from dualform.gaussian.linear import Linear
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.parameters import Parameters
-from dualform.gaussian.series import Series
 
 __all__ = ["KalmanFilter"]
 
 
 @explained
-class KalmanFilter(Series, nn.Module):
+class KalmanFilter(Linear, nn.Module):
     """The filter of a linear-Gaussian model, a :class:`~dualform.core.recurrence.Recurrence`.
 
     Observations ``(B, T, M)`` -> :class:`~dualform.gaussian.recurrent.Estimate`; the state is a

@@ -9,14 +9,14 @@ from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, matvec
 from dualform.gaussian.initial import initial
+from dualform.gaussian.linear import Linear
 from dualform.gaussian.parameters import Parameters, Terms
-from dualform.gaussian.series import Series
 from dualform.gaussian.smoothing import normal
 from dualform.gaussian.steps import Matrices, standing, transition
 
 
 @explained
-class LinearGaussian(Series, Parameters):
+class LinearGaussian(Linear, Parameters):
     """A linear-Gaussian state space model, an ``nn.Module``.
 
         h_t = A h_{t-1} + c + B u_t + S eta_t,   eta_t ~ N(0, Q),   t = 1 .. T

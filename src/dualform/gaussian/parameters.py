@@ -37,7 +37,66 @@ class Terms(TypedDict, total=False):
 P = TypeVar("P", bound="Parameters")
 
 
-class Parameters(nn.Module):
+class System(nn.Module):
+    """What every state space model with normal noise has, linear or not: its noise, its start, and its sizes."""
+
+    Q: Tensor
+    R: Tensor
+    m0: Tensor
+    P0: Tensor | None
+    diffuse: Tensor | None  # (N, K)
+    prior: str
+    convention: str
+    driven: tuple[str, str] = ("B or D", "no B and no D")  # what takes inputs, and that nothing does, for errors
+
+    @property
+    def batch(self) -> torch.Size:
+        """The axes of a batch that the parameters have together; none for one model."""
+        return torch.Size()
+
+    @property
+    def d_state(self) -> int:
+        """N."""
+        return self.m0.shape[-1]
+
+    @property
+    def d_obs(self) -> int:
+        """M."""
+        return self.R.shape[-1]
+
+    @property
+    def d_input(self) -> int | str | None:
+        """U, or "*" for any; None for a model without inputs."""
+        return None
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast every tensor in place, with the arguments of ``torch.nn.Module.to``; returns the model.
+
+        Raises:
+            ArgumentError: for a device that is not there.
+        """
+        name = type(self).__name__
+        for device in (value for value in (*args, *kwargs.values()) if isinstance(value, str | torch.device)):
+            usable_device(device, f"{name}.to: device {str(device)!r}", numbers=False)
+        return super().to(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Sizes, dtype and device."""
+        batch = f"batch={tuple(self.batch)}, " if self.batch else ""
+        dtype = str(self.Q.dtype).removeprefix("torch.")
+        return f"{batch}N={self.d_state}, M={self.d_obs}, {dtype}, {self.Q.device}"
+
+    def _keep(self, where: str, name: str, value: Any, tensor: Tensor | None) -> None:
+        if isinstance(value, nn.Parameter) and tensor is not value:
+            dtype = None if tensor is None else tensor.dtype
+            raise ArgumentError(f"{where}: the parameter {name} is {value.dtype}, but others are {dtype}")
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(name, tensor)
+        else:
+            self.register_buffer(name, tensor)
+
+
+class Parameters(System):
     """Tensors of a model by their letters: ``nn.Parameter`` stay parameters, all others are buffers.
 
     Values are checked once, here. What is assigned later, or made by ``torch.nn.utils.parametrize``, is not.
@@ -45,16 +104,11 @@ class Parameters(nn.Module):
 
     A: Tensor
     C: Tensor
-    Q: Tensor
-    R: Tensor
-    m0: Tensor
-    P0: Tensor | None
     c: Tensor | None
     d: Tensor | None
     B: Tensor | None
     D: Tensor | None
     S: Tensor | None
-    diffuse: Tensor | None  # (N, K)
 
     def __init__(self, matrices: Mapping[str, Any], prior: str, terms: Terms):
         super().__init__()
@@ -62,13 +116,13 @@ class Parameters(nn.Module):
         if unknown := [name for name in terms if name not in names]:
             known = [*matrices, "prior", *names]
             raise ArgumentError(f"{where}: unknown keyword {brief(unknown[0])}", hint=suggestion(unknown[0], known))
-        self.prior = _one_of(where, "prior", prior, ("before", "first"))
-        self.convention = _one_of(where, "convention", terms.get("convention", "statsmodels"), _CONVENTIONS)
+        self.prior = one_of(where, "prior", prior, ("before", "first"))
+        self.convention = one_of(where, "convention", terms.get("convention", "statsmodels"), _CONVENTIONS)
         self.time_varying = _names(where, terms.get("time_varying", ()))
         values = {**matrices, **{name: terms.get(name) for name in "cdBDS"}}
         start = values["P0"] if isinstance(values["P0"], str) else None
         if start is not None:
-            values["P0"] = None if _one_of(where, "P0", start, _STARTS) == "stationary" else 0.0
+            values["P0"] = None if one_of(where, "P0", start, _STARTS) == "stationary" else 0.0
         elif values["P0"] is None:
             raise ArgumentError(f"{where}: P0 is None, expected a covariance, a number, 'stationary' or 'diffuse'")
         self.stationary = start == "stationary"
@@ -102,15 +156,6 @@ class Parameters(nn.Module):
             made.register_buffer(name, tensors.get(name) if name in tensors else getattr(other, name))
         return made
 
-    def _keep(self, where: str, name: str, value: Any, tensor: Tensor | None) -> None:
-        if isinstance(value, nn.Parameter) and tensor is not value:
-            dtype = None if tensor is None else tensor.dtype
-            raise ArgumentError(f"{where}: the parameter {name} is {value.dtype}, but others are {dtype}")
-        if isinstance(tensor, nn.Parameter):
-            self.register_parameter(name, tensor)
-        else:
-            self.register_buffer(name, tensor)
-
     def _check(self, where: str, given: Mapping[str, Tensor]) -> None:
         sizes: dict[str, tuple[int, str]] = {}
         for name, value in given.items():
@@ -130,7 +175,7 @@ class Parameters(nn.Module):
         for name in ("Q", "R", "P0"):
             value = given.get(name)
             if value is not None and value.device.type != "meta" and not torch.compiler.is_compiling():
-                _check_covariance(where, name, value.detach())
+                check_covariance(where, name, value.detach())
 
     def _check_shape(
         self, where: str, name: str, value: Tensor, core: list[str], sizes: dict[str, tuple[int, str]]
@@ -168,25 +213,18 @@ class Parameters(nn.Module):
         """M."""
         return self.C.shape[-2]
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast every tensor in place, with the arguments of ``torch.nn.Module.to``; returns the model.
-
-        Raises:
-            ArgumentError: for a device that is not there.
-        """
-        name = type(self).__name__
-        for device in (value for value in (*args, *kwargs.values()) if isinstance(value, str | torch.device)):
-            usable_device(device, f"{name}.to: device {str(device)!r}", numbers=False)
-        return super().to(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        """Sizes, dtype and device."""
-        batch = f"batch={tuple(self.batch)}, " if self.batch else ""
-        dtype = str(self.A.dtype).removeprefix("torch.")
-        return f"{batch}N={self.d_state}, M={self.d_obs}, {dtype}, {self.A.device}"
+    @property
+    def d_input(self) -> int | None:
+        """U; None for a model without B and D."""
+        return next((matrix.shape[-1] for matrix in (self.B, self.D) if matrix is not None), None)
 
 
-def _one_of(where: str, name: str, value: Any, known: Sequence[str]) -> str:
+def one_of(where: str, name: str, value: Any, known: Sequence[str]) -> str:
+    """A word, if it is among those that are known.
+
+    Raises:
+        ArgumentError: for another one, with the nearest.
+    """
     if value not in known:
         raise ArgumentError(f"{where}: {name} is {brief(value)}", hint=suggestion(str(value), known))
     return value
@@ -219,7 +257,12 @@ def _directions(where: str, mask: Any, eye: Tensor) -> Tensor:
     return made
 
 
-def _check_covariance(where: str, name: str, value: Tensor) -> None:
+def check_covariance(where: str, name: str, value: Tensor) -> None:
+    """Matrices ``(..., N, N)`` must be symmetric and positive semi-definite, but for rounding.
+
+    Raises:
+        ArgumentError: names the argument, and by how much it is not.
+    """
     if not value.numel():
         return
     size = value.abs().amax((-2, -1))

@@ -15,10 +15,10 @@ from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import refuse_infinite
 from dualform.gaussian.belief import Belief, Gaussian, is_belief
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.filtering import Blame, Pass, predict, run, update
+from dualform.gaussian.filtering import Blame, Form, Pass, predict, update
 from dualform.gaussian.initial import initial
-from dualform.gaussian.parameters import Parameters
-from dualform.gaussian.steps import Matrices, Steps, standing, steps_of, transition
+from dualform.gaussian.parameters import System
+from dualform.gaussian.steps import Steps, Transition
 
 
 class Estimate(NamedTuple):
@@ -59,8 +59,44 @@ class Recurrent:
     parallel: bool | None = None
 
     @property
-    def system(self) -> Parameters:
+    def system(self) -> System:
         """The model."""
+        raise NotImplementedError
+
+    # What a kind of model has to say about its steps.
+
+    def _through(
+        self,
+        where: str,
+        x: Tensor,
+        belief: Belief,
+        u: Tensor | None,
+        full: tuple[int, ...],
+        keep: tuple[Tensor, Tensor] | None,
+        blame: Blame,
+        moments: bool = True,
+    ) -> tuple[Pass, Steps, Belief, Form]:
+        """The filter over rows; ``keep`` is where a row has observations, and where it makes transitions."""
+        raise NotImplementedError
+
+    def _one(
+        self, where: str, x: Tensor, belief: Belief, u: Tensor | None, full: tuple[int, ...]
+    ) -> tuple[Belief, Steps]:
+        """The belief after one transition, and the step with its observation, with a time axis of length 1."""
+        raise NotImplementedError
+
+    def _transition(self, where: str, belief: Belief, u: Tensor | None, given: dict[str, Tensor]) -> Transition:
+        """The next transition of a belief, without a time axis; with what a caller gives for it."""
+        raise NotImplementedError
+
+    def _sees(
+        self, where: str, belief: Belief, u: Tensor | None, y: Tensor | None, R: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``C, R, d`` of the observation of a belief, one row each; y is what it is conditioned on, if anything."""
+        raise NotImplementedError
+
+    def _noise(self, where: str, belief: Belief) -> Tensor:
+        """R of the observation of a belief, one row each."""
         raise NotImplementedError
 
     def init_state(self, batch: int, *, max_len: int = 0) -> Belief:
@@ -101,11 +137,11 @@ class Recurrent:
         blame()
         full, length = self._full(where, rows), x.shape[1]
         if packing is None:
-            out, last = self._pass(where, x, state, u, full, None, blame)
+            out, _, last, _ = self._through(where, x, state, u, full, None, blame)
             return Estimate(out.mean, out.cov, out.loglik), last._replace(steps=state.steps + length)
         keep = packing.keep_mask()
         u = None if u is None else unpack(u, keep)
-        out, _ = self._pass(where, unpack(x, keep), state, u, full, (keep, keep), blame)
+        out, *_ = self._through(where, unpack(x, keep), state, u, full, (keep, keep), blame)
         last = after(state, out, packing.cu_seqlens.diff())
         return tree_map(lambda z: z[keep][None], Estimate(out.mean, out.cov, out.loglik)), last
 
@@ -126,8 +162,7 @@ class Recurrent:
         self._check_observations(where, "x", x, "B")
         state = self._check_state(where, len(x), x, state)
         u = self._check_inputs(where, u, x.shape[:1], state)
-        steps = self._steps(where, x[:, None], state, None if u is None else u[:, None], self._full(where, len(x)))
-        before = predict(state, tree_map(lambda z: z[:, 0], steps))
+        before, steps = self._one(where, x, state, u, self._full(where, len(x)))
         out, last = update(before, steps, self._counted, _blame(where, "x", x, state))
         one = Estimate(out.mean[:, 0], out.cov[:, 0], out.loglik[:, 0])
         return one, last._replace(steps=state.steps + 1)
@@ -148,13 +183,10 @@ class Recurrent:
         """
         where = f"{type(self).__name__}.predict"
         rows = len(belief[0])
-        belief = self._check_state(where, rows, self.system.A, belief)
+        belief = self._check_state(where, rows, self.system.Q, belief)
         check_finite(where, {"state.mean": belief.mean, "state.cov": belief.cov})
         u = self._check_inputs(where, u, (rows,), belief)
-        at = Matrices(where, self.system, self._full(where, rows), belief.steps, 1, belief.mean.dtype)
-        moves = transition(at, None if u is None else u[:, None], standing(self.system, belief, 1, None))
-        step = tree_map(lambda z: z[:, 0], moves)
-        out = predict(belief, step._replace(**_own(where, matrices, step._asdict())))
+        out = predict(belief, self._transition(where, belief, u, matrices))
         return out._replace(steps=belief.steps + 1)
 
     def update(
@@ -175,7 +207,7 @@ class Recurrent:
             ArgumentError: as :meth:`forward`.
         """
         where = f"{type(self).__name__}.update"
-        belief, y, parts = self._observation(where, belief, y, (C, R, d), u)
+        belief, y, parts = self._observation(where, belief, y, (C, R, d), u, True)
         seen = ~y.isnan()
         C, R, level = parts
         found = innovation_of(belief, y, C, R, level)
@@ -204,7 +236,7 @@ class Recurrent:
             ArgumentError: as :meth:`forward`.
         """
         where = f"{type(self).__name__}.innovation"
-        belief, y, parts = self._observation(where, belief, y, (C, R, d), u)
+        belief, y, parts = self._observation(where, belief, y, (C, R, d), u, False)
         return innovation_of(belief, y, *parts)
 
     # What the methods share.
@@ -223,36 +255,6 @@ class Recurrent:
             )
         return (rows,)
 
-    def _pass(
-        self,
-        where: str,
-        x: Tensor,
-        belief: Belief,
-        u: Tensor | None,
-        full: tuple[int, ...],
-        keep: tuple[Tensor, Tensor] | None,
-        blame: Blame,
-    ) -> tuple[Pass, Belief]:
-        """The filter over rows; ``keep`` is where a row has observations, and where it makes transitions."""
-        steps = self._steps(where, x, belief, u, full, keep)
-        out, last, _ = run(steps, belief, self.parallel, self._counted, blame)
-        return out, last
-
-    def _steps(
-        self,
-        where: str,
-        x: Tensor,
-        belief: Belief,
-        u: Tensor | None,
-        full: tuple[int, ...],
-        keep: tuple[Tensor, Tensor] | None = None,
-    ) -> Steps:
-        observed, moved = (None, None) if keep is None else keep
-        seen = ~x.isnan() if observed is None else ~x.isnan() & observed[..., None]
-        needed = None if moved is None else moved.sum(1)
-        matrices = Matrices(where, self.system, full, belief.steps, x.shape[1], belief.mean.dtype, needed)
-        return steps_of(matrices, x, u, seen, standing(self.system, belief, x.shape[1], moved))
-
     def _no_transition(self, belief: Belief) -> tuple[Tensor, Tensor, Tensor]:
         eye = torch.eye(belief.mean.shape[-1], dtype=belief.mean.dtype, device=belief.mean.device)
         eye = eye.expand(len(belief.mean), 1, -1, -1)
@@ -260,7 +262,7 @@ class Recurrent:
 
     def _check_observations(self, where: str, name: str, x: Tensor, axes: str) -> None:
         model = self.system
-        check_tensors(where, **{name: (x, f"{axes} {model.d_obs}"), "model": (model.A, "...")})
+        check_tensors(where, **{name: (x, f"{axes} {model.d_obs}"), "model": (model.Q, "...")})
         check_floating(where, **{name: x})
         if x.is_complex():
             raise ArgumentError(f"{where}: complex values in {name}, expected real ones")
@@ -274,12 +276,12 @@ class Recurrent:
         wanted = {"state.mean": (state[0], f"{rows} {n}"), "state.cov": (state[1], f"{rows} {n} {n}")}
         if is_belief(state):
             wanted |= {"state.steps": (state[2], f"{rows}"), "state.diffuse": (state[3], f"{rows} {n} *")}
-        check_tensors(where, model=(model.A, "..."), **wanted)
+        check_tensors(where, model=(model.Q, "..."), **wanted)
         if not is_belief(state):
             steps = torch.full((rows,), int(model.prior == "first"), dtype=torch.int64, device=state[0].device)
             kinds = 0 if model.diffuse is None else model.diffuse.shape[-1]
             state = Belief(state[0], state[1], steps, state[0].new_zeros(rows, n, kinds))
-        dtype = wide(x, model.A, state.mean, state.cov)
+        dtype = wide(x, model.Q, state.mean, state.cov)
         if dtype.is_complex:
             raise ArgumentError(f"{where}: complex values in the state, expected real ones")
         cov = symmetric_part(state.cov.to(dtype))
@@ -287,46 +289,44 @@ class Recurrent:
 
     def _check_inputs(self, where: str, u: Any, axes: Any, belief: Belief) -> Tensor | None:
         model = self.system
-        width = next((matrix.shape[-1] for matrix in (model.B, model.D) if matrix is not None), None)
+        width = model.d_input
         if u is None and width is None:
             return None
         if u is None or width is None:
-            what = "no inputs u, but the model has B or D" if u is None else "inputs u, but the model has no B and no D"
+            what = f"no inputs u, but the model has {model.driven[0]}"
+            what = what if u is None else f"inputs u, but the model has {model.driven[1]}"
             raise ArgumentError(f"{where}: {what}", hint="they travel together")
-        check_tensors(where, u=(u, " ".join(str(size) for size in (*axes, width))), model=(model.A, "..."))
+        check_tensors(where, u=(u, " ".join(str(size) for size in (*axes, width))), model=(model.Q, "..."))
         check_finite(where, {"u": u}, "an input cannot be missing")
         return u.to(belief.mean.dtype)
 
     def _observation(
-        self, where: str, belief: Any, y: Any, own: tuple[Any, Any, Any], u: Tensor | None
+        self, where: str, belief: Any, y: Any, own: tuple[Any, Any, Any], u: Tensor | None, conditioned: bool
     ) -> tuple[Belief, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """A belief, an observation of it, and ``C, R, d`` with a row each."""
         if isinstance(belief, Tensor) or not isinstance(belief, tuple):
             kind = type(belief).__name__
             raise ArgumentError(f"{where}: belief is {kind}, expected a Belief or a Gaussian", hint="(belief, y)")
-        y = as_tensors(where, model=self.system.A, y=y)["y"]
+        y = as_tensors(where, model=self.system.Q, y=y)["y"]
         rows, model = len(belief[0]), self.system
         belief = self._check_state(where, rows, y, belief)
         if own[0] is None:
             check_tensors(where, y=(y[(0,) * (y.dim() - 2)] if y.dim() > 2 else y, f"{rows} {model.d_obs}"))
-        start = (belief.steps - 1).clamp_min(0)
-        at = Matrices(where, model, self._full(where, rows), start, 1, belief.mean.dtype)
-        C, R, level = at.there("C")[:, 0], at.noise_of_y()[:, 0], None
-        if own[0] is None:
-            u = self._check_inputs(where, u, (rows,), belief) if model.D is not None else None
-            level = at.driven("d", "D", None if u is None else u[:, None])
-            level = None if level is None else level[:, 0]
+        refuse_infinite(where, "y", y)
+        check_finite(where, {"state.mean": belief.mean, "state.cov": belief.cov})
         given = as_tensors(where, **{name: m for name, m in zip("CRd", own, strict=True) if m is not None})
-        C = given.get("C", C).to(C).expand(rows, -1, -1)
+        R = given.get("R", self._noise(where, belief)).to(belief.mean)
+        if own[0] is None:
+            check_tensors(where, R=(R.expand(rows, *R.shape[-2:]), f"{rows} {model.d_obs} {model.d_obs}"))
+            C, R, level = self._sees(where, belief, u, y if conditioned else None, R.expand(rows, *R.shape[-2:]))
+        else:
+            C = given["C"].to(belief.mean).expand(rows, -1, -1)
+            level = C.new_zeros(C.shape[1])
         m = C.shape[1]
-        R = given.get("R", R).to(R)
         check_tensors(where, C=(C, f"{rows} * {model.d_state}"), R=(R.expand(rows, *R.shape[-2:]), f"{rows} {m} {m}"))
-        level = C.new_zeros(m) if level is None else level
         level = given.get("d", level).to(C).expand(rows, m)
         if y.shape[-2:] != (rows, m):
             raise ArgumentError(f"{where}: y has shape {tuple(y.shape)}, expected ({rows}, {m})")
-        refuse_infinite(where, "y", y)
-        check_finite(where, {"state.mean": belief.mean, "state.cov": belief.cov})
         return belief, y.to(C), (C, R.expand(rows, m, m), level)
 
 
@@ -360,7 +360,7 @@ def innovation_of(belief: Belief, y: Tensor, C: Tensor, R: Tensor, level: Tensor
     return Innovation(v, S.expand(*y.shape, S.shape[-1]), distance, loglik)
 
 
-def _own(where: str, given: dict[str, Any], known: dict[str, Tensor]) -> dict[str, Tensor]:
+def own(where: str, given: dict[str, Any], known: dict[str, Tensor]) -> dict[str, Tensor]:
     """Matrices in place of the model's, with a row each."""
     for name in given:
         if name not in known:
@@ -387,4 +387,4 @@ def _blame(where: str, name: str, x: Tensor, state: Belief) -> Blame:
     return blame
 
 
-__all__ = ["Estimate", "Gaussian", "Innovation", "Recurrent", "Updated", "after"]
+__all__ = ["Estimate", "Gaussian", "Innovation", "Recurrent", "Updated", "after", "own"]

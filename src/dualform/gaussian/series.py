@@ -8,15 +8,15 @@ from torch import Tensor
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import as_tensors, matvec, symmetric_part
+from dualform.core.linalg import as_tensors
 from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import Door, lengths_of
 from dualform.gaussian.belief import Belief
-from dualform.gaussian.filtering import Form, Pass, predict, run
+from dualform.gaussian.filtering import Blame, Form, Pass, predict, run
 from dualform.gaussian.initial import initial
 from dualform.gaussian.recurrent import Innovation, Recurrent, after, innovation_of
 from dualform.gaussian.smoothing import Posterior, check_determined, draw, is_chain, moments, posterior, simulate
-from dualform.gaussian.steps import Matrices, Steps, ended, standing, steps_of, transition
+from dualform.gaussian.steps import Steps, Transition, ended
 
 
 class Filtered(NamedTuple):
@@ -68,7 +68,7 @@ class Forecast(NamedTuple):
     cov: Any  # (..., horizon, M, M)
 
 
-class _Series(NamedTuple):
+class Rows(NamedTuple):
     """One call: its rows, and what the filter found."""
 
     door: Door
@@ -251,18 +251,18 @@ class Series(Recurrent):
             raise ArgumentError(f"{where}: horizon is {horizon!r}, expected 1 or more steps")
         series = self._filtered(where, y, state, u, lengths)
         check_determined(where, series.last)
-        last, rows, model = series.last, len(series.last.mean), self.system
-        future = self._future(where, series, horizon)
-        matrices = Matrices(where, model, series.full, last.steps, horizon, last.mean.dtype)
-        nothing = last.mean.new_full((rows, horizon, model.d_obs), torch.nan)
-        unseen = torch.zeros_like(nothing, dtype=torch.bool)
-        steps = steps_of(matrices, nothing, future, unseen, standing(model, last, horizon, None))
-        ahead, _, _ = self._run(steps, last)
-        C, level = matrices.there("C"), matrices.driven("d", "D", future)
-        mean = matvec(C, ahead.predicted_mean)
-        mean = mean if level is None else mean + level
-        cov = symmetric_part(C @ ahead.predicted_cov @ C.mT) + matrices.noise_of_y()
+        mean, cov = self._ahead(where, series, horizon, self._future(where, series, horizon))
         return Forecast(*self._out(series, mean, cov))
+
+    # What a kind of model has to say about steps beyond the data.
+
+    def _ahead(self, where: str, series: Rows, horizon: int, u: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The moments of the observations to come, one row per series."""
+        raise NotImplementedError
+
+    def _next(self, where: str, series: Rows, last: Belief, u: Tensor | None) -> Transition | None:
+        """The transition after the last observation, u ``(B, 0 or 1, U)``; None where it is not known."""
+        raise NotImplementedError
 
     # What the methods share.
 
@@ -270,14 +270,14 @@ class Series(Recurrent):
     def _convention(self) -> str:
         return "proper" if self.system.diffuse is None else self.system.convention
 
-    def _out(self, series: _Series, *rows: Tensor, timed: bool = False) -> Any:
+    def _out(self, series: Rows, *rows: Tensor, timed: bool = False) -> Any:
         """Results with the batch axes of the call, of the kind of its observations."""
         return series.door.out(*(value.reshape((*series.full, *value.shape[1:])) for value in rows), timed=timed)
 
-    def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any, moments: bool = True) -> _Series:
+    def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any, moments: bool = True) -> Rows:
         """Without ``moments`` there may be only the likelihood."""
         model = self.system
-        door = Door(where, y, model.A, model.d_obs)
+        door = Door(where, y, model.Q, model.d_obs)
         y = door.y
         try:
             full = tuple(torch.broadcast_shapes(model.batch, y.shape[:-2]))
@@ -296,20 +296,21 @@ class Series(Recurrent):
             time = torch.arange(length, device=x.device)
             keep = time < lengths[:, None], time <= lengths[:, None]
         here = None if u is None else u[:, :length]
-        steps = self._steps(where, x, start, here, full, keep)
-        found, last, form = self._run(steps, start, moments)
+        found, steps, last, form = self._through(where, x, start, here, full, keep, lambda: None, moments)
         if moments:
             last = last._replace(steps=start.steps + length) if lengths is None else after(start, found, lengths)
-        return _Series(door, full, start, found, steps, last, lengths, u, form)
+        return Rows(door, full, start, found, steps, last, lengths, u, form)
 
-    def _run(self, steps: Steps, start: Belief, moments: bool = True) -> tuple[Pass, Belief, Form]:
-        return run(steps, start, self.parallel, self._counted, lambda: None, moments)
+    def _run(
+        self, steps: Steps, start: Belief, moments: bool = True, blame: Blame = lambda: None
+    ) -> tuple[Pass, Belief, Form]:
+        return run(steps, start, self.parallel, self._counted, blame, moments)
 
     def _inputs(self, where: str, u: Any, full: tuple[int, ...], length: int, start: Belief) -> Tensor | None:
         """Inputs as rows ``(rows, T or more, U)``."""
         if u is None:
             return self._check_inputs(where, None, (), start)
-        u = as_tensors(where, model=self.system.A, u=u)["u"]
+        u = as_tensors(where, model=self.system.Q, u=u)["u"]
         if u.dim() < 2 or u.shape[-2] < length:
             raise ArgumentError(f"{where}: u has shape {tuple(u.shape)}, expected (*batch, {length} or more, U)")
         try:
@@ -319,7 +320,7 @@ class Series(Recurrent):
         u = u.reshape(len(start.mean), *u.shape[-2:])
         return self._check_inputs(where, u, u.shape[:2], start)
 
-    def _future(self, where: str, series: _Series, horizon: int) -> Tensor | None:
+    def _future(self, where: str, series: Rows, horizon: int) -> Tensor | None:
         """The inputs of the steps after each series."""
         if series.u is None:
             return None
@@ -333,9 +334,9 @@ class Series(Recurrent):
         index = first[:, None] + torch.arange(horizon, device=first.device)
         return series.u[torch.arange(rows, device=first.device)[:, None], index]
 
-    def _beyond(self, where: str, series: _Series) -> Belief:
+    def _beyond(self, where: str, series: Rows) -> Belief:
         """The belief at the step after the last of y; NaN where it is not known how to get there."""
-        model, length = self.system, series.found.loglik.shape[1]
+        length = series.found.loglik.shape[1]
         start = series.start._replace(
             mean=series.found.mean[:, -1] if length else series.start.mean,
             cov=series.found.cov[:, -1] if length else series.start.cov,
@@ -343,20 +344,18 @@ class Series(Recurrent):
             steps=series.start.steps + length,
         )
         u = None if series.u is None else series.u[:, length : length + 1]
-        matrices = Matrices(where, model, series.full, start.steps, 1, start.mean.dtype)
-        known = all(matrices.reach(name) for name in "AQSc") and (model.B is None or matrices.reach("B"))
-        if not known or (u is not None and model.B is not None and not u.shape[1]):
+        move = self._next(where, series, start, u)
+        if move is None:
             return start._replace(mean=start.mean * torch.nan, cov=start.cov * torch.nan)
-        moves = transition(matrices, None if model.B is None else u, standing(model, start, 1, None))
-        return predict(start, tree_map(lambda z: z[:, 0], moves))
+        return predict(start, move)
 
-    def _chain(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> tuple[_Series, Posterior]:
+    def _chain(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> tuple[Rows, Posterior]:
         """What the filter found, and the states given all data."""
         series = self._filtered(where, y, state, u, lengths)
         check_determined(where, series.last)
         return series, posterior(series.start, series.found, series.steps, self.parallel)
 
-    def _corrected(self, series: _Series, chain: Posterior, draws: int, generator: torch.Generator | None) -> Tensor:
+    def _corrected(self, series: Rows, chain: Posterior, draws: int, generator: torch.Generator | None) -> Tensor:
         """Draws of the model, moved by what the data differ from theirs (Durbin and Koopman 2002)."""
         path, y = simulate(series.start, series.steps, draws, generator)
         start, steps = (

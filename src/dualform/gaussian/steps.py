@@ -9,7 +9,7 @@ from dualform.core.errors import ArgumentError
 from dualform.core.linalg import matvec, symmetric_part
 from dualform.core.tree import tree_map
 from dualform.gaussian.belief import Belief
-from dualform.gaussian.parameters import CORES, Parameters
+from dualform.gaussian.parameters import CORES, Parameters, System
 
 
 class Steps(NamedTuple):
@@ -143,11 +143,16 @@ def transition(matrices: Matrices, u: Tensor | None, still: Tensor | None) -> Tr
     """The transitions of some steps; the arguments are those of :func:`steps_of`."""
     A, Q, c = matrices.there("A"), matrices.noise(), matrices.driven("c", "B", u)
     c = A.new_zeros(1).expand(A.shape[:-1]) if c is None else c
-    if still is not None:
-        A = torch.where(still[..., None, None], torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), A)
-        Q = torch.where(still[..., None, None], 0, Q)
-        c = torch.where(still[..., None], 0, c)
-    return Transition(A, c, Q)
+    return standing_still(Transition(A, c, Q), still)
+
+
+def standing_still(moves: Transition, still: Tensor | None) -> Transition:
+    """Transitions, but the identity where a mask of their batch axes says that there is none."""
+    if still is None:
+        return moves
+    eye = torch.eye(moves.A.shape[-1], dtype=moves.A.dtype, device=moves.A.device)
+    full, line = still[..., None, None], still[..., None]
+    return Transition(torch.where(full, eye, moves.A), torch.where(line, 0, moves.c), torch.where(full, 0, moves.Q))
 
 
 def steps_of(matrices: Matrices, y: Tensor, u: Tensor | None, seen: Tensor, still: Tensor | None) -> Steps:
@@ -172,12 +177,16 @@ def masked(steps: Steps) -> Steps:
 
     The others keep their joint distribution, and a missing one adds nothing to a log-likelihood.
     """
-    seen, R = steps.seen.unsqueeze(-1), steps.R
+    return steps._replace(C=steps.C * steps.seen.unsqueeze(-1), R=noise_of_seen(steps.R, steps.seen))
+
+
+def noise_of_seen(R: Tensor, seen: Tensor) -> Tensor:
+    """The noise ``(..., M, M)`` of the components that a mask ``(..., M)`` marks, and the identity of the others."""
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    return steps._replace(C=steps.C * seen, R=torch.where(seen & steps.seen.unsqueeze(-2), R, eye))
+    return torch.where(seen.unsqueeze(-1) & seen.unsqueeze(-2), R, eye)
 
 
-def standing(model: Parameters, belief: Belief, length: int, keep: Tensor | None) -> Tensor | None:
+def standing(model: System, belief: Belief, length: int, keep: Tensor | None) -> Tensor | None:
     """The steps ``(B, T)`` that make no transition: padding, and under ``prior="first"`` the first of each series."""
     still = None if keep is None else ~keep
     if model.prior == "first" and length:
