@@ -13,13 +13,15 @@ from dualform.gaussian.components import (
 )
 from dualform.gaussian.continuous import ContinuousLinearGaussian
 from dualform.gaussian.diagnostics import Diagnostics
+from dualform.gaussian.ets import Ets, ets
 from dualform.gaussian.fitting import Fit, fit
+from dualform.gaussian.forecasts import Forecast, SimulatedForecast
 from dualform.gaussian.kalman import KalmanFilter
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.motion import constant_acceleration, constant_velocity, coordinated_turn
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
 from dualform.gaussian.sarimax import Sarimax, sarimax
-from dualform.gaussian.series import Filtered, Forecast, Smoothed
+from dualform.gaussian.series import Filtered, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Diagnostics",
     "Effect",
     "Estimate",
+    "Ets",
     "Filtered",
     "Fit",
     "Forecast",
@@ -43,6 +46,7 @@ __all__ = [
     "Regression",
     "Sarimax",
     "Seasonal",
+    "SimulatedForecast",
     "Smoothed",
     "Structural",
     "Trend",
@@ -51,6 +55,7 @@ __all__ = [
     "constant_acceleration",
     "constant_velocity",
     "coordinated_turn",
+    "ets",
     "fit",
     "sarimax",
 ]

@@ -60,6 +60,12 @@ class Fit:
         return 2 * self._counted[0] - 2 * self.log_likelihood
 
     @property
+    def aicc(self) -> float:
+        """Akaike's criterion corrected for short series: ``aic + 2 k (k + 1) / (n - k - 1)``; infinite if n < k + 2."""
+        k, n = self._counted
+        return self.aic + 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else math.inf
+
+    @property
     def bic(self) -> float:
         """Schwarz's information criterion."""
         k, n = self._counted
@@ -67,7 +73,7 @@ class Fit:
 
     @property
     def _counted(self) -> tuple[int, int]:
-        k, d = len(self.names), self.n_diffuse
+        k, d = len(self.names) + getattr(self.model, "concentrated", 0), self.n_diffuse
         if self.convention == "statsmodels":
             return k + d, self.n_obs
         return k, self.n_obs - d - getattr(self.model, "burn", 0)
@@ -81,6 +87,18 @@ class Fit:
         if name not in self.names:
             raise ArgumentError(f"Fit: {name!r} is no estimated parameter", hint=suggestion(name, self.names))
         return self.values[self.names.index(name)].item()
+
+    def forecast(self, horizon: int, **options: Any) -> Any:
+        """Forecast what follows the series, by the model as it was fitted.
+
+        Args:
+            horizon: how many steps, 1 or more.
+            options: of the model's ``forecast``, besides those of the fit.
+
+        Raises:
+            ArgumentError: as the model's ``forecast``.
+        """
+        return self.model.forecast(self.y, horizon, **{**self.options, **options})
 
     def diagnostics(self, lags: int | None = None) -> Diagnostics:
         """Tests of the standardised innovations, whose p-values are small where the model is not right.
@@ -112,8 +130,9 @@ class Fit:
             lags: of the Ljung-Box test.
         """
         width = max([len(name) for name in self.names] + [9])
+        title = getattr(self.model, "title", kind(self.model))
         head = [
-            f"{kind(self.model)}, {self.n_obs} observations, {self.n_diffuse} diffuse states",
+            f"{title}, {self.n_obs} observations, {self.n_diffuse} diffuse states",
             f"log-likelihood {self.log_likelihood:.4f} ({self.convention}), AIC {self.aic:.3f}, BIC {self.bic:.3f}",
             ("converged: " if self.converged else "NOT CONVERGED: ") + self.message,
             "",
@@ -238,6 +257,7 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
     information, x = problem.bending(weights) - H, problem.point()
     system = problem.model.build() if hasattr(problem.model, "build") else problem.model
     diffuse = getattr(system, "diffuse", None)
+    lengths = torch.as_tensor(problem.options.get("lengths", [problem.y.shape[-2]] * len(values))).tolist()
     found = []
     for row in range(len(values)):
         at = _Point(gradient[row], H[row], J[row], information[row], bound[row], x[row])
@@ -250,7 +270,7 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
         found.append(
             Fit(
                 model=problem.model.row(row) if problem.rows else problem.model,
-                y=problem.y[row] if problem.rows else problem.y,
+                y=problem.y[row, : lengths[row]] if problem.rows else problem.y,
                 names=names,
                 values=values[row],
                 standard_errors=covariance.diagonal().clamp_min(0).sqrt(),

@@ -21,9 +21,12 @@ class Objective:
         self.rows = rows_of(model)
         self.tensors: list[Tensor] = [place.free for place in free]
         begin = self.point()
-        least = [getattr(place.constraint, "floor", 0.0) for place in free]
-        floors = [torch.full_like(part, floor) for part, floor in zip(self.parts(), least, strict=True)]
-        sizes = torch.maximum(begin.abs(), torch.cat(floors, 1))
+        known = model.typical(y if self.rows else y[None]) if hasattr(model, "typical") else {}
+        sizes = []
+        for place, part in zip(free, self.parts(), strict=True):
+            size = known.get(place.name, part.abs().clamp_min(getattr(place.constraint, "floor", 0.0)))
+            sizes.append(size.to(part).expand_as(part))
+        sizes = torch.cat(sizes, 1)
         self.scale = torch.where(sizes > 0, sizes, 1.0)
         self.offset = begin - self.scale
 
