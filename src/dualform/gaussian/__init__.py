@@ -21,12 +21,15 @@ from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.motion import constant_acceleration, constant_velocity, coordinated_turn
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
 from dualform.gaussian.sarimax import Sarimax, sarimax
+from dualform.gaussian.select_ets import select_ets
+from dualform.gaussian.selection import Candidate, Selection
 from dualform.gaussian.series import Filtered, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
 
 __all__ = [
     "Autoregressive",
     "Belief",
+    "Candidate",
     "Component",
     "ContinuousLinearGaussian",
     "Cycle",
@@ -46,6 +49,7 @@ __all__ = [
     "Regression",
     "Sarimax",
     "Seasonal",
+    "Selection",
     "SimulatedForecast",
     "Smoothed",
     "Structural",
@@ -58,4 +62,5 @@ __all__ = [
     "ets",
     "fit",
     "sarimax",
+    "select_ets",
 ]

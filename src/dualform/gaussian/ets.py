@@ -301,7 +301,7 @@ class Ets(Estimated):
         free = [place for place in places(many) if place.name not in held]
         problem = Objective(many, y.repeat(count, 1)[..., None], free, {})
         with torch.enable_grad():
-            found = minimize(problem, torch.ones_like(problem.point()), tolerance=1e-3, max_iter=100)
+            found = minimize(problem, torch.ones_like(problem.point()), tolerance=1e-5, max_iter=150)
         problem.move(found.x)
         best = found.value.reshape(count, -1).nan_to_num(math.inf).argmin(0)
         at = best * len(y) + torch.arange(len(y), device=best.device)

@@ -254,13 +254,13 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
         if free.any():
             slopes = torch.linalg.lstsq(J[row][free][:, free].mT, gradient[row, free, None]).solution
             weights[row, free] = slopes[:, 0]
-    information, x = problem.bending(weights) - H, problem.point()
+    information, reach = problem.bending(weights) - H, problem.reach()
     system = problem.model.build() if hasattr(problem.model, "build") else problem.model
     diffuse = getattr(system, "diffuse", None)
     lengths = torch.as_tensor(problem.options.get("lengths", [problem.y.shape[-2]] * len(values))).tolist()
     found = []
     for row in range(len(values)):
-        at = _Point(gradient[row], H[row], J[row], information[row], bound[row], x[row])
+        at = _Point(gradient[row], H[row], J[row], information[row], bound[row], reach[row])
         covariance, good, message = at.verdict()
         names = problem.names()
         if not good and stopped[row]:
@@ -298,7 +298,7 @@ class _Point(NamedTuple):
     J: Tensor  # (K, K), of the constrained values
     information: Tensor  # (K, K), the negative curvature in the constrained values
     bound: Tensor  # (K,), bool
-    x: Tensor  # (K,), the unconstrained parameters
+    reach: Tensor  # (K,), how far the bounds are
 
     def verdict(self) -> tuple[Tensor, bool, str]:
         """The covariance of the constrained values, NaN at bounds; whether this is a maximum; and a word on it."""
@@ -315,7 +315,7 @@ class _Point(NamedTuple):
             root = self.J[:, inner] @ half
             covariance = (root @ root.mT).masked_fill(bound[:, None] | bound, torch.nan)
             good, message = gain < _GAIN, f"a Newton step would gain {gain:.1e} nats"
-        pull = (self.gradient * self.x)[bound].abs()
+        pull = (self.gradient * self.reach)[bound].abs()
         if (pull > 100 * _GAIN).any():
             size = pull.max().item()
             good, message = False, f"the likelihood still rises on the way to a bound, by about {size:.1e} nats"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
-from dualform.gaussian.constraints import Place
+from dualform.gaussian.constraints import Place, Positive
 
 
 class Objective:
@@ -99,6 +99,15 @@ class Objective:
             none = torch.zeros_like(part, dtype=torch.bool)
             flags.append(none if check is None else check(part, scale[:, None].to(part)))
         return torch.cat(flags, 1)
+
+    def reach(self) -> Tensor:
+        """How far each parameter is from its bound, as seen by the likelihood ``(R, K)``.
+
+        Times the slope, it is what the likelihood may still gain on the way. A square is as far as its root; what goes
+        to its bound exponentially is 1 away.
+        """
+        pairs = zip(self.free, self.parts(), strict=True)
+        return torch.cat([z if isinstance(place.constraint, Positive) else torch.ones_like(z) for place, z in pairs], 1)
 
     def _gradient(self, total: Tensor, again: bool = False) -> Tensor:
         if not total.requires_grad:
