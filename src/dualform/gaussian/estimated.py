@@ -22,7 +22,7 @@ class Estimated(nn.Module):
     def _begin(self, y: Any) -> None:
         """Set the parameters of one series."""
 
-    def fit(self, y: Any, method: Literal["lbfgs"] = "lbfgs", **options: Any) -> Any:
+    def fit(self, y: Any, method: Literal["lbfgs", "em", "adam"] = "lbfgs", **options: Any) -> Any:
         """Maximise the likelihood of a series: :func:`~dualform.gaussian.fitting.fit`, with its arguments."""
         return fit(self, y, method, **options)
 

@@ -14,11 +14,14 @@ from dualform.core.options import suggestion
 from dualform.gaussian.arrays import Door
 from dualform.gaussian.constraints import kind, places
 from dualform.gaussian.diagnostics import Diagnostics, diagnose
+from dualform.gaussian.em import maximize_by_em
 from dualform.gaussian.objective import Objective, rows_of
-from dualform.gaussian.optimize import minimize
+from dualform.gaussian.optimize import descend, minimize
+from dualform.gaussian.parameters import Parameters
 
 _GAIN = 1e-6
 """By how much a Newton step may still promise to raise the log-likelihood at a maximum, in nats."""
+_METHODS = {"lbfgs": "L-BFGS", "em": "EM", "adam": "Adam"}
 _FLAT = 1e-8
 """The least curvature of a maximum, in parameters in which each alone has the curvature 1."""
 
@@ -161,11 +164,11 @@ class Fit:
 def fit(
     model: nn.Module,
     y: Any,
-    method: Literal["lbfgs"] = "lbfgs",
+    method: Literal["lbfgs", "em", "adam"] = "lbfgs",
     *,
     fixed: Mapping[str, Any] | Collection[str] = (),
     start: Mapping[str, Any] | Literal["data", "current"] = "data",
-    max_iter: int = 200,
+    max_iter: int | None = None,
     **options: Any,
 ) -> Any:
     """Maximise the log-likelihood over the parameters of a model, which keeps what was found.
@@ -178,11 +181,14 @@ def fit(
             ``nn.Parameter``, or any module with ``log_likelihood(y)``. Its parameters stay within their constraints by
             ``torch.nn.utils.parametrize``.
         y: as in :meth:`~dualform.gaussian.series.Series.filter`.
-        method: ``"lbfgs"``, with gradients by automatic differentiation.
+        method: ``"lbfgs"``, with gradients by automatic differentiation; ``"em"``, by moments of the smoothed states
+            (:func:`~dualform.gaussian.em.maximize_by_em` says for which parameters), which never lowers the likelihood
+            and comes slowly to the maximum; or ``"adam"``, whose steps do not ask whether the likelihood rises.
         fixed: names of parameters that stay as they are, or a mapping to the values they get.
         start: where to begin: ``"data"``, where the model guesses by y; ``"current"``, at the present values; or a
             mapping of some values, besides the guess.
-        max_iter: how many directions of L-BFGS.
+        max_iter: how many directions of L-BFGS, 200 by default; how many iterations of EM, or steps of Adam, 1000 by
+            default.
         options: of ``log_likelihood``, such as ``u``, or ``lengths`` of several series.
 
     Returns:
@@ -195,8 +201,9 @@ def fit(
     References:
         Durbin and Koopman (2012), "Time series analysis by state space methods", chapter 7.
     """
-    if method != "lbfgs":
-        raise ArgumentError(f"fit: method is {method!r}", hint="'lbfgs' is known")
+    if method not in _METHODS:
+        raise ArgumentError(f"fit: method is {method!r}", hint=suggestion(str(method), [*_METHODS]))
+    count = (200 if method == "lbfgs" else 1000) if max_iter is None else max_iter
     if isinstance(start, str) and start not in ("data", "current"):
         raise ArgumentError(f"fit: start is {start!r}, expected 'data', 'current' or a mapping of values")
     known = {place.name: place for place in places(model)}
@@ -228,20 +235,31 @@ def fit(
         known[name].assign(value)
     free = [place for name, place in known.items() if name not in fixed]
     if not free:
-        raise ArgumentError("fit: the model has no parameter to estimate", hint="a number fixes one, None leaves it")
+        how = (
+            "torch.nn.Parameter(...) as a matrix"
+            if isinstance(model, Parameters)
+            else "a number fixes one, None leaves it"
+        )
+        raise ArgumentError("fit: the model has no parameter to estimate", hint=how)
     problem = Objective(model, values, free, options)
     begin = torch.ones_like(problem.point())
     if not problem(begin)[0].isfinite().all():
         problem.value()  # raises what is wrong
         raise ArgumentError("fit: the likelihood is not finite where the optimiser begins", hint="start={...}")
-    found = minimize(problem, begin, max_iter=max_iter)
-    problem.move(found.x)
+    if method == "em":
+        with torch.no_grad():
+            reached = maximize_by_em(model, values, free, options, count)
+        found = reached.converged, len(reached.log_likelihood) - 1, len(reached.log_likelihood)
+    else:
+        least = (minimize if method == "lbfgs" else descend)(problem, begin, max_iter=count)
+        problem.move(least.x)
+        found = least.converged, least.iterations, least.evaluations
     prepared = getattr(model, "prepared", lambda y: y)(values)
-    fits = _judged(problem, prepared, ~found.converged, (found.iterations, found.evaluations))
+    fits = _judged(problem, prepared, ~found[0], found[1:], _METHODS[method])
     return fits if problem.rows else fits[0]
 
 
-def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[int, int]) -> list[Fit]:
+def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[int, int], method: str) -> list[Fit]:
     """What the optimiser left in each row, judged by the Hessian there."""
     series = numbers if problem.rows else numbers[None]
     scale = [part[~part.isnan()].var().item() if (~part.isnan()).sum() > 1 else 1.0 for part in series]
@@ -264,7 +282,7 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
         covariance, good, message = at.verdict()
         names = problem.names()
         if not good and stopped[row]:
-            message += f", after {counts[0]} iterations of L-BFGS"
+            message += f", after {counts[0]} iterations of {method}"
         held = [name for name, b in zip(names, bound[row].tolist(), strict=True) if b]
         message += f"; at the bound: {', '.join(held)}" if held else ""
         found.append(

@@ -68,6 +68,22 @@ class Component(nn.Module):
     def __add__(self, other: Any) -> "Structural":
         return Structural(self) + other
 
+    def __radd__(self, other: Any) -> "Structural":
+        return Structural(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum([...]) begins with 0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(Structural, name):
+                raise
+            me = kind(self)
+            error = ArgumentError(
+                f"{me} is a component of a model, which has no {name!r} by itself",
+                hint=f"{me}(...) + Irregular() is a model; Structural({me}(...)) is one of this component alone",
+            )
+        raise AttributeError(str(error))
+
 
 @explained
 class Structural(Built):
