@@ -25,6 +25,7 @@ from dualform.gaussian.select_ets import select_ets
 from dualform.gaussian.selection import Candidate, Selection
 from dualform.gaussian.series import Filtered, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
+from dualform.gaussian.vector import DynamicFactor, Var, dynamic_factor, var
 
 __all__ = [
     "Autoregressive",
@@ -34,6 +35,7 @@ __all__ = [
     "ContinuousLinearGaussian",
     "Cycle",
     "Diagnostics",
+    "DynamicFactor",
     "Effect",
     "Estimate",
     "Ets",
@@ -56,11 +58,14 @@ __all__ = [
     "Trend",
     "TrigonometricSeasonal",
     "Updated",
+    "Var",
     "constant_acceleration",
     "constant_velocity",
     "coordinated_turn",
+    "dynamic_factor",
     "ets",
     "fit",
     "sarimax",
     "select_ets",
+    "var",
 ]

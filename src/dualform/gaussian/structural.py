@@ -223,5 +223,13 @@ def diagonal(blocks: list[Tensor]) -> Tensor:
     return torch.cat(rows, -2)
 
 
+def companion(coefficients: Tensor) -> Tensor:
+    """The transition ``(*batch, p M, p M)`` of an autoregression ``(*batch, p, M, M)`` of M values, the newest first."""
+    p, M = coefficients.shape[-3:-1]
+    top = coefficients.movedim(-3, -2).flatten(-2)
+    below = torch.eye(p * M, dtype=top.dtype, device=top.device)[: (p - 1) * M]
+    return torch.cat([top, below.expand(*top.shape[:-2], *below.shape)], -2)
+
+
 def _variance(changes: Tensor) -> float:
     return changes.var().item() if changes.numel() > 1 else 1.0
