@@ -14,6 +14,7 @@ from dualform.gaussian.components import (
 from dualform.gaussian.continuous import ContinuousLinearGaussian
 from dualform.gaussian.diagnostics import Diagnostics
 from dualform.gaussian.ets import Ets, ets
+from dualform.gaussian.ets_selection import select_ets
 from dualform.gaussian.fitting import Fit, fit
 from dualform.gaussian.forecasts import Forecast, SimulatedForecast
 from dualform.gaussian.kalman import KalmanFilter
@@ -21,7 +22,7 @@ from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.motion import constant_acceleration, constant_velocity, coordinated_turn
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
 from dualform.gaussian.sarimax import Sarimax, sarimax
-from dualform.gaussian.select_ets import select_ets
+from dualform.gaussian.sarimax_selection import select_sarimax
 from dualform.gaussian.selection import Candidate, Selection
 from dualform.gaussian.series import Filtered, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
@@ -67,5 +68,6 @@ __all__ = [
     "fit",
     "sarimax",
     "select_ets",
+    "select_sarimax",
     "var",
 ]

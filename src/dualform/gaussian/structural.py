@@ -224,7 +224,7 @@ def diagonal(blocks: list[Tensor]) -> Tensor:
 
 
 def companion(coefficients: Tensor) -> Tensor:
-    """The transition ``(*batch, p M, p M)`` of an autoregression ``(*batch, p, M, M)`` of M values, the newest first."""
+    """The transition ``(*batch, p M, p M)`` of an autoregression ``(*batch, p, M, M)``, the newest values first."""
     p, M = coefficients.shape[-3:-1]
     top = coefficients.movedim(-3, -2).flatten(-2)
     below = torch.eye(p * M, dtype=top.dtype, device=top.device)[: (p - 1) * M]
