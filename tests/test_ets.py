@@ -231,6 +231,26 @@ def test_a_missing_value_has_no_innovation():
     close(model.forecast(filled, 2).mean, model.forecast(y, 2).mean, 1e-12)
 
 
+def test_what_follows_a_series_is_not_looked_at():
+    """Zeros of padding, of which a class that multiplies takes none; and a series of no steps."""
+    y = torch.nn.functional.pad(torch.as_tensor(data("nile"))[:30], (0, 5)).expand(2, -1)[..., None]
+    model = both(("M", "A", "N"), data("nile"))[0]
+    close(model.forecast(y, 2, lengths=[30, 20]).mean[0], model.forecast(y[0, :30], 2).mean, 1e-12)
+    found = model.log_likelihood(y, lengths=[30, 0])
+    close(found, torch.stack([model.log_likelihood(y[0, :30]).detach(), torch.zeros((), dtype=torch.float64)]), 1e-12)
+
+
+def test_a_parameter_that_is_fixed_stays_as_it_is():
+    model = ets(initial="heuristic").set(alpha=0.15)
+    with pytest.raises(ArgumentError, match="no parameter to estimate"):
+        model.fit(load("nile_local_level")["y"], fixed=["alpha"])
+    model = ets("A", "A", initial="heuristic").set(alpha=0.15)
+    found = model.fit(load("nile_local_level")["y"], fixed=["alpha"])
+    assert found.names == ["beta_star"] and abs(model.alpha.item() - 0.15) < 1e-12
+    with pytest.raises(ArgumentError, match="'gamma_star' is no estimated parameter"):
+        model.fit(load("nile_local_level")["y"], fixed=["gamma_star"])
+
+
 def test_a_season_of_other_sum_is_the_same_model():
     y = data("elnino")
     for letters in (("A", "A", "M"), ("M", "A", "A")):
@@ -254,6 +274,7 @@ def test_errors():
         "expected positive ones for ETS": lambda: ets("M").fit(y - 1000),
         "does not change": lambda: ets().fit(torch.ones(20)),
         "expected 24 or more": lambda: ets("A", "N", "A", 12).fit(y[:23]),
+        "has no observation": lambda: ets().forecast([math.nan] * 4, 2),
         "horizon is 0": lambda: ets().forecast(y, 0),
         "beta is given": lambda: ets().set(beta=0.1),
         "infinite": lambda: ets().fit([1.0, 2.0, math.inf, 3.0]),

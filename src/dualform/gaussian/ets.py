@@ -124,15 +124,8 @@ class Ets(Estimated):
     def numbers(self) -> Tensor:
         """Alpha, beta, gamma, phi, level, slope and the m effects of the first season, ``(rows, 6 + m)``."""
         one, trend = torch.ones_like(self.alpha), self.kind.trend
-        parts = [
-            self.alpha,
-            self.beta,
-            self.gamma,
-            self.phi if trend == "damped" else one,
-            self.level,
-            0 * one if trend == "none" else self.slope,
-        ]
-        made = torch.stack(parts, -1)
+        phi, slope = self.phi if trend == "damped" else one, 0 * one if trend == "none" else self.slope
+        made = torch.stack([self.alpha, self.beta, self.gamma, phi, self.level, slope], -1)
         if self.kind.period:
             total = self.kind.period if self.kind.season == "multiplicative" else 0
             made = torch.cat([made, self.season, total - self.season.sum(-1, keepdim=True)], -1)
@@ -205,12 +198,15 @@ class Ets(Estimated):
             :class:`~dualform.gaussian.forecasts.SimulatedForecast`; mean ``(*batch, horizon, 1)``.
 
         Raises:
-            ArgumentError: as :meth:`log_likelihood`, and for a horizon or draws below 1.
+            ArgumentError: as :meth:`log_likelihood`, for a horizon or draws below 1, and for a series without an
+                observation.
         """
         for name, value in (("horizon", horizon), ("draws", draws)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"Ets.forecast: {name} is {value!r}, expected a whole number, 1 or more")
         call, numbers = self._call("forecast", y, lengths), self.numbers()
+        if not call.seen.any(-1).all():
+            raise ArgumentError("Ets.forecast: y has no observation, and the variance is not known")
         variance = variance_of(*call.predicted(numbers)[::2])
         now, m = call.states(numbers), self.kind.period
         ahead = unfold(self.kind, list(now.unbind(-1)), [0.0] * horizon, [0.0] * horizon).prediction
@@ -242,12 +238,12 @@ class Ets(Estimated):
                 change, and values that are not positive in a class that multiplies.
         """
         if self.initial == "heuristic":
+            fixed, names = options.pop("fixed", ()), [place.name for place in places(self)]
+            if not isinstance(fixed, Mapping):  # what stays as it is now
+                fixed = {name: getattr(self, name, torch.zeros(())).detach().clone() for name in fixed}
             self.begin(self._call("fit", y, None).door.y)
-            fixed, names = options.pop("fixed", ()), {place.name for place in places(self)}
             begun = {name: getattr(self, name).detach() for name in ("level", "slope", "season") if name in names}
-            options["fixed"] = {**begun, **(fixed if isinstance(fixed, Mapping) else dict.fromkeys(fixed))}
-            for name in fixed if not isinstance(fixed, Mapping) else ():
-                options["fixed"][name] = getattr(self, name).detach()
+            options["fixed"] = {**begun, **fixed}
         return super().fit(y, method, **options)
 
     @torch.no_grad()
@@ -314,6 +310,7 @@ class Ets(Estimated):
         n, x = seen.sum(-1, keepdim=True).clamp_min(2), y[..., 0].nan_to_num(0.0)
         mean = x.sum(-1, keepdim=True) / n
         size = (torch.where(seen, x - mean, 0).square().sum(-1, keepdim=True) / n).sqrt()
+        size = torch.where(size > 0, size, 1)
         season = size / mean.abs() if self.kind.season == "multiplicative" else size
         return {"level": size, "slope": size / n.sqrt(), "season": season}
 
@@ -357,13 +354,15 @@ class Ets(Estimated):
             raise ArgumentError(f"{where}: y has shape {tuple(door.y.shape)}, expected ({self.rows}, T, 1)")
         full = full if self.rows is None else (self.rows,)
         x = door.y[..., 0].expand(*full, -1).reshape(math.prod(full), -1)
-        if "multiplicative" in self.kind and (x <= 0).any():
+        ends = None if lengths is None else lengths_of(where, lengths, full, x.shape[1], x.device)
+        rows = Rows(self.kind, door, full, x.to(self.alpha), ends)
+        bad = rows.seen & (rows.y <= 0)
+        if "multiplicative" in self.kind and bad.any():
             raise ArgumentError(
-                f"{where}: y has the value {x[x <= 0][0].item():g}, expected positive ones for {self.kind}",
+                f"{where}: y has the value {rows.y[bad][0].item():g}, expected positive ones for {self.kind}",
                 hint="the additive classes take any values",
             )
-        ends = None if lengths is None else lengths_of(where, lengths, full, x.shape[1], x.device)
-        return Rows(self.kind, door, full, x.to(self.alpha), ends)
+        return rows
 
 
 def ets(

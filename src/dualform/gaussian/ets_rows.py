@@ -46,13 +46,14 @@ class Rows:
 
 def variance_of(e: Tensor, seen: Tensor) -> Tensor:
     """The variance of the innovations that maximises the likelihood."""
-    return e.square().sum(-1) / seen.sum(-1)
+    return e.square().sum(-1) / seen.sum(-1).clamp_min(1)
 
 
 def log_likelihood(kind: Kind, e: Tensor, mean: Tensor, seen: Tensor) -> Tensor:
     """The log-likelihood of innovations at their best variance ``(R,)``."""
     n = seen.sum(-1)
-    value = -(n / 2) * ((2 * math.pi * variance_of(e, seen)).log() + 1)
+    variance = torch.where(n > 0, variance_of(e, seen), 1)
+    value = -(n / 2) * ((2 * math.pi * variance).log() + 1)
     if kind.error == "multiplicative":
         value = value - torch.where(seen, mean.abs(), 1).log().sum(-1)
     return value

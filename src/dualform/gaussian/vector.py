@@ -244,7 +244,7 @@ def dynamic_factor(factors: int, order: int, series: int, *, intercept: bool = F
 
     Example:
         >>> from dualform.gaussian import dynamic_factor
-        >>> [*dynamic_factor(1, 2, 4).values()]
+        >>> list(dynamic_factor(1, 2, 4).values())
         ['loadings', 'variances', 'transition']
     """
     return DynamicFactor(factors, order, series, intercept=intercept)
