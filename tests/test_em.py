@@ -98,8 +98,8 @@ def test_the_maximum_of_the_nile():
 
 def test_adam_finds_the_maximum_of_the_nile():
     y = load("nile_local_level")["y"]
-    found = (Level() + Irregular()).fit(y, method="adam", max_iter=120)
-    assert round(found.log_likelihood, 4) == -633.4646
+    found = (Level() + Irregular()).fit(y, method="adam", max_iter=60)
+    assert -633.4656 < found.log_likelihood < -633.4645
     stopped = (Level() + Irregular()).fit(y, method="adam", max_iter=2)
     assert not stopped.converged and "2 iterations of Adam" in stopped.message
     # What has no value is a step too far, and each row has an end of its own.

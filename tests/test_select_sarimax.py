@@ -62,7 +62,7 @@ def test_steps_lead_to_the_best_within_the_bounds(d, s):
         assert spec not in tried and spec.d == d and 0 <= spec.p <= 5 and 0 <= spec.q <= 5 and max(spec.P, spec.Q) <= 2
         assert d < 2 or not spec.intercept
         away = sum((a - b) ** 2 for a, b in zip((spec.p, spec.q, spec.P, spec.Q), best, strict=True)) + spec.intercept
-        tried[spec] = candidate(str(spec), -away, 1, 10**6), {}
+        tried[spec] = candidate(str(spec), -float(away), 1, 10**6), {}
     found = min(tried, key=lambda spec: tried[spec][0].aicc)
     assert (found.p, found.q, found.P, found.Q) == best and not found.intercept
     assert len(tried) < 60
@@ -90,7 +90,7 @@ def test_missing_values_and_given_differences():
     y[7] = math.nan
     found = select_sarimax(y, d=0, most=(1, 0, 0, 0))
     assert found.fit.n_obs == 19 and all(name.startswith("SARIMA(") for name, *_ in found.candidates)
-    assert len(found.candidates) == 4
+    assert len(found.candidates) == 3
 
 
 def test_errors():
