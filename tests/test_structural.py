@@ -243,3 +243,18 @@ def test_noise_alone_is_a_model():
 def test_what_is_refused(make, message):
     with pytest.raises(ArgumentError, match=message):
         make()
+
+
+def test_a_component_alone_says_what_a_model_is():
+    y = load("nile_local_level")["y"]
+    for name in ("fit", "forecast", "components", "log_likelihood"):
+        with pytest.raises(AttributeError, match=rf"component of a model, .* no '{name}' by itself\n.*Irregular"):
+            getattr(Level(), name)
+    assert not hasattr(Level(), "fit") and not hasattr(Level(), "nonsense")
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        Level().nonsense  # noqa: B018
+    together = sum([Level(1469.1), Irregular(15099.0)])
+    close(together.log_likelihood(y)[None], (Level(1469.1) + Irregular(15099.0)).log_likelihood(y)[None], 0)
+    walk = Structural(Level(2000.0)).log_likelihood(y)
+    steps = -(y.diff().square() / 2000 + math.log(2 * math.pi * 2000)) / 2
+    close(walk[None], steps.sum()[None] - math.log(2 * math.pi) / 2, 1e-10)

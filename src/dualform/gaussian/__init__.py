@@ -14,7 +14,10 @@ from dualform.gaussian.components import (
 from dualform.gaussian.continuous import ContinuousLinearGaussian
 from dualform.gaussian.diagnostics import Diagnostics
 from dualform.gaussian.ensemble import EnsembleFilter
+from dualform.gaussian.ets import Ets, ets
+from dualform.gaussian.ets_selection import select_ets
 from dualform.gaussian.fitting import Fit, fit
+from dualform.gaussian.forecasts import Forecast, SimulatedForecast
 from dualform.gaussian.kalman import KalmanFilter
 from dualform.gaussian.kim import SwitchingBelief
 from dualform.gaussian.linearization import Cubature, Extended, Iterated, Unscented
@@ -25,7 +28,9 @@ from dualform.gaussian.particle import ParticleFilter
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
 from dualform.gaussian.sampling import Particles, Sampled
 from dualform.gaussian.sarimax import Sarimax, sarimax
-from dualform.gaussian.series import Filtered, Forecast, Smoothed
+from dualform.gaussian.sarimax_selection import select_sarimax
+from dualform.gaussian.selection import Candidate, Selection
+from dualform.gaussian.series import Filtered, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
 from dualform.gaussian.switching import (
     SwitchingEstimate,
@@ -33,18 +38,22 @@ from dualform.gaussian.switching import (
     SwitchingLinearGaussian,
     SwitchingSmoothed,
 )
+from dualform.gaussian.vector import DynamicFactor, Var, dynamic_factor, var
 
 __all__ = [
     "Autoregressive",
     "Belief",
+    "Candidate",
     "Component",
     "ContinuousLinearGaussian",
     "Cubature",
     "Cycle",
     "Diagnostics",
+    "DynamicFactor",
     "Effect",
     "EnsembleFilter",
     "Estimate",
+    "Ets",
     "Extended",
     "Filtered",
     "Fit",
@@ -63,6 +72,8 @@ __all__ = [
     "Sampled",
     "Sarimax",
     "Seasonal",
+    "Selection",
+    "SimulatedForecast",
     "Smoothed",
     "Structural",
     "SwitchingBelief",
@@ -74,9 +85,15 @@ __all__ = [
     "TrigonometricSeasonal",
     "Unscented",
     "Updated",
+    "Var",
     "constant_acceleration",
     "constant_velocity",
     "coordinated_turn",
+    "dynamic_factor",
+    "ets",
     "fit",
     "sarimax",
+    "select_ets",
+    "select_sarimax",
+    "var",
 ]

@@ -23,7 +23,7 @@ from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite
 from dualform.gaussian.constraints import Interval, Positive, Stationary, constrained
-from dualform.gaussian.structural import Block, Component
+from dualform.gaussian.structural import Block, Component, companion
 
 
 @explained
@@ -287,7 +287,7 @@ class Autoregressive(Component):
 
     def block(self) -> Block:
         """``order`` states: the value, and those before it."""
-        A = companion(self.coefficients)
+        A = companion(self.coefficients[..., None, None])
         first = torch.eye(self.order, dtype=A.dtype, device=A.device)[0]
         return Block(A, first, self.variance[..., None, None] * torch.outer(first, first), [False] * self.order)
 
@@ -357,13 +357,6 @@ class Regression(Component):
         effect = None if self.states else (X @ self.beta.to(X).unsqueeze(-1)).squeeze(-1)
         Q = torch.diag_embed(self.variance.to(X).expand(*self.variance.shape[:-1], k)) if self.moving else 0 * eye
         return Block(eye, X if self.states else X[0, :0], Q, [True] * k, d=effect)
-
-
-def companion(phi: Tensor) -> Tensor:
-    """The transition of an autoregression with coefficients ``(*batch, p)``, whose first state is the newest."""
-    p = phi.shape[-1]
-    below = torch.eye(p, dtype=phi.dtype, device=phi.device)[: p - 1].expand(*phi.shape[:-1], p - 1, p)
-    return torch.cat([phi.unsqueeze(-2), below], -2)
 
 
 def _rotation(turn: Tensor, damping: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from dualform.core.discretize import discretize_dense, discretize_noise
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite
 from dualform.gaussian.belief import Belief
+from dualform.gaussian.forecasts import Forecast
 from dualform.gaussian.initial import stationary
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.parameters import Parameters, Terms
 from dualform.gaussian.recurrent import Innovation, Updated
-from dualform.gaussian.series import Filtered, Forecast, Smoothed
+from dualform.gaussian.series import Filtered, Smoothed
 
 
 class Interval(NamedTuple):

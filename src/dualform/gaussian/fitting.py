@@ -14,11 +14,14 @@ from dualform.core.options import suggestion
 from dualform.gaussian.arrays import Door
 from dualform.gaussian.constraints import kind, places
 from dualform.gaussian.diagnostics import Diagnostics, diagnose
+from dualform.gaussian.em import maximize_by_em
 from dualform.gaussian.objective import Objective, rows_of
-from dualform.gaussian.optimize import minimize
+from dualform.gaussian.optimize import descend, minimize
+from dualform.gaussian.parameters import Parameters
 
 _GAIN = 1e-6
 """By how much a Newton step may still promise to raise the log-likelihood at a maximum, in nats."""
+_METHODS = {"lbfgs": "L-BFGS", "em": "EM", "adam": "Adam"}
 _FLAT = 1e-8
 """The least curvature of a maximum, in parameters in which each alone has the curvature 1."""
 
@@ -60,6 +63,12 @@ class Fit:
         return 2 * self._counted[0] - 2 * self.log_likelihood
 
     @property
+    def aicc(self) -> float:
+        """Akaike's criterion corrected for short series: ``aic + 2 k (k + 1) / (n - k - 1)``; infinite if n < k + 2."""
+        k, n = self._counted
+        return self.aic + 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else math.inf
+
+    @property
     def bic(self) -> float:
         """Schwarz's information criterion."""
         k, n = self._counted
@@ -67,7 +76,7 @@ class Fit:
 
     @property
     def _counted(self) -> tuple[int, int]:
-        k, d = len(self.names), self.n_diffuse
+        k, d = len(self.names) + getattr(self.model, "concentrated", 0), self.n_diffuse
         if self.convention == "statsmodels":
             return k + d, self.n_obs
         return k, self.n_obs - d - getattr(self.model, "burn", 0)
@@ -81,6 +90,18 @@ class Fit:
         if name not in self.names:
             raise ArgumentError(f"Fit: {name!r} is no estimated parameter", hint=suggestion(name, self.names))
         return self.values[self.names.index(name)].item()
+
+    def forecast(self, horizon: int, **options: Any) -> Any:
+        """Forecast what follows the series, by the model as it was fitted.
+
+        Args:
+            horizon: how many steps, 1 or more.
+            options: of the model's ``forecast``, besides those of the fit.
+
+        Raises:
+            ArgumentError: as the model's ``forecast``.
+        """
+        return self.model.forecast(self.y, horizon, **{**self.options, **options})
 
     def diagnostics(self, lags: int | None = None) -> Diagnostics:
         """Tests of the standardised innovations, whose p-values are small where the model is not right.
@@ -112,8 +133,9 @@ class Fit:
             lags: of the Ljung-Box test.
         """
         width = max([len(name) for name in self.names] + [9])
+        title = getattr(self.model, "title", kind(self.model))
         head = [
-            f"{kind(self.model)}, {self.n_obs} observations, {self.n_diffuse} diffuse states",
+            f"{title}, {self.n_obs} observations, {self.n_diffuse} diffuse states",
             f"log-likelihood {self.log_likelihood:.4f} ({self.convention}), AIC {self.aic:.3f}, BIC {self.bic:.3f}",
             ("converged: " if self.converged else "NOT CONVERGED: ") + self.message,
             "",
@@ -142,11 +164,11 @@ class Fit:
 def fit(
     model: nn.Module,
     y: Any,
-    method: Literal["lbfgs"] = "lbfgs",
+    method: Literal["lbfgs", "em", "adam"] = "lbfgs",
     *,
     fixed: Mapping[str, Any] | Collection[str] = (),
     start: Mapping[str, Any] | Literal["data", "current"] = "data",
-    max_iter: int = 200,
+    max_iter: int | None = None,
     **options: Any,
 ) -> Any:
     """Maximise the log-likelihood over the parameters of a model, which keeps what was found.
@@ -159,11 +181,14 @@ def fit(
             ``nn.Parameter``, or any module with ``log_likelihood(y)``. Its parameters stay within their constraints by
             ``torch.nn.utils.parametrize``.
         y: as in :meth:`~dualform.gaussian.series.Series.filter`.
-        method: ``"lbfgs"``, with gradients by automatic differentiation.
+        method: ``"lbfgs"``, with gradients by automatic differentiation; ``"em"``, by moments of the smoothed states
+            (:func:`~dualform.gaussian.em.maximize_by_em` says for which parameters), which never lowers the likelihood
+            and comes slowly to the maximum; or ``"adam"``, whose steps do not ask whether the likelihood rises.
         fixed: names of parameters that stay as they are, or a mapping to the values they get.
         start: where to begin: ``"data"``, where the model guesses by y; ``"current"``, at the present values; or a
             mapping of some values, besides the guess.
-        max_iter: how many directions of L-BFGS.
+        max_iter: how many directions of L-BFGS, 200 by default; how many iterations of EM, or steps of Adam, 1000 by
+            default.
         options: of ``log_likelihood``, such as ``u``, or ``lengths`` of several series.
 
     Returns:
@@ -176,8 +201,9 @@ def fit(
     References:
         Durbin and Koopman (2012), "Time series analysis by state space methods", chapter 7.
     """
-    if method != "lbfgs":
-        raise ArgumentError(f"fit: method is {method!r}", hint="'lbfgs' is known")
+    if method not in _METHODS:
+        raise ArgumentError(f"fit: method is {method!r}", hint=suggestion(str(method), [*_METHODS]))
+    count = (200 if method == "lbfgs" else 1000) if max_iter is None else max_iter
     if isinstance(start, str) and start not in ("data", "current"):
         raise ArgumentError(f"fit: start is {start!r}, expected 'data', 'current' or a mapping of values")
     known = {place.name: place for place in places(model)}
@@ -209,20 +235,31 @@ def fit(
         known[name].assign(value)
     free = [place for name, place in known.items() if name not in fixed]
     if not free:
-        raise ArgumentError("fit: the model has no parameter to estimate", hint="a number fixes one, None leaves it")
+        how = (
+            "torch.nn.Parameter(...) as a matrix"
+            if isinstance(model, Parameters)
+            else "a number fixes one, None leaves it"
+        )
+        raise ArgumentError("fit: the model has no parameter to estimate", hint=how)
     problem = Objective(model, values, free, options)
     begin = torch.ones_like(problem.point())
     if not problem(begin)[0].isfinite().all():
         problem.value()  # raises what is wrong
         raise ArgumentError("fit: the likelihood is not finite where the optimiser begins", hint="start={...}")
-    found = minimize(problem, begin, max_iter=max_iter)
-    problem.move(found.x)
+    if method == "em":
+        with torch.no_grad():
+            reached = maximize_by_em(model, values, free, options, count)
+        found = reached.converged, len(reached.log_likelihood) - 1, len(reached.log_likelihood)
+    else:
+        least = (minimize if method == "lbfgs" else descend)(problem, begin, max_iter=count)
+        problem.move(least.x)
+        found = least.converged, least.iterations, least.evaluations
     prepared = getattr(model, "prepared", lambda y: y)(values)
-    fits = _judged(problem, prepared, ~found.converged, (found.iterations, found.evaluations))
+    fits = _judged(problem, prepared, ~found[0], found[1:], _METHODS[method])
     return fits if problem.rows else fits[0]
 
 
-def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[int, int]) -> list[Fit]:
+def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[int, int], method: str) -> list[Fit]:
     """What the optimiser left in each row, judged by the Hessian there."""
     series = numbers if problem.rows else numbers[None]
     scale = [part[~part.isnan()].var().item() if (~part.isnan()).sum() > 1 else 1.0 for part in series]
@@ -235,22 +272,23 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
         if free.any():
             slopes = torch.linalg.lstsq(J[row][free][:, free].mT, gradient[row, free, None]).solution
             weights[row, free] = slopes[:, 0]
-    information, x = problem.bending(weights) - H, problem.point()
+    information, reach = problem.bending(weights) - H, problem.reach()
     system = problem.model.build() if hasattr(problem.model, "build") else problem.model
     diffuse = getattr(system, "diffuse", None)
+    lengths = torch.as_tensor(problem.options.get("lengths", [problem.y.shape[-2]] * len(values))).tolist()
     found = []
     for row in range(len(values)):
-        at = _Point(gradient[row], H[row], J[row], information[row], bound[row], x[row])
+        at = _Point(gradient[row], H[row], J[row], information[row], bound[row], reach[row])
         covariance, good, message = at.verdict()
         names = problem.names()
         if not good and stopped[row]:
-            message += f", after {counts[0]} iterations of L-BFGS"
+            message += f", after {counts[0]} iterations of {method}"
         held = [name for name, b in zip(names, bound[row].tolist(), strict=True) if b]
         message += f"; at the bound: {', '.join(held)}" if held else ""
         found.append(
             Fit(
                 model=problem.model.row(row) if problem.rows else problem.model,
-                y=problem.y[row] if problem.rows else problem.y,
+                y=problem.y[row, : lengths[row]] if problem.rows else problem.y,
                 names=names,
                 values=values[row],
                 standard_errors=covariance.diagonal().clamp_min(0).sqrt(),
@@ -278,7 +316,7 @@ class _Point(NamedTuple):
     J: Tensor  # (K, K), of the constrained values
     information: Tensor  # (K, K), the negative curvature in the constrained values
     bound: Tensor  # (K,), bool
-    x: Tensor  # (K,), the unconstrained parameters
+    reach: Tensor  # (K,), how far the bounds are
 
     def verdict(self) -> tuple[Tensor, bool, str]:
         """The covariance of the constrained values, NaN at bounds; whether this is a maximum; and a word on it."""
@@ -295,7 +333,7 @@ class _Point(NamedTuple):
             root = self.J[:, inner] @ half
             covariance = (root @ root.mT).masked_fill(bound[:, None] | bound, torch.nan)
             good, message = gain < _GAIN, f"a Newton step would gain {gain:.1e} nats"
-        pull = (self.gradient * self.x)[bound].abs()
+        pull = (self.gradient * self.reach)[bound].abs()
         if (pull > 100 * _GAIN).any():
             size = pull.max().item()
             good, message = False, f"the likelihood still rises on the way to a bound, by about {size:.1e} nats"

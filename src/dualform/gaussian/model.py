@@ -8,6 +8,7 @@ from torch import Tensor
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, matvec
+from dualform.gaussian.fitting import fit
 from dualform.gaussian.initial import initial
 from dualform.gaussian.linear import Linear
 from dualform.gaussian.parameters import Parameters, Terms
@@ -94,6 +95,13 @@ class LinearGaussian(Linear, Parameters):
     def system(self) -> Parameters:
         """The model itself."""
         return self
+
+    def fit(self, y: Any, method: Literal["lbfgs", "em", "adam"] = "lbfgs", **options: Any) -> Any:
+        """Maximise the likelihood of a series over the matrices that are ``nn.Parameter``, with standard errors.
+
+        The arguments are those of :func:`~dualform.gaussian.fitting.fit`.
+        """
+        return fit(self, y, method, **options)
 
     @torch.no_grad()
     def sample(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
-from dualform.gaussian.constraints import Place
+from dualform.gaussian.constraints import Place, Positive
 
 
 class Objective:
@@ -21,9 +21,12 @@ class Objective:
         self.rows = rows_of(model)
         self.tensors: list[Tensor] = [place.free for place in free]
         begin = self.point()
-        least = [getattr(place.constraint, "floor", 0.0) for place in free]
-        floors = [torch.full_like(part, floor) for part, floor in zip(self.parts(), least, strict=True)]
-        sizes = torch.maximum(begin.abs(), torch.cat(floors, 1))
+        known = model.typical(y if self.rows else y[None]) if hasattr(model, "typical") else {}
+        sizes = []
+        for place, part in zip(free, self.parts(), strict=True):
+            size = known.get(place.name, part.abs().clamp_min(getattr(place.constraint, "floor", 0.0)))
+            sizes.append(size.to(part).expand_as(part))
+        sizes = torch.cat(sizes, 1)
         self.scale = torch.where(sizes > 0, sizes, 1.0)
         self.offset = begin - self.scale
 
@@ -96,6 +99,15 @@ class Objective:
             none = torch.zeros_like(part, dtype=torch.bool)
             flags.append(none if check is None else check(part, scale[:, None].to(part)))
         return torch.cat(flags, 1)
+
+    def reach(self) -> Tensor:
+        """How far each parameter is from its bound, as seen by the likelihood ``(R, K)``.
+
+        Times the slope, it is what the likelihood may still gain on the way. A square is as far as its root; what goes
+        to its bound exponentially is 1 away.
+        """
+        pairs = zip(self.free, self.parts(), strict=True)
+        return torch.cat([z if isinstance(place.constraint, Positive) else torch.ones_like(z) for place, z in pairs], 1)
 
     def _gradient(self, total: Tensor, again: bool = False) -> Tensor:
         if not total.requires_grad:

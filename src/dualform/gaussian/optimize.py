@@ -1,5 +1,6 @@
-"""L-BFGS for many problems at once: each row has its own history, its own line search and its own end."""
+"""L-BFGS and Adam for many problems at once: each row has its own history, its own steps and its own end."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,6 +78,57 @@ def minimize(
         pairs = [(s, q, torch.where(lost, 0, rho)) for s, q, rho in pairs]
         x, value, gradient = there, new, slopes
     return Minimum(x, value, gradient, done, iteration, evaluations)
+
+
+def descend(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    *,
+    tolerance: float = 1e-10,
+    max_iter: int = 1000,
+    rate: float = 0.1,
+) -> Minimum:
+    """Minimise each row of a function of x ``(B, K)``, as :func:`minimize`, by Adam, whose steps shrink to nothing.
+
+    The rate follows half a cosine from ``rate`` to 0 over the iterations. A step to where there is no value is taken
+    back, and the row goes on with half the rate. The lowest point of each row is what is returned.
+
+    Args:
+        function: what is minimised; infinite where it has no value.
+        x: where it begins.
+        tolerance: a row has converged where its gradient is below the root of this, in each direction.
+        max_iter: how many steps.
+        rate: the length of the first steps in each direction.
+
+    References:
+        Kingma and Ba (2015), "Adam: a method for stochastic optimization", arXiv:1412.6980.
+    """
+    value, gradient = function(x)
+    best = [x, value, gradient]
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    rates = torch.full_like(value, rate)
+    iteration = 0
+    for iteration in range(1, max_iter + 1):
+        if (gradient.abs().amax(-1) < tolerance**0.5).all():
+            iteration -= 1
+            break
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+        step = first / (1 - 0.9**iteration) / ((second / (1 - 0.999**iteration)).sqrt() + 1e-12)
+        now = rates * (1 + math.cos(math.pi * iteration / max_iter)) / 2
+        there = x - now[:, None] * step
+        value, slopes = function(there)
+        good = value.isfinite()
+        rates = torch.where(good, rates, rates / 2)
+        x = torch.where(good[:, None], there, best[0])
+        gradient = torch.where(good[:, None], slopes, best[2])
+        lower = good & (value < best[1])
+        best = [
+            torch.where(lower[:, None], x, best[0]),
+            torch.where(lower, value, best[1]),
+            torch.where(lower[:, None], gradient, best[2]),
+        ]
+    done = best[2].abs().amax(-1) < tolerance**0.5
+    return Minimum(best[0], best[1], best[2], done, iteration, iteration + 1)
 
 
 def _times_inverse(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

@@ -13,6 +13,7 @@ from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import Door, lengths_of
 from dualform.gaussian.belief import Belief
 from dualform.gaussian.filtering import Blame, Form, Pass, predict, run
+from dualform.gaussian.forecasts import Forecast
 from dualform.gaussian.initial import initial
 from dualform.gaussian.recurrent import Innovation, Recurrent, after, innovation_of
 from dualform.gaussian.smoothing import Posterior, check_determined, draw, is_chain, moments, posterior, simulate
@@ -59,13 +60,6 @@ class Smoothed(NamedTuple):
     initial_cov: Any  # (..., N, N)
     convention: str
     form: str
-
-
-class Forecast(NamedTuple):
-    """Moments of the observations to come, their own noise included."""
-
-    mean: Any  # (..., horizon, M)
-    cov: Any  # (..., horizon, M, M)
 
 
 class Rows(NamedTuple):

@@ -68,6 +68,22 @@ class Component(nn.Module):
     def __add__(self, other: Any) -> "Structural":
         return Structural(self) + other
 
+    def __radd__(self, other: Any) -> "Structural":
+        return Structural(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum([...]) begins with 0
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(Structural, name):
+                raise
+            me = kind(self)
+            error = ArgumentError(
+                f"{me} is a component of a model, which has no {name!r} by itself",
+                hint=f"{me}(...) + Irregular() is a model; Structural({me}(...)) is one of this component alone",
+            )
+        raise AttributeError(str(error))
+
 
 @explained
 class Structural(Built):
@@ -205,6 +221,14 @@ def diagonal(blocks: list[Tensor]) -> Tensor:
         rows.append(nn.functional.pad(block.expand(*batch, size, size), (at, n - at - size)))
         at += size
     return torch.cat(rows, -2)
+
+
+def companion(coefficients: Tensor) -> Tensor:
+    """The transition ``(*batch, p M, p M)`` of an autoregression ``(*batch, p, M, M)``, the newest values first."""
+    p, M = coefficients.shape[-3:-1]
+    top = coefficients.movedim(-3, -2).flatten(-2)
+    below = torch.eye(p * M, dtype=top.dtype, device=top.device)[: (p - 1) * M]
+    return torch.cat([top, below.expand(*top.shape[:-2], *below.shape)], -2)
 
 
 def _variance(changes: Tensor) -> float:
