@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 13  // of this interface
+#define DUALFORM_VERSION 16  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -314,13 +314,32 @@ typedef struct {
   void *y, *next_conv, *next_h;
 } Mamba2Step;
 
-enum { MAMBA_STEP = 0, MAMBA2_STEP = 1 };
+// The same with a diagonal, time-invariant system as the mixer: h' = a h + b u and s = Re(c h') + D u of u = norm(x),
+// where each of the M features has N states of its own, or with `shared` all of them read and write the same N. With
+// g = gelu(s), out(g) = p sigmoid(q), where p and q are the halves of W g + bias, or with `gate` g and W g + bias.
+// Complex numbers are pairs of the real and the imaginary part.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;     // that is computed in: of all but the matrix
+  int64_t matrices;  // the dtype of the matrix W: the same, or of 16 bits beside float
+  int64_t rows, features, states;
+  int64_t shared, gate;
+  double eps;
+  const void *x, *h;                  // (rows, M) and (rows, M, N, 2), or shared (rows, N, 2)
+  const void* norm;                   // (M)
+  const void *a, *b;                  // (M, N, 2) both, or shared (N, 2) and (N, 2, M)
+  const void *c, *d;                  // (M, N, 2), conjugated, and (M)
+  const void *out_weight, *out_bias;  // (2 M, M), (2 M) or null; with a gate (M, M), (M) or null
+  void *y, *next_h;
+} LtiStep;
+
+enum { MAMBA_STEP = 0, MAMBA2_STEP = 1, LTI_STEP = 2 };
 
 // Steps of blocks, one after the other.
 typedef struct {
   int64_t threads;
   int64_t count;
-  const int64_t* kinds;  // (count): MAMBA_STEP or MAMBA2_STEP
+  const int64_t* kinds;  // (count): MAMBA_STEP and the others
   const int64_t* steps;  // (count): the addresses of the structures
 } Steps;
 

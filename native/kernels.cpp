@@ -7,6 +7,7 @@
 #include "diagonal_ssm.h"
 #include "kalman.h"
 #include "linear_scan.h"
+#include "lti_step.h"
 #include "norm.h"
 #include "selective_scan.h"
 #include "ssd.h"
@@ -43,5 +44,6 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::kalman::forward<float>, isa::kalman::forward<double>},
     {isa::block::mamba<float>, isa::block::mamba<double>},
     {isa::block::mamba2<float>, isa::block::mamba2<double>},
+    {isa::block::lti<float>, isa::block::lti<double>},
     {isa::add_groups<float>, isa::add_groups<double>},
 };

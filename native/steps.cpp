@@ -87,6 +87,23 @@ class Line {
     phase(M, TOGETHER, rows * M * D);
   }
 
+  void add(const LtiStep& s) {
+    check_matrices(s.dtype, s.matrices);
+    require(is_flag(s.shared) && is_flag(s.gate));
+    if (!check_sizes({s.rows, s.features, s.states})) return;
+    check_pointers({s.x, s.h, s.norm, s.a, s.b, s.c, s.d, s.out_weight, s.y, s.next_h});
+    const int64_t M = s.features, N = s.states, rows = s.rows;
+    bytes_ = std::max(bytes_, kernels->lti_step[s.dtype](s, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+      const LtiStep& step = *static_cast<const LtiStep*>(phase.step);
+      kernels->lti_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(rows, 1, rows * M);
+    phase(s.shared ? 2 * N : rows * M, TOGETHER, rows * M * N * 8);
+    phase(s.shared ? M : 0, TOGETHER, rows * M * N * 2);
+    phase(M, TOGETHER, rows * M * M * 2);
+  }
+
   // A thread that comes late begins where the others are, and none waits for it.
   void run() {
     if (phases_.empty()) return;
@@ -159,6 +176,7 @@ static int run_step(const S* s) {
 
 EXPORT int dualform_mamba_step(const MambaStep* s) { return run_step(s); }
 EXPORT int dualform_mamba2_step(const Mamba2Step* s) { return run_step(s); }
+EXPORT int dualform_lti_step(const LtiStep* s) { return run_step(s); }
 
 EXPORT int dualform_steps(const Steps* s) {
   return guarded([&] {
@@ -166,12 +184,11 @@ EXPORT int dualform_steps(const Steps* s) {
     check_pointers({s->kinds, s->steps});
     Line line;
     for (int64_t i = 0; i < s->count; i++) {
-      require((s->kinds[i] == MAMBA_STEP || s->kinds[i] == MAMBA2_STEP) && s->steps[i]);
       const void* step = reinterpret_cast<const void*>(s->steps[i]);
-      if (s->kinds[i] == MAMBA_STEP)
-        line.add(*static_cast<const MambaStep*>(step));
-      else
-        line.add(*static_cast<const Mamba2Step*>(step));
+      require(step && s->kinds[i] >= MAMBA_STEP && s->kinds[i] <= LTI_STEP);
+      if (s->kinds[i] == MAMBA_STEP) line.add(*static_cast<const MambaStep*>(step));
+      if (s->kinds[i] == MAMBA2_STEP) line.add(*static_cast<const Mamba2Step*>(step));
+      if (s->kinds[i] == LTI_STEP) line.add(*static_cast<const LtiStep*>(step));
     }
     line.run();
   });

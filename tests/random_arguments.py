@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.check.block_steps import mamba2_block, mamba_block
+from dualform.check.block_steps import lti_block, mamba2_block, mamba_block
 from dualform.core.dplr import DiscreteDPLR
 from dualform.ops.attention import Past
+from dualform.ops.lti_step import LtiWeights
 from dualform.ops.mamba2_step import Mamba2Weights
 from dualform.ops.mamba_step import MATRICES, MambaWeights
 
@@ -555,6 +556,22 @@ def mamba2_step(draw: Draw) -> Arguments:
     }
 
 
+def lti_step(draw: Draw) -> Arguments:
+    sizes = (draw.one(0, 1, 3, 16), draw.one(1, 3, 17, 33), draw.one(1, 2, 5, 19))
+    normal = functools.partial(draw.normal, dtype=torch.float64)
+    made = lti_block(normal, shared=draw.chance(0.5), gate=draw.chance(0.5), bias=draw.chance(0.5), sizes=sizes)
+    narrow = draw.real if draw.real == torch.float64 else draw.dtype
+
+    def cast(name: str, m: Tensor) -> Tensor:
+        if name in ("h", "a", "b", "C"):
+            return laid_out(torch.view_as_complex(m.to(draw.real)), draw)
+        return laid_out(m.to(narrow if name == "out_weight" else draw.real), draw)
+
+    given = {name: cast(name, m) for name, m in made.items()}
+    x, h = given.pop("x"), given.pop("h")
+    return {"x": x, "h": h, "weights": LtiWeights(**{"out_bias": None, **given}), "eps": draw.one(1e-5, 0.1)}
+
+
 CALLS: dict[str, Callable[[Draw], Arguments]] = {
     make.__name__: make
     for make in (
@@ -590,6 +607,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         linear,
         mamba_step,
         mamba2_step,
+        lti_step,
     )
 }
 # Those without kernels.

@@ -17,9 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from dualform.cli.lines import Sample, columns_of
 from dualform.cli.main import app
+from dualform.cli.watched import Options, Watch, saved_columns
 from dualform.core.errors import DualformError
 from dualform.core.tree import leaves
+from dualform.gaussian.model import LinearGaussian
 from dualform.generation.engine import generate
 from dualform.generation.session import Session
 from dualform.layers.attention import AttentionConfig
@@ -87,10 +90,20 @@ def made(tmp_path_factory):
     generate(model, b"import ", 0).state.save(root / "a.session", model)
     _, state = model(torch.randint(256, (2, 3)))
     save_state(state, root / "a.state", {"word": "kept"})
+    level = LinearGaussian([[0.9]], [[1.0]], [[0.3]], [[0.2]], P0=1.0)
+    save(level, root / "level")
+    watching(level).save(root / "a.watch")
     for name in ("session", "state"):  # of the first version, without a digest
         words = {**load_meta(root / f"a.{name}"), "dualform_state": "1"}
         save_file(load_file(root / f"a.{name}"), root / f"old.{name}", words)
     return root, recipe, model
+
+
+def watching(level):
+    """A watch that has seen two streams."""
+    watch = Watch(level, columns_of(["id", "at", "x"], id="id", time="at"), Options())
+    list(watch.push([Sample(1, "a", 0.5, "0.5", [1.0]), Sample(2, "b", 1.5, "1.5", [2.0])]))
+    return watch
 
 
 class Reader:
@@ -134,6 +147,16 @@ class Reader:
     def state(self, name="a.state"):
         return [load_meta(self.root / name), *leaves(load_state(self.root / name, self.like))]
 
+    def level(self):
+        model = load(self.root / "level", verify=(self.root / "level" / "manifest.json").exists())
+        return [repr(model), model.prior, *model.state_dict().values()]
+
+    def watch(self):
+        watch = watching(load(self.root / "level"))
+        watch.restore(self.root / "a.watch")
+        next_ = [Sample(i, name, 3.0, "3", [0.5]) for i, name in enumerate("abc")]
+        return [watch.samples, saved_columns(self.root / "a.watch"), *watch.push(next_)]
+
     def old_session(self):
         return self.session("old.session")
 
@@ -161,6 +184,9 @@ KINDS = [  # the file that is damaged, and what reads it
     ("best/manifest.json", "best"),
     ("a.session", "session"),
     ("a.state", "state"),
+    ("level/config.json", "level"),
+    ("level/model.safetensors", "level"),
+    ("a.watch", "watch"),
 ]
 if peft:
     KINDS += [(f"adapters/{file}", "adapters") for file in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, "manifest.json")]

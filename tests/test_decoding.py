@@ -8,15 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, bfloat16, float16, float32, float64, nn
 
-from dualform.check.block_steps import mamba2_block, mamba_block, one_mamba2_step, one_mamba_step
+from dualform.check.block_steps import (
+    lti_block,
+    mamba2_block,
+    mamba_block,
+    one_lti_step,
+    one_mamba2_step,
+    one_mamba_step,
+)
 from dualform.core.errors import ArgumentError
 from dualform.core.tree import clone, leaves, take
+from dualform.layers import stream_step
 from dualform.layers.attention import AttentionConfig
+from dualform.layers.dss import DSSConfig
+from dualform.layers.lru import LRUConfig
 from dualform.layers.mamba import Mamba, MambaConfig
 from dualform.layers.mamba2 import Mamba2, Mamba2Config
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.projection import project, project_by
+from dualform.layers.s4 import S4Config
+from dualform.layers.s4d import S4D, S4DConfig
+from dualform.layers.s5 import S5, S5Config
 from dualform.models.config import ModelConfig
+from dualform.models.heads import SequenceClassifier, StepRegressor
 from dualform.models.lm import LanguageModel
 from dualform.ops import backend, linear, mamba_step
 from dualform.ops.mamba_step import MATRICES, MambaWeights
@@ -103,6 +117,15 @@ BLOCKS = {
         lambda: mamba2_block(normal, 2, bias=True, sizes=(16, 130, 4, 31, 33, 3)),
         {"groups": 2, "norm_before_gate": True, "dt_limit": (0.1, 0.5)},
     ),
+    "lti": (one_lti_step, lambda: lti_block(normal, shared=False, gate=False, sizes=(3, 17, 5)), {}),
+    "lti one": (one_lti_step, lambda: lti_block(normal, shared=False, gate=True, sizes=(1, 1, 1)), {}),
+    "lti rows": (one_lti_step, lambda: lti_block(normal, shared=False, gate=True, bias=False, sizes=(19, 33, 16)), {}),
+    "lti shared": (one_lti_step, lambda: lti_block(normal, shared=True, gate=True, sizes=(3, 17, 5)), {"eps": 0.1}),
+    "lti shared rows": (
+        one_lti_step,
+        lambda: lti_block(normal, shared=True, gate=False, bias=False, sizes=(19, 33, 16)),
+        {},
+    ),
 }
 
 
@@ -153,6 +176,11 @@ MODELS = {
     "norms of maps": lambda: model(MambaConfig(norm_maps=1e-5), MAMBA2),
     "heads": lambda: model(MambaConfig(heads=2), MAMBA2),
     "scaled": lambda: model(Mamba2Config(d_head=8, scales=(0.5, 1.0, 2.0, 1.0, 1.5)), MAMBA),
+    "s4d": lambda: model(S4DConfig(d_state=6), pattern="AA"),
+    "s5 and lru": lambda: model(S5Config(d_state=6), LRUConfig(d_state=5)),
+    "s5 without pairs": lambda: model(S5Config(d_state=6, conj_pairs=False), DSSConfig(d_state=4)),
+    "dss and mamba": lambda: model(DSSConfig(d_state=6, kernel="softmax", length=20), MAMBA),
+    "s4": lambda: model(S4Config(d_state=6), S4DConfig(d_state=4)),  # S4 has no kernel
 }
 
 
@@ -160,7 +188,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_prepared_steps_are_the_steps(name, rows, threads):
-    """Whether kernels take whole models, blocks or products, or nothing, as for 17 rows."""
+    """Whether kernels take whole models, blocks or products, or nothing."""
     threads(2)
     lm, tokens = MODELS[name](), torch.randint(50, (6, rows))
     prepared, state, start = lm.prepare(), lm.init_state(rows), lm.init_state(rows)
@@ -195,6 +223,38 @@ def test_one_call_runs_a_whole_model(calls):
     for _ in range(3):
         _, state = prepared.step(token, state)
     assert calls == ["steps", "linear"] * 3
+
+
+@pytest.mark.parametrize("kind", [StepRegressor, SequenceClassifier])
+@pytest.mark.parametrize("options", [{}, {"standardise": True, "missing": "carried"}], ids=["plain", "carried"])
+@torch.inference_mode()
+def test_a_step_of_a_model_of_sensors_is_one_call(kind, options, calls):
+    config = ModelConfig(0, 8, {"S": (S4DConfig(d_state=6),), "L": (S5Config(d_state=6),)}, "SLS")
+    torch.manual_seed(0)
+    made, x = kind(config, 2, inputs=3, **options).eval(), normal(40, 4, 3, dtype=float32)
+    if options:
+        x[3:7, 1, 2] = torch.nan
+    y, _ = made(x.transpose(0, 1))
+    prepared, state = made.prepare(), made.init_state(4)
+    calls.clear()
+    for one in x:
+        got, state = prepared.step(one, state)
+    assert calls == ["lti_step"] * 3 + ["steps"] * 39
+    torch.testing.assert_close(got, y if kind is SequenceClassifier else y[:, -1], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_large_layer_of_many_rows_runs_by_the_products_of_pytorch(calls, monkeypatch):
+    lm, tokens = MODELS["s4d"](), torch.randint(50, (3, 17))
+    want, _ = lm(tokens.T)
+    for size, kernels in ((2**21, ["lti_step", "lti_step", "steps", "steps"]), (0, [])):
+        monkeypatch.setattr(stream_step, "_SMALL", size)
+        calls.clear()
+        prepared, state = lm.prepare(), lm.init_state(17)
+        for i, token in enumerate(tokens):
+            logits, state = prepared.step(token, state)
+            torch.testing.assert_close(logits, want[:, i], rtol=1e-4, atol=1e-5)
+        assert calls == kernels
 
 
 @torch.no_grad()
@@ -267,23 +327,24 @@ def test_a_module_that_is_more_than_a_linear_map_is_called(calls):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("layer", [Mamba, Mamba2])
+@pytest.mark.parametrize("layer", [Mamba, Mamba2, S4D, S5])
 @pytest.mark.parametrize("change", ["wrapped", "hooked", "norm hooked", "reference", "parametrized"])
 @torch.no_grad()
 def test_prepared_steps_step_aside(layer, change):
-    lm = model(MAMBA if layer is Mamba else MAMBA2, pattern="AA")
+    lm = model({Mamba: MAMBA, Mamba2: MAMBA2, S4D: S4DConfig(d_state=6), S5: S5Config(d_state=6)}[layer], pattern="AA")
     block: Any = lm.blocks[1]
     part, token = block.parts[0], torch.tensor([3])
     doubled = lambda module, args, y: 2 * y  # noqa: E731
+    name = {Mamba: "in_proj", Mamba2: "in_proj", S4D: "out_proj", S5: "gate"}[layer]
     if change == "wrapped":
-        part.in_proj = Wrapped(part.in_proj)
+        setattr(part, name, Wrapped(getattr(part, name)))
     elif change == "hooked":
-        part.out_proj.register_forward_hook(doubled)
+        getattr(part, name).register_forward_hook(doubled)
     elif change == "norm hooked":
         block.norms[0].register_forward_hook(doubled)
     elif change == "parametrized":
-        nn.utils.parametrizations.weight_norm(part.in_proj)
-        part.in_proj.parametrizations.weight.original0.mul_(2)
+        nn.utils.parametrizations.weight_norm(getattr(part, name))
+        getattr(part, name).parametrizations.weight.original0.mul_(2)
     with backend("reference" if change == "reference" else ""):
         assert part.prepare_residual(block.norms[0]) is None
         prepared, state, plain = lm.prepare(), lm.init_state(1), lm.init_state(1)
@@ -297,7 +358,11 @@ WRONG = {
     "linear": [{"dtype": bfloat16}, {"rows": -1}, {"inputs": -1}, {"outputs": -1}, {"x": None}, {"weight": None}],
     "mamba_step": [{size: -1} for size in ("rows", "features", "width", "states", "rank", "taps")],
     "mamba2_step": [{"groups": value} for value in (0, -1, 3)],
+    "lti_step": [{"dtype": bfloat16}, {"matrices": float64}, *({size: -1} for size in ("rows", "features", "states"))],
 }
+WRONG["lti_step"] += [
+    {pointer: None} for pointer in ("x", "h", "norm", "a", "b", "c", "d", "out_weight", "y", "next_h")
+]
 for _name in ("mamba_step", "mamba2_step"):
     _pointers = ("x", "conv", "h", "norm", "in_weight", "conv_weight", "dt_bias", "a", "d", "out_weight", "y", "next_h")
     WRONG[_name] += [{pointer: None} for pointer in _pointers]
@@ -321,6 +386,25 @@ def test_kernels_refuse_what_they_cannot_run(name, monkeypatch):
         with pytest.raises(ArgumentError, match=f"{name}: the CPU kernel refuses"):
             call(name, structure, **(fields | change))
             pytest.fail(f"{name} runs with {change}")
+
+
+def test_errors_of_an_lti_step_name_the_tensor():
+    given = {name: m.float() for name, m in lti_block(normal, shared=True, gate=False).items()}
+    wrong = {
+        "C has shape .* expected \\(M, N\\)": {"C": given["C"][:, 1:]},
+        "b has shape": {"b": given["b"].transpose(0, 1)},
+        "out_weight has shape .* expected 10 on axis 0, or 5 for a gate": {
+            "out_weight": given["out_weight"][:7],
+            "out_bias": given["out_bias"][:7],
+        },
+        "out_bias has shape": {"out_bias": given["out_bias"][:5]},
+        "h is torch.complex128, expected torch.complex64": {"h": given["h"].double()},
+        "D is torch.float64, expected torch.float32": {"D": given["D"].double()},
+        "x is torch.float64|out_weight is torch.float32": {"x": given["x"].double()},
+    }
+    for words, bad in wrong.items():
+        with pytest.raises(ArgumentError, match=f"lti_step: ({words})"):
+            one_lti_step(**{**given, **bad})
 
 
 def test_errors_of_a_step_name_the_tensor():

@@ -117,7 +117,7 @@ def test_bfloat16_in_float32_inside(name):
     for a, b in zip(got, exact, strict=True):
         error = (a.double() - b).norm() / b.norm().clamp(min=1e-30)
         assert error < 2e-2, f"relative error {error:.3g}"
-    if len(got) == 2:
+    if len(got) == 2 and case.op != "lti_step":  # whose stream is float32
         assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.ops.lti_step import LtiWeights, lti_step
 from dualform.ops.mamba2_step import Mamba2Weights, mamba2_step
 from dualform.ops.mamba_step import MATRICES, MambaWeights, mamba_step
 
@@ -58,6 +59,36 @@ def mamba2_block(
     }
 
 
+def lti_block(
+    normal: Normal, *, shared: bool, gate: bool, bias: bool = True, sizes: tuple[int, ...] = (3, 5, 7)
+) -> dict[str, Tensor]:
+    """Tensors of :func:`one_lti_step`: rows, features and states as in ``sizes``; complex numbers as pairs."""
+    B, M, N = sizes
+    own = (N,) if shared else (M, N)
+    outputs = M if gate else 2 * M
+    return {
+        "x": normal(B, M),
+        "h": normal(B, *own, 2),
+        "norm": normal(M),
+        "a": normal(*own, 2) / 2,
+        "b": normal(N, M, 2) / M**0.5 if shared else normal(M, N, 2),
+        "C": normal(M, N, 2) / N**0.5,
+        "D": normal(M),
+        "out_weight": normal(outputs, M) / M**0.5,
+        **({"out_bias": normal(outputs)} if bias else {}),
+    }
+
+
+def one_lti_step(x: Tensor, h: Tensor, **given: Any) -> Any:
+    """``lti_step`` of tensors by name, with pairs of real numbers for complex ones, and for the next state."""
+    pairs = {name: _paired(given.pop(name)) for name in ("a", "b", "C")}
+    real = {name: given.pop(name, None) for name in LtiWeights._fields if name not in pairs}
+    real = {name: m if name == "out_weight" else _widened(m) for name, m in real.items()}
+    weights = LtiWeights(**real, **pairs)
+    x, h = lti_step(_widened(x), _paired(h), weights, **given)
+    return x, torch.view_as_real(h)
+
+
 def one_mamba_step(x: Tensor, conv: Tensor, h: Tensor, **given: Any) -> Any:
     """``mamba_step`` of tensors by name; all but the matrices are made float32 at least."""
     return _step(mamba_step, MambaWeights, x, conv, h, given)
@@ -69,10 +100,28 @@ def one_mamba2_step(x: Tensor, conv: Tensor, h: Tensor, **given: Any) -> Any:
 
 
 def _step(run: Callable[..., Any], weights: Any, x: Tensor, conv: Tensor, h: Tensor, given: dict[str, Any]) -> Any:
-    def widened(name: str, m: Tensor) -> Tensor:
-        keep = name in MATRICES or not isinstance(m, Tensor)
-        return m if keep else m.to(torch.promote_types(m.dtype, torch.float32))
-
-    found = {name: widened(name, given.pop(name, None)) for name in weights._fields}
-    x, conv, h = (widened("", m) for m in (x, conv, h))
+    found = {name: given.pop(name, None) for name in weights._fields}
+    found = {name: m if name in MATRICES else _widened(m) for name, m in found.items()}
+    x, conv, h = map(_widened, (x, conv, h))
     return run(x, conv, h, weights(**found), **given)
+
+
+def _paired(m: Any) -> Any:
+    return torch.view_as_complex(_widened(m).contiguous()) if isinstance(m, Tensor) else m
+
+
+def _widened(m: Any) -> Any:
+    return m.to(torch.promote_types(m.dtype, torch.float32)) if isinstance(m, Tensor) else m
+
+
+def block_cases(normal: Normal) -> list[tuple[str, str, Callable[..., Any], dict[str, Tensor], dict[str, Any]]]:
+    """Of each case the name, the op, the function, its tensors and its options."""
+    two_norms = {"groups": 3, "norm_before_gate": True, "dt_limit": (0.1, 2.0)}
+    return [
+        ("mamba_step", "mamba_step", one_mamba_step, mamba_block(normal, bias=True), {}),
+        ("mamba_step no bias", "mamba_step", one_mamba_step, mamba_block(normal, bias=False), {}),
+        ("mamba2_step", "mamba2_step", one_mamba2_step, mamba2_block(normal, bias=True), {}),
+        ("mamba2_step groups", "mamba2_step", one_mamba2_step, mamba2_block(normal, 3), two_norms),
+        ("lti_step", "lti_step", one_lti_step, lti_block(normal, shared=False, gate=False), {}),
+        ("lti_step shared", "lti_step", one_lti_step, lti_block(normal, shared=True, gate=True, bias=False), {}),
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.check.block_steps import mamba2_block, mamba_block, one_mamba2_step, one_mamba_step
+from dualform.check.block_steps import block_cases
 from dualform.core.dplr import DiscreteDPLR
 from dualform.core.packing import from_lengths
 from dualform.ops.add_norm import add_norm
@@ -311,7 +311,6 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     narrow = selective(3, 3, 2, without=("z",), width=6)  # groups of fewer channels than a vector has lanes
     seen = {"length": torch.tensor([9, 0, 4, 7])}
     runs, silu, step = {"cu_seqlens": packed}, {"activation": "silu"}, {"dt_softplus": True}
-    two_norms = {"groups": 3, "norm_before_gate": True, "dt_limit": (0.1, 2.0)}
     return [
         OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
         OpCase("linear_scan complex", "linear_scan", linear_scan, scan_(3, 3, True)),
@@ -388,9 +387,6 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("kalman_filter", "kalman_filter", kalman_filter, gaussian(3, 5, 2), missing(3, 2)),
         OpCase("kalman_filter level", "kalman_filter", kalman_filter, gaussian(9, 1, 1), missing(9, 1)),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
-        OpCase("mamba_step", "mamba_step", one_mamba_step, mamba_block(normal, bias=True)),
-        OpCase("mamba_step no bias", "mamba_step", one_mamba_step, mamba_block(normal, bias=False)),
-        OpCase("mamba2_step", "mamba2_step", one_mamba2_step, mamba2_block(normal, bias=True)),
-        OpCase("mamba2_step groups", "mamba2_step", one_mamba2_step, mamba2_block(normal, 3), two_norms),
+        *(OpCase(*case) for case in block_cases(normal)),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]

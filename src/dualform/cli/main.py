@@ -21,6 +21,7 @@ from dualform.cli.keys import TrainCommand
 from dualform.cli.text import encodable, printable
 from dualform.cli.train import train
 from dualform.cli.verify import verify
+from dualform.cli.watch import watch
 
 app = typer.Typer(
     name="dualform",
@@ -48,7 +49,7 @@ def _options(
     pass
 
 
-for command in (demo, train, generate, evaluate, compare, info, convert, inspect, verify, check, doctor):
+for command in (demo, train, generate, evaluate, compare, info, convert, inspect, watch, verify, check, doctor):
     name = "eval" if command is evaluate else None  # not the name of a function of Python
     kind = TrainCommand if command is train else None
     app.command(name, epilog=sys.modules[command.__module__].EPILOG, cls=kind)(command)

@@ -1,6 +1,7 @@
 """DSS: diagonal state spaces, whose kernel is a sum of exponentials, each normalised like a row of a softmax."""
 
 import math
+from typing import ClassVar
 
 import torch
 
@@ -66,6 +67,8 @@ class DSS(Structured, ContinuousLTI):
         Gupta, Gu and Berant (2022), "Diagonal state spaces are as effective as structured state spaces",
         arXiv:2203.14343: Proposition 1 (kernels), section 3.2 (DSS-exp and DSS-softmax), appendix A (reciprocal).
     """
+
+    _stream_map: ClassVar[str | None] = "out_proj"
 
     def __init__(self, config: DSSConfig, d_model: int):
         check_pairs("dss", config.d_state)

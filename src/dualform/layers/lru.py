@@ -55,6 +55,7 @@ class LRU(ContinuousLTI):
         (normalisation), appendix A (code).
     """
 
+    _stream_map: ClassVar[str | None] = "out_proj"
     hints: ClassVar[dict[str, Hint]] = {
         "nu_log": Hint(decay=False, max_lr=1e-3),
         "theta_log": Hint(decay=False, max_lr=1e-3),

@@ -15,9 +15,13 @@ from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_tensors, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone
+from dualform.layers.diagonal import DiagonalSystem
+from dualform.layers.mimo import MimoSystem
 from dualform.layers.mixer import Mixer, Prepared, check_intervals, check_state
 from dualform.layers.poles import check_rate
+from dualform.layers.stream_step import StreamStep, size_of, stream_step_dtype, wide_of
 from dualform.ops.dispatch import exactly
+from dualform.ops.lti_step import LtiStep, lti_step_op
 
 
 @runtime_checkable
@@ -63,6 +67,7 @@ class LTI(Mixer):
 
     D: nn.Parameter
     out_proj: nn.Linear
+    _stream_map: ClassVar[str | None] = None  # of a diagonal system: the map behind the gelu, a GLU's or its gate's
     _next_first: ClassVar[bool] = True  # the recurrence from the end begins with the next input, not with the current
 
     def __init__(self, d_model: int, shape: tuple[int, ...], bidirectional: bool = False):
@@ -96,6 +101,17 @@ class LTI(Mixer):
         prepared = Prepared(partial(self._step, clone(self._system(rate))))
         self._check_causal()
         return prepared
+
+    def prepare_residual(self, norm: Any) -> StreamStep | None:
+        """By :func:`dualform.ops.lti_step.lti_step` on a CPU, where the system is diagonal."""
+        out = None if self._stream_map is None or not self.causal else getattr(self, self._stream_map)
+        if out is None or stream_step_dtype(norm, self, out) is None or not self.D.is_cpu:
+            return None
+        system = clone(self._system(1.0))
+        assert isinstance(system, DiagonalSystem | MimoSystem)
+        _, a, b, C = system
+        weights = wide_of(norm.weight), a, b, C, wide_of(self.D), out.weight, wide_of(out.bias), norm.eps
+        return StreamStep(lti_step_op, lambda x, h: LtiStep(x, h, *weights), None, wide(self.D), size_of(self))
 
     @torch.no_grad()
     def systems(self) -> list[StateSpace]:

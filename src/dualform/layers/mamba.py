@@ -17,7 +17,7 @@ from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import RMSNorm
 from dualform.layers.poles import check_steps
 from dualform.layers.projection import project
-from dualform.layers.stream_step import StreamStep, stream_step_dtype, wide_of
+from dualform.layers.stream_step import StreamStep, size_of, stream_step_dtype, wide_of
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.mamba_step import MambaStep, mamba_step_op
@@ -220,7 +220,8 @@ class Mamba(Mixer):
             wide_of(self.out_proj.bias),
             norm.eps,
         )
-        return StreamStep(mamba_step_op, lambda x, conv, h: MambaStep(x, conv, h, *weights), MambaState, A.dtype)
+        record = lambda x, conv, h: MambaStep(x, conv, h, *weights)  # noqa: E731
+        return StreamStep(mamba_step_op, record, MambaState, A.dtype, size_of(self))
 
     def A(self) -> Tensor:
         """The decay rates ``(D, N)``: negative, so that the recurrence is stable."""

@@ -19,7 +19,7 @@ from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import GatedRMSNorm
 from dualform.layers.poles import check_steps
 from dualform.layers.projection import plain, project
-from dualform.layers.stream_step import StreamStep, stream_step_dtype, wide_of
+from dualform.layers.stream_step import StreamStep, size_of, stream_step_dtype, wide_of
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.mamba2_step import Mamba2Step, mamba2_step_op
 from dualform.ops.selective_scan import selective_state_update
@@ -237,7 +237,8 @@ class Mamba2(Mixer):
             float(c.dt_limit[0]),
             float(c.dt_limit[1]),
         )
-        return StreamStep(mamba2_step_op, lambda x, conv, h: Mamba2Step(x, conv, h, *weights), Mamba2State, A.dtype)
+        record = lambda x, conv, h: Mamba2Step(x, conv, h, *weights)  # noqa: E731
+        return StreamStep(mamba2_step_op, record, Mamba2State, A.dtype, size_of(self))
 
     def A(self) -> Tensor:
         """The decay rates ``(H,)``: negative, so that the recurrence is stable."""

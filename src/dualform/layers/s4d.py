@@ -1,5 +1,7 @@
 """S4D: a diagonal, time-invariant state space model per channel."""
 
+from typing import ClassVar
+
 from dualform.core.discretize import EXPONENTS, RULES
 from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
@@ -52,6 +54,8 @@ class S4D(Structured, ContinuousLTI):
         Gu, Goel, Gupta and Re (2022), arXiv:2206.11893: equation 2 (system), section 3 (kernel, parametrisation),
         section 4 (initialisations).
     """
+
+    _stream_map: ClassVar[str | None] = "out_proj"
 
     def __init__(self, config: S4DConfig, d_model: int):
         check_pairs("s4d", config.d_state)

@@ -71,6 +71,7 @@ class S5(Poles, ContinuousLTI):
     """
 
     residual: ClassVar[tuple[str, ...]] = ("C", "D")  # its gate is no map into the stream
+    _stream_map: ClassVar[str | None] = "gate"
     hints: ClassVar[dict[str, Hint]] = {**Poles.hints, "B": Hint(decay=False, max_lr=1e-3)}
     _next_first: ClassVar[bool] = False
 

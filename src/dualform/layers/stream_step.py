@@ -1,6 +1,8 @@
 """Steps of layers from the residual stream to the residual stream, in one kernel for each, or for a whole model."""
 
+import sys
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from dualform.ops.op import Op
 
 _HALVES = {"cpu": (), "cuda": (torch.bfloat16, torch.float16)}  # of states, beside the dtype of the stream
 _ROWS = {"cpu": FEW, "cuda": 256}  # of a step that the kernels run; the products of more take more time than all else
+_SMALL = 2**21  # numbers in the parameters of a layer: below, they stay in a cache of a CPU, and rows may be many
 
 
 def stream_step_dtype(norm: Any, part: nn.Module, *maps: Any) -> torch.dtype | None:
@@ -37,34 +40,47 @@ def wide_of(m: Tensor | None) -> Any:
     return None if m is None else m.detach().to(wide(m))
 
 
+def size_of(part: nn.Module) -> int:
+    """How many numbers the parameters of a part have."""
+    return sum(p.numel() for p in part.parameters())
+
+
 class StreamStep:
     """Steps ``(x, state) -> (x, state)`` of ``x + layer(norm(x))``.
 
     Args:
         op: which runs them: ``record -> (x, *state)``.
         record: ``(x, *state) -> record``, which holds the weights.
-        kind: the class of a state of the layer.
-        dtype: of the stream and the states.
+        kind: the class of a state of the layer; None where it is one tensor.
+        dtype: of the stream and the states, which may be complex ones of that precision.
+        size: how many numbers the layer's parameters have.
     """
 
-    def __init__(self, op: Op[Any], record: Callable[..., Any], kind: Any, dtype: torch.dtype):
+    def __init__(self, op: Op[Any], record: Callable[..., Any], kind: Any, dtype: torch.dtype, size: int):
         self.op, self.kind, self.dtype, self._record = op, kind, dtype, record
+        self._rows = _ROWS if size > _SMALL else {**_ROWS, "cpu": sys.maxsize}
+        self._dtypes = (dtype, dtype.to_complex())
 
     def __call__(self, x: Tensor, state: Any) -> tuple[Tensor, State] | None:
         """A step, or None for one that the kernel does not run, such as one of many rows."""
-        if x.shape[0] > _ROWS.get(x.device.type, 0) or x.dtype != self.dtype or not kernels_run(x.device.type):
+        if x.shape[0] > self._rows.get(x.device.type, 0) or x.dtype != self.dtype or not kernels_run(x.device.type):
             return None
-        if not isinstance(state, self.kind) or {m.dtype for m in state} - {self.dtype, *_HALVES[x.device.type]}:
+        dtypes = {*self._dtypes, *_HALVES[x.device.type]}
+        if not isinstance(state, self.kind or Tensor) or any(m.dtype not in dtypes for m in self.tensors(state)):
             return None
-        in_place = not x.is_cpu and all(map(may_write, state))  # on a CPU steps of a whole model do so
+        in_place = not x.is_cpu and all(map(may_write, self.tensors(state)))  # on a CPU steps of a whole model do so
         record = self.record(x, state)._replace(in_place=in_place)
         self.op.check(record)
         x, *new = self.op(record)
-        return x, self.kind(*new)
+        return x, new[0] if self.kind is None else self.kind(*new)
 
     def record(self, x: Tensor, state: Any) -> Record:
         """The arguments of the op."""
-        return self._record(x, *state)
+        return self._record(x, *self.tensors(state))
+
+    def tensors(self, state: Any) -> tuple[Tensor, ...]:
+        """Those of a state."""
+        return (state,) if self.kind is None else state
 
 
 class StreamSteps:
@@ -83,9 +99,6 @@ class StreamSteps:
 
     def __call__(self, x: Tensor, states: Any) -> tuple[Tensor, State] | None:
         """A step of all, where each block has the state of one layer; None for one that the kernels do not run."""
-        if self.continues(states, x.shape[0]):
-            program = self._program = self._program or self._programmed(x)
-            return program.run(x), states
         made, given = [], x
         for step, state in zip(self.steps, states, strict=True):
             done = step(given, state[0]) if isinstance(state, tuple) and len(state) == 1 else None
@@ -96,11 +109,20 @@ class StreamSteps:
         self._made, self._program = tuple(made), None
         return given, self._made
 
-    def continues(self, states: Any, rows: int) -> bool:
-        """Whether a state of so many rows is the one that the last step made, which may be written in place."""
-        if states is not self._made or states is None or not kernels_run("cpu"):
+    def continued(self, x: Tensor, states: Any) -> Tensor | None:
+        """The stream behind a step from the state that the last step made, which is written in place; else None."""
+        if not self._continues(states, x.shape[0]):
+            return None
+        program = self._program = self._program or self._programmed(x)
+        return program.run(x)
+
+    def _continues(self, states: Any, rows: int) -> bool:
+        made = self._made
+        if made is None or not isinstance(states, tuple) or len(states) != len(made) or not kernels_run("cpu"):
             return False
-        first = states[0][0][0]
+        if states is not made and not all(map(is_, states, made)):  # beside it there may be what an entrance carries
+            return False
+        (first, *_) = self.steps[0].tensors(states[0][0])
         if not first.is_cpu:
             return False
         fits = self._program is None or self._program.fits(rows)

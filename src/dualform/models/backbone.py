@@ -4,7 +4,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, Real
@@ -18,7 +18,7 @@ from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import brief
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_floating, check_indices, check_tensors, wide
+from dualform.core.shapes import check_floating, check_indices, check_tensors, once_per_shape, wide
 from dualform.layers.block import Block
 from dualform.layers.context import EMBEDDING, Context, Told
 from dualform.layers.drop import Drop, depth_rates, dropout
@@ -46,11 +46,16 @@ ELSEWHERE = {
 """Hints for keywords that models do not have, or not everywhere."""
 
 
-class Steps(NamedTuple):
-    """How the blocks of a model take a step: each by itself, and where there is a kernel, all together."""
+class Steps:
+    """How the blocks of a model take a step: each by itself, and where there is a kernel, all together.
 
-    alone: list[Step]
-    together: StreamSteps | None
+    Attributes:
+        made: the state that the model's last step by these returned, which needs no check when it comes back.
+    """
+
+    def __init__(self, alone: list[Step], together: StreamSteps | None):
+        self.alone, self.together = alone, together
+        self.made: State | None = None
 
 
 @explained(elsewhere=ELSEWHERE)
@@ -252,15 +257,17 @@ class Backbone(nn.Module):
 
     def _step_features(self, steps: "Steps", x: Tensor, state: State, interval: Tensor | None) -> tuple[Tensor, State]:
         self._check_inputs(x, "B")
-        self._check_timing(interval=interval)
         if interval is not None:
+            self._check_timing(interval=interval)
             check_tensors(self._name, x=(x, "B ..."), interval=(interval, "B"))
         x, state, held = self._enter(x, state)
         h, new = self._embed(x), []
         if interval is None and steps.together is not None:
-            old = state if steps.together.continues(state, x.shape[0]) else self._states(state, x.shape[0])
-            if (made := steps.together(h, old)) is not None:
-                return self.norm(made[0]), (*made[1], *held) if held else made[1]
+            if (behind := steps.together.continued(h, state)) is not None:
+                assert isinstance(state, tuple)
+                return self.norm(behind), (*state, *held) if held else state
+            if (made := steps.together(h, self._states(state, x.shape[0]))) is not None:
+                return self.norm(made[0]), (*made[1], *held)
         context = Context({EMBEDDING: h[:, None]})
         for step, old in zip(steps.alone, self._states(state, x.shape[0]), strict=True):
             h, left = step(h, old, interval=interval, context=context)
@@ -279,7 +286,7 @@ class Backbone(nn.Module):
                 raise self._no_state(len(self.blocks) + 1, "one per block, and the last values of the inputs")
             *blocks, held = state
             state = tuple(blocks)
-        if x.dim() == 2:
+        if x.dim() == 2 and entrance.carries:
             y, left = entrance(self._name, x[:, None], held)
             y = y[:, 0]
         else:
@@ -352,9 +359,7 @@ class Backbone(nn.Module):
         if self.inputs is None:
             self._check_tokens("tokens", x, axes)
         else:
-            self._check_device(x=x)
-            check_tensors(self._name, x=(x, f"{axes} {self.inputs}"))
-            check_floating(self._name, x=x)
+            _check_features(self._name, axes, self.inputs, x, self.norm.weight)
 
     def _check_device(self, **given: Tensor) -> None:
         if wrong := other_device(self._name, "model", self.norm.weight.device, given):
@@ -371,3 +376,12 @@ class Backbone(nn.Module):
     @property
     def _name(self) -> str:
         return type(self).__name__
+
+
+@once_per_shape
+def _check_features(where: str, axes: str, inputs: int, x: Tensor, weight: Tensor) -> None:
+    """Features by their shape, dtype and device; the weight is one of the model's."""
+    if wrong := other_device(where, "model", weight.device, {"x": x}):
+        raise wrong
+    check_tensors(where, x=(x, f"{axes} {inputs}"))
+    check_floating(where, x=x)

@@ -62,6 +62,8 @@ class Entrance(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """``x`` ``(B, T, C)`` -> ``(B, T, width)``, and the last values; ``held`` are those before, None for none.
 
+        Where no values are carried, ``x`` may be one step, ``(B, C)``.
+
         Raises:
             ArgumentError: for a value that is neither finite nor missing; says where it is.
         """

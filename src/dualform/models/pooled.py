@@ -177,11 +177,13 @@ class PooledModel(Readout):
         self, steps: Steps, x: Tensor, state: PooledState, *, interval: Tensor | None = None
     ) -> tuple[Tensor, PooledState]:
         self._check_inputs(x, "B")
-        old = self._split(state, x.shape[0])
+        known = state is steps.made and state.seen.shape[0] == x.shape[0]
+        old = state if known else self._split(state, x.shape[0])
         assert old is not None
         h, blocks = self._step_features(steps, x, old.blocks, interval)
         pooled, seen = self.pool(h[:, None], old.pooled, None), old.seen + 1
-        return self._read(pooled, seen), PooledState(blocks, pooled, seen)
+        steps.made = made = PooledState(blocks, pooled, seen)
+        return self._shaped(self.head(self.pool.read(pooled, seen).to(self._dtype))), made
 
     def head_options(self) -> dict[str, Any]:
         """What beside the config it takes to build this model again, as JSON values."""

@@ -99,9 +99,10 @@ class StepwiseModel(Readout):
         return self._step(self._block_steps(rate), x, state, interval=interval)
 
     def _step(self, steps: Steps, x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
-        self._check_causal()
-        h, state = self._step_features(steps, x, state, interval)
-        return self._shaped(self.head(h)), state
+        if state is not steps.made:
+            self._check_causal()
+        h, steps.made = self._step_features(steps, x, state, interval)
+        return self._shaped(self.head(h)), steps.made
 
     def _on_line(self, line: Line, rate: float) -> tuple[Tensor, Any, list[Tensor]]:
         """Outputs laid out like the line, the state of its rows, and the losses of parts."""

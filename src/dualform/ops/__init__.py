@@ -23,6 +23,7 @@ from dualform.ops.linear import linear
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
 from dualform.ops.lstm import lstm
+from dualform.ops.lti_step import lti_step
 from dualform.ops.mamba2_step import mamba2_step
 from dualform.ops.mamba_step import mamba_step
 from dualform.ops.mimo_ssm import mimo_ssm
@@ -105,6 +106,7 @@ __all__ = [
     "linear_scan",
     "long_conv",
     "lstm",
+    "lti_step",
     "mamba2_step",
     "mamba_step",
     "mimo_ssm",

@@ -99,23 +99,27 @@ MATRICES = ("in_weight", "maps", "steps", "out_weight")
 _STATES = ("conv", "h")
 
 
-def check_step_dtypes(where: str, a: Any, matrices: tuple[str, ...]) -> None:
-    """Matrices are of one dtype, that of x or 16 bits beside float32, and so are states; everything else has that of x.
+def check_step_dtypes(where: str, a: Any, matrices: tuple[str, ...], complex: tuple[str, ...] = ()) -> None:
+    """Matrices are of one dtype, that of x or 16 bits beside float32, and so are states; the rest has that of x.
 
     Raises:
         ArgumentError: names the tensor, its dtype and the one that was expected.
     """
-    named = {name: m for name, m in a._asdict().items() if isinstance(m, Tensor)}
+    named = {name: m for name, m in a._asdict().items() if isinstance(m, Tensor) and name not in complex}
     check_real(where, **named)
-    x, matrix = named["x"].dtype, named["in_weight"].dtype
+    x, matrix = named["x"].dtype, named[matrices[0]].dtype
     if x not in (torch.float32, torch.float64):
         raise ArgumentError(f"{where}: x is {x}, expected float32 or float64")
-    for name in ("in_weight", *_STATES):
+    for name in (matrices[0], *(name for name in _STATES if name in named)):
         dtype = named[name].dtype
         if dtype != x and (x != torch.float32 or dtype.itemsize > 2):
             raise ArgumentError(f"{where}: {name} is {dtype}, expected {x}, or 16 bits beside float32")
     for name, m in named.items():
         want = matrix if name in matrices else named["conv"].dtype if name in _STATES else x
+        if m.dtype != want:
+            raise ArgumentError(f"{where}: {name} is {m.dtype}, expected {want}")
+    for name in complex:
+        m, want = getattr(a, name), x.to_complex()
         if m.dtype != want:
             raise ArgumentError(f"{where}: {name} is {m.dtype}, expected {want}")
 

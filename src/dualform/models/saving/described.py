@@ -14,6 +14,7 @@ from dualform.models.heads import HEADS, PooledModel, Readout
 from dualform.models.lm import LanguageModel
 from dualform.models.saving.adapter import adapter_of, base_folder
 from dualform.models.saving.files import CONFIG_FILE, current
+from dualform.models.saving.gaussian import KEY
 from dualform.models.saving.weights import FILES, Files, stored_tensors
 from dualform.models.tables.registry import SUPPORTED, Readable, layout_of, layout_of_file, written_as
 
@@ -73,6 +74,9 @@ def described(folder: Folder) -> Described:
     if Path(folder).is_file() and Path(folder).suffix in FILES:
         return _of_file(Path(folder))
     path, about = _read_about(folder)
+    if KEY in about:
+        hint = "its matrices are in model.safetensors; dualform.load reads it, and dualform watch"
+        raise CheckpointError(f"{folder}: a linear-Gaussian model, expected one that is made of blocks", hint=hint)
     own = "format" in about and "model" in about
     layout = None if own else layout_of(about, str(path))
     try:

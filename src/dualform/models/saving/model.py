@@ -18,6 +18,7 @@ from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError, CheckpointError
 from dualform.core.json_file import to_json
 from dualform.core.shapes import dtype_of
+from dualform.gaussian.built import Built
 from dualform.models.adapters import adapter_tensors, stored_name
 from dualform.models.backbone import Backbone
 from dualform.models.heads import HEADS
@@ -34,6 +35,7 @@ from dualform.models.saving.files import (
     replacing_file,
 )
 from dualform.models.saving.folder import model_folder
+from dualform.models.saving.gaussian import KINDS, gaussian_of, read_gaussian, write_gaussian
 from dualform.models.saving.manifest import MANIFEST_FILE
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.saving.verify import check_files, manifest_of
@@ -71,7 +73,7 @@ class SavedTokenizer(Protocol):
 
 
 @explained
-def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = None, *, layout: str = "dualform") -> None:
+def save(model: Any, folder: Folder, tokenizer: SavedTokenizer | None = None, *, layout: str = "dualform") -> None:
     """Write a model to a folder: ``config.json``, ``model.safetensors`` and, if given, ``tokenizer.json``.
 
     ``manifest.json`` lists their sizes and digests, which :func:`load` compares. The files replace those of the same
@@ -79,7 +81,9 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
     stays.
 
     Args:
-        model: a language model, classifier or regressor.
+        model: a language model, classifier or regressor; or a :class:`~dualform.gaussian.model.LinearGaussian` or
+            :class:`~dualform.gaussian.continuous.ContinuousLinearGaussian`, of which the values of its matrices are
+            kept. A structural model or a SARIMAX is saved as what it builds, ``save(model.build(), folder)``.
         folder: where to; it need not be there.
         tokenizer: of the model.
         layout: how the files are written: ``"dualform"``, ``"hf"`` for transformers, or ``"mamba_ssm"``. The last two
@@ -92,9 +96,17 @@ def save(model: Backbone, folder: Folder, tokenizer: SavedTokenizer | None = Non
         ConfigError: for a model that the layout does not have; says what it lacks. Nothing is written.
         CheckpointError: when the disk refuses.
     """
+    if isinstance(model, tuple(KINDS.values())):
+        if tokenizer is not None or layout != "dualform":
+            what = f"layout {layout!r}" if tokenizer is None else "a tokenizer"
+            raise ArgumentError(f"save: {what} for a {type(model).__name__}, which has none but its own")
+        with replacing(folder) as new:
+            write_gaussian(model, new)
+        return
     if not isinstance(model, Backbone):
-        kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *HEADS.values()))
-        raise ArgumentError(f"save: model is {type(model).__name__}, expected one of {kinds}", hint=_OF_A_LAYER)
+        kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *HEADS.values(), *KINDS.values()))
+        hint = "save(model.build(), folder) keeps its matrices" if isinstance(model, Built) else _OF_A_LAYER
+        raise ArgumentError(f"save: model is {type(model).__name__}, expected one of {kinds}", hint=hint)
     _, table = described_as(model, layout)
     if isinstance(table, RWKV7File):
         write_file(model, Path(folder), table)
@@ -171,7 +183,7 @@ def load(
     kind: type[Any] | None = None,
     verify: bool = False,
 ) -> Any:
-    """Read a model from a folder: a language model, classifier or regressor, whichever :func:`save` wrote there.
+    """Read a model from a folder: whichever :func:`save` wrote there.
 
     Models of transformers and of mamba-ssm are read, too, as language models: those whose architecture is in the
     tables. Their weights may be in one safetensors file, in several with an index, or in ``pytorch_model.bin``. A name
@@ -203,15 +215,19 @@ def load(
     return undisturbed(lambda: model_folder(folder), lambda place: _load(place, device, dtype, kind, verify))
 
 
-def _load(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, kind: type[Any] | None, verify: bool
-) -> Backbone:
+def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, kind: type[Any] | None, verify: bool) -> Any:
     """:func:`load` of the folder with the weights."""
     if (adapter := adapter_of(folder)) is not None:
         check_files(folder, digests=verify)
         check_base(folder, base := base_folder(adapter), base_digests(base))
         model = load(adapter.base, device=device, dtype=dtype, kind=kind, verify=verify)
         merge(adapter, model)
+        return model
+    if (about := gaussian_of(folder)) is not None:
+        check_files(folder, digests=verify)
+        model = read_gaussian(folder, about, device, dtype)
+        if kind is not None and not isinstance(model, kind):
+            raise CheckpointError(f"{folder}: a {type(model).__name__}, expected a {kind.__name__}")
         return model
     found = described(folder)
     if kind is not None and not issubclass(found.kind, kind):
@@ -291,6 +307,9 @@ def check_tensors(folder: Folder) -> None:
         CheckpointError: as :func:`read_tensors`.
         ConfigError: for a config with an unknown or missing key; names it.
     """
+    if (about := gaussian_of(Path(folder))) is not None:
+        read_gaussian(Path(folder), about)  # whose values its checks need
+        return
     found = described(folder)
     with torch.device("meta"):
         model = found.build()

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualform.core.errors import CheckpointError
 from dualform.core.recurrence import State
 from dualform.core.tree import named_leaves, tree_map
-from dualform.models.lm import LanguageModel
+from dualform.gaussian.parameters import Parameters
+from dualform.models.backbone import Backbone
+from dualform.models.readout import Readout
 from dualform.models.saving.digest import ALGORITHM, tensors_digest
 from dualform.models.saving.files import replacing_file
+from dualform.models.saving.gaussian import gaussian_options
 from dualform.models.saving.model import unique_tensors
 from dualform.models.saving.undisturbed import undisturbed
 
@@ -91,19 +94,29 @@ def verify_state(path: StatePath) -> bool:
     return _read(path)[2]
 
 
-def fingerprint(model: LanguageModel, most: int = _SAMPLE) -> str:
-    """64 hexadecimal digits that tell models apart: SHA-256 over the config and the weights, wherever they live.
+def fingerprint(model: nn.Module, most: int = _SAMPLE) -> str:
+    """64 hexadecimal digits that tell models apart: SHA-256 over what they are and the weights, wherever they live.
 
     Of a tensor with more than ``most`` elements, as many at most, evenly spaced, count. The dtype counts too: a state
     goes on bit for bit only with the numbers it came from.
     """
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_about(model), sort_keys=True).encode())
     tensors = unique_tensors(model)
     samples = _brought([_sample(tensor.detach().flatten(), most) for tensor in tensors.values()])
     for (name, tensor), sample in zip(tensors.items(), samples, strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _about(model: nn.Module) -> dict[str, Any]:
+    """What beside its tensors a model is made of."""
+    if isinstance(model, Parameters):
+        return gaussian_options(model)
+    if not isinstance(model, Backbone):
+        return {"kind": type(model).__name__}
+    about = model.config.to_dict()
+    return {**about, "head": model.head_options()} if isinstance(model, Readout) else about
 
 
 def _sample(flat: Tensor, most: int) -> Tensor:

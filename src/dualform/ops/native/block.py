@@ -7,21 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.ops.lti_step import LtiStep, lti_step_op
 from dualform.ops.mamba2_step import Mamba2Step, mamba2_step_op
 from dualform.ops.mamba_step import MambaStep, mamba_step_op
 from dualform.ops.native import library
-from dualform.ops.native.structs import DTYPES, MAMBA2_STEP, MAMBA_STEP, STEPS_OF_BLOCKS
+from dualform.ops.native.structs import DTYPES, LTI_STEP, MAMBA2_STEP, MAMBA_STEP, STEPS_OF_BLOCKS
 from dualform.ops.op import Backend
 
-Record = MambaStep | Mamba2Step
+Record = MambaStep | Mamba2Step | LtiStep
+
+
+def _states(a: Record) -> list[Tensor]:
+    return [a.h] if isinstance(a, LtiStep) else [a.conv, a.h]
 
 
 def _run(a: Record) -> list[Tensor]:
-    there = a.in_place and a.conv.is_contiguous() and a.h.is_contiguous()
-    out = [a.x.new_empty(a.x.shape), *(m if there else m.new_empty(m.shape) for m in (a.conv, a.h))]
+    states = _states(a)
+    there = a.in_place and all(m.is_contiguous() and not m.is_conj() for m in states)
+    out = [a.x.new_empty(a.x.shape), *(m if there else m.new_empty(m.shape) for m in states)]
     if out[0].numel() > 0:
         name, structure, of = _KERNELS[type(a)]
-        library.call(name, structure, **of(a), **_shared(a, out))
+        library.call(name, structure, **of(a), **_shared(a, *out))
     return out
 
 
@@ -34,7 +40,7 @@ class Program:
 
     def __init__(self, records: Sequence[Record]):
         self._x, self._threads = records[0].x, torch.get_num_threads()
-        self._kept = [{**_KERNELS[type(a)][2](a), **_shared(a, [a.x, a.conv, a.h])} for a in records]
+        self._kept = [{**_KERNELS[type(a)][2](a), **_shared(a, a.x, *_states(a))} for a in records]
         packed = [
             _KERNELS[type(a)][1].pack(threads=self._threads, **fields)
             for a, fields in zip(records, self._kept, strict=True)
@@ -63,6 +69,7 @@ def _of_mamba(a: MambaStep) -> dict[str, Any]:
         "rank": a.steps.shape[1],
         "maps": _dense(a.maps),
         "steps": _dense(a.steps),
+        **_convolved(a),
     }
 
 
@@ -78,6 +85,33 @@ def _of_mamba2(a: Mamba2Step) -> dict[str, Any]:
         "low": a.low,
         "high": a.high,
         "gate": _dense(a.gate),
+        **_convolved(a),
+    }
+
+
+def _convolved(a: MambaStep | Mamba2Step) -> dict[str, Any]:
+    return {
+        "taps": a.conv_weight.shape[1],
+        "conv": a.conv.contiguous(),
+        "in_weight": _dense(a.in_weight),
+        "in_bias": _dense(a.in_bias),
+        "conv_weight": _dense(a.conv_weight),
+        "conv_bias": _dense(a.conv_bias),
+        "dt_bias": _dense(a.dt_bias),
+        "a": _dense(a.A),
+    }
+
+
+def _of_lti(a: LtiStep) -> dict[str, Any]:
+    b = torch.view_as_real(a.b.resolve_conj())
+    return {
+        "matrices": a.out_weight.dtype,
+        "states": a.a.shape[-1],
+        "shared": a.shared,
+        "gate": a.gate,
+        "a": torch.view_as_real(a.a.resolve_conj()).contiguous(),
+        "b": (b.transpose(1, 2) if a.shared else b).contiguous(),
+        "c": torch.view_as_real(a.C.conj().resolve_conj()).contiguous(),
     }
 
 
@@ -85,34 +119,27 @@ def _of_mamba2(a: Mamba2Step) -> dict[str, Any]:
 _KERNELS: dict[Any, Any] = {
     MambaStep: ("mamba_step", MAMBA_STEP, _of_mamba),
     Mamba2Step: ("mamba2_step", MAMBA2_STEP, _of_mamba2),
+    LtiStep: ("lti_step", LTI_STEP, _of_lti),
 }
 
 
-def _shared(a: Record, out: list[Tensor]) -> dict[str, Any]:
-    """The fields of both structures."""
-    y, conv, h = out
+def _shared(a: Record, y: Tensor, *states: Tensor) -> dict[str, Any]:
+    """The fields of all structures, and the outputs."""
+    *conv, h = states
     return {
         "dtype": a.x.dtype,
         "rows": a.x.shape[0],
         "features": a.x.shape[1],
-        "taps": a.conv_weight.shape[1],
         "eps": a.eps,
         "x": a.x.contiguous(),
-        "conv": a.conv.contiguous(),
-        "h": a.h.contiguous(),
+        "h": a.h.resolve_conj().contiguous(),
         "norm": _dense(a.norm),
-        "in_weight": _dense(a.in_weight),
-        "in_bias": _dense(a.in_bias),
-        "conv_weight": _dense(a.conv_weight),
-        "conv_bias": _dense(a.conv_bias),
-        "dt_bias": _dense(a.dt_bias),
-        "a": _dense(a.A),
         "d": _dense(a.D),
         "out_weight": _dense(a.out_weight),
         "out_bias": _dense(a.out_bias),
         "y": y,
-        "next_conv": conv,
         "next_h": h,
+        **({"next_conv": conv[0]} if conv else {}),
     }
 
 
@@ -121,11 +148,11 @@ def _dense(m: Tensor | None) -> Tensor | None:
 
 
 def _refuses(a: Record) -> str | None:
-    if a.h.dtype != a.x.dtype:
-        return f"the states are {a.h.dtype}, not {a.x.dtype}"
-    dtype = a.in_weight.dtype
+    if a.h.dtype.to_real() != a.x.dtype:
+        return f"the states are {a.h.dtype}, beside {a.x.dtype}"
+    dtype = a.out_weight.dtype
     return None if dtype in DTYPES else f"it cannot read {dtype}"
 
 
-for _op in (mamba_step_op, mamba2_step_op):
+for _op in (mamba_step_op, mamba2_step_op, lti_step_op):
     _op.add(Backend("native", _run, devices=("cpu",), refuses=_refuses, missing=library.why_missing))

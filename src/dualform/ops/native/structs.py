@@ -7,7 +7,7 @@ from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
 from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 13  # DUALFORM_VERSION
+VERSION = 16  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
@@ -215,6 +215,17 @@ MAMBA2_STEP = Structure(
     (DOUBLE, "eps gate_eps low high"),
     (POINTER, "x conv h norm in_weight in_bias conv_weight conv_bias dt_bias a d gate out_weight out_bias"),
     (POINTER, "y next_conv next_h"),
+)
+
+LTI_STEP = Structure(
+    "LtiStep",
+    (INT64, "threads"),
+    (DTYPE, "dtype matrices"),
+    (INT64, "rows features states"),
+    (FLAG, "shared gate"),
+    (DOUBLE, "eps"),
+    (POINTER, "x h norm a b c d out_weight out_bias"),
+    (POINTER, "y next_h"),
 )
 
 STEPS_OF_BLOCKS = Structure("Steps", (INT64, "threads count"), (POINTER, "kinds steps"))

@@ -1,0 +1,154 @@
+// One step of a block with a diagonal, time-invariant system in it, in the phases of block.h: norms of rows, the
+// states, where they are shared the sums that read them, and the outputs.
+#pragma once
+
+#include "block.h"
+
+namespace DUALFORM_ISA {
+namespace block {
+
+// Complex numbers lie in vectors as pairs. Each pair with its real part twice, its imaginary part twice, or turned
+// around.
+enum Pairs { REAL, IMAGINARY, TURNED };
+template <class T, Pairs KIND>
+INLINE vec<T> paired(vec<T> v) {
+  auto source = [](int i) { return KIND == REAL ? i & ~1 : KIND == IMAGINARY ? i | 1 : i ^ 1; };
+#if defined(__clang__)
+  vec<T> found;
+  for (int i = 0; i < LANES<T>; i++) found[i] = v[source(i)];
+  return found;
+#else
+  typename Simd<T>::bits from;
+  for (int i = 0; i < LANES<T>; i++) from[i] = source(i);
+  return __builtin_shuffle(v, from);
+#endif
+}
+
+// a h + more, of complex numbers.
+template <class T>
+INLINE vec<T> complex_fma(vec<T> a, vec<T> h, vec<T> more) {
+  vec<T> signs;
+  for (int i = 0; i < LANES<T>; i++) signs[i] = i % 2 ? T(1) : T(-1);
+  const vec<T> turned = fma(signs * paired<T, IMAGINARY>(a), paired<T, TURNED>(h), more);
+  return fma(paired<T, REAL>(a), h, turned);
+}
+
+// Half of e^(z^2) erfc(z) as t (c_0 + c_1 t + ...) with t = 1 / (1 + SLOPE z): times e^(-z^2) it is off by 3.4e-11 at
+// most, for z from 0 to 6.
+constexpr int TAIL_TERMS = 9;
+constexpr float TAIL_SLOPE = 0.35f;
+constexpr float TAIL[TAIL_TERMS] = {0x1.95da56p-4f,  0x1.7e4a94p-4f, 0x1.073714p-3f,  -0x1.bf65f0p-5f, 0x1.8758dcp-2f,
+                                    -0x1.bfd0b4p-2f, 0x1.e82c36p-2f, -0x1.cf5d90p-3f, 0x1.3a1320p-5f};
+
+// x Phi(x), where Phi is the distribution function of the standard normal distribution.
+INLINE vec<float> gelu(vec<float> x) {
+  const vec<float> size = x < 0 ? -x : x, z = size * float(M_SQRT1_2),
+                   t = 1.0f / fma(splat(TAIL_SLOPE), z, splat(1.0f));
+  vec<float> p = splat(TAIL[TAIL_TERMS - 1]);
+#pragma GCC unroll 16
+  for (int i = TAIL_TERMS - 2; i >= 0; i--) p = fma(p, t, splat(TAIL[i]));
+  const vec<float> beyond = p * t * exp2<float>(x * x * float(-0.5 * LOG2_E));  // Phi(-|x|)
+  return x * (x > 0 ? 1.0f - beyond : beyond);
+}
+INLINE vec<double> gelu(vec<double> x) {
+  for (int i = 0; i < LANES<double>; i++) x[i] *= 0.5 * std::erfc(-x[i] * M_SQRT1_2);
+  return x;
+}
+
+#define OF [&](vec<T> v, [[maybe_unused]] int64_t i) __attribute__((always_inline))
+
+// gelu(s + D u) of the features [first, end) of a row, in place of s.
+template <class T>
+INLINE void skip_and_gelu(const LtiStep& s, const T* u, T* y, int64_t first, int64_t end) {
+  const T* skip = static_cast<const T*>(s.d);
+  each(y, first, end, OF { return gelu(fma(load_some(skip + i, end - i), load_some(u + i, end - i), v)); });
+}
+
+// The states of the features [first, end) of a row, and s.
+template <class T>
+INLINE void own_states(const LtiStep& s, int64_t row, const T* u, T* y, int64_t first, int64_t end) {
+  constexpr int L = LANES<T>;
+  const int64_t size = 2 * s.states, at = row * s.features * size;
+  const T *a = static_cast<const T*>(s.a), *b = static_cast<const T*>(s.b), *c = static_cast<const T*>(s.c);
+  const T* h = static_cast<const T*>(s.h) + at;
+  T* next = static_cast<T*>(s.next_h) + at;
+  for (int64_t d = first; d < end; d += Q<T>) {
+    const int64_t here = least(Q<T>, end - d);
+    vec<T> sums[Q<T>] = {};
+    for (int64_t q = 0; q < here; q++) {
+      const vec<T> in = splat(u[d + q]);
+      for (int64_t n = 0; n < size; n += L) {
+        const int64_t i = (d + q) * size + n, there = size - n;
+        const vec<T> v = complex_fma<T>(load_some(a + i, there), load_some(h + i, there), load_some(b + i, there) * in);
+        store_some(next + i, v, there);
+        sums[q] = fma(v, load_some(c + i, there), sums[q]);
+      }
+    }
+    T lanes[L];
+    store(lanes, merge(sums));
+    for (int64_t q = 0; q < here; q++) {
+      T sum = 0;
+      for (int i = 0; i < L; i += Q<T>) sum += lanes[i + q];
+      y[d + q] = sum;
+    }
+  }
+}
+
+// Phases: norms of rows; features of all rows, or with shared states their 2 N numbers; M features, where states are
+// shared; M outputs.
+template <class T>
+int64_t lti(const LtiStep& s, int64_t phase, int64_t first, int64_t end, void* memory) {
+  const int64_t M = s.features, size = 2 * s.states, rows = s.rows;
+  Arena arena(memory);
+  T *u = arena.take<T>(rows * M), *y = arena.take<T>(rows * M), *made = arena.take<T>(rows * 2 * M);
+  T* inputs = arena.take<T>(s.shared ? rows * size : 0);
+  if (!memory) return arena.used();
+  if (phase == 0) enter(s, first, end, u);
+  if (phase == 1 && !s.shared)
+    for (int64_t row = first / M; row * M < end; row++) {
+      const int64_t from = most(first - row * M, 0), to = least(end - row * M, M);
+      own_states(s, row, u + row * M, y + row * M, from, to);
+      skip_and_gelu(s, u + row * M, y + row * M, from, to);
+    }
+  if (phase == 1 && s.shared) {
+    product(s.b, s.dtype, Lines<T>{u, M}, M, rows, first, end,
+            [&](int64_t output, int64_t row, T sum) { inputs[row * size + output] = sum; });
+    const T* a = static_cast<const T*>(s.a);
+    for (int64_t row = 0; row < rows; row++) {
+      const T* h = static_cast<const T*>(s.h) + row * size;
+      T* next = static_cast<T*>(s.next_h) + row * size;
+      for (int64_t i = first; i < end; i += LANES<T>) {
+        const vec<T> in = load_some(inputs + row * size + i, end - i);
+        store_some(next + i, complex_fma<T>(load_some(a + i, end - i), load_some(h + i, end - i), in), end - i);
+      }
+    }
+  }
+  if (phase == 2) {
+    product(s.c, s.dtype, Lines<T>{static_cast<const T*>(s.next_h), size}, size, rows, first, end,
+            [&](int64_t output, int64_t row, T sum) { y[row * M + output] = sum; });
+    for (int64_t row = 0; row < rows; row++) skip_and_gelu(s, u + row * M, y + row * M, first, end);
+  }
+  if (phase == 3) {
+    const T *x = static_cast<const T*>(s.x), *bias = static_cast<const T*>(s.out_bias);
+    const int64_t behind = s.gate ? 0 : M;  // rows of W before those that open the gate
+    auto give = [&](int64_t output, int64_t row, T sum) {
+      made[row * 2 * M + output] = bias ? sum + bias[output] : sum;
+    };
+    if (!s.gate) product(s.out_weight, s.matrices, Lines<T>{y, M}, M, rows, first, end, give);
+    product(s.out_weight, s.matrices, Lines<T>{y, M}, M, rows, behind + first, behind + end, give);
+    for (int64_t row = 0; row < rows; row++) {
+      const T *p = s.gate ? y + row * M : made + row * 2 * M, *q = made + row * 2 * M + behind, *from = x + row * M;
+      T* to = static_cast<T*>(s.y) + row * M;
+      for (int64_t i = first; i < end; i += LANES<T>) {
+        const vec<T> open = load_some(q + i, end - i), in = load_some(p + i, end - i);
+        const vec<T> out = in / (exp2<T>(open * T(-LOG2_E)) + T(1));
+        store_some(to + i, load_some(from + i, end - i) + out, end - i);
+      }
+    }
+  }
+  return 0;
+}
+#undef OF
+
+}  // namespace block
+}  // namespace DUALFORM_ISA
