@@ -10,7 +10,7 @@ from torch import Tensor
 from dualform.ops.mamba2_step import Mamba2Step, mamba2_step_op
 from dualform.ops.mamba_step import MambaStep, mamba_step_op
 from dualform.ops.native import library
-from dualform.ops.native.structs import DTYPES, MAMBA2_STEP, MAMBA_STEP, STEPS_OF_BLOCKS
+from dualform.ops.native.structs import MAMBA2_STEP, MAMBA_STEP, MATRICES, STEPS_OF_BLOCKS
 from dualform.ops.op import Backend
 
 Record = MambaStep | Mamba2Step
@@ -63,6 +63,8 @@ def _of_mamba(a: MambaStep) -> dict[str, Any]:
         "rank": a.steps.shape[1],
         "maps": _dense(a.maps),
         "steps": _dense(a.steps),
+        "maps_scales": _dense(a.maps_scales),
+        "steps_scales": _dense(a.steps_scales),
     }
 
 
@@ -96,6 +98,7 @@ def _shared(a: Record, out: list[Tensor]) -> dict[str, Any]:
         "rows": a.x.shape[0],
         "features": a.x.shape[1],
         "taps": a.conv_weight.shape[1],
+        "group": a.group,
         "eps": a.eps,
         "x": a.x.contiguous(),
         "conv": a.conv.contiguous(),
@@ -110,6 +113,8 @@ def _shared(a: Record, out: list[Tensor]) -> dict[str, Any]:
         "d": _dense(a.D),
         "out_weight": _dense(a.out_weight),
         "out_bias": _dense(a.out_bias),
+        "in_scales": _dense(a.in_scales),
+        "out_scales": _dense(a.out_scales),
         "y": y,
         "next_conv": conv,
         "next_h": h,
@@ -122,7 +127,7 @@ def _dense(m: Tensor | None) -> Tensor | None:
 
 def _refuses(a: Record) -> str | None:
     dtype = a.in_weight.dtype
-    return None if dtype in DTYPES else f"it cannot read {dtype}"
+    return None if dtype in MATRICES else f"it cannot read {dtype}"
 
 
 for _op in (mamba_step_op, mamba2_step_op):
