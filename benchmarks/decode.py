@@ -1,8 +1,9 @@
 """Tokens per second against the rows that are decoded together, beside what the memory allows, and the first token.
 
-    python benchmarks/decode.py [mamba-130m mamba2-130m] [--dtypes float32 bfloat16] [--rows 1 16] [--device cuda]
+    python benchmarks/decode.py [mamba-130m mamba2-130m] [--dtypes float32 int8] [--rows 1 16] [--device cuda]
 
-Weights are random, tokens are drawn greedily. The floor is bytes over bandwidth: a step reads the weights once, and
+Weights are random, tokens are drawn greedily. With int8 the matrices have 8 bits, as of ``dualform.quantize``, and all
+else is float32. The floor is bytes over bandwidth: a step reads the weights once, and
 reads and writes the states of its rows. The bandwidth is that of the sum of half a gigabyte by all threads. Every
 repetition times every case of a model once, the sum among them, so that other programs disturb all of them alike; where
 they do, the best of each is nearer to the truth than the median. With ``--prompt`` the time to the first token after so
@@ -25,6 +26,7 @@ from dualform.generation.options import Sampling
 from dualform.generation.session import WINDOW
 from dualform.models.lm import LanguageModel
 from dualform.models.presets import preset
+from dualform.models.quantized import INT8, quantize
 
 READ = 2**27  # numbers of the sum
 MEMORY = "memory"
@@ -45,6 +47,12 @@ def waited(device: str) -> None:
     """Return when the device has done its work."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def built(name: str, dtype: str, device: str) -> LanguageModel:
+    """A model of random weights, with matrices of 8 bits for ``int8``."""
+    model = LanguageModel(preset(name)).to(device).eval()
+    return quantize(model) if dtype == INT8 else model.to(getattr(torch, dtype))
 
 
 def decoding(
@@ -82,7 +90,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["mamba-130m", "mamba2-130m"], help="presets")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16", "int8"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--state-dtype", nargs="+", default=["as it is"], help="such as bfloat16, of states of float32")
     parser.add_argument("--prompt", nargs="*", type=int, default=[], help="lengths")
@@ -97,8 +105,8 @@ def main() -> None:
     lines, read = [], reader(options.device)
     for name in options.models:
         for dtype in options.dtypes:
-            model = LanguageModel(preset(name)).to(options.device, getattr(torch, dtype)).eval()
-            weights = sum(p.nbytes for p in model.parameters())
+            model = built(name, dtype, options.device)
+            weights = sum(m.nbytes for m in (*model.parameters(), *model.buffers()))
             cases, moved = {MEMORY: read}, {}
             for rows, held in product(options.rows, options.state_dtype):
                 title = f"{name}, {dtype}, {rows} row" + "s" * (rows > 1)

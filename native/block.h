@@ -12,6 +12,7 @@ namespace DUALFORM_ISA {
 namespace block {
 
 using dense::Lines;
+using dense::Matrix;
 
 // f(vector) of the numbers [first, end), in place.
 template <class T, class F>
@@ -46,11 +47,15 @@ INLINE void enter(const S& s, int64_t first, int64_t end, T* to) {
 
 // give(output, row, sum) for outputs of a matrix whose rows have `depth` numbers.
 template <class T, class F>
-INLINE void product(const void* matrix, int64_t dtype, Lines<T> x, int64_t depth, int64_t rows, int64_t first,
-                    int64_t end, const F& give) {
-  dense::weights_of<T>(matrix, dtype, [&](const auto* weight) {
-    dense::outputs(Lines<dense::Pointed<decltype(weight)>>{weight, depth}, x, depth, rows, first, end, give);
-  });
+INLINE void product(const Matrix& matrix, Lines<T> x, int64_t depth, int64_t rows, int64_t first, int64_t end,
+                    const F& give) {
+  dense::rows_of<T>(matrix, depth, [&](auto weight) { dense::outputs(weight, x, depth, rows, first, end, give); });
+}
+
+// A matrix of a step, whose rows have `depth` numbers.
+template <class S>
+INLINE Matrix matrix(const S& s, const void* data, const void* scales, int64_t depth) {
+  return {data, s.matrices, depth, scales, s.group};
 }
 
 // The convolution of channel d, of `channels`, given its new input.
@@ -71,7 +76,7 @@ template <class T, class S>
 INLINE void leave(const S& s, Lines<T> y, int64_t D, int64_t first, int64_t end) {
   const T *x = static_cast<const T*>(s.x), *bias = static_cast<const T*>(s.out_bias);
   T* to = static_cast<T*>(s.y);
-  product(s.out_weight, s.matrices, y, D, s.rows, first, end, [&](int64_t output, int64_t row, T sum) {
+  product(matrix(s, s.out_weight, s.out_scales, D), y, D, s.rows, first, end, [&](int64_t output, int64_t row, T sum) {
     const int64_t at = row * s.features + output;
     to[at] = x[at] + (bias ? sum + bias[output] : sum);
   });
@@ -90,17 +95,18 @@ int64_t mamba(const MambaStep& s, int64_t phase, int64_t first, int64_t end, voi
   if (phase == 0) enter(s, first, end, normed);
   if (phase == 1) {
     const T* bias = static_cast<const T*>(s.in_bias);
-    product(s.in_weight, s.matrices, Lines<T>{normed, M}, M, rows, first, end, [&](int64_t output, int64_t row, T sum) {
-      if (bias) sum += bias[output];
-      both[row * 2 * D + output] = output < D ? convolve(s, row, output, D, sum) : sum;
-    });
+    product(matrix(s, s.in_weight, s.in_scales, M), Lines<T>{normed, M}, M, rows, first, end,
+            [&](int64_t output, int64_t row, T sum) {
+              if (bias) sum += bias[output];
+              both[row * 2 * D + output] = output < D ? convolve(s, row, output, D, sum) : sum;
+            });
     for (int64_t row = 0; row < rows; row++) each(both + row * 2 * D, first, least(end, D), OF { return silu<T>(v); });
   }
   if (phase == 2)
-    product(s.maps, s.matrices, Lines<T>{both, 2 * D}, D, rows, first, end,
+    product(matrix(s, s.maps, s.maps_scales, D), Lines<T>{both, 2 * D}, D, rows, first, end,
             [&](int64_t output, int64_t row, T sum) { maps[row * all + output] = sum; });
   if (phase == 3) {
-    product(s.steps, s.matrices, Lines<T>{maps, all}, R, rows, first, end,
+    product(matrix(s, s.steps, s.steps_scales, R), Lines<T>{maps, all}, R, rows, first, end,
             [&](int64_t output, int64_t row, T sum) { dt[row * D + output] = sum; });
     const T *bias = static_cast<const T*>(s.dt_bias), *skip = static_cast<const T*>(s.d);
     for (int64_t row = 0; row < rows; row++) {
@@ -134,11 +140,13 @@ int64_t mamba2(const Mamba2Step& s, int64_t phase, int64_t first, int64_t end, v
   if (phase == 0) enter(s, first, end, normed);
   if (phase == 1) {
     const T *bias = static_cast<const T*>(s.in_bias), *dt_bias = static_cast<const T*>(s.dt_bias);
-    product(s.in_weight, s.matrices, Lines<T>{normed, M}, M, rows, first, end, [&](int64_t output, int64_t row, T sum) {
-      if (bias) sum += bias[output];
-      if (output >= D + conv) sum += dt_bias[output - D - conv];
-      made[row * all + output] = output < D || output >= D + conv ? sum : convolve(s, row, output - D, conv, sum);
-    });
+    product(matrix(s, s.in_weight, s.in_scales, M), Lines<T>{normed, M}, M, rows, first, end,
+            [&](int64_t output, int64_t row, T sum) {
+              if (bias) sum += bias[output];
+              if (output >= D + conv) sum += dt_bias[output - D - conv];
+              made[row * all + output] =
+                  output < D || output >= D + conv ? sum : convolve(s, row, output - D, conv, sum);
+            });
     for (int64_t row = 0; row < rows; row++) {
       each(made + row * all, most(first, D), least(end, D + conv), OF { return silu<T>(v); });
       each(

@@ -2,8 +2,6 @@
 // order of a sum does not depend on the other rows; it is one for a single row, and another for several.
 #pragma once
 
-#include <type_traits>
-
 #include "tile.h"
 
 namespace DUALFORM_ISA {
@@ -20,6 +18,9 @@ INLINE vec<float> widen(const bfloat16* p) {
 INLINE vec<float> widen(const float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+INLINE vec<float> widen(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 #elif defined(__AVX2__)
 INLINE vec<float> widen(const bfloat16* p) {
   const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -28,12 +29,21 @@ INLINE vec<float> widen(const bfloat16* p) {
 INLINE vec<float> widen(const float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+INLINE vec<float> widen(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 #else
 template <class W>
 INLINE vec<float> widen(const W* p) {
   float lanes[LANES<float>];
   for (int i = 0; i < LANES<float>; i++) lanes[i] = number(p[i]);
   return load(lanes);
+}
+INLINE vec<float> widen(const int8_t* p) {
+  typedef int8_t bytes __attribute__((vector_size(LANES<float>)));
+  bytes some;
+  memcpy(&some, p, sizeof some);
+  return __builtin_convertvector(some, vec<float>);
 }
 #endif
 
@@ -76,6 +86,29 @@ struct Lines {
   const T* operator[](int64_t i) const { return data + i * stride; }
 };
 
+// A row of whole numbers: number k stands for itself times scales[k / group].
+struct Scaled {
+  const int8_t* data;
+  const float* scales;
+  int64_t group;
+};
+
+struct ScaledLines {
+  const int8_t* data;
+  int64_t stride;
+  const float* scales;
+  int64_t groups, group;
+  Scaled operator[](int64_t i) const { return {data + i * stride, scales + i * groups, group}; }
+};
+
+// A matrix of any of the dtypes; its rows lie `stride` apart.
+struct Matrix {
+  const void* data;
+  int64_t dtype, stride;
+  const void* scales;
+  int64_t group;
+};
+
 // The sums of OUTPUTS rows of W with R rows of x. Meanwhile the next OUTPUTS rows of W are on their way to the cache:
 // the processor's own prefetching, which begins anew with every row, leaves half of the memory's speed unused.
 template <int R, class T, class W>
@@ -105,6 +138,34 @@ INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, T (&su
   for (int r = 0; r < R; r++) totals(sum[r], sums[r]);
 }
 
+// The same of whole numbers, which get their scales as they are widened.
+template <int R>
+INLINE void tile(const Scaled (&w)[OUTPUTS], Lines<float> x, int64_t depth, float (&sums)[R][OUTPUTS]) {
+  constexpr int L = LANES<float>;
+  vec<float> sum[R][OUTPUTS] = {};
+  int64_t k = 0, g = 0, left = w[0].group;
+  for (; k + L <= depth; k += L) {
+    vec<float> column[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) column[r] = load(x[r] + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < OUTPUTS; m++) {
+      if (k % LINE == 0) __builtin_prefetch(w[m].data + k + OUTPUTS * depth, 0, 3);
+      const vec<float> weights = widen(w[m].data + k) * w[m].scales[g];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r][m] = fma(weights, column[r], sum[r][m]);
+    }
+    if ((left -= L) == 0) g++, left = w[0].group;
+  }
+  if (k < depth) {
+    for (int m = 0; m < OUTPUTS; m++) {
+      const vec<float> weights = widen_some<float>(w[m].data + k, depth - k) * w[m].scales[g];
+      for (int r = 0; r < R; r++) sum[r][m] = fma(weights, load_some(x[r] + k, depth - k), sum[r][m]);
+    }
+  }
+  for (int r = 0; r < R; r++) totals(sum[r], sums[r]);
+}
+
 // The products of one row of W with one row of x, summed to a vector. W is read from its beginning to its end, which is
 // what processors fetch ahead of best.
 template <class T, class W>
@@ -121,9 +182,30 @@ INLINE vec<T> single(const W* w, const T* x, int64_t depth) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+// The same of whole numbers: what INT8_CHUNK of them sum to gets the scale that they share.
+INLINE vec<float> single(const Scaled& w, const float* x, int64_t depth) {
+  constexpr int L = LANES<float>;
+  vec<float> sum[4] = {};
+  const float* scale = w.scales;
+  int64_t k = 0, left = w.group;
+  auto chunk = [&](vec<float>& to) __attribute__((always_inline)) {
+    vec<float> part = widen(w.data + k) * load(x + k);
+#pragma GCC unroll 8
+    for (int i = L; i < INT8_CHUNK; i += L) part = fma(widen(w.data + k + i), load(x + k + i), part);
+    to = fma(part, splat(*scale), to);
+    k += INT8_CHUNK;
+    if ((left -= INT8_CHUNK) == 0) scale++, left = w.group;
+  };
+  while (k + 2 * INT8_CHUNK <= depth) chunk(sum[0]), chunk(sum[1]);
+  if (k + INT8_CHUNK <= depth) chunk(sum[0]);
+  for (; k + L <= depth; k += L) sum[2] = fma(widen(w.data + k) * load(x + k), splat(*scale), sum[2]);
+  if (k < depth) sum[3] = widen_some<float>(w.data + k, depth - k) * load_some(x + k, depth - k) * splat(*scale);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 // give(output, row, sum) for `count` outputs from `at` on, at most OUTPUTS, and R rows from `row` on, then the others.
 template <int R, class T, class W, class F>
-INLINE void across(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, int64_t rows, int64_t at, int64_t count,
+INLINE void across(const W (&w)[OUTPUTS], Lines<T> x, int64_t depth, int64_t rows, int64_t at, int64_t count,
                    const F& give, int64_t row = 0) {
   for (; rows - row >= R; row += R) {
     T sums[R][OUTPUTS];
@@ -136,9 +218,8 @@ INLINE void across(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, int6
 }
 
 // give(output, row, sum) for the outputs [first, end) of W, whose rows have `depth` numbers, and every row of x.
-template <class T, class W, class F>
-INLINE void outputs(Lines<W> weight, Lines<T> x, int64_t depth, int64_t rows, int64_t first, int64_t end,
-                    const F& give) {
+template <class T, class Rows, class F>
+INLINE void outputs(Rows weight, Lines<T> x, int64_t depth, int64_t rows, int64_t first, int64_t end, const F& give) {
   if (rows == 1) {
     for (int64_t at = first; at < end; at++) {
       const vec<T> sums[OUTPUTS] = {single(weight[at], x[0], depth)};
@@ -150,24 +231,26 @@ INLINE void outputs(Lines<W> weight, Lines<T> x, int64_t depth, int64_t rows, in
   }
   for (int64_t at = first; at < end; at += OUTPUTS) {
     const int64_t count = least(OUTPUTS, end - at);
-    const W* w[OUTPUTS];
+    decltype(weight[0]) w[OUTPUTS];
     for (int m = 0; m < OUTPUTS; m++) w[m] = weight[at + least(m, count - 1)];  // the last one again: it is in a cache
     across<ROWS>(w, x, depth, rows, at, count, give);
   }
 }
 
-template <class P>
-using Pointed = std::remove_const_t<std::remove_pointer_t<P>>;
-
-// f(pointer) with the type of the weights behind it, as far as they are computed with in T.
+// f(rows) with the rows of a matrix, `depth` numbers each, as far as they are computed with in T.
 template <class T, class F>
-INLINE void weights_of(const void* data, int64_t dtype, const F& f) {
+INLINE void rows_of(const Matrix& m, int64_t depth, const F& f) {
   if constexpr (sizeof(T) == 8) {
-    f(static_cast<const double*>(data));
+    f(Lines<double>{static_cast<const double*>(m.data), m.stride});
   } else {
-    if (dtype == FLOAT32) f(static_cast<const float*>(data));
-    if (dtype == BFLOAT16) f(static_cast<const bfloat16*>(data));
-    if (dtype == FLOAT16) f(static_cast<const float16*>(data));
+    if (m.dtype == FLOAT32) f(Lines<float>{static_cast<const float*>(m.data), m.stride});
+    if (m.dtype == BFLOAT16) f(Lines<bfloat16>{static_cast<const bfloat16*>(m.data), m.stride});
+    if (m.dtype == FLOAT16) f(Lines<float16>{static_cast<const float16*>(m.data), m.stride});
+    if (m.dtype == INT8) {
+      const int64_t group = m.group < depth ? m.group : up(most(depth, 1), INT8_CHUNK),
+                    groups = up(depth, group) / group;
+      f(ScaledLines{static_cast<const int8_t*>(m.data), m.stride, static_cast<const float*>(m.scales), groups, group});
+    }
   }
 }
 
@@ -175,9 +258,10 @@ INLINE void weights_of(const void* data, int64_t dtype, const F& f) {
 template <class T>
 void forward(const Linear& s, const void* x, int64_t first, int64_t end) {
   const Lines<T> rows = {static_cast<const T*>(x), s.inputs};
-  weights_of<T>(s.weight.data, s.weight.dtype, [&](const auto* weight) {
+  const Matrix matrix = {s.weight.data, s.weight.dtype, s.weight.row, s.scales, s.group};
+  rows_of<T>(matrix, s.inputs, [&](auto weight) {
     auto give_to = [&](auto* y) {
-      outputs(Lines<Pointed<decltype(weight)>>{weight, s.weight.row}, rows, s.inputs, s.rows, first, end,
+      outputs(weight, rows, s.inputs, s.rows, first, end,
               [&](int64_t output, int64_t row, T sum) __attribute__((always_inline)) {
                 if (s.bias) sum += static_cast<const T*>(s.bias)[output];
                 put(y + row * s.y.row + output, sum);

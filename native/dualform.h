@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 16  // of this interface
+#define DUALFORM_VERSION 17  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -25,7 +25,7 @@ typedef struct {
   uint16_t bits;
 } float16;  // IEEE 754
 
-enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
+enum { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3, INT8 = 4 };  // the last one of matrices alone
 
 // A tensor (rows, T, ...) whose axes after time lie like one axis. That one is contiguous, or, where a function says
 // so, time is.
@@ -245,15 +245,20 @@ typedef struct {
   void *dweight, *dbias;  // (D)
 } Norm;
 
-// y = W x + b for a few rows of x: W is read once. Numbers of 16 bits are computed with in float.
+#define INT8_CHUNK 32  // a group of weights of 8 bits is a multiple of it, or a whole row
+
+// y = W x + b for a few rows of x: W is read once. Numbers of 16 bits are computed with in float, and so are those of
+// 8: number k of output i stands for itself times scales[i][k / group].
 typedef struct {
   int64_t threads;
   int64_t dtype;  // that is computed in: of the bias
   int64_t rows, inputs, outputs;
-  View x;            // (rows, 1, inputs)
-  View weight;       // (outputs, 1, inputs), of the dtype that is computed in, or of 16 bits beside float
-  const void* bias;  // (outputs), or null
-  View y;            // (rows, 1, outputs)
+  View x;              // (rows, 1, inputs)
+  View weight;         // (outputs, 1, inputs), of the dtype that is computed in, or of 8 or 16 bits beside float
+  const void* bias;    // (outputs), or null
+  View y;              // (rows, 1, outputs)
+  const void* scales;  // (outputs, ceil(inputs / group)), float, where the weight is INT8
+  int64_t group;       // inputs that share a scale
 } Linear;
 
 // The Kalman filter of M observations of N states, each step a transition and then the observation:
@@ -283,16 +288,18 @@ typedef struct {
 typedef struct {
   int64_t threads;
   int64_t dtype;     // that is computed in: of all but the matrices
-  int64_t matrices;  // the dtype of the matrices: the same, or of 16 bits beside float
+  int64_t matrices;  // the dtype of the matrices: the same, or of 8 or 16 bits beside float
   int64_t rows, features, width, states, rank, taps;
+  int64_t group;  // where matrices are INT8: neighbours in a row that share a scale, as in Linear
   double eps;
-  const void *x, *conv, *h;             // (rows, M), (rows, D, W - 1), (rows, D, N)
-  const void* norm;                     // (M)
-  const void *in_weight, *in_bias;      // (2 D, M), (2 D) or null
-  const void *conv_weight, *conv_bias;  // (D, W), (D) or null
-  const void *maps, *steps;             // (R + 2 N, D) and (D, R), matrices
-  const void *dt_bias, *a, *d;          // (D), (D, N), (D)
-  const void *out_weight, *out_bias;    // (M, D), (M) or null
+  const void *x, *conv, *h;                                         // (rows, M), (rows, D, W - 1), (rows, D, N)
+  const void* norm;                                                 // (M)
+  const void *in_weight, *in_bias;                                  // (2 D, M), (2 D) or null
+  const void *conv_weight, *conv_bias;                              // (D, W), (D) or null
+  const void *maps, *steps;                                         // (R + 2 N, D) and (D, R), matrices
+  const void *dt_bias, *a, *d;                                      // (D), (D, N), (D)
+  const void *out_weight, *out_bias;                                // (M, D), (M) or null
+  const void *in_scales, *maps_scales, *steps_scales, *out_scales;  // of the matrices, where those are INT8
   void *y, *next_conv, *next_h;
 } MambaStep;
 
@@ -300,8 +307,9 @@ typedef struct {
 typedef struct {
   int64_t threads;
   int64_t dtype;     // that is computed in: of all but the matrices
-  int64_t matrices;  // the dtype of the matrices: the same, or of 16 bits beside float
+  int64_t matrices;  // the dtype of the matrices: the same, or of 8 or 16 bits beside float
   int64_t rows, features, heads, width, states, groups, taps;
+  int64_t group;  // where matrices are INT8: neighbours in a row that share a scale, as in Linear
   int64_t norm_before_gate;
   double eps, gate_eps, low, high;      // the last two: bounds of the step
   const void *x, *conv, *h;             // (rows, M), (rows, D, W - 1), (rows, H, P, N)
@@ -311,6 +319,7 @@ typedef struct {
   const void *dt_bias, *a, *d;          // (H) each
   const void* gate;                     // (H P), the weight of the norm at the gate; or null, where there is no norm
   const void *out_weight, *out_bias;    // (M, H P), (M) or null
+  const void *in_scales, *out_scales;   // of the matrices, where those are INT8
   void *y, *next_conv, *next_h;
 } Mamba2Step;
 

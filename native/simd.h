@@ -266,6 +266,7 @@ INLINE vec<T> exp2(vec<T> x) {
 // No step of a conversion makes a denormal float or double, which would count as 0 while kernels run.
 INLINE float number(float x) { return x; }
 INLINE double number(double x) { return x; }
+INLINE float number(int8_t x) { return float(x); }
 INLINE float number(bfloat16 x) {
   uint32_t word = uint32_t(x.bits) << 16;
   float value;

@@ -10,9 +10,13 @@ constexpr int64_t TOGETHER = 4;  // outputs that a kernel sums at once
 
 bool is_narrow(int64_t dtype) { return dtype == BFLOAT16 || dtype == FLOAT16; }
 
-void check_matrices(int64_t dtype, int64_t matrices) {
+// Matrices are of the dtype that is computed in, or narrow beside float; those of 8 bits have scales, and rows of at
+// most `widest` numbers.
+void check_matrices(int64_t dtype, int64_t matrices, std::initializer_list<const void*> scales, int64_t group,
+                    int64_t widest) {
   check_state_dtype(dtype);
-  require(matrices == dtype || (dtype == FLOAT32 && is_narrow(matrices)));
+  require(matrices == dtype || (dtype == FLOAT32 && (is_narrow(matrices) || matrices == INT8)));
+  if (matrices == INT8) check_pointers(scales), require(group > 0 && (group % INT8_CHUNK == 0 || group >= widest));
 }
 
 // Run kernel(first, end) over parts of `size` units, of which `together` stay together.
@@ -48,7 +52,8 @@ struct Phase {
 class Line {
  public:
   void add(const MambaStep& s) {
-    check_matrices(s.dtype, s.matrices);
+    check_matrices(s.dtype, s.matrices, {s.in_scales, s.maps_scales, s.steps_scales, s.out_scales}, s.group,
+                   std::max({s.features, s.width, s.rank}));
     if (!check_sizes({s.rows, s.features, s.width, s.states, s.rank, s.taps})) return;
     check_pointers({s.x, s.h, s.norm, s.in_weight, s.conv_weight, s.maps, s.steps, s.dt_bias, s.a, s.d, s.out_weight,
                     s.y, s.next_h});
@@ -67,7 +72,7 @@ class Line {
   }
 
   void add(const Mamba2Step& s) {
-    check_matrices(s.dtype, s.matrices);
+    check_matrices(s.dtype, s.matrices, {s.in_scales, s.out_scales}, s.group, std::max(s.features, s.heads * s.width));
     require(is_flag(s.norm_before_gate));
     if (!check_sizes({s.rows, s.features, s.heads, s.width, s.states, s.taps})) return;
     check_groups(s.groups, s.heads);
@@ -149,8 +154,9 @@ EXPORT int dualform_linear(const Linear* s) {
     if (!check_sizes({s->rows, s->outputs})) return;
     check_views({&s->y});
     if (s->inputs > 0) {
-      check_views({&s->x, &s->weight});
-      check_matrices(s->dtype, s->weight.dtype);
+      check_views({&s->x});
+      require(s->weight.inner == 1), check_pointers({s->weight.data});
+      check_matrices(s->dtype, s->weight.dtype, {s->scales}, s->group, s->inputs);
     }
     const void* x = s->x.data;
     if (s->x.dtype != s->dtype || s->x.row != s->inputs) {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dualform.check.block_steps import lti_block, mamba2_block, mamba_block
 from dualform.core.dplr import DiscreteDPLR
+from dualform.core.int8 import quantize
 from dualform.ops.attention import Past
 from dualform.ops.lti_step import LtiWeights
 from dualform.ops.mamba2_step import Mamba2Weights
@@ -516,13 +517,37 @@ def linear(draw: Draw) -> Arguments:
     }
 
 
+def group_of(draw: Draw) -> int:
+    """Of neighbours that share a scale."""
+    return draw.one(32, 64, 2**20)
+
+
+def quantized_linear(draw: Draw) -> Arguments:
+    batch, width, outputs = draw.one(0, 1, 3, 16, 17), draw.one(0, 1, 3, 17, 64, 100), draw.one(1, 3, 4, 33)
+    group = group_of(draw)
+    weight, scales = quantize(draw.normal(outputs, width), group)
+    return {
+        "x": draw.normal(batch, width),
+        "weight": weight,
+        "scales": scales,
+        "bias": draw.maybe(lambda: draw.normal(outputs)),
+        "group": group,
+    }
+
+
 def block(draw: Draw, tensors: dict[str, Tensor], weights: Any, optional: tuple[str, ...]) -> Arguments:
     """A step of a block: matrices of 16 bits beside float32 at times, optional tensors left out, some out of place."""
     narrow = draw.real if draw.real == torch.float64 else draw.dtype
     kept = {k: m for k, m in tensors.items() if k not in optional or draw.chance(0.5)}
-    cast = {k: laid_out(m.to(narrow if k in MATRICES else draw.real), draw) for k, m in kept.items()}
+    group = group_of(draw) if narrow == torch.float32 and draw.chance(0.5) else 0
+    if group:
+        for name in kept.keys() & MATRICES.keys():
+            kept[name], kept[MATRICES[name]] = quantize(kept[name], group)
+    whole = {k for k in kept if kept[k].dtype == torch.int8}
+    cast = {k: m if k in whole else m.to(narrow if k in MATRICES else draw.real) for k, m in kept.items()}
+    cast = {k: laid_out(m, draw) for k, m in cast.items()}
     given = {k: cast.pop(k) for k in ("x", "conv", "h")}
-    return {**given, "weights": weights(**{name: cast.get(name) for name in weights._fields})}
+    return {**given, "weights": weights(**{name: cast.get(name) for name in weights._fields}), "group": group}
 
 
 def mamba_step(draw: Draw) -> Arguments:
@@ -605,6 +630,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         grouped_linear,
         kalman_filter,
         linear,
+        quantized_linear,
         mamba_step,
         mamba2_step,
         lti_step,

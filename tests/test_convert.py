@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 
 from dualform.cli.convert import To
 from dualform.layers.lstm import LSTMConfig
+from dualform.layers.mamba import MambaConfig
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.models.saving import model
@@ -109,3 +110,30 @@ def test_a_missing_shard_is_named(dualform, folder):
     code, out, _ = dualform("verify", folder)
     assert code == 2 and "b.safetensors  missing" in out
     assert dualform("info", folder, "--json")[1].count('"bytes": null') == 1
+
+
+def test_quantising_says_what_it_costs(dualform, tmp_path):
+    torch.manual_seed(0)
+    LanguageModel(ModelConfig(256, 24, {"M": (MambaConfig(d_state=4),)}, "MM")).save(tmp_path / "a")
+    text = tmp_path / "text.txt"
+    text.write_text("some words to read\n" * 40)
+    code, out, err = dualform("convert", tmp_path / "a", tmp_path / "b", "--quantize", "int8", "--text", text)
+    assert (code, err) == (0, "") and f"bits per byte of {text}" in out and "over 760 tokens" in out
+    assert "logits moved by" in out and load(tmp_path / "b").quantization == (64,)
+    assert dualform("verify", tmp_path / "b")[0] == 0 and "int8" in dualform("info", tmp_path / "b")[1]
+    a, b, c = (tmp_path / name for name in "abc")
+    for args, words in (
+        ((a, c, "--quantize", "int8", "--to", "hf"), "'hf' has no matrices of 8 bits"),
+        ((a, c, "--text", text), "add --quantize int8"),
+        ((b, c, "--quantize", "int8"), "is quantised already"),
+        ((b, c, "--to", "hf"), "a quantised model as 'hf'"),
+        ((b, c, "--to", "onnx"), "a quantised model as ONNX"),
+    ):
+        code, out, err = dualform("convert", *args)
+        assert code == 2 and words in err and not c.exists(), args
+
+
+def test_quantising_without_a_tokenizer_says_that_nothing_was_measured(dualform, tmp_path):
+    LanguageModel(ModelConfig(50, 24, {"M": (MambaConfig(d_state=4),)}, "MM")).save(tmp_path / "a")
+    code, out, _ = dualform("convert", tmp_path / "a", tmp_path / "b", "--quantize", "int8")
+    assert code == 0 and "the loss is not measured: " in out and load(tmp_path / "b").quantization == (64,)

@@ -32,6 +32,7 @@ from dualform.models.adapters import adapt, adapter_tensors
 from dualform.models.chat import ChatTemplate
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
+from dualform.models.quantized import quantize
 from dualform.models.saving.adapter import base_digests
 from dualform.models.saving.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from dualform.models.saving.model import load, save
@@ -76,6 +77,7 @@ def made(tmp_path_factory):
     optimizer.step()
     save_checkpoint(root, recipe, Position(1, 2.5, 3.5, 1), model, optimizer, ByteTokenizer())
     model.save(root / "model")
+    quantize(load(root / "model")).save(root / "quantized")
     if peft:
         torch.manual_seed(1)
         adapted = load(root / "model")
@@ -117,6 +119,10 @@ class Reader:
     def weights(self):
         model = load(self.root / "model", verify=(self.root / "model" / "manifest.json").exists())
         return [model.config.to_dict(), *model.state_dict().values()]
+
+    def quantized(self):
+        model = load(self.root / "quantized", verify=(self.root / "quantized" / "manifest.json").exists())
+        return [model.config.to_dict(), model.quantization, *model.state_dict().values()]
 
     def optimizer(self):
         optimizer = build_optimizer(self.fresh, self.recipe.optim)
@@ -169,6 +175,8 @@ KINDS = [  # the file that is damaged, and what reads it
     ("model/model.safetensors", "weights"),
     ("model/config.json", "weights"),
     ("model/manifest.json", "weights"),
+    ("quantized/model.safetensors", "quantized"),
+    ("quantized/config.json", "quantized"),
     (f"{CHECKPOINT}/optimizer.safetensors", "optimizer"),
     (f"{CHECKPOINT}/run.json", "optimizer"),
     (f"{CHECKPOINT}/manifest.json", "optimizer"),

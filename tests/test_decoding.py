@@ -314,7 +314,7 @@ def test_a_module_that_is_more_than_a_linear_map_is_called(calls):
     with torch.no_grad():
         torch.testing.assert_close(project(plain, x), plain(x))
         torch.testing.assert_close(project(plain, x[None].expand(2, 3, 8)), plain(x[None].expand(2, 3, 8)))
-        torch.testing.assert_close(project_by(plain.weight, x), F.linear(x, plain.weight))
+        torch.testing.assert_close(project_by(x, plain.weight), F.linear(x, plain.weight))
         assert calls == ["linear"] * 3
         project(plain, x.expand(17, 8)), project(plain, x[:0])
         with backend("torch"):

@@ -125,6 +125,9 @@ def test_bad_steps_are_named(name):
         call()
 
 
+ANY_BATCH = (("fft_conv", 2), ("linear", 2), ("quantized_linear", 2))  # tensors whose first axis may have any size
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_operator_checks_what_comes_past_the_public_function(name):
     """Every tensor in turn too short: a clear error, no number."""
@@ -132,7 +135,7 @@ def test_the_operator_checks_what_comes_past_the_public_function(name):
     for i, m in enumerate(args):
         if isinstance(m, torch.Tensor) and m.numel():
             with pytest.raises((ArgumentError, BackendError)):
-                by_row = m.shape[0] > 1 and (op.name, i) not in (("fft_conv", 2), ("linear", 2))  # batches of any size
+                by_row = m.shape[0] > 1 and (op.name, i) not in ANY_BATCH
                 op._forward(*args[:i], m[:-1] if by_row else m[..., :-1], *args[i + 1 :])
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dualform.models.heads import SequenceClassifier, SequenceRegressor, StepClassifier, StepRegressor
     from dualform.models.lm import LanguageModel
     from dualform.models.presets import preset
+    from dualform.models.quantized import quantize
     from dualform.models.saving.model import load, save
     from dualform.models.saving.onnx_file import export_onnx
     from dualform.ops.op import backend
@@ -57,6 +58,7 @@ __all__ = [
     "identify",
     "load",
     "preset",
+    "quantize",
     "save",
 ]
 
@@ -85,6 +87,7 @@ _HOME = {
     "identify": "core.identify",
     "load": "models.saving.model",
     "preset": "models.presets",
+    "quantize": "models.quantized",
     "save": "models.saving.model",
 }
 _PACKAGES = ("check", "compat", "core", "discrete", "gaussian", "inspect", "layers", "models", "ops", "train")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dualform.check.block_steps import block_cases
 from dualform.core.dplr import DiscreteDPLR
+from dualform.core.int8 import quantize
 from dualform.core.packing import from_lengths
 from dualform.ops.add_norm import add_norm
 from dualform.ops.attention import Past, attention
@@ -29,6 +30,7 @@ from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
 from dualform.ops.lstm import lstm
 from dualform.ops.mimo_ssm import mimo_ssm
+from dualform.ops.quantized_linear import quantized_linear
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.slstm import slstm
 from dualform.ops.ssd import ssd
@@ -311,6 +313,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     narrow = selective(3, 3, 2, without=("z",), width=6)  # groups of fewer channels than a vector has lanes
     seen = {"length": torch.tensor([9, 0, 4, 7])}
     runs, silu, step = {"cu_seqlens": packed}, {"activation": "silu"}, {"dt_softplus": True}
+    eight_bits = dict(zip(("weight", "scales"), quantize(normal(5, 70), 32), strict=True), group=32)
     return [
         OpCase("linear_scan", "linear_scan", linear_scan, scan_(3, 3)),
         OpCase("linear_scan complex", "linear_scan", linear_scan, scan_(3, 3, True)),
@@ -387,6 +390,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("kalman_filter", "kalman_filter", kalman_filter, gaussian(3, 5, 2), missing(3, 2)),
         OpCase("kalman_filter level", "kalman_filter", kalman_filter, gaussian(9, 1, 1), missing(9, 1)),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
+        OpCase("quantized_linear", "quantized_linear", quantized_linear, {"x": normal(3, 70)}, eight_bits),
         *(OpCase(*case) for case in block_cases(normal)),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]

@@ -18,7 +18,17 @@ EPILOG = """[bold]Examples[/bold]
   dualform convert runs/tuned merged                        a run with adapters, merged into its model
   dualform convert RWKV-x070-World-0.1B.pth world           a file of RWKV-7
   dualform convert runs/notes notes.onnx --to onnx          one step, for devices without Python
-  dualform convert mamba-130m half --dtype bfloat16         in half the bytes"""
+  dualform convert mamba-130m half --dtype bfloat16         in half the bytes
+  dualform convert mamba-130m small --quantize int8         in a quarter of them, and what that costs"""
+
+
+_MEASURED = 2**14  # tokens of a text
+
+
+class Quantize(StrEnum):
+    """What ``dualform.load`` takes as ``quantize``."""
+
+    int8 = "int8"
 
 
 class To(StrEnum):
@@ -52,6 +62,14 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights, such as bfloat16; without it they keep theirs.")
     ] = None,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(help="Matrices in 8 bits, for inference on a CPU; prints how much worse the model predicts."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="With --quantize: a file or folder to measure it on; else a part of Python's library."),
+    ] = None,
     max_len: Annotated[
         int, typer.Option(min=0, help="With --to onnx: tokens that attention without a window has room for.")
     ] = 0,
@@ -61,8 +79,13 @@ def convert(
     The target appears when it is complete, or not at all.
     """
     from dualform.cli.folders import model_folder
-    from dualform.core.errors import CheckpointError
+    from dualform.core.errors import CheckpointError, ConfigError
 
+    if quantize is not None and to != To.dualform:
+        hint = "leave --to out" if to != To.onnx else "ONNX's own tools quantise such a file"
+        raise ConfigError(f"--quantize {quantize}: the layout {to.value!r} has no matrices of 8 bits", hint=hint)
+    if text is not None and quantize is None:
+        raise ConfigError("--text is what --quantize is measured on", hint="add --quantize int8")
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: is there already", hint="give a name that is not there yet")
     if to == To.onnx:
@@ -75,12 +98,14 @@ def convert(
         with _told(f"writing {target}"):
             export_onnx(model, target, max_len=max_len)
     else:
-        model = _written(source, target, to, dtype)
+        model = _written(source, target, to, dtype, quantize, text)
     size = sum(path.stat().st_size for path in (target.iterdir() if target.is_dir() else [target]))
     typer.echo(f"{target}: {model.parameter_count():,} parameters, {size:,} bytes, in the layout of {to.value}")
 
 
-def _written(source: str, target: Path, to: To, dtype: str | None) -> "Backbone":
+def _written(
+    source: str, target: Path, to: To, dtype: str | None, quantize: Quantize | None, text: Path | None
+) -> "Backbone":
     """Read a model, and write it in the layout of a library."""
     from dualform.cli.folders import model_folder
     from dualform.core.json_file import to_json
@@ -101,6 +126,8 @@ def _written(source: str, target: Path, to: To, dtype: str | None) -> "Backbone"
 
     with _told(f"reading {source}"):
         model, beside = undisturbed(lambda: model_folder(source), read)
+    if quantize is not None:
+        _quantize(model, source, text)
     with _told(f"writing {target}"):
         if isinstance(table, RWKV7File):
             write_file(model, target, table)
@@ -110,6 +137,40 @@ def _written(source: str, target: Path, to: To, dtype: str | None) -> "Backbone"
                 for name, content in beside.items():
                     (new / name).write_bytes(content)
     return model
+
+
+def _quantize(model: "Backbone", source: str, text: Path | None) -> None:
+    """Quantise a model, and say what that costs where there is a way to tell."""
+    from dualform.cli.folders import model_folder
+    from dualform.core.errors import ArgumentError, CheckpointError
+    from dualform.models.lm import LanguageModel
+    from dualform.models.quantized import quantize
+    from dualform.models.tokenizer import load_tokenizer
+    from dualform.train.quantization import quantize_measured, text_of
+
+    if model.quantization is not None:
+        raise ArgumentError(f"{source}: is quantised already", hint="without --quantize it is copied")
+    why, tokenizer = "it is no language model", None
+    if isinstance(model, LanguageModel):
+        try:
+            tokenizer = load_tokenizer(model_folder(source), model.config.vocab_size)
+        except CheckpointError as error:
+            why = str(error).split("\n")[0]
+    if tokenizer is None or not isinstance(model, LanguageModel):
+        quantize(model)
+        typer.echo(f"the loss is not measured: {why}")
+        return
+    with _told(f"quantising {source}"), text_of(text, tokenizer) as dataset:
+        found = quantize_measured(model, dataset, limit=_MEASURED)
+    change = 100 * (found.after / found.before - 1) if found.before else 0.0
+    typer.echo(
+        f"{found.after:.4f} bits per byte of {text or 'the demo text'}, {found.before:.4f} before ({change:+.2f} %), "
+        f"over {found.tokens:,} tokens"
+    )
+    typer.echo(
+        f"logits moved by {100 * found.distance:.2f} % of their size; the most likely token is the same "
+        f"{100 * found.agreement:.1f} % of the time"
+    )
 
 
 def _told(what: str) -> "Status":

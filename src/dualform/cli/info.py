@@ -44,6 +44,7 @@ def info(
         about = {"model": model, "kind": type(built).__name__, "config": built.config.to_dict()}
         about |= {"inputs": built.inputs, "parameters": built.parameter_count()}
         about |= {"active_parameters": built.active_parameter_count()}
+        about["quantization"] = None if built.quantization is None else built.quantization._asdict()
         print_json({**about, "state": _state(built), "weights": weights, "run": run})
         return
     _print_table(model, [*_shape(built), ("weights", _told(weights)), *(_run_rows(run) if run else [])])
@@ -124,6 +125,8 @@ def _shape(model: "Backbone") -> list[tuple[str, str]]:
     """What follows from the config alone; the model is on the meta device, where it costs no memory."""
     config, count = model.config, model.parameter_count()
     rows = [("parameters", f"{count:,} ({_mib(4 * count)} in float32, {_mib(2 * count)} in bfloat16)")]
+    if model.quantization is not None:
+        rows = [("parameters", f"{count:,}, matrices in int8 with a scale for {model.quantization.group}")]
     if (active := model.active_parameter_count()) < count:
         rows.append(("active", f"{active:,} of them, used by one {'element' if model.inputs else 'token'}"))
     rows.append(("reads", f"{model.inputs:,} features") if model.inputs else ("vocabulary", f"{config.vocab_size:,}"))

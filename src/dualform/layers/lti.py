@@ -19,7 +19,8 @@ from dualform.layers.diagonal import DiagonalSystem
 from dualform.layers.mimo import MimoSystem
 from dualform.layers.mixer import Mixer, Prepared, check_intervals, check_state
 from dualform.layers.poles import check_rate
-from dualform.layers.stream_step import StreamStep, size_of, stream_step_dtype, wide_of
+from dualform.layers.projection import plain
+from dualform.layers.stream_step import StreamStep, runs_as_stream_step, size_of, wide_of
 from dualform.ops.dispatch import exactly
 from dualform.ops.lti_step import LtiStep, lti_step_op
 
@@ -105,7 +106,7 @@ class LTI(Mixer):
     def prepare_residual(self, norm: Any) -> StreamStep | None:
         """By :func:`dualform.ops.lti_step.lti_step` on a CPU, where the system is diagonal."""
         out = None if self._stream_map is None or not self.causal else getattr(self, self._stream_map)
-        if out is None or stream_step_dtype(norm, self, out) is None or not self.D.is_cpu:
+        if out is None or not plain(out) or not runs_as_stream_step(norm, self, out) or not self.D.is_cpu:
             return None
         system = clone(self._system(1.0))
         assert isinstance(system, DiagonalSystem | MimoSystem)

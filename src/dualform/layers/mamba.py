@@ -17,7 +17,8 @@ from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import RMSNorm
 from dualform.layers.poles import check_steps
 from dualform.layers.projection import project
-from dualform.layers.stream_step import StreamStep, size_of, stream_step_dtype, wide_of
+from dualform.layers.quantized import group_of, scales_of
+from dualform.layers.stream_step import StreamStep, runs_as_stream_step, size_of, wide_of
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.mamba_step import MambaStep, mamba_step_op
@@ -201,8 +202,8 @@ class Mamba(Mixer):
 
     def prepare_residual(self, norm: Any) -> StreamStep | None:
         """By :func:`dualform.ops.mamba_step.mamba_step`, where the layer has no heads and no norms of its maps."""
-        c, matrix = self.config, stream_step_dtype(norm, self, self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        if matrix is None or c.heads > 1 or c.norm_maps is not None:
+        c, maps = self.config, (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        if c.heads > 1 or c.norm_maps is not None or not runs_as_stream_step(norm, self, *maps):
             return None
         A = self.A()
         weights = (
@@ -218,7 +219,12 @@ class Mamba(Mixer):
             wide_of(self.D),
             self.out_proj.weight,
             wide_of(self.out_proj.bias),
+            scales_of(self.in_proj),
+            scales_of(self.x_proj),
+            scales_of(self.dt_proj),
+            scales_of(self.out_proj),
             norm.eps,
+            group_of(self.in_proj),
         )
         record = lambda x, conv, h: MambaStep(x, conv, h, *weights)  # noqa: E731
         return StreamStep(mamba_step_op, record, MambaState, A.dtype, size_of(self))

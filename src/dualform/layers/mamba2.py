@@ -19,7 +19,8 @@ from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import GatedRMSNorm
 from dualform.layers.poles import check_steps
 from dualform.layers.projection import plain, project
-from dualform.layers.stream_step import StreamStep, size_of, stream_step_dtype, wide_of
+from dualform.layers.quantized import group_of, scales_of
+from dualform.layers.stream_step import StreamStep, runs_as_stream_step, size_of, wide_of
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.mamba2_step import Mamba2Step, mamba2_step_op
 from dualform.ops.selective_scan import selective_state_update
@@ -213,9 +214,9 @@ class Mamba2(Mixer):
 
     def prepare_residual(self, norm: Any) -> StreamStep | None:
         """By :func:`dualform.ops.mamba2_step.mamba2_step`, where nothing is scaled behind the projection in."""
-        c, matrix = self.config, stream_step_dtype(norm, self, self.in_proj, self.out_proj)
+        c = self.config
         gate = type(self.norm) is _Gate or plain(self.norm, kind=GatedRMSNorm)
-        if matrix is None or c.scales is not None or not gate:
+        if c.scales is not None or not gate or not runs_as_stream_step(norm, self, self.in_proj, self.out_proj):
             return None
         A = self.A()
         weights = (
@@ -230,12 +231,15 @@ class Mamba2(Mixer):
             wide_of(self.norm.weight) if isinstance(self.norm, GatedRMSNorm) else None,
             self.out_proj.weight,
             wide_of(self.out_proj.bias),
+            scales_of(self.in_proj),
+            scales_of(self.out_proj),
             c.groups,
             norm.eps,
             c.norm_eps,
             c.norm and c.norm_before_gate,
             float(c.dt_limit[0]),
             float(c.dt_limit[1]),
+            group_of(self.in_proj),
         )
         record = lambda x, conv, h: Mamba2Step(x, conv, h, *weights)  # noqa: E731
         return StreamStep(mamba2_step_op, record, Mamba2State, A.dtype, size_of(self))

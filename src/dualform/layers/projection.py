@@ -36,7 +36,7 @@ def project(module: Any, x: Tensor) -> Tensor:
     return module(x)
 
 
-def project_by(weight: Tensor, x: Tensor) -> Tensor:
+def project_by(x: Tensor, weight: Tensor) -> Tensor:
     """``W x`` of ``x`` ``(..., D)``, in the same two ways."""
     return _by_kernel(x, weight, None) if _may_stand_in(x) and _fits(x, weight) else F.linear(x, weight)
 

@@ -13,6 +13,7 @@ from dualform.core.shapes import wide
 from dualform.core.tree import may_write
 from dualform.layers.norm import RMSNorm
 from dualform.layers.projection import kernels_run, plain, plain_parameters
+from dualform.layers.quantized import QuantizedLinear
 from dualform.ops.linear import FEW
 from dualform.ops.native.block import Program, Record
 from dualform.ops.op import Op
@@ -22,17 +23,20 @@ _ROWS = {"cpu": FEW, "cuda": 256}  # of a step that the kernels run; the product
 _SMALL = 2**21  # numbers in the parameters of a layer: below, they stay in a cache of a CPU, and rows may be many
 
 
-def stream_step_dtype(norm: Any, part: nn.Module, *maps: Any) -> torch.dtype | None:
-    """The dtype of the matrices of a layer that a kernel may run; None for one that it may not.
+def runs_as_stream_step(norm: Any, part: nn.Module, *maps: Any) -> bool:
+    """Whether a kernel may run a layer with its norm.
 
     It may where the norm is an RMS norm, the maps are linear ones, nothing wraps or hooks them, and the parameters are
-    plain tensors of one dtype and device.
+    plain tensors of one dtype and device. On a CPU all of the maps may be quantised, in groups of one size.
     """
-    if not plain(norm, kind=RMSNorm) or not plain(*maps):
-        return None
+    quantized = plain(*maps, kind=QuantizedLinear)
+    if not plain(norm, kind=RMSNorm) or not (quantized or plain(*maps)):
+        return False
     dtype, weight = plain_parameters(part), norm.weight
     same = dtype == weight.dtype and maps[0].weight.device == weight.device
-    return dtype if same and kernels_run(weight.device.type) else None
+    if quantized:
+        same = same and weight.is_cpu and wide(weight) == torch.float32 and len({m.group for m in maps}) == 1
+    return same and kernels_run(weight.device.type)
 
 
 def wide_of(m: Tensor | None) -> Any:
@@ -41,8 +45,8 @@ def wide_of(m: Tensor | None) -> Any:
 
 
 def size_of(part: nn.Module) -> int:
-    """How many numbers the parameters of a part have."""
-    return sum(p.numel() for p in part.parameters())
+    """How many numbers a part holds."""
+    return sum(m.numel() for m in (*part.parameters(), *part.buffers()))
 
 
 class StreamStep:

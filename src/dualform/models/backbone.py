@@ -26,6 +26,7 @@ from dualform.layers.low_rank import another_use
 from dualform.layers.mixer import Prepared, Step
 from dualform.layers.norms import counting, make_norm
 from dualform.layers.part import Part
+from dualform.layers.quantized import TRAINS, quantized_within
 from dualform.layers.stream_step import StreamSteps
 from dualform.models.adapters import Adaptation
 from dualform.models.config import ModelConfig
@@ -56,6 +57,12 @@ class Steps:
     def __init__(self, alone: list[Step], together: StreamSteps | None):
         self.alone, self.together = alone, together
         self.made: State | None = None
+
+
+class Quantization(NamedTuple):
+    """How the matrices of a model are quantised: to 8 bits, with a scale for ``group`` neighbours in a row."""
+
+    group: int
 
 
 @explained(elsewhere=ELSEWHERE)
@@ -89,6 +96,7 @@ class Backbone(nn.Module):
 
     recompute: bool = False
     adaptation: Adaptation | None = None  # where it has adapters: what they lie on
+    quantization: Quantization | None = None  # where its matrices have 8 bits
 
     def __init__(self, config: ModelConfig, inputs: int | None = None, entrance: dict[str, Any] | None = None):
         super().__init__()
@@ -226,8 +234,19 @@ class Backbone(nn.Module):
         save(self, folder, tokenizer)
 
     def parameter_count(self) -> int:
-        """Number of parameters; tied and shared ones count once."""
-        return sum(p.numel() for p in self.parameters())
+        """Number of parameters, quantised ones without their scales; tied and shared ones count once."""
+        quantized = sum(m.weight.numel() for m in quantized_within(self).values())
+        return quantized + sum(p.numel() for p in self.parameters())
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training, or with False to evaluation.
+
+        Raises:
+            ArgumentError: for a quantised model, which cannot be trained.
+        """
+        if mode and self.quantization is not None:
+            raise ArgumentError(f"{self._name}: a quantised model is not trained", hint=TRAINS)
+        return super().train(mode)
 
     def active_parameter_count(self) -> int:
         """Number of parameters that one element uses: all but those of experts that it does not go to."""

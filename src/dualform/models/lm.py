@@ -1,5 +1,6 @@
 """The language model: a Recurrence from tokens to logits, made of Recurrences."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dualform.core.packing import Borders
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors
 from dualform.layers.projection import project, project_by
+from dualform.layers.quantized import QuantizedEmbedding
 from dualform.models.backbone import ELSEWHERE, Backbone, Steps
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED, counted, linear_cross_entropy, mean_cross_entropy
@@ -70,7 +72,12 @@ class LanguageModel(Backbone):
 
     def logits(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """The head: :meth:`features` to logits."""
-        return self._bounded(F.linear(h, self.embed.weight) if self.head is None else self.head(h))
+        return self._bounded(self._tied(h, F.linear) if self.head is None else self.head(h))
+
+    def _tied(self, h: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The products with the rows of the embedding, of which there may be several ways."""
+        embed: Any = self.embed
+        return embed.products(h) if isinstance(embed, QuantizedEmbedding) else product(h, embed.weight)
 
     def _bounded(self, logits: Tensor) -> Tensor:
         """The factor of the logits, and their bound."""
@@ -91,7 +98,7 @@ class LanguageModel(Backbone):
 
     def _step(self, steps: Steps, x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
         h, state = self._step_features(steps, x, state, interval)
-        logits = project_by(self.embed.weight, h) if self.head is None else project(self.head, h)
+        logits = self._tied(h, project_by) if self.head is None else project(self.head, h)
         return self._bounded(logits), state
 
     def loss(
@@ -170,11 +177,11 @@ class LanguageModel(Backbone):
             targets: the token after each position; -100 does not count.
         """
         h, targets = h.flatten(0, 1), targets.long().flatten()
-        if self.config.logit_cap is None and (self.head is None or type(self.head) is nn.Linear):
-            head: Any = self.embed if self.head is None else self.head
-            if getattr(head, "bias", None) is None:
-                scale, count = self.config.logit_scale, (targets != IGNORED).sum().clamp(min=1)
-                return linear_cross_entropy(h if scale == 1 else scale * h, head.weight, targets) / count
+        head: Any = self.embed if self.head is None else self.head
+        plain = type(head) is nn.Linear if self.head is not None else not isinstance(head, QuantizedEmbedding)
+        if plain and self.config.logit_cap is None and getattr(head, "bias", None) is None:
+            scale, count = self.config.logit_scale, (targets != IGNORED).sum().clamp(min=1)
+            return linear_cross_entropy(h if scale == 1 else scale * h, head.weight, targets) / count
         logits = self.logits(counted(h, targets))  # bounded, or of a wrapper around a linear map: quantised, adapted
         return mean_cross_entropy(logits, targets)
 

@@ -28,6 +28,7 @@ from dualform.ops.mamba2_step import mamba2_step
 from dualform.ops.mamba_step import mamba_step
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
+from dualform.ops.quantized_linear import quantized_linear
 from dualform.ops.selective_scan import selective_scan, selective_state_update
 from dualform.ops.slstm import slstm
 from dualform.ops.ssd import ssd
@@ -66,6 +67,7 @@ for _name in (
     "linear",
     "linear_scan",
     "norm",
+    "quantized_linear",
     "selective_scan",
     "ssd",
     "step",
@@ -110,6 +112,7 @@ __all__ = [
     "mamba2_step",
     "mamba_step",
     "mimo_ssm",
+    "quantized_linear",
     "selective_scan",
     "selective_state_update",
     "slstm",

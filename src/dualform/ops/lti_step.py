@@ -120,7 +120,7 @@ def _check_tensors(*tensors: Tensor | None) -> None:
         )
     if 0 in (M, N):
         raise ArgumentError(f"{_WHERE}: a size of the weights is 0: M, N = {M}, {N}")
-    check_step_dtypes(_WHERE, a, ("out_weight",), _COMPLEX)
+    check_step_dtypes(_WHERE, a, {"out_weight": ""}, _COMPLEX)
 
 
 def _reference(a: LtiStep) -> tuple[Tensor, Tensor]:

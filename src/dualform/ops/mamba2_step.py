@@ -9,7 +9,7 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.core.shapes import check_tensors, once_per_shape
 from dualform.ops.causal_conv1d import conv_update_op
-from dualform.ops.mamba_step import check_axes, check_step_dtypes, convolution
+from dualform.ops.mamba_step import check_axes, check_step_dtypes, convolution, widened
 from dualform.ops.normalize import check_norm, normalize, scale
 from dualform.ops.op import Op
 from dualform.ops.selective_scan import SelectiveUpdate, selective_update_op
@@ -29,6 +29,7 @@ def mamba2_step(
     gate_eps: float = 1e-5,
     norm_before_gate: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
+    group: int = 0,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x + out(norm(y silu(z)))`` of one element, where ``z, uBC, dt = in(norm(x))``.
@@ -36,8 +37,8 @@ def mamba2_step(
     ``u, B, C = silu(conv(uBC))``; ``dt = softplus(dt + bias)`` within its limits; ``h = exp(dt A) h + dt u B^T``;
     ``y = h C + D u``, and ``norm(x) = x / sqrt(mean(x^2) + eps)`` times a weight, the second one over each group.
 
-    The matrices may have 16 bits beside a float32 stream, and so may the states, which keep their dtype; everything
-    else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
+    The matrices may have 16 bits beside a float32 stream, or 8 with scales, and the states may have 16, which they keep;
+    everything else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
 
     Args:
         x: ``(B, M)``, the residual stream, float32 or float64.
@@ -49,6 +50,8 @@ def mamba2_step(
         gate_eps: of the norm at the gate.
         norm_before_gate: whether the gate multiplies the norm of y, ``norm(y) silu(z)``.
         dt_limit: bounds of dt.
+        group: for matrices of 8 bits, the neighbours in a row that share a scale, as in
+            :func:`~dualform.ops.quantized_linear.quantized_linear`.
         in_place: whether the next conv and h may be written where these lie.
 
     Returns:
@@ -61,7 +64,7 @@ def mamba2_step(
         Dao & Gu (2024), arXiv:2405.21060, section 7.1.
     """
     low, high = dt_limit
-    a = Mamba2Step(x, conv, h, *weights, groups, eps, gate_eps, norm_before_gate, low, high, in_place)
+    a = Mamba2Step(x, conv, h, *weights, groups, eps, gate_eps, norm_before_gate, low, high, group, in_place)
     _check(a)
     y, conv, h = mamba2_step_op(a)
     return y, conv, h
@@ -81,6 +84,8 @@ class Mamba2Weights(NamedTuple):
     gate: Tensor | None  # (H P,), the weight of the norm at the gate; None where there is no norm
     out_weight: Tensor  # (M, H P), a matrix
     out_bias: Tensor | None  # (M,)
+    in_scales: Tensor | None = None  # of the matrices where those have 8 bits, (rows, ceil(columns / group)) each
+    out_scales: Tensor | None = None
 
 
 class Mamba2Step(NamedTuple):
@@ -100,16 +105,20 @@ class Mamba2Step(NamedTuple):
     gate: Tensor | None
     out_weight: Tensor
     out_bias: Tensor | None
+    in_scales: Tensor | None
+    out_scales: Tensor | None
     groups: int
     eps: float
     gate_eps: float
     norm_before_gate: bool
     low: float
     high: float
+    group: int = 0
     in_place: bool = False
 
 
-MATRICES = ("in_weight", "out_weight")
+MATRICES = {"in_weight": "in_scales", "out_weight": "out_scales"}
+_TENSORS = Mamba2Step._fields.index("groups")
 
 
 def _check(a: Mamba2Step) -> None:
@@ -117,12 +126,12 @@ def _check(a: Mamba2Step) -> None:
         check_norm(_WHERE, eps)
     if not 0 <= a.low <= a.high:
         raise ArgumentError(f"{_WHERE}: dt_limit is {(a.low, a.high)}, expected two numbers from 0 that do not fall")
-    _check_tensors(a.groups, *a[:14])
+    _check_tensors(a.groups, a.group, *a[:_TENSORS])
 
 
 @once_per_shape
-def _check_tensors(groups: int, *tensors: Tensor | None) -> None:
-    a = Mamba2Step._make((*tensors, groups, 0.0, 0.0, False, 0.0, 0.0, False))
+def _check_tensors(groups: int, group: int, *tensors: Tensor | None) -> None:
+    a = Mamba2Step._make((*tensors, groups, 0.0, 0.0, False, 0.0, 0.0, group, False))
     sizes = check_tensors(
         _WHERE,
         x=(a.x, "B M"),
@@ -139,6 +148,7 @@ def _check_tensors(groups: int, *tensors: Tensor | None) -> None:
         gate=(a.gate, "? *"),
         out_weight=(a.out_weight, "M *"),
         out_bias=(a.out_bias, "? M"),
+        **{of: (getattr(a, of), "? * *") for of in MATRICES.values()},
     )
     H, P, N, W = (sizes[letter] for letter in "HPNW")
     if W < 1 or 0 in (H, P, N, sizes["M"]):
@@ -165,10 +175,10 @@ def _reference(a: Mamba2Step) -> tuple[Tensor, Tensor, Tensor]:
     dtype, (heads, width, states) = a.x.dtype, a.h.shape[1:]
     inner, maps = heads * width, a.groups * states
 
-    def of(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, matrix.to(dtype), bias)
+    def of(x: Tensor, matrix: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.linear(x, widened(matrix, scales, a.group, dtype), bias)
 
-    made = of(scale(normalize(a.x, 1, a.eps, False), a.norm, None), a.in_weight, a.in_bias)
+    made = of(scale(normalize(a.x, 1, a.eps, False), a.norm, None), a.in_weight, a.in_scales, a.in_bias)
     z, uBC, dt = made.split([inner, inner + 2 * maps, heads], -1)
     uBC, conv = conv_update_op.reference(convolution(uBC, a.conv, a.conv_weight, a.conv_bias))
     u, B, C = uBC.split([inner, maps, maps], -1)
@@ -180,7 +190,7 @@ def _reference(a: Mamba2Step) -> tuple[Tensor, Tensor, Tensor]:
     y = y if a.norm_before_gate else y * gate
     y = y if a.gate is None else scale(normalize(y, a.groups, a.gate_eps, False), a.gate, None)
     y = y * gate if a.norm_before_gate else y
-    return a.x + of(y, a.out_weight, a.out_bias), conv.to(a.conv.dtype), h.to(a.h.dtype)
+    return a.x + of(y, a.out_weight, a.out_scales, a.out_bias), conv.to(a.conv.dtype), h.to(a.h.dtype)
 
 
 def _fake(a: Mamba2Step) -> list[Tensor]:

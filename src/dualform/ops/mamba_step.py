@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.int8 import check_quantized, dequantize
 from dualform.core.shapes import check_real, check_tensors, once_per_shape
 from dualform.ops.causal_conv1d import ConvUpdate, conv_update_op
 from dualform.ops.normalize import check_norm, normalize, scale
@@ -23,6 +24,7 @@ def mamba_step(
     weights: "MambaWeights",
     *,
     eps: float = 1e-5,
+    group: int = 0,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x + out(y silu(z))`` of one element, where ``u, z = in(norm(x))``.
@@ -30,8 +32,8 @@ def mamba_step(
     ``u = silu(conv(u))``; ``dt, B, C = maps(u)``; ``h = exp(dt A) h + dt B u``; ``y = C h + D u``, where dt has been
     through its own map and softplus, and ``norm(x) = x / sqrt(mean(x^2) + eps)`` times a weight.
 
-    The matrices may have 16 bits beside a float32 stream, and so may the states, which keep their dtype; everything
-    else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
+    The matrices may have 16 bits beside a float32 stream, or 8 with scales, and the states may have 16, which they keep;
+    everything else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
 
     Args:
         x: ``(B, M)``, the residual stream, float32 or float64.
@@ -39,6 +41,8 @@ def mamba_step(
         h: ``(B, D, N)``.
         weights: of the norm and the layer.
         eps: added to the mean square.
+        group: for matrices of 8 bits, the neighbours in a row that share a scale, as in
+            :func:`~dualform.ops.quantized_linear.quantized_linear`.
         in_place: whether the next conv and h may be written where these lie.
 
     Returns:
@@ -50,7 +54,7 @@ def mamba_step(
     References:
         Gu & Dao (2023), arXiv:2312.00752, section 3.4 and algorithm 2.
     """
-    a = MambaStep(x, conv, h, *weights, eps, in_place)
+    a = MambaStep(x, conv, h, *weights, eps, group, in_place)
     _check(a)
     y, conv, h = mamba_step_op(a)
     return y, conv, h
@@ -71,6 +75,10 @@ class MambaWeights(NamedTuple):
     D: Tensor  # (D,)
     out_weight: Tensor  # (M, D), a matrix
     out_bias: Tensor | None  # (M,)
+    in_scales: Tensor | None = None  # of the matrices where those have 8 bits, (rows, ceil(columns / group)) each
+    maps_scales: Tensor | None = None
+    steps_scales: Tensor | None = None
+    out_scales: Tensor | None = None
 
 
 class MambaStep(NamedTuple):
@@ -91,29 +99,52 @@ class MambaStep(NamedTuple):
     D: Tensor
     out_weight: Tensor
     out_bias: Tensor | None
+    in_scales: Tensor | None
+    maps_scales: Tensor | None
+    steps_scales: Tensor | None
+    out_scales: Tensor | None
     eps: float
+    group: int = 0
     in_place: bool = False
 
 
-MATRICES = ("in_weight", "maps", "steps", "out_weight")
+MATRICES = {"in_weight": "in_scales", "maps": "maps_scales", "steps": "steps_scales", "out_weight": "out_scales"}
 _STATES = ("conv", "h")
 
 
-def check_step_dtypes(where: str, a: Any, matrices: tuple[str, ...], complex: tuple[str, ...] = ()) -> None:
-    """Matrices are of one dtype, that of x or 16 bits beside float32, and so are states; the rest has that of x.
+def check_step_dtypes(where: str, a: Any, matrices: dict[str, str], complex: tuple[str, ...] = ()) -> None:
+    """Matrices are of one dtype: that of x, 16 bits beside float32, or 8 with scales; states of that of x, or 16 bits.
+
+    Everything else that is real has the dtype of x.
+
+    Args:
+        where: name of the function, first word of every error.
+        a: the record.
+        matrices: their names, and those of their scales; "" for one that has none.
+        complex: names of what is complex.
 
     Raises:
         ArgumentError: names the tensor, its dtype and the one that was expected.
     """
     named = {name: m for name, m in a._asdict().items() if isinstance(m, Tensor) and name not in complex}
-    check_real(where, **named)
-    x, matrix = named["x"].dtype, named[matrices[0]].dtype
+    first, scales = next(iter(matrices)), {of for of in matrices.values() if of}
+    x, matrix = named["x"].dtype, named[first].dtype
+    if matrix == torch.int8 and scales:
+        named = {name: m for name, m in named.items() if name not in scales}
+        check_real(where, **{name: m for name, m in named.items() if name not in matrices})
+        check_quantized(where, a.group, **{name: (named[name], getattr(a, of)) for name, of in matrices.items()})
+    else:
+        check_real(where, **named)
+        if given := next((of for of in scales if of in named), None):
+            raise ArgumentError(f"{where}: {given} is given, and {first} is {matrix}, expected torch.int8")
     if x not in (torch.float32, torch.float64):
         raise ArgumentError(f"{where}: x is {x}, expected float32 or float64")
-    for name in (matrices[0], *(name for name in _STATES if name in named)):
-        dtype = named[name].dtype
-        if dtype != x and (x != torch.float32 or dtype.itemsize > 2):
-            raise ArgumentError(f"{where}: {name} is {dtype}, expected {x}, or 16 bits beside float32")
+    fewer = "8 or 16 bits" if scales else "16 bits"
+    if matrix != x and (x != torch.float32 or matrix.itemsize > 2):
+        raise ArgumentError(f"{where}: {first} is {matrix}, expected {x}, or {fewer} beside float32")
+    for name in (name for name in _STATES if name in named):
+        if named[name].dtype != x and (x != torch.float32 or named[name].dtype.itemsize > 2):
+            raise ArgumentError(f"{where}: {name} is {named[name].dtype}, expected {x}, or 16 bits beside float32")
     for name, m in named.items():
         want = matrix if name in matrices else named["conv"].dtype if name in _STATES else x
         if m.dtype != want:
@@ -124,14 +155,17 @@ def check_step_dtypes(where: str, a: Any, matrices: tuple[str, ...], complex: tu
             raise ArgumentError(f"{where}: {name} is {m.dtype}, expected {want}")
 
 
+_TENSORS = MambaStep._fields.index("eps")
+
+
 def _check(a: MambaStep) -> None:
     check_norm(_WHERE, a.eps)
-    _check_tensors(*a[:-2])
+    _check_tensors(a.group, *a[:_TENSORS])
 
 
 @once_per_shape
-def _check_tensors(*tensors: Tensor | None) -> None:
-    a = MambaStep._make((*tensors, 0.0, False))
+def _check_tensors(group: int, *tensors: Tensor | None) -> None:
+    a = MambaStep._make((*tensors, 0.0, group, False))
     sizes = check_tensors(
         _WHERE,
         x=(a.x, "B M"),
@@ -149,6 +183,7 @@ def _check_tensors(*tensors: Tensor | None) -> None:
         D=(a.D, "D"),
         out_weight=(a.out_weight, "M D"),
         out_bias=(a.out_bias, "? M"),
+        **{of: (getattr(a, of), "? * *") for of in MATRICES.values()},
     )
     D, N, R, W = (sizes[letter] for letter in "DNRW")
     expected = {
@@ -177,15 +212,20 @@ def check_axes(where: str, expected: dict[str, tuple[Tensor | None, int, int]]) 
 def _reference(a: MambaStep) -> tuple[Tensor, Tensor, Tensor]:
     dtype, states = a.x.dtype, a.A.shape[1]
 
-    def of(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, matrix.to(dtype), bias)
+    def of(x: Tensor, matrix: Tensor, scales: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, widened(matrix, scales, a.group, dtype), bias)
 
-    u, z = of(scale(normalize(a.x, 1, a.eps, False), a.norm, None), a.in_weight, a.in_bias).chunk(2, -1)
+    u, z = of(scale(normalize(a.x, 1, a.eps, False), a.norm, None), a.in_weight, a.in_scales, a.in_bias).chunk(2, -1)
     u, conv = conv_update_op.reference(convolution(u, a.conv, a.conv_weight, a.conv_bias))
-    low, B, C = of(u, a.maps).split([a.steps.shape[1], states, states], -1)
-    dt, B, C = of(low, a.steps), B[:, None], C[:, None]
+    low, B, C = of(u, a.maps, a.maps_scales).split([a.steps.shape[1], states, states], -1)
+    dt, B, C = of(low, a.steps, a.steps_scales), B[:, None], C[:, None]
     y, h = selective_update_op.reference(SelectiveUpdate(a.h, u, dt, a.A, B, C, a.D, z, a.dt_bias, True, None, None))
-    return a.x + of(y, a.out_weight, a.out_bias), conv.to(a.conv.dtype), h.to(a.h.dtype)
+    return a.x + of(y, a.out_weight, a.out_scales, a.out_bias), conv.to(a.conv.dtype), h.to(a.h.dtype)
+
+
+def widened(matrix: Tensor, scales: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
+    """A matrix of a step in the dtype that is computed in."""
+    return matrix.to(dtype) if scales is None else dequantize(matrix, scales, group, dtype)
 
 
 def convolution(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> ConvUpdate:

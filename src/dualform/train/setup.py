@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.json_file import to_json
 from dualform.core.options import brief
+from dualform.layers.quantized import TRAINS
 from dualform.models.adapters import adapt
 from dualform.models.chat import ChatTemplate
 from dualform.models.config import ModelConfig
@@ -158,6 +159,8 @@ def build_model(recipe: Recipe) -> tuple[LanguageModel, Tokenizer]:
 
         def read(folder: Path) -> tuple[LanguageModel, Tokenizer | None]:
             model = load(folder, dtype=torch.float32, kind=LanguageModel)
+            if model.quantization is not None:
+                raise ConfigError(f"recipe: {given}: a quantised model is not trained", hint=TRAINS)
             own = None if recipe.data.tokenizer else load_tokenizer(folder, model.config.vocab_size)
             if recipe.lora.rank:
                 _lay_adapters(recipe.lora, model, given, folder)

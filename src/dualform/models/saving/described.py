@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 from dualform import __version__
 from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
+from dualform.core.int8 import check_group
 from dualform.core.json_file import entry, kind_of, read_json
 from dualform.core.options import brief, suggestion
 from dualform.models.backbone import Backbone
 from dualform.models.config import ModelConfig
 from dualform.models.heads import HEADS, PooledModel, Readout
 from dualform.models.lm import LanguageModel
+from dualform.models.quantized import INT8, quantized_shape
 from dualform.models.saving.adapter import adapter_of, base_folder
 from dualform.models.saving.files import CONFIG_FILE, current
 from dualform.models.saving.gaussian import KEY
@@ -39,6 +41,7 @@ class Described(NamedTuple):
     config: ModelConfig
     head: dict[str, Any]  # options of a classifier or regressor
     layout: Readable | None  # of another library; None for this one's
+    group: int = 0  # of scales, where matrices have 8 bits
 
     def build(self) -> Backbone:
         """The model.
@@ -46,6 +49,10 @@ class Described(NamedTuple):
         Raises:
             ConfigError: for options that cannot be; names the file.
         """
+        model = self._built()
+        return quantized_shape(model, self.group) if self.group else model
+
+    def _built(self) -> Backbone:
         try:
             if not issubclass(self.kind, Readout):
                 return self.kind(self.config)
@@ -83,15 +90,33 @@ def described(folder: Folder) -> Described:
         config = ModelConfig.from_dict(about["model"]) if layout is None else layout.read(about, "")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    head = about.get("head") if own else None
+    head, group = (about.get("head"), _group(about, path)) if own else (None, 0)
     if head is None:
-        return Described(path, LanguageModel, config, {}, layout)
+        return Described(path, LanguageModel, config, {}, layout, group)
     if not isinstance(head, dict):
         raise CheckpointError(f"{path}: head is {brief(head)}, expected a table of options")
     name = head.pop("kind", None)
     if not isinstance(name, str) or name not in HEADS:
         raise CheckpointError(f"{folder}: unknown kind of model {brief(name)}", hint=f"known: {', '.join(HEADS)}")
-    return Described(path, HEADS[name], config, head, None)
+    return Described(path, HEADS[name], config, head, None, group)
+
+
+def _group(about: dict[str, Any], path: Path) -> int:
+    """How many neighbours share a scale, where the matrices of a model of this library have 8 bits; else 0."""
+    given = about.get("quantization")
+    if given is None:
+        return 0
+    expected = {"kind": INT8, "group": given.get("group") if isinstance(given, dict) else None}
+    if given != expected:
+        raise CheckpointError(
+            f"{path}: quantization is {brief(given)}, expected {{'kind': {INT8!r}, 'group': a whole number}}",
+            hint=f"this is dualform {__version__}; a newer one may read it",
+        )
+    try:
+        check_group("quantization", given["group"])
+    except ArgumentError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return given["group"]
 
 
 def _of_file(path: Path) -> Described:
@@ -111,6 +136,9 @@ def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Readable
     if model.adaptation is not None and layout != "dualform":
         hint = f"save it as it is, and then: dualform convert FOLDER OUT --to {layout}"
         raise ArgumentError(f"save: a model with adapters as {layout!r}", hint=hint)
+    if model.quantization is not None and layout != "dualform":
+        hint = "convert the model that it was made of, or save it in the layout 'dualform'"
+        raise ConfigError(f"save: a quantised model as {str(layout)!r}, which has no matrices of 8 bits", hint=hint)
     written = written_as(model.config, layout)
     if written is not None:
         if not isinstance(model, LanguageModel):
@@ -120,6 +148,8 @@ def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Readable
     about = {"format": FORMAT, "library": f"dualform {__version__}", "model": model.config.to_dict()}
     if isinstance(model, Readout):
         about["head"] = model.head_options()
+    if model.quantization is not None:
+        about["quantization"] = {"kind": INT8, "group": model.quantization.group}
     return about, None
 
 

@@ -19,10 +19,13 @@ from dualform.core.errors import ArgumentError, CheckpointError
 from dualform.core.json_file import to_json
 from dualform.core.shapes import dtype_of
 from dualform.gaussian.built import Built
+from dualform.layers.quantized import quantized_within
 from dualform.models.adapters import adapter_tensors, stored_name
 from dualform.models.backbone import Backbone
 from dualform.models.heads import HEADS
 from dualform.models.lm import LanguageModel
+from dualform.models.quantized import check_kind
+from dualform.models.quantized import quantize as quantized
 from dualform.models.saving.adapter import adapter_of, base_digests, base_folder, check_base, merge, write_adapter
 from dualform.models.saving.described import described, described_as
 from dualform.models.saving.files import (
@@ -164,6 +167,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     kind: None = None,
     verify: bool = False,
+    quantize: str | None = None,
 ) -> Any: ...
 @overload
 def load(
@@ -173,6 +177,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     kind: type[Model],
     verify: bool = False,
+    quantize: str | None = None,
 ) -> Model: ...
 @explained
 def load(
@@ -182,6 +187,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     kind: type[Any] | None = None,
     verify: bool = False,
+    quantize: str | None = None,
 ) -> Any:
     """Read a model from a folder: whichever :func:`save` wrote there.
 
@@ -201,6 +207,8 @@ def load(
         kind: a class it must be of, such as ``LanguageModel``; None takes any.
         verify: whether to read all files once more and compare their digests with those that were saved. Without it
             sizes alone are compared, and a byte that changed inside of a tensor is not noticed.
+        quantize: ``"int8"`` gives the model matrices of 8 bits, by :func:`dualform.quantize`, and everything else
+            float32, unless ``dtype`` says otherwise. A model that was saved with such matrices is loaded as it is.
 
     Raises:
         CheckpointError: for a missing folder or file, one of another size than was saved, a model of another kind, an
@@ -208,11 +216,16 @@ def load(
             another process replaces all the time; with ``verify`` also for a damaged file, or a folder without digests;
             names it.
         ConfigError: for a config with an unknown or missing key, or an option that no layer here has; names it.
-        ArgumentError: for a device that is not there, or a dtype that is not floating.
+        ArgumentError: for a device that is not there, a dtype that is not floating, or another ``quantize``.
     """
     device = usable_device(device, f"load: device {str(device)!r}", numbers=False)
     dtype = None if dtype is None else dtype_of("load", dtype)
-    return undisturbed(lambda: model_folder(folder), lambda place: _load(place, device, dtype, kind, verify))
+    if quantize is not None:
+        check_kind("load", quantize)
+    model = undisturbed(lambda: model_folder(folder), lambda place: _load(place, device, dtype, kind, verify))
+    if quantize is None or model.quantization is not None:
+        return model
+    return quantized(model).to(dtype=dtype)
 
 
 def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, kind: type[Any] | None, verify: bool) -> Any:
@@ -284,17 +297,18 @@ def read_tensors(
     """
     places = _places(folder, model, layout)
     check_files(folder, digests=verify)
-    shapes = {name: tensor.shape for name, tensor in unique_tensors(model).items()}
+    expected = unique_tensors(model)
+    kept = {f"{name}.scales" for name in quantized_within(model)}
     tensors: dict[str, Tensor] = {}
     for there, tensor in each_tensor({there: stored for there, (stored, _, _) in places.items()}):
         _, name, piece = places[there]
-        wanted = dtype if tensor.is_floating_point() else None
+        wanted = dtype if tensor.is_floating_point() and name not in kept else None
         if piece.alone:
             found = piece.change.here(tensor)
             tensors[name] = found.to(device, wanted, copy=True).contiguous()  # owned: the file may change
         else:
             if name not in tensors:
-                tensors[name] = torch.empty(shapes[name], dtype=wanted or tensor.dtype, device=device)
+                tensors[name] = torch.empty(expected[name].shape, dtype=wanted or tensor.dtype, device=device)
             piece.put(tensor, tensors[name])
         del tensor
     return tensors
@@ -376,7 +390,8 @@ def _check_names(path: Path, expected: list[str], found: set[str]) -> None:
 def _check_tensor(name: str, expected: Tensor, found: Stored) -> None:
     if found.shape != (shape := tuple(expected.shape)):
         raise CheckpointError(f"{found.path}: {name} has shape {found.shape}, expected {shape}", hint=_OTHER_MODEL)
-    if (found.floating, found.complex) != (expected.is_floating_point(), expected.is_complex()):
+    whole = expected.dtype == torch.int8 and found.dtype not in ("I8", "torch.int8")
+    if whole or (found.floating, found.complex) != (expected.is_floating_point(), expected.is_complex()):
         raise CheckpointError(
             f"{found.path}: {name} is {found.dtype}, expected {expected.dtype} or alike", hint=_OTHER_MODEL
         )

@@ -85,13 +85,16 @@ def check_step(model: Any, max_len: int) -> None:
     """That the step of a model can be traced, by its shape alone, which may be on the meta device.
 
     Raises:
-        ArgumentError: for what is no model, or one with a growing cache without ``max_len``.
+        ArgumentError: for what is no model, a quantised one, or one with a growing cache without ``max_len``.
         DualformError: for a library that is not installed.
     """
     if not isinstance(model, Backbone):
         hint = "a layer by itself is exported with torch.onnx.export, as a module that calls its step"
         what = f"export_onnx: model is {type(model).__name__}, expected a model of this library"
         raise ArgumentError(what, hint=hint)
+    if model.quantization is not None:
+        hint = "export the model that it was made of; ONNX's own tools quantise such a file"
+        raise ArgumentError("export_onnx: a quantised model as ONNX", hint=hint)
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise DualformError(f"export_onnx needs {' and '.join(missing)}", hint="pip install 'dualform[onnx]'")
     sizes = [named_leaves(model.init_state(1, max_len=length)) for length in (max_len, max_len + 1)]

@@ -11,7 +11,7 @@ from dualform.ops.lti_step import LtiStep, lti_step_op
 from dualform.ops.mamba2_step import Mamba2Step, mamba2_step_op
 from dualform.ops.mamba_step import MambaStep, mamba_step_op
 from dualform.ops.native import library
-from dualform.ops.native.structs import DTYPES, LTI_STEP, MAMBA2_STEP, MAMBA_STEP, STEPS_OF_BLOCKS
+from dualform.ops.native.structs import LTI_STEP, MAMBA2_STEP, MAMBA_STEP, MATRICES, STEPS_OF_BLOCKS
 from dualform.ops.op import Backend
 
 Record = MambaStep | Mamba2Step | LtiStep
@@ -70,6 +70,8 @@ def _of_mamba(a: MambaStep) -> dict[str, Any]:
         "maps": _dense(a.maps),
         "steps": _dense(a.steps),
         **_convolved(a),
+        "maps_scales": _dense(a.maps_scales),
+        "steps_scales": _dense(a.steps_scales),
     }
 
 
@@ -92,6 +94,9 @@ def _of_mamba2(a: Mamba2Step) -> dict[str, Any]:
 def _convolved(a: MambaStep | Mamba2Step) -> dict[str, Any]:
     return {
         "taps": a.conv_weight.shape[1],
+        "group": a.group,
+        "in_scales": _dense(a.in_scales),
+        "out_scales": _dense(a.out_scales),
         "conv": a.conv.contiguous(),
         "in_weight": _dense(a.in_weight),
         "in_bias": _dense(a.in_bias),
@@ -151,7 +156,7 @@ def _refuses(a: Record) -> str | None:
     if a.h.dtype.to_real() != a.x.dtype:
         return f"the states are {a.h.dtype}, beside {a.x.dtype}"
     dtype = a.out_weight.dtype
-    return None if dtype in DTYPES else f"it cannot read {dtype}"
+    return None if dtype in MATRICES else f"it cannot read {dtype}"
 
 
 for _op in (mamba_step_op, mamba2_step_op, lti_step_op):

@@ -7,8 +7,9 @@ from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
 from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 16  # DUALFORM_VERSION
+VERSION = 17  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
+MATRICES = {**DTYPES, torch.int8: 4}  # of matrices
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
 SSD_SPAN = 256  # the same for ssd
@@ -20,7 +21,7 @@ def _view(x: Tensor) -> tuple[int, ...]:
 
 
 def _view_of_step(x: Tensor) -> tuple[int, ...]:
-    return x.data_ptr(), x.stride(0), 0, 1, DTYPES[x.dtype]
+    return x.data_ptr(), x.stride(0), 0, 1, MATRICES[x.dtype]
 
 
 def _view_of_steps(x: Tensor) -> tuple[int, ...]:
@@ -34,7 +35,7 @@ def _sequences(of: tuple[Tensor, Packing | None]) -> tuple[int, ...]:
 
 
 _VIEW = (POINTER, "data"), (INT64, "row time inner dtype")
-DTYPE = Kind("int64", 1, DTYPES.__getitem__)
+DTYPE = Kind("int64", 1, MATRICES.__getitem__)
 # A tensor (B, T, ...) whose axes after time lie like one axis; and one step of it, (B, ...), contiguous.
 VIEW, STEP = Structure("View", *_VIEW, of=_view), Structure("View", *_VIEW, of=_view_of_step)
 # One step (B, D) or some (B, T, D), D contiguous.
@@ -185,6 +186,8 @@ LINEAR = Structure(
     (STEP, "x weight"),
     (POINTER, "bias"),
     (STEP, "y"),
+    (POINTER, "scales"),
+    (INT64, "group"),
 )
 
 KALMAN_FILTER = Structure(
@@ -200,9 +203,10 @@ MAMBA_STEP = Structure(
     "MambaStep",
     (INT64, "threads"),
     (DTYPE, "dtype matrices"),
-    (INT64, "rows features width states rank taps"),
+    (INT64, "rows features width states rank taps group"),
     (DOUBLE, "eps"),
     (POINTER, "x conv h norm in_weight in_bias conv_weight conv_bias maps steps dt_bias a d out_weight out_bias"),
+    (POINTER, "in_scales maps_scales steps_scales out_scales"),
     (POINTER, "y next_conv next_h"),
 )
 
@@ -210,10 +214,11 @@ MAMBA2_STEP = Structure(
     "Mamba2Step",
     (INT64, "threads"),
     (DTYPE, "dtype matrices"),
-    (INT64, "rows features heads width states groups taps"),
+    (INT64, "rows features heads width states groups taps group"),
     (FLAG, "norm_before_gate"),
     (DOUBLE, "eps gate_eps low high"),
     (POINTER, "x conv h norm in_weight in_bias conv_weight conv_bias dt_bias a d gate out_weight out_bias"),
+    (POINTER, "in_scales out_scales"),
     (POINTER, "y next_conv next_h"),
 )
 

@@ -99,7 +99,7 @@ def _next(a: MambaStep | Mamba2Step) -> tuple[Tensor, Tensor]:
 def _refuses(a: MambaStep | Mamba2Step) -> str | None:
     if a.h.shape[-1] > MOST_STATES:
         return f"N is {a.h.shape[-1]}, expected at most {MOST_STATES}"
-    return None
+    return f"it cannot read {a.in_weight.dtype}" if a.in_weight.dtype == torch.int8 else None
 
 
 add_backend(mamba_step_op, forward=_mamba, refuses=_refuses)
