@@ -13,6 +13,7 @@ from dualform.core.options import brief
 from dualform.generation.decoder import Decoder
 from dualform.generation.engine import DEFAULT, ELSEWHERE, evaluating
 from dualform.generation.exact import rows_together
+from dualform.generation.memory import check_memory
 from dualform.generation.options import Sampling
 from dualform.generation.request import Request, check_model, prefill_tokens, request
 from dualform.generation.sampling import not_finite
@@ -53,7 +54,8 @@ class Engine:
         exact: whether tokens and logits are bit for bit the same alone and in company.
 
     Raises:
-        ArgumentError: for what is no language model, fewer than one row, or log-probabilities of fewer than no tokens.
+        ArgumentError: for what is no language model, fewer than one row, or log-probabilities of fewer than no tokens;
+            for more rows than fit into the memory of a GPU.
     """
 
     def __init__(self, model: LanguageModel, rows: int = 16, *, logprobs: int | None = None, exact: bool = False):
@@ -69,6 +71,9 @@ class Engine:
         self._exact = exact
         self._share = min(int(rows), rows_together(model)) if exact else int(rows)  # rows of one decoder
         self._decoders: list[Decoder | None] = [None] * (-(-int(rows) // self._share))
+        self._fits = 0, 0  # rows, and tokens of each, for which there is memory
+        if next(model.parameters()).device.type == "cuda":  # where all rows are there from the first one on
+            self._check_memory("Engine", int(rows), 1)
 
     @property
     def running(self) -> tuple[Request, ...]:
@@ -101,13 +106,26 @@ class Engine:
             state: a session to continue. It is not changed.
 
         Raises:
-            ArgumentError: as for :func:`dualform.generate`.
+            ArgumentError: as for :func:`dualform.generate`; and where the rows that are then taken, each as long as the
+                longest may become, do not fit into memory: it says how many do.
         """
         options = {"sampling": sampling, "stop": stop, "seed": seed, "state": state}
         made = request("Engine.admit", self.model, prompt_tokens, max_new_tokens, **options)
         made.exact = self._exact
+        self._check_memory("Engine.admit", len(self.running) + len(self._queue) + 1, made.most)
         self._queue.append(made)
         return made
+
+    def _check_memory(self, where: str, asked: int, tokens: int) -> None:
+        """That there is memory for so many requests at a time, the longest of which has so many tokens."""
+        rows, longest = self._fits
+        if next(self.model.parameters()).device.type == "cuda":
+            asked = len(self._rows)
+        wanted = max(rows, min(asked, len(self._rows))), max(longest, tokens)
+        if wanted != self._fits:
+            held = sum(decoder.nbytes for decoder in self._decoders if decoder is not None)
+            check_memory(where, self.model, *wanted, held)
+            self._fits = wanted
 
     def step(self) -> list[tuple[Request, int]]:
         """Read at most one piece of prompts, then decode one token of every row: the requests with their tokens.
@@ -238,7 +256,8 @@ def generate_batch(
         exact: whether tokens are those of each prompt by itself, whatever is decoded beside it; see :class:`Engine`.
 
     Raises:
-        ArgumentError: for arguments that do not fit, or logits of a prompt that are not finite.
+        ArgumentError: for arguments that do not fit, a batch that memory does not hold, which says how many rows it does,
+            or logits of a prompt that are not finite.
     """
     engine, stops = Engine(model, rows, exact=exact), list(stop) if isinstance(stop, Iterator) else stop
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | Tensor):
@@ -256,6 +275,8 @@ def generate_batch(
         where, options = f"generate_batch: prompts[{i}]", {"sampling": one, "stop": stops, "seed": seed + i}
         requests.append(request(where, model, prompt, max_new_tokens, **options, state=None))
         requests[-1].exact = exact
+    if requests:
+        engine._check_memory("generate_batch", len(requests), max(one.most for one in requests))
     engine._queue.extend(requests)  # pyright: ignore[reportPrivateUsage]
     for _ in engine:
         pass

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.recurrence import State
-from dualform.core.tree import clone, leaves, may_write, tree_map
+from dualform.core.tree import clone, leaves, may_write, nbytes, tree_map
 from dualform.generation.exact import rows_together
 from dualform.generation.options import Sampling
 from dualform.generation.sampling import Wants, choose, table, uniforms
@@ -160,6 +160,11 @@ class Decoder:
             return leaf.clone()  # outside, so that autograd may see it
 
         return tree_map(one, self._state), self._slots.logits[slot : slot + 1].clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states of all rows that are there."""
+        return 0 if self._state is None else nbytes(self._state)
 
     def free(self, row: int) -> None:
         """Leave a row to others."""

@@ -51,6 +51,7 @@ class Request:
             has not ended.
         error: what ended it, where ``finish`` is ``"error"``.
         sampling: how its tokens are drawn.
+        most: tokens that it may come to have seen, those before it included.
         exact: whether its prompt is read in pieces whose borders follow from the places of tokens alone.
     """
 
@@ -62,13 +63,14 @@ class Request:
         sampling: Sampling,
         stops: list[tuple[int, ...]],
         begin: Callable[[], Session],
+        before: int = 0,
     ):
         self.tokens: list[int] = []
         self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
         self.finish, self.sampling = "", sampling
         self.error: DualformError | None = None
         self._model, self._stops = model, stops
-        self.exact = False
+        self.exact, self.most = False, before + len(prompt) + max_new_tokens
         self._prompt, self._remaining = prompt, max_new_tokens
         self._begin: Callable[[], Session] | None = begin  # where there is no memory for it yet
         self._ended: Session | None = None
@@ -189,7 +191,8 @@ def request(
     stops = _stop_sequences(where, stop, vocab)
     if state is not None:
         _check_session(where, state, model)
-    return Request(model, prompt, max_new_tokens, sampling, stops, partial(_begin, model, state, seed, len(prompt)))
+    begin, before = partial(_begin, model, state, seed, len(prompt)), 0 if state is None else state.tokens
+    return Request(model, prompt, max_new_tokens, sampling, stops, begin, before)
 
 
 def _begin(model: LanguageModel, state: Session | None, seed: int | None, prompt: int) -> Session:
