@@ -41,7 +41,7 @@ def test_a_batch_is_refused_before_it_starts(monkeypatch):
     want = generate_batch(model, [PROMPT] * 4, 9, rows=2)
     leave(monkeypatch, shared_bytes(model) + 2 * row_bytes(model, len(PROMPT) + 9))
     monkeypatch.setattr(model, "features", None)  # nothing is read
-    with pytest.raises(ArgumentError, match="generate_batch: 4 rows of up to 17 tokens.*: 2 rows fit"):
+    with pytest.raises(ArgumentError, match=r"generate_batch: 4 rows of up to 17 tokens.*: 2 rows fit"):
         generate_batch(model, [PROMPT] * 4, 9)
     monkeypatch.undo()
     leave(monkeypatch, shared_bytes(model) + 2 * row_bytes(model, len(PROMPT) + 9))
@@ -106,5 +106,5 @@ def test_a_container_and_the_machine_say_what_is_left(monkeypatch, tmp_path):
 def test_a_gpu_says_what_is_left():
     assert 0 < available_bytes(torch.device("cuda")) <= torch.cuda.get_device_properties(0).total_memory
     model = build("MM").cuda()
-    with pytest.raises(ArgumentError, match="Engine: .* rows fit"):
+    with pytest.raises(ArgumentError, match=r"Engine: .* rows fit"):
         Engine(model, rows=10**10)

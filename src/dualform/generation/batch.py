@@ -15,12 +15,13 @@ from dualform.generation.engine import DEFAULT, ELSEWHERE, evaluating
 from dualform.generation.exact import rows_together
 from dualform.generation.memory import check_memory
 from dualform.generation.options import Sampling
+from dualform.generation.prefill import read_piece
 from dualform.generation.request import Request, check_model, prefill_tokens, request
 from dualform.generation.sampling import not_finite
 from dualform.generation.session import Session
 from dualform.models.lm import LanguageModel
 
-_SHARE = 8  # prompts that are read between two steps, at most: one costs at least this part of a piece
+_SHARE = 8  # prompts that are read one by one between two steps, at most: one costs at least this part of a piece
 
 
 @explained(elsewhere=ELSEWHERE)
@@ -44,6 +45,7 @@ class Engine:
 
     Requests wait where all rows are taken, and are served in the order in which they came. A prompt is read in pieces,
     at most as much as one piece between two steps, so that a long prompt does not hold up those that are under way.
+    Short ones share a piece, end to end in one call.
 
     Args:
         model: evaluated without gradients, on its own device; its training flag is left as it was. Its weights should
@@ -195,29 +197,42 @@ class Engine:
         return session
 
     def _fill(self) -> None:
-        """Read prompts, as much as one piece, or until a row is taken; and put them in free rows."""
-        piece = left = prefill_tokens(self.model)
-        while self._queue and None in self._rows:
-            one = self._queue[0]
-            cost = max(min(one.unread, piece), piece // _SHARE)
-            if cost > left and self.running:
+        """Read one piece of prompts, or until a row is taken; and put in free rows those that were read."""
+        while self._queue:
+            free = self._rows.count(None)
+            if self._exact:
+                self._read_alone(free)
+            else:
+                read_piece(self.model, [one for one, _ in zip(self._queue, range(free), strict=False)])
+            while self._queue and None in self._rows and self._queue[0].started and not self._queue[0].unread:
+                self._seat(self._queue.popleft())
+            if self.running:
                 break
-            left -= cost
-            one.read()
-            if one.unread:
-                continue
-            self._queue.popleft()
-            if one.exhausted:
-                one.end(one.session())
-                continue
-            row = self._rows.index(None)
-            which, place = divmod(row, self._share)
-            decoder = self._decoders[which]
-            if decoder is None:
-                decoder = Decoder(self.model, self._share, logprobs=self._logprobs, exact=self._exact)
-                self._decoders[which] = decoder
-            decoder.put(place, *one.hand_over())
-            self._rows[row] = one
+
+    def _read_alone(self, most: int) -> None:
+        """Read prompts one by one, as much as one piece; each costs at least a part of one."""
+        left = piece = prefill_tokens(self.model)
+        for one, _ in zip(self._queue, range(most), strict=False):
+            while one.unread or not one.started:
+                cost = max(min(one.unread, piece), piece // _SHARE)
+                if cost > left:
+                    return
+                left -= cost
+                one.read()
+
+    def _seat(self, one: Request) -> None:
+        """Put a request whose prompt was read in a free row, if a token is to follow."""
+        if one.exhausted:
+            one.end(one.session())
+            return
+        row = self._rows.index(None)
+        which, place = divmod(row, self._share)
+        decoder = self._decoders[which]
+        if decoder is None:
+            decoder = Decoder(self.model, self._share, logprobs=self._logprobs, exact=self._exact)
+            self._decoders[which] = decoder
+        decoder.put(place, *one.hand_over())
+        self._rows[row] = one
 
     def _leave(self, row: int) -> Session | None:
         """Free a row; the session of its request, None where it has failed."""
@@ -256,8 +271,8 @@ def generate_batch(
         exact: whether tokens are those of each prompt by itself, whatever is decoded beside it; see :class:`Engine`.
 
     Raises:
-        ArgumentError: for arguments that do not fit, a batch that memory does not hold, which says how many rows it does,
-            or logits of a prompt that are not finite.
+        ArgumentError: for arguments that do not fit, logits of a prompt that are not finite, or a batch that memory
+            does not hold: it says how many rows it does.
     """
     engine, stops = Engine(model, rows, exact=exact), list(stop) if isinstance(stop, Iterator) else stop
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | Tensor):

@@ -20,6 +20,7 @@ from dualform.core.recurrence import State
 from dualform.core.tree import clone, leaves, may_write, nbytes, tree_map
 from dualform.generation.exact import rows_together
 from dualform.generation.options import Sampling
+from dualform.generation.prefill import growing
 from dualform.generation.sampling import Wants, choose, table, uniforms
 from dualform.generation.slots import DRAWS, Slots, free_slot
 from dualform.models.lm import LanguageModel
@@ -69,8 +70,7 @@ class Decoder:
         self._changed = False  # whether rows were put in since tokens were drawn
         self._room = 0  # tokens that growing caches have room for, in graphs
         self._column = 0  # of the numbers for the draw
-        small, large = (leaves(model.init_state(1, max_len=n)) for n in (1, 2))
-        self._grows = [a.shape != b.shape for a, b in zip(small, large, strict=True)]
+        self._grows = growing(model)
         home = torch.device("cpu") if device.type == "mps" else device  # of float64
         self._top = None if logprobs is None else min(logprobs, model.config.vocab_size)
         with torch.inference_mode():
