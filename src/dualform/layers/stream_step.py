@@ -11,11 +11,10 @@ from dualform.core.shapes import wide
 from dualform.core.tree import may_write
 from dualform.layers.norm import RMSNorm
 from dualform.layers.projection import kernels_run, plain, plain_parameters
-from dualform.ops.linear import FEW
 from dualform.ops.native.block import Program, Record
 from dualform.ops.op import Op
 
-_ROWS = {"cpu": FEW, "cuda": 256}  # of a step that the kernels run; the products of more take more time than all else
+_ROWS = {"cpu": 128, "cuda": 256}  # of a step that the kernels run; the products of more take more time than all else
 
 
 def stream_step_dtype(norm: Any, part: nn.Module, *maps: Any) -> torch.dtype | None:
@@ -67,7 +66,7 @@ class StreamStep:
 
 
 class StreamSteps:
-    """The steps of a stack of such layers. A state that they made, and that comes back, is written in place.
+    """The steps of such layers in a row. A state that they made, and that comes back, is written in place.
 
     Then one call runs all of them: what is written where is known from the step before.
 
@@ -84,7 +83,7 @@ class StreamSteps:
         """A step of all, where each block has the state of one layer; None for one that the kernels do not run."""
         if self.continues(states, x.shape[0]):
             program = self._program = self._program or self._programmed(x)
-            return program.run(x), states
+            return program.run(x), self._made
         made, given = [], x
         for step, state in zip(self.steps, states, strict=True):
             done = step(given, state[0]) if isinstance(state, tuple) and len(state) == 1 else None
@@ -96,8 +95,11 @@ class StreamSteps:
         return given, self._made
 
     def continues(self, states: Any, rows: int) -> bool:
-        """Whether a state of so many rows is the one that the last step made, which may be written in place."""
-        if states is not self._made or states is None or not kernels_run("cpu"):
+        """Whether states of so many rows are those that the last step made, which may be written in place."""
+        made = self._made
+        if made is None or not kernels_run("cpu") or not isinstance(states, tuple) or len(states) != len(made):
+            return False
+        if any(a is not b for a, b in zip(states, made, strict=True)):
             return False
         first = states[0][0][0]
         if not first.is_cpu:

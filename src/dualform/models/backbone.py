@@ -26,7 +26,7 @@ from dualform.layers.low_rank import another_use
 from dualform.layers.mixer import Prepared, Step
 from dualform.layers.norms import counting, make_norm
 from dualform.layers.part import Part
-from dualform.layers.stream_step import StreamSteps
+from dualform.layers.stream_step import StreamStep, StreamSteps
 from dualform.models.adapters import Adaptation
 from dualform.models.config import ModelConfig
 from dualform.models.entrance import Entrance
@@ -47,10 +47,10 @@ ELSEWHERE = {
 
 
 class Steps(NamedTuple):
-    """How the blocks of a model take a step: each by itself, and where there is a kernel, all together."""
+    """How the blocks of a model take a step: each by itself, and where there is a kernel, those in a row together."""
 
     alone: list[Step]
-    together: StreamSteps | None
+    runs: dict[int, StreamSteps]  # by the number of their first block
 
 
 @explained(elsewhere=ELSEWHERE)
@@ -232,15 +232,20 @@ class Backbone(nn.Module):
         """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
         self._check_timing(rate=rate)
         steps = {block: block.prepare(rate=rate).step for block in self._stack()}  # a shared block once
-        found = Steps([steps[block] for block in self._stack()], self._stream_steps() if rate == 1 else None)
+        found = Steps([steps[block] for block in self._stack()], self._stream_runs() if rate == 1 else {})
         return Prepared(partial(self._step, found))
 
-    def _stream_steps(self) -> StreamSteps | None:
-        """The steps of all blocks together, where each is one layer that takes the stream to the stream."""
+    def _stream_runs(self) -> dict[int, StreamSteps]:
+        """The steps of blocks in a row, each of which is one layer that takes the stream to the stream."""
         residuals = {block: block.residuals() for block in self._stack()}
-        if any(len(found) != 1 or len(block.parts) != 1 for block, found in residuals.items()):
-            return None
-        return StreamSteps([next(iter(residuals[block].values())) for block in self._stack()])
+        runs: dict[int, list[StreamStep]] = {}
+        first = 0
+        for number, block in enumerate(self._stack()):
+            if len(residuals[block]) == 1 and len(block.parts) == 1:
+                runs.setdefault(first, []).extend(residuals[block].values())
+            else:
+                first = number + 1
+        return {first: StreamSteps(run) for first, run in runs.items()}
 
     @abstractmethod
     def _step(self, steps: "Steps", x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
@@ -248,7 +253,7 @@ class Backbone(nn.Module):
 
     def _block_steps(self, rate: float) -> "Steps":
         self._check_timing(rate=rate)
-        return Steps([partial(block.step, rate=rate) for block in self._stack()], None)
+        return Steps([partial(block.step, rate=rate) for block in self._stack()], {})
 
     def _step_features(self, steps: "Steps", x: Tensor, state: State, interval: Tensor | None) -> tuple[Tensor, State]:
         self._check_inputs(x, "B")
@@ -256,15 +261,20 @@ class Backbone(nn.Module):
         if interval is not None:
             check_tensors(self._name, x=(x, "B ..."), interval=(interval, "B"))
         x, state, held = self._enter(x, state)
-        h, new = self._embed(x), []
-        if interval is None and steps.together is not None:
-            old = state if steps.together.continues(state, x.shape[0]) else self._states(state, x.shape[0])
-            if (made := steps.together(h, old)) is not None:
-                return self.norm(made[0]), (*made[1], *held) if held else made[1]
+        h, new, rows = self._embed(x), [], x.shape[0]
+        whole = steps.runs.get(0)
+        known = whole is not None and len(whole.steps) == len(self.blocks) and whole.continues(state, rows)
+        old = cast("tuple[State, ...]", state) if known else self._states(state, rows)
         context = Context({EMBEDDING: h[:, None]})
-        for step, old in zip(steps.alone, self._states(state, x.shape[0]), strict=True):
-            h, left = step(h, old, interval=interval, context=context)
-            new.append(left)
+        while len(new) < len(old):
+            at = len(new)
+            run = steps.runs.get(at) if interval is None else None
+            if run is not None and (made := run(h, old[at : at + len(run.steps)])) is not None:
+                h, left = made
+                new.extend(left)
+            else:
+                h, left = steps.alone[at](h, old[at], interval=interval, context=context)
+                new.append(left)
         return self.norm(h), (*new, *held)
 
     def _enter(
