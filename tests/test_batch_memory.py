@@ -88,6 +88,20 @@ def test_what_is_held_already_is_not_counted_twice(monkeypatch):
         engine.admit(PROMPT, 30)
 
 
+def test_requests_that_have_ended_do_not_count(monkeypatch):
+    """A long one leaves room for many short ones."""
+    model = build("MA")
+    leave(monkeypatch, shared_bytes(model) + row_bytes(model, 2000))
+    engine = Engine(model, rows=8)
+    engine.release(engine.admit(PROMPT, 1000))
+    short = [engine.admit(PROMPT, 9) for _ in range(8)]
+    with pytest.raises(ArgumentError, match="8 rows of up to 1,008 tokens"):
+        engine.admit(PROMPT, 1000)
+    list(engine)
+    assert all(one.finish == "length" for one in short)
+    engine.admit(PROMPT, 1000)
+
+
 def test_a_container_and_the_machine_say_what_is_left(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)

@@ -75,8 +75,9 @@ class Engine:
         self._share = min(int(rows), rows_together(model)) if exact else int(rows)  # rows of one decoder
         self._decoders: list[Decoder | None] = [None] * (-(-int(rows) // self._share))
         self._fits = 0, 0  # rows, and tokens of each, for which there is memory
-        if next(model.parameters()).device.type == "cuda":  # where all rows are there from the first one on
-            self._check_memory("Engine", int(rows), 1)
+        self._all = next(model.parameters()).device.type == "cuda"  # whether all rows are there from the first one on
+        if self._all:
+            check_memory("Engine", model, int(rows), 1)
 
     @property
     def running(self) -> tuple[Request, ...]:
@@ -115,20 +116,20 @@ class Engine:
         options = {"sampling": sampling, "stop": stop, "seed": seed, "state": state}
         made = request("Engine.admit", self.model, prompt_tokens, max_new_tokens, **options)
         made.exact = self._exact
-        self._check_memory("Engine.admit", len(self.running) + len(self._queue) + 1, made.most)
-        self._queue.append(made)
+        self._let_in("Engine.admit", [made])
         return made
 
-    def _check_memory(self, where: str, asked: int, tokens: int) -> None:
-        """That there is memory for so many requests at a time, the longest of which has so many tokens."""
+    def _let_in(self, where: str, asked: list[Request]) -> None:
+        """Requests wait from now on, if there is memory for their rows, all of them as long as the longest may become."""
         rows, longest = self._fits
-        if next(self.model.parameters()).device.type == "cuda":
-            asked = len(self._rows)
-        wanted = max(rows, min(asked, len(self._rows))), max(longest, tokens)
-        if wanted != self._fits:
+        count = min(len(self._rows), len(self.running) + len(self._queue) + len(asked))
+        most = max((one.most for one in asked), default=0)
+        if count > rows or most > longest:
+            most = max([most, *(one.most for one in (*self.running, *self._queue))])
             held = sum(decoder.nbytes for decoder in self._decoders if decoder is not None)
-            check_memory(where, self.model, *wanted, held)
-            self._fits = wanted
+            check_memory(where, self.model, len(self._rows) if self._all else count, most, held)
+            self._fits = count, most
+        self._queue.extend(asked)
 
     def step(self) -> list[tuple[Request, int]]:
         """Read at most one piece of prompts, then decode one token of every row: the requests with their tokens.
@@ -291,9 +292,7 @@ def generate_batch(
         where, options = f"generate_batch: prompts[{i}]", {"sampling": one, "stop": stops, "seed": seed + i}
         requests.append(request(where, model, prompt, max_new_tokens, **options, state=None))
         requests[-1].exact = exact
-    if requests:
-        engine._check_memory("generate_batch", len(requests), max(one.most for one in requests))
-    engine._queue.extend(requests)  # pyright: ignore[reportPrivateUsage]
+    engine._let_in("generate_batch", requests)  # pyright: ignore[reportPrivateUsage]
     for _ in engine:
         pass
     if failed := next((one.error for one in requests if one.error), None):
