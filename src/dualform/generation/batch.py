@@ -120,7 +120,7 @@ class Engine:
         return made
 
     def _let_in(self, where: str, asked: list[Request]) -> None:
-        """Requests wait from now on, if there is memory for their rows, all of them as long as the longest may become."""
+        """Requests wait from now on, if memory holds their rows, each as long as the longest may become."""
         rows, longest = self._fits
         count = min(len(self._rows), len(self.running) + len(self._queue) + len(asked))
         most = max((one.most for one in asked), default=0)
