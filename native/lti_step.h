@@ -111,7 +111,7 @@ int64_t lti(const LtiStep& s, int64_t phase, int64_t first, int64_t end, void* m
       skip_and_gelu(s, u + row * M, y + row * M, from, to);
     }
   if (phase == 1 && s.shared) {
-    product(s.b, s.dtype, Lines<T>{u, M}, M, rows, first, end,
+    product(Matrix{s.b, s.dtype, M, nullptr, 0}, Lines<T>{u, M}, M, rows, first, end,
             [&](int64_t output, int64_t row, T sum) { inputs[row * size + output] = sum; });
     const T* a = static_cast<const T*>(s.a);
     for (int64_t row = 0; row < rows; row++) {
@@ -124,8 +124,8 @@ int64_t lti(const LtiStep& s, int64_t phase, int64_t first, int64_t end, void* m
     }
   }
   if (phase == 2) {
-    product(s.c, s.dtype, Lines<T>{static_cast<const T*>(s.next_h), size}, size, rows, first, end,
-            [&](int64_t output, int64_t row, T sum) { y[row * M + output] = sum; });
+    product(Matrix{s.c, s.dtype, size, nullptr, 0}, Lines<T>{static_cast<const T*>(s.next_h), size}, size, rows, first,
+            end, [&](int64_t output, int64_t row, T sum) { y[row * M + output] = sum; });
     for (int64_t row = 0; row < rows; row++) skip_and_gelu(s, u + row * M, y + row * M, first, end);
   }
   if (phase == 3) {
@@ -134,8 +134,9 @@ int64_t lti(const LtiStep& s, int64_t phase, int64_t first, int64_t end, void* m
     auto give = [&](int64_t output, int64_t row, T sum) {
       made[row * 2 * M + output] = bias ? sum + bias[output] : sum;
     };
-    if (!s.gate) product(s.out_weight, s.matrices, Lines<T>{y, M}, M, rows, first, end, give);
-    product(s.out_weight, s.matrices, Lines<T>{y, M}, M, rows, behind + first, behind + end, give);
+    const Matrix out{s.out_weight, s.matrices, M, nullptr, 0};
+    if (!s.gate) product(out, Lines<T>{y, M}, M, rows, first, end, give);
+    product(out, Lines<T>{y, M}, M, rows, behind + first, behind + end, give);
     for (int64_t row = 0; row < rows; row++) {
       const T *p = s.gate ? y + row * M : made + row * 2 * M, *q = made + row * 2 * M + behind, *from = x + row * M;
       T* to = static_cast<T*>(s.y) + row * M;

@@ -1,5 +1,6 @@
 """Steps on the CPU kernels: products with few rows, whole blocks and models in one call, and when modules run."""
 
+import operator
 from itertools import product
 from typing import Any
 
@@ -173,6 +174,7 @@ MODELS = {
     "biases": lambda: model(MambaConfig(bias=True), Mamba2Config(d_head=8, bias=True, norm=False)),
     "order": lambda: model(Mamba2Config(d_head=8, norm_before_gate=True, dt_limit=(0.01, 0.2)), pattern="AA"),
     "hybrid": lambda: model(*HYBRID, pattern="ABA"),
+    "runs": lambda: model(MAMBA2, AttentionConfig(heads=2), pattern="AABA"),
     "norms of maps": lambda: model(MambaConfig(norm_maps=1e-5), MAMBA2),
     "heads": lambda: model(MambaConfig(heads=2), MAMBA2),
     "scaled": lambda: model(Mamba2Config(d_head=8, scales=(0.5, 1.0, 2.0, 1.0, 1.5)), MAMBA),
@@ -184,11 +186,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 3, 17, 129])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_prepared_steps_are_the_steps(name, rows, threads):
-    """Whether kernels take whole models, blocks or products, or nothing."""
+    """Whether kernels take whole models, blocks, products of a few rows, or nothing, as for 129."""
     threads(2)
     lm, tokens = MODELS[name](), torch.randint(50, (6, rows))
     prepared, state, start = lm.prepare(), lm.init_state(rows), lm.init_state(rows)
@@ -245,16 +247,36 @@ def test_a_step_of_a_model_of_sensors_is_one_call(kind, options, calls):
 
 @torch.no_grad()
 def test_a_large_layer_of_many_rows_runs_by_the_products_of_pytorch(calls, monkeypatch):
-    lm, tokens = MODELS["s4d"](), torch.randint(50, (3, 17))
+    lm, tokens = MODELS["s4d"](), torch.randint(50, (3, 129))
     want, _ = lm(tokens.T)
     for size, kernels in ((2**21, ["lti_step", "lti_step", "steps", "steps"]), (0, [])):
         monkeypatch.setattr(stream_step, "_SMALL", size)
         calls.clear()
-        prepared, state = lm.prepare(), lm.init_state(17)
+        prepared, state = lm.prepare(), lm.init_state(129)
         for i, token in enumerate(tokens):
             logits, state = prepared.step(token, state)
             torch.testing.assert_close(logits, want[:, i], rtol=1e-4, atol=1e-5)
         assert calls == kernels
+
+
+@torch.inference_mode()
+def test_one_call_runs_the_blocks_between_others(calls):
+    """Of each run of blocks with kernels; their states come back in place, those between them as they are."""
+    lm, tokens = MODELS["runs"](), torch.randint(50, (5, 2))
+    prepared, other = lm.prepare(), lm.prepare()
+    _, state = prepared.step(tokens[0], lm.init_state(2))
+    assert calls == ["mamba2_step", "mamba2_step", "linear", "linear", "mamba2_step", "linear"]
+    kept, plain = state, clone(state)
+    for token in tokens[1:]:
+        calls.clear()
+        got, state = prepared.step(token, state)
+        assert calls == ["steps", "linear", "linear", "steps", "linear"]
+        want, plain = other.step(token, clone(plain))
+        assert torch.equal(got, want)
+    assert [a is b for a, b in zip(state, kept, strict=True)] == [True, True, False, True]
+    fork = clone(state)
+    (first, _), (again, _) = prepared.step(tokens[0], state), prepared.step(tokens[0], fork)
+    assert torch.equal(first, again)
 
 
 @torch.no_grad()
@@ -268,7 +290,7 @@ def test_only_a_state_that_comes_back_is_written_in_place():
     assert all(map(torch.equal, leaves(start), leaves(kept)))
     saved = clone(state)
     first, again = prepared.step(b, state)
-    assert again is state and not torch.equal(saved[0][0].h, state[0][0].h)
+    assert all(map(operator.is_, again, state)) and not torch.equal(saved[0][0].h, state[0][0].h)
     forked, fork = prepared.step(b, saved)
     assert torch.equal(first, forked) and all(map(torch.equal, leaves(fork), leaves(state)))
     want, _ = other.step(a, clone(fork))

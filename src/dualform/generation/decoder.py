@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dualform.core.recurrence import State
-from dualform.core.tree import leaves, may_write, tree_map
+from dualform.core.tree import leaves, may_write, nbytes, tree_map
 from dualform.generation.capture import captured
 from dualform.generation.exact import rows_together
 from dualform.generation.options import Sampling
+from dualform.generation.prefill import growing
 from dualform.generation.sampling import Wants, choose, likeliest, table, uniforms
 from dualform.generation.slots import DRAWS, Slots, free_slot
 from dualform.models.lm import LanguageModel
@@ -73,8 +74,7 @@ class Decoder:
         self._column = 0  # of the numbers for the draw
         self._dtype = state_dtype
         self._dtypes: list[torch.dtype] = []  # of the states that rows bring, and take with them
-        small, large = (leaves(model.init_state(1, max_len=n)) for n in (1, 2))
-        self._grows = [a.shape != b.shape for a, b in zip(small, large, strict=True)]
+        self._grows = growing(model)
         home = torch.device("cpu") if device.type == "mps" else device  # of float64
         self._top = None if logprobs is None else min(logprobs, model.config.vocab_size)
         with torch.inference_mode():
@@ -168,9 +168,9 @@ class Decoder:
         return tree_map(one, self._state), self._slots.logits[slot : slot + 1].clone()
 
     @property
-    def state(self) -> State:
-        """The state of all rows, as it is held: to be looked at, not to be changed."""
-        return self._state
+    def nbytes(self) -> int:
+        """Bytes of the states of all rows that are there."""
+        return 0 if self._state is None else nbytes(self._state)
 
     def free(self, row: int) -> None:
         """Leave a row to others."""

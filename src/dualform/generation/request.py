@@ -52,6 +52,7 @@ class Request:
             has not ended.
         error: what ended it, where ``finish`` is ``"error"``.
         sampling: how its tokens are drawn.
+        most: tokens that it may come to have seen, those before it included.
         exact: whether its prompt is read in pieces whose borders follow from the places of tokens alone.
     """
 
@@ -63,13 +64,14 @@ class Request:
         sampling: Sampling,
         stops: list[tuple[int, ...]],
         begin: Callable[[], Session],
+        before: int = 0,
     ):
         self.tokens: list[int] = []
         self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []
         self.finish, self.sampling = "", sampling
         self.error: DualformError | None = None
         self._model, self._stops = model, stops
-        self.exact = False
+        self.exact, self.most = False, before + len(prompt) + max_new_tokens
         self._prompt, self._remaining = prompt, max_new_tokens
         self._begin: Callable[[], Session] | None = begin  # where there is no memory for it yet
         self._ended: Session | None = None
@@ -86,32 +88,53 @@ class Request:
         return len(self._prompt)
 
     @property
+    def started(self) -> bool:
+        """Whether there is memory for it."""
+        return self._begin is None
+
+    @property
     def exhausted(self) -> bool:
         """Whether no token follows; :attr:`finish` then says why."""
         if not self.finish and not self._remaining:
             self.finish = "length"
         return bool(self.finish)
 
-    def read(self) -> int:
-        """Read one piece of the prompt; the number of its tokens, 0 where all were read."""
+    def start(self) -> State:
+        """The state that its next piece is read from; memory is taken for it now, where it was not."""
         if self._begin is not None:
             self._start(self._begin())
             self._begin = None
-        size = prefill_tokens(self._model)
+        return self._state
+
+    def piece(self, tokens: int) -> Tensor:
+        """The next tokens of the prompt, so many at most."""
+        return self._prompt[:tokens]
+
+    def read(self) -> int:
+        """Read one piece of the prompt; the number of its tokens, 0 where all were read."""
+        state, size = self.start(), prefill_tokens(self._model)
         if self.exact:
             size -= self._position % size
-        piece, rest = self._prompt[:size], self._prompt[size:]
-        if not len(piece):
-            return 0
-        with torch.inference_mode():
-            device = self._logits.device
-            features, self._state = self._model.features(piece[None].to(device), self._state)
-            self._prompt = rest
-            self._history.extend(piece[-WINDOW:].tolist())
-            self._position += len(piece)
-            if not len(rest):
-                self._logits = self._model.logits(features[:, -1:])[:, 0].float()
+        piece = self.piece(size)
+        if len(piece):
+            with torch.inference_mode():
+                features, state = self._model.features(piece[None].to(self._logits.device), state)
+                self.took(len(piece), state, features[:, -1:])
         return len(piece)
+
+    def took(self, tokens: int, state: State, features: Tensor) -> None:
+        """So many tokens of the prompt were read: the state after them, and the features ``(1, 1, D)`` of the last."""
+        piece, self._prompt = self._prompt[:tokens], self._prompt[tokens:]
+        self._state = state
+        self._history.extend(piece[-WINDOW:].tolist())
+        self._position += tokens
+        if not len(self._prompt):
+            self._logits = self._model.logits(features)[:, 0].float()
+
+    @property
+    def position(self) -> int:
+        """Tokens that were seen, once it has started."""
+        return self._position
 
     def hear(self, token: int) -> None:
         """The next token."""
@@ -190,7 +213,8 @@ def request(
     stops = _stop_sequences(where, stop, vocab)
     if state is not None:
         _check_session(where, state, model)
-    return Request(model, prompt, max_new_tokens, sampling, stops, partial(_begin, model, state, seed, len(prompt)))
+    begin, before = partial(_begin, model, state, seed, len(prompt)), 0 if state is None else state.tokens
+    return Request(model, prompt, max_new_tokens, sampling, stops, begin, before)
 
 
 def _begin(model: LanguageModel, state: Session | None, seed: int | None, prompt: int) -> Session:

@@ -14,12 +14,11 @@ from dualform.core.tree import may_write
 from dualform.layers.norm import RMSNorm
 from dualform.layers.projection import kernels_run, plain, plain_parameters
 from dualform.layers.quantized import QuantizedLinear
-from dualform.ops.linear import FEW
 from dualform.ops.native.block import Program, Record
 from dualform.ops.op import Op
 
 _HALVES = {"cpu": (), "cuda": (torch.bfloat16, torch.float16)}  # of states, beside the dtype of the stream
-_ROWS = {"cpu": FEW, "cuda": 256}  # of a step that the kernels run; the products of more take more time than all else
+_ROWS = {"cpu": 128, "cuda": 256}  # of a step that the kernels run; the products of more take more time than all else
 _SMALL = 2**21  # numbers in the parameters of a layer: below, they stay in a cache of a CPU, and rows may be many
 
 
@@ -88,7 +87,7 @@ class StreamStep:
 
 
 class StreamSteps:
-    """The steps of a stack of such layers. A state that they made, and that comes back, is written in place.
+    """The steps of such layers in a row. A state that they made, and that comes back, is written in place.
 
     Then one call runs all of them: what is written where is known from the step before.
 
@@ -103,6 +102,8 @@ class StreamSteps:
 
     def __call__(self, x: Tensor, states: Any) -> tuple[Tensor, State] | None:
         """A step of all, where each block has the state of one layer; None for one that the kernels do not run."""
+        if (behind := self.continued(x, states)) is not None:
+            return behind, self._made
         made, given = [], x
         for step, state in zip(self.steps, states, strict=True):
             done = step(given, state[0]) if isinstance(state, tuple) and len(state) == 1 else None

@@ -4,7 +4,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int, Real
@@ -23,12 +23,12 @@ from dualform.layers.block import Block
 from dualform.layers.context import EMBEDDING, Context, Told
 from dualform.layers.drop import Drop, depth_rates, dropout
 from dualform.layers.low_rank import another_use
-from dualform.layers.mixer import Prepared, Step
+from dualform.layers.mixer import Prepared
 from dualform.layers.norms import counting, make_norm
 from dualform.layers.part import Part
 from dualform.layers.quantized import TRAINS, quantized_within
-from dualform.layers.stream_step import StreamSteps
 from dualform.models.adapters import Adaptation
+from dualform.models.block_steps import Steps, stream_runs
 from dualform.models.config import ModelConfig
 from dualform.models.entrance import Entrance
 from dualform.models.padding import lay_out
@@ -45,18 +45,6 @@ ELSEWHERE = {
     "targets": "model.loss(x, targets) is the loss",
 }
 """Hints for keywords that models do not have, or not everywhere."""
-
-
-class Steps:
-    """How the blocks of a model take a step: each by itself, and where there is a kernel, all together.
-
-    Attributes:
-        made: the state that the model's last step by these returned, which needs no check when it comes back.
-    """
-
-    def __init__(self, alone: list[Step], together: StreamSteps | None):
-        self.alone, self.together = alone, together
-        self.made: State | None = None
 
 
 class Quantization(NamedTuple):
@@ -256,41 +244,38 @@ class Backbone(nn.Module):
         """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
         self._check_timing(rate=rate)
         steps = {block: block.prepare(rate=rate).step for block in self._stack()}  # a shared block once
-        found = Steps([steps[block] for block in self._stack()], self._stream_steps() if rate == 1 else None)
+        found = Steps([steps[block] for block in self._stack()], stream_runs(self._stack()) if rate == 1 else {})
         return Prepared(partial(self._step, found))
 
-    def _stream_steps(self) -> StreamSteps | None:
-        """The steps of all blocks together, where each is one layer that takes the stream to the stream."""
-        residuals = {block: block.residuals() for block in self._stack()}
-        if any(len(found) != 1 or len(block.parts) != 1 for block, found in residuals.items()):
-            return None
-        return StreamSteps([next(iter(residuals[block].values())) for block in self._stack()])
-
     @abstractmethod
-    def _step(self, steps: "Steps", x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
+    def _step(self, steps: Steps, x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
         """One element, given the steps of the blocks in order."""
 
-    def _block_steps(self, rate: float) -> "Steps":
+    def _block_steps(self, rate: float) -> Steps:
         self._check_timing(rate=rate)
-        return Steps([partial(block.step, rate=rate) for block in self._stack()], None)
+        return Steps([partial(block.step, rate=rate) for block in self._stack()], {})
 
-    def _step_features(self, steps: "Steps", x: Tensor, state: State, interval: Tensor | None) -> tuple[Tensor, State]:
+    def _step_features(self, steps: Steps, x: Tensor, state: State, interval: Tensor | None) -> tuple[Tensor, State]:
         self._check_inputs(x, "B")
         if interval is not None:
             self._check_timing(interval=interval)
             check_tensors(self._name, x=(x, "B ..."), interval=(interval, "B"))
         x, state, held = self._enter(x, state)
         h, new = self._embed(x), []
-        if interval is None and steps.together is not None:
-            if (behind := steps.together.continued(h, state)) is not None:
-                assert isinstance(state, tuple)
-                return self.norm(behind), (*state, *held) if held else state
-            if (made := steps.together(h, self._states(state, x.shape[0]))) is not None:
-                return self.norm(made[0]), (*made[1], *held)
+        if interval is None and steps.whole is not None and (behind := steps.whole.continued(h, state)) is not None:
+            assert isinstance(state, tuple)
+            return self.norm(behind), (*state, *held) if held else state
+        old = self._states(state, x.shape[0])
         context = Context({EMBEDDING: h[:, None]})
-        for step, old in zip(steps.alone, self._states(state, x.shape[0]), strict=True):
-            h, left = step(h, old, interval=interval, context=context)
-            new.append(left)
+        while len(new) < len(old):
+            at = len(new)
+            run = steps.runs.get(at) if interval is None else None
+            if run is not None and (made := run(h, old[at : at + len(run.steps)])) is not None:
+                h, left = made
+                new.extend(left)
+            else:
+                h, left = steps.alone[at](h, old[at], interval=interval, context=context)
+                new.append(left)
         return self.norm(h), (*new, *held)
 
     def _enter(

@@ -37,8 +37,8 @@ def mamba2_step(
     ``u, B, C = silu(conv(uBC))``; ``dt = softplus(dt + bias)`` within its limits; ``h = exp(dt A) h + dt u B^T``;
     ``y = h C + D u``, and ``norm(x) = x / sqrt(mean(x^2) + eps)`` times a weight, the second one over each group.
 
-    The matrices may have 16 bits beside a float32 stream, or 8 with scales, and the states may have 16, which they keep;
-    everything else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
+    The matrices may have 16 bits beside a float32 stream, or 8 with scales, and the states may have 16, which they
+    keep; everything else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
 
     Args:
         x: ``(B, M)``, the residual stream, float32 or float64.

@@ -32,8 +32,8 @@ def mamba_step(
     ``u = silu(conv(u))``; ``dt, B, C = maps(u)``; ``h = exp(dt A) h + dt B u``; ``y = C h + D u``, where dt has been
     through its own map and softplus, and ``norm(x) = x / sqrt(mean(x^2) + eps)`` times a weight.
 
-    The matrices may have 16 bits beside a float32 stream, or 8 with scales, and the states may have 16, which they keep;
-    everything else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
+    The matrices may have 16 bits beside a float32 stream, or 8 with scales, and the states may have 16, which they
+    keep; everything else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
 
     Args:
         x: ``(B, M)``, the residual stream, float32 or float64.
