@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, NoReturn
 
 import torch
@@ -84,7 +85,7 @@ def run(
     if rest.A.shape[1]:
         state = state._replace(diffuse=_directions(state.diffuse))
     start = Gaussian(state.mean, state.cov)
-    quick = None if parallel else _by_kernel(rest, start, moments)
+    quick = None if parallel else _by_kernel(rest, start, moments, parallel)
     out, last, form = quick or _proper(masked(rest), start, parallel, blame, len(head))
     none = state.diffuse[:, None].expand(-1, out.mean.shape[1], -1, -1)
     out = Pass(out.mean, out.cov, none, out.predicted_mean, out.predicted_cov, none, out.loglik)
@@ -110,15 +111,26 @@ class _Found(NamedTuple):
     predicted_cov: Tensor
 
 
-def _by_kernel(steps: Steps, state: Gaussian, moments: bool) -> tuple[_Found, Gaussian, Form] | None:
+def _by_kernel(
+    steps: Steps, state: Gaussian, moments: bool, parallel: bool | None
+) -> tuple[_Found, Gaussian, Form] | None:
     """None where there is no kernel for it, or a step fails: the loop says which one, and why."""
     a = KalmanFilter(steps.A, steps.c, steps.Q, steps.C, steps.R, steps.y, steps.seen, *state, moments)
     if not steps.A.shape[1] or not has_kernel(a):
         return None
-    loglik, mean, cov, predicted_mean, predicted_cov, *last = kalman_filter_op(a)
+    loglik, mean, cov, predicted_mean, predicted_cov, *last = kalman_filter_op(a, partial(_again, parallel))
     if not loglik.sum().isfinite():  # as long as each of them is, up to an overflow
         return None
     return _Found(mean, cov, loglik, predicted_mean, predicted_cov), Gaussian(*last), "sequential"
+
+
+def _again(parallel: bool | None, a: KalmanFilter) -> list[Tensor]:
+    """The outputs of the kernel in operations that PyTorch records, for derivatives of its gradient."""
+    steps = masked(Steps(*a[:7]))
+    out, last, _ = _proper(steps, Gaussian(a.mean, a.cov), parallel, lambda: None, 0)
+    kept = slice(None if a.moments else 0)
+    moments = (z[:, kept] for z in (out.mean, out.cov, out.predicted_mean, out.predicted_cov))
+    return [out.loglik, *moments, *last]
 
 
 def _proper(

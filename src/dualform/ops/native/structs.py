@@ -7,7 +7,7 @@ from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
 from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 13  # DUALFORM_VERSION
+VERSION = 15  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
@@ -194,6 +194,8 @@ KALMAN_FILTER = Structure(
     (INT64, "rows length states observed"),
     (VIEW, "a shift q c r y"),
     (POINTER, "seen mean cov loglik means covs predicted_means predicted_covs last_mean last_cov"),
+    (POINTER, "first_mean first_cov dloglik dmeans dcovs dpredicted_means dpredicted_covs dlast_mean dlast_cov"),
+    (POINTER, "da dshift dq dc dr dy dmean dcov"),
 )
 
 MAMBA_STEP = Structure(
