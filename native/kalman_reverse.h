@@ -8,34 +8,48 @@
 namespace DUALFORM_ISA {
 namespace kalman {
 
-// Rows of matrices are `wide` numbers apart, and zero behind the last column. N and M = 1 are known to the compiler, or
-// N is 0.
+// States, observations, and how far rows of matrices are apart; N and M = 1 are known to the compiler, or N is 0.
+template <int N, int L>
+struct Sizes {
+  static constexpr int64_t n = N, m = 1, wide = N;
+  explicit Sizes(const KalmanFilter&) {}
+};
+template <int L>
+struct Sizes<0, L> {
+  const int64_t n, m, wide;
+  explicit Sizes(const KalmanFilter& s) : n(s.states), m(s.observed), wide(up(s.states, L)) {}
+};
+
+// Rows of matrices are zero behind the last column.
 template <class T, class V, int N>
-struct Reverse {
+struct Reverse : Sizes<N, sizeof(V) == sizeof(T) ? LANES<T> : 1> {
   static constexpr bool ONE = sizeof(V) == sizeof(T);
   static constexpr int L = LANES<T>;
+  using Size = Sizes<N, ONE ? L : 1>;
+  using Size::n, Size::m, Size::wide;
   const KalmanFilter& s;
-  const int64_t n, m, wide;
   Lanes<V, T> lanes{0, 1};
   // The model at a step, with what is missing made uninformative; the predicted covariance and the one before it.
   V *a, *q, *c, *r, *p, *before, *mean, *moved;
   // F = C P C^T + R as its factors L D L^T and its inverse, K^T, e = F^-1 v, and the mask.
   V *f, *d, *inverse, *gain, *e, *seen;
-  V *g, *back, *turned, *u, *work, *other, *more;  // what is carried, and room for products
+  V *g, *back, *turned, *u, *work, *other, *more, *again;  // what is carried, and room for products
+  // A and A^T by their numbers that are not zero, where rows are vectors.
+  static constexpr bool LISTS = ONE && N == 0;
+  V* of_a[2];
+  int32_t *indices[2], *counts[2];
   bool has_model = false;
 
-  Reverse(const KalmanFilter& of, Arena& arena)
-      : s(of),
-        n(N ? N : of.states),
-        m(N ? 1 : of.observed),
-        wide(N     ? N
-             : ONE ? up(of.states, L)
-                   : of.states) {
+  Reverse(const KalmanFilter& of, Arena& arena) : Size(of), s(of) {
     for (V** matrix : {&a, &q, &p, &before, &g, &turned, &work, &other}) *matrix = arena.take<V>(n * wide);
-    for (V** rows : {&c, &gain, &more}) *rows = arena.take<V>(m * wide);
+    for (V** rows : {&c, &gain, &more, &again}) *rows = arena.take<V>(m * wide);
     for (V** matrix : {&r, &f, &inverse}) *matrix = arena.take<V>(m * m);
     for (V** line : {&d, &e, &seen, &u}) *line = arena.take<V>(m);
     for (V** line : {&mean, &moved, &back}) *line = arena.take<V>(wide);
+    for (int i = 0; LISTS && i < 2; i++) {
+      of_a[i] = arena.take<V>(n * wide);
+      indices[i] = arena.take<int32_t>(n * wide), counts[i] = arena.take<int32_t>(n);
+    }
   }
 
   static V zero() { return V{}; }
@@ -62,10 +76,25 @@ struct Reverse {
   }
   // out = X Y of `rows` rows, of Y with n.
   void product(const V* x, const V* y, V* out, int64_t rows) const {
-    clear(out, rows * wide);
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t k = 0; k < n; k++)
-        if (!is_zero(x[i * wide + k])) add(out + i * wide, x[i * wide + k], y + k * wide, wide);
+    if constexpr (LISTS) {
+      products<T>(x, nullptr, nullptr, y, nullptr, out, rows, n, wide);
+    } else {
+      clear(out, rows * wide);
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t k = 0; k < n; k++) add(out + i * wide, x[i * wide + k], y + k * wide, wide);
+    }
+  }
+  // out = A Y, or A^T Y.
+  template <bool TURNED>
+  void product_a(const V* y, V* out) const {
+    if constexpr (LISTS) {
+      products<T>(of_a[TURNED], indices[TURNED], counts[TURNED], y, nullptr, out, n, n, wide);
+    } else if (TURNED) {
+      clear(out, n * wide);
+      add_turned(a, y, out, n, T(1));
+    } else {
+      product(a, y, out, n);
+    }
   }
   // out += factor X^T Y, of as many rows each.
   void add_turned(const V* x, const V* y, V* out, int64_t rows, T factor) const {
@@ -84,19 +113,31 @@ struct Reverse {
       for (int64_t j = 0; j < i; j++) x[i * wide + j] = x[j * wide + i] = (x[i * wide + j] + x[j * wide + i]) * T(0.5);
   }
 
-  // `rows` x `columns` numbers of each lane, that lie `at` numbers behind data + lane * row; whether they are the same.
+  // `rows` x `columns` numbers of each lane, that lie `at` numbers behind data + lane * row; whether a single series
+  // had the same ones.
   INLINE bool read(const void* data, int64_t row, int64_t at, V* to, int64_t rows, int64_t columns, int64_t stride,
                    const Lanes<V, T>& lanes) {
-    bool same = true;
+    const T* from = static_cast<const T*>(data) + at;
+    if constexpr (ONE) from += lanes.rows[0] * row;
+    bool differs = !ONE;
+    typename Simd<T>::bits changes = {};
     for (int64_t i = 0; i < rows; i++) {
-      for (int64_t j = 0; j < columns; j++) {
-        const V x = Lanes<V, T>::read(static_cast<const T*>(data) + at + i * columns + j, row, lanes);
-        if constexpr (ONE) same = same && x == to[i * stride + j];
-        to[i * stride + j] = x;
+      V* __restrict line = to + i * stride;
+      const T* __restrict given = from + i * columns;
+      if constexpr (ONE) {
+        int64_t j = 0;
+        for (; LISTS && j + L <= columns; j += L) {
+          changes |= load(given + j) != load(line + j);
+          store(line + j, load(given + j));
+        }
+        for (; j < columns; j++) differs |= line[j] != given[j], line[j] = given[j];
+      } else {
+        for (int64_t j = 0; j < columns; j++) line[j] = Lanes<V, T>::read(given + j, row, lanes);
       }
-      for (int64_t j = columns; j < stride; j++) to[i * stride + j] = V{};
+      for (int64_t j = columns; j < stride; j++) line[j] = V{};
     }
-    return ONE && same;
+    for (int i = 0; LISTS && i < L; i++) differs |= changes[i] != 0;
+    return !differs;
   }
   // Of a view, or of a contiguous tensor (rows, T, ...), at step t.
   bool read(const View& view, int64_t t, V* to, int64_t rows, int64_t columns, int64_t stride) const {
@@ -108,10 +149,16 @@ struct Reverse {
   void write(void* data, int64_t length, int64_t t, const V* from, int64_t rows, int64_t columns,
              int64_t stride) const {
     if (!data) return;
+    T* to = static_cast<T*>(data) + t * rows * columns;
+    const int64_t row = length * rows * columns;
+    if constexpr (ONE) to += lanes.rows[0] * row;
     for (int64_t i = 0; i < rows; i++)
-      for (int64_t j = 0; j < columns; j++)
-        Lanes<V, T>::write(static_cast<T*>(data) + (t * rows + i) * columns + j, length * rows * columns,
-                           from[i * stride + j], lanes);
+      for (int64_t j = 0; j < columns; j++) {
+        if constexpr (ONE)
+          to[i * columns + j] = from[i * stride + j];
+        else
+          Lanes<V, T>::write(to + i * columns + j, row, from[i * stride + j], lanes);
+      }
   }
   void write_matrix(void* data, int64_t t, const V* from) const { write(data, s.length, t, from, n, n, wide); }
   void write_line(void* data, int64_t t, const V* from) const { write(data, s.length, t, from, 1, n, wide); }
@@ -128,9 +175,24 @@ struct Reverse {
   bool constant() const { return !s.a.time && !s.q.time && !s.c.time && !s.r.time; }
 
   void read_transition(int64_t t, bool noise) {
-    if (!has_model || s.a.time) read(s.a, t, a, n, n, wide);
+    if (!has_model || s.a.time) {
+      read(s.a, t, a, n, n, wide);
+      if constexpr (LISTS) {
+        turn(a, turned);
+        list(a, 0), list(turned, 1);
+      }
+    }
     if (noise && (!has_model || s.q.time)) read(s.q, t, q, n, n, wide);
     has_model = true;
+  }
+
+  void list(const V* x, int which) {
+    for (int64_t i = 0; i < n; i++) {
+      int32_t& count = counts[which][i] = 0;
+      for (int64_t j = 0; j < n; j++)
+        if (!is_zero(x[i * wide + j]))
+          of_a[which][i * wide + count] = x[i * wide + j], indices[which][i * wide + count] = int32_t(j), count++;
+    }
   }
 
   // C, R and the mask of step t; whether the mask is that of the step read before.
@@ -141,6 +203,7 @@ struct Reverse {
       if constexpr (ONE) same = same && now == seen[i];
       seen[i] = now;
     }
+    if (ONE && same && has_model && !s.c.time && !s.r.time) return true;
     read(s.c, t, c, m, n, wide), read(s.r, t, r, m, m, m);
     for (int64_t i = 0; i < m; i++) {
       for (int64_t j = 0; j < n; j++) c[i * wide + j] = seen[i] > 0 ? c[i * wide + j] : zero();
@@ -193,27 +256,27 @@ struct Reverse {
     }
   }
 
-  // G = L^T G L. One factor after the other, so that the error of the first product shrinks by the second.
+  // G = L^T G L, and `more` is K^T G of the G before. One factor after the other, so that the error of the first
+  // product shrinks by the second.
   void through_gain() {
     product(gain, g, more, m);
-    add_turned(c, more, g, m, T(-1));
-    for (int64_t i = 0; i < n; i++) {
-      for (int64_t j = 0; j < m; j++) d[j] = dot(g + i * wide, gain + j * wide);
-      for (int64_t j = 0; j < m; j++) add(g + i * wide, -d[j], c + j * wide, wide);
-    }
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < m; j++) add(g + i * wide, -more[j * wide + i], c + j * wide, wide);
+    product(gain, g, again, m);
+    add_turned(c, again, g, m, T(-1));
   }
 
-  // `turned` = G A, and G = A^T G A; the line in `back` = A^T back.
+  // G = A^T G A, by `turned` = G A, and back = A^T back.
   void through_transition() {
-    clear(other, n * wide);
-    add_turned(a, g, other, n, T(1));
+    product_a<true>(g, other);
     turn(other, turned);
-    clear(g, n * wide);
-    add_turned(a, turned, g, n, T(1));
+    product_a<true>(turned, g);
     symmetric(g);
-    clear(other, wide);
-    for (int64_t k = 0; k < n; k++) add(other, back[k], a + k * wide, wide);
-    for (int64_t k = 0; k < wide; k++) back[k] = other[k];
+    through_transition(back);
+  }
+  void through_transition(V* line) {
+    product(line, a, other, 1);
+    for (int64_t k = 0; k < wide; k++) line[k] = other[k];
   }
 
   // back = L^T back + weight C^T e, by u = weight e - K^T back.
@@ -306,9 +369,9 @@ struct Gradient : Reverse<T, V, N> {
     for (int64_t t = s.length - 1; t >= 0; t--) {
       add_moments(s.dmeans, s.dcovs, t);
       for (int64_t i = 0; i < n * wide; i++) after[i] = before[i];
-      this->read_observation(t), this->read_transition(t, false);
-      this->read(s.predicted_covs, t, p, n, n, wide);
-      this->gains(), this->innovation(t);
+      const bool same = this->read(s.predicted_covs, t, p, n, n, wide), seen_same = this->read_observation(t);
+      if (!same || !seen_same || s.c.time || s.r.time || t == s.length - 1) this->gains();
+      this->read_transition(t, false), this->innovation(t);
       observe(t);
       add_moments(s.dpredicted_means, s.dpredicted_covs, t);
       this->write_line(s.dshift, t, back), this->write_matrix(s.dq, t, g);
@@ -352,40 +415,38 @@ struct Smoother : Reverse<T, V, N> {
       for (int64_t j = 0; j < m; j++)
         for (int64_t k = 0; k < n; k++)
           this->add(g + k * wide, c[i * wide + k] * inverse[i * m + j], c + j * wide, wide);
-    this->symmetric(g);
     this->through_observation(V{} + T(1));
   }
 
   // The smoothed mean of the state before a step.
   void smooth_mean() {
-    for (int64_t i = 0; i < n; i++) now_mean[i] = mean[i] + this->dot(before + i * wide, back);
-    for (int64_t i = n; i < wide; i++) now_mean[i] = V{};
+    this->product(back, before, now_mean, 1);
+    for (int64_t i = 0; i < n; i++) now_mean[i] += mean[i];
   }
 
-  // The covariance of the states on both sides of a step, `g` and `turned` as through_transition() begins and ends, and
-  // that of the one before; whether a lane has lost digits, and in `variances[0]` which one.
-  bool smooth_cov() {
-    this->product(before, g, other, n), this->product(other, before, work, n);  // P N P
+  // The covariance of the state before a step, P - (A P)^T N (A P), and of that after it with that before, (I - P' N) A
+  // P, by the predicted P' and N before the observation. Whether a lane has lost digits, and in `variances[0]` which
+  // one.
+  bool smooth_covs() {
+    V *ap = rows, *turned_ap = gains_of_next;
+    this->template product_a<false>(before, ap);
+    this->turn(ap, turned_ap);
+    this->product(g, ap, work, n);
+    this->product(turned_ap, work, other, n);
     V lost = V{};
     for (int64_t i = 0; i < n; i++) {
-      for (int64_t j = 0; j < n; j++) now_cov[i * wide + j] = before[i * wide + j] - work[i * wide + j];
-      for (int64_t j = n; j < wide; j++) now_cov[i * wide + j] = V{};
+      for (int64_t j = 0; j < wide; j++) now_cov[i * wide + j] = before[i * wide + j] - other[i * wide + j];
       lost = now_cov[i * wide + i] * T(LOSS) < before[i * wide + i] ? V{} + T(1) : lost;
     }
     this->symmetric(now_cov);
+    this->product(p, work, other, n);
+    for (int64_t i = 0; i < n * wide; i++) lag[i] = ap[i] - other[i];
     variances[0] = lost;
     T all[Lanes<V, T>::COUNT];
     memcpy(all, &lost, sizeof lost);
     for (T x : all)
       if (x > 0) return true;
     return false;
-  }
-
-  // (I - P N) A P_before, with `turned` = N A.
-  void smooth_lag() {
-    this->product(p, turned, other, n);
-    for (int64_t i = 0; i < n * wide; i++) other[i] = a[i] - other[i];
-    this->product(other, before, lag, n);
   }
 
   // Lanes that have lost digits take the moments given the next state.
@@ -479,15 +540,13 @@ struct Smoother : Reverse<T, V, N> {
       this->innovation(t);
       if (still) {
         this->through_observation(V{} + T(1));
-        this->clear(other, wide);
-        for (int64_t k = 0; k < n; k++) this->add(other, back[k], a + k * wide, wide);
-        for (int64_t k = 0; k < wide; k++) back[k] = other[k];
+        this->through_transition(back);
         smooth_mean();
       } else {
-        observe(), this->through_transition();
+        observe();
+        const bool lost = smooth_covs();
+        this->through_transition();
         smooth_mean();
-        smooth_lag();
-        const bool lost = smooth_cov();
         if (lost) condition(variances[0]);
         if (same && ++alike % SPAN == 0) {
           still = alike > SPAN && !lost && settled();

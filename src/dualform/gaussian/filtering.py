@@ -71,6 +71,19 @@ def run(
     Returns:
         What was found at each step, the belief after the last, and the form that ran but for single steps at the front.
     """
+    head, rest, state = opened(steps, belief, counted, blame)
+    if not rest.A.shape[1] and head:
+        return concat(head, 1), state, "sequential"
+    start = Gaussian(state.mean, state.cov)
+    quick = None if parallel else _by_kernel(rest, start, moments, parallel)
+    out, last, form = quick or _proper(masked(rest), start, parallel, blame, len(head))
+    none = state.diffuse[:, None].expand(-1, out.mean.shape[1], -1, -1)
+    out = Pass(out.mean, out.cov, none, out.predicted_mean, out.predicted_cov, none, out.loglik)
+    return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
+
+
+def opened(steps: Steps, belief: Belief, counted: bool, blame: Blame) -> tuple[list[Pass], Steps, Belief]:
+    """The steps while a direction is diffuse in any row, those that are left, and the belief between them."""
     head, rest, state = [], steps, belief
     while rest.A.shape[1] and belief.diffuse.shape[-1]:
         if not torch.compiler.is_compiling() and not state.diffuse.any():
@@ -80,16 +93,9 @@ def run(
         out, state = _update_diffuse(before, now, counted, blame, len(head))
         head.append(out)
         rest = cut(rest, slice(1, None))
-    if not rest.A.shape[1] and head:
-        return concat(head, 1), state, "sequential"
     if rest.A.shape[1]:
         state = state._replace(diffuse=_directions(state.diffuse))
-    start = Gaussian(state.mean, state.cov)
-    quick = None if parallel else _by_kernel(rest, start, moments, parallel)
-    out, last, form = quick or _proper(masked(rest), start, parallel, blame, len(head))
-    none = state.diffuse[:, None].expand(-1, out.mean.shape[1], -1, -1)
-    out = Pass(out.mean, out.cov, none, out.predicted_mean, out.predicted_cov, none, out.loglik)
-    return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
+    return head, rest, state
 
 
 def predict(belief: Belief, steps: Steps | Transition) -> Belief:

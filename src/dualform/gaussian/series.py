@@ -11,11 +11,20 @@ from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, matvec, symmetric_part
 from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import Door, lengths_of
-from dualform.gaussian.belief import Belief
+from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.filtering import Form, Pass, predict, run
 from dualform.gaussian.initial import initial
 from dualform.gaussian.recurrent import Innovation, Recurrent, after, innovation_of
-from dualform.gaussian.smoothing import Posterior, check_determined, draw, is_chain, moments, posterior, simulate
+from dualform.gaussian.smoothing import (
+    Posterior,
+    by_kernel,
+    check_determined,
+    draw,
+    is_chain,
+    moments,
+    posterior,
+    simulate,
+)
 from dualform.gaussian.steps import Matrices, Steps, ended, standing, steps_of, transition
 
 
@@ -68,17 +77,28 @@ class Forecast(NamedTuple):
     cov: Any  # (..., horizon, M, M)
 
 
-class _Series(NamedTuple):
-    """One call: its rows, and what the filter found."""
+class _Rows(NamedTuple):
+    """One call: its rows."""
 
     door: Door
     full: tuple[int, ...]
     start: Belief
-    found: Pass
     steps: Steps
-    last: Belief
     lengths: Tensor | None
     u: Tensor | None
+
+
+class _Series(NamedTuple):
+    """Its rows, and what the filter found."""
+
+    door: Door
+    full: tuple[int, ...]
+    start: Belief
+    steps: Steps
+    lengths: Tensor | None
+    u: Tensor | None
+    found: Pass
+    last: Belief
     form: Form
 
 
@@ -179,14 +199,13 @@ class Series(Recurrent):
             ArgumentError: as :meth:`filter`, and for a series that leaves a diffuse direction undetermined.
         """
         where = f"{type(self).__name__}.smooth"
-        series, chain = self._chain(where, y, state, u, lengths)
-        states, lag = moments(chain, self.parallel)
+        rows = self._laid(where, y, state, u, lengths)
+        states, lag, loglik, form = self._smoothed(where, rows.start, rows.steps)
         mean, cov = states.mean[:, 1:], states.cov[:, 1:]
-        if series.lengths is not None:
-            mean, cov, lag = ended([mean, cov, lag], series.lengths)
-        loglik = series.found.loglik.sum(-1)
-        out = [mean, cov, lag, loglik, states.mean[:, 0], states.cov[:, 0]]
-        return Smoothed(*self._out(series, *out, timed=True), convention=self._convention, form=series.form)
+        if rows.lengths is not None:
+            mean, cov, lag = ended([mean, cov, lag], rows.lengths)
+        out = [mean, cov, lag, loglik.sum(-1), states.mean[:, 0], states.cov[:, 0]]
+        return Smoothed(*self._out(rows, *out, timed=True), convention=self._convention, form=form)
 
     def simulate_posterior(
         self,
@@ -221,7 +240,9 @@ class Series(Recurrent):
         if draws < 0:
             raise ArgumentError(f"{where}: draws is {draws}, expected 0 or more")
         with torch.no_grad():
-            series, chain = self._chain(where, y, state, u, lengths)
+            series = self._filtered(where, y, state, u, lengths)
+            check_determined(where, series.last)
+            chain = posterior(series.start, series.found, series.steps, self.parallel)
             paths = (
                 draw(chain, draws, generator) if is_chain(chain) else self._corrected(series, chain, draws, generator)
             )
@@ -270,12 +291,12 @@ class Series(Recurrent):
     def _convention(self) -> str:
         return "proper" if self.system.diffuse is None else self.system.convention
 
-    def _out(self, series: _Series, *rows: Tensor, timed: bool = False) -> Any:
+    def _out(self, series: _Rows | _Series, *rows: Tensor, timed: bool = False) -> Any:
         """Results with the batch axes of the call, of the kind of its observations."""
         return series.door.out(*(value.reshape((*series.full, *value.shape[1:])) for value in rows), timed=timed)
 
-    def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any, moments: bool = True) -> _Series:
-        """Without ``moments`` there may be only the likelihood."""
+    def _laid(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> _Rows:
+        """What a caller gave, as rows."""
         model = self.system
         door = Door(where, y, model.A, model.d_obs)
         y = door.y
@@ -296,11 +317,26 @@ class Series(Recurrent):
             time = torch.arange(length, device=x.device)
             keep = time < lengths[:, None], time <= lengths[:, None]
         here = None if u is None else u[:, :length]
-        steps = self._steps(where, x, start, here, full, keep)
-        found, last, form = self._run(steps, start, moments)
+        return _Rows(door, full, start, self._steps(where, x, start, here, full, keep), lengths, u)
+
+    def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any, moments: bool = True) -> _Series:
+        """Without ``moments`` there may be only the likelihood."""
+        rows = self._laid(where, y, state, u, lengths)
+        start, lengths = rows.start, rows.lengths
+        found, last, form = self._run(rows.steps, start, moments)
         if moments:
-            last = last._replace(steps=start.steps + length) if lengths is None else after(start, found, lengths)
-        return _Series(door, full, start, found, steps, last, lengths, u, form)
+            steps = start.steps + rows.steps.y.shape[1]
+            last = last._replace(steps=steps) if lengths is None else after(start, found, lengths)
+        return _Series(*rows, found, last, form)
+
+    def _smoothed(self, where: str, start: Belief, steps: Steps) -> tuple[Gaussian, Tensor, Tensor, Form]:
+        """The moments of the states 0 .. T, covariances of neighbours, and the terms of the likelihood."""
+        quick = None if self.parallel else by_kernel(start, steps, self._counted)
+        if quick is not None:
+            return *quick, "sequential"
+        found, last, form = self._run(steps, start)
+        check_determined(where, last)
+        return *moments(posterior(start, found, steps, self.parallel), self.parallel), found.loglik, form
 
     def _run(self, steps: Steps, start: Belief, moments: bool = True) -> tuple[Pass, Belief, Form]:
         return run(steps, start, self.parallel, self._counted, lambda: None, moments)
@@ -350,12 +386,6 @@ class Series(Recurrent):
         moves = transition(matrices, None if model.B is None else u, standing(model, start, 1, None))
         return predict(start, tree_map(lambda z: z[:, 0], moves))
 
-    def _chain(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> tuple[_Series, Posterior]:
-        """What the filter found, and the states given all data."""
-        series = self._filtered(where, y, state, u, lengths)
-        check_determined(where, series.last)
-        return series, posterior(series.start, series.found, series.steps, self.parallel)
-
     def _corrected(self, series: _Series, chain: Posterior, draws: int, generator: torch.Generator | None) -> Tensor:
         """Draws of the model, moved by what the data differ from theirs (Durbin and Koopman 2002)."""
         path, y = simulate(series.start, series.steps, draws, generator)
@@ -363,7 +393,6 @@ class Series(Recurrent):
             tree_map(lambda z: z.repeat(draws, *[1] * (z.dim() - 1)), part) for part in (series.start, series.steps)
         )
         steps = steps._replace(y=torch.where(steps.seen, y, 0))
-        found, _, _ = self._run(steps, start)
-        again, _ = moments(posterior(start, found, steps, self.parallel), self.parallel)
+        again, *_ = self._smoothed("simulate_posterior", start, steps)
         states, _ = moments(chain, self.parallel)
         return (path - again.mean[:, 1:]).unflatten(0, (draws, -1)) + states.mean[:, 1:]
