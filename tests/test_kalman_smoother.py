@@ -144,7 +144,8 @@ def test_a_model_is_smoothed_as_by_the_other_forms(seed):
         with backend("torch"):
             wants = [df.KalmanFilter(model, parallel=form).smooth(y, **options) for form in (False, True)]
     for want, name in zip(wants, ("loop", "scan"), strict=True):
-        for part, x, z in zip(got._fields[:6], got, want, strict=False):
+        for part in got._fields[:6]:
+            x, z = getattr(got, part), getattr(want, part)
             size = z.nan_to_num().abs().max()
             error = (x - z).nan_to_num().abs().max()
             assert torch.equal(x.isnan(), z.isnan()) and error <= 1e-9 * (1 + size), f"{part} of the {name}: {error}"

@@ -12,7 +12,8 @@ from dualform.ops.op import Backend
 
 
 def _forward(a: KalmanSmoother) -> list[Tensor]:
-    wide = KalmanFilter(*(m if m.dtype == torch.bool else m.double() for m in a), True)
+    A, c, Q, C, R, y, seen, *start = (m if m.dtype == torch.bool else m.double() for m in a)
+    wide = KalmanFilter(A, c, Q, C, R, y, seen, start[0], start[1], True)
     loglik, *moments, mean, cov = filtered(wide)
     first = [m.clone(memory_format=torch.contiguous_format) for m in (wide.mean, wide.cov)]
     if a.y.numel() > 0:
