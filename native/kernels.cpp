@@ -7,6 +7,7 @@
 #include "diagonal_ssm.h"
 #include "kalman.h"
 #include "kalman_reverse.h"
+#include "kalman_smoother.h"
 #include "linear_scan.h"
 #include "norm.h"
 #include "selective_scan.h"
