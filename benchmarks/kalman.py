@@ -41,6 +41,23 @@ def _model(A: Tensor, C: Tensor, Q: Tensor, noise: float, prior: float) -> df.Li
     return df.LinearGaussian(*(x.double() for x in (A, C, Q, R, torch.zeros(n), prior * torch.eye(n))))
 
 
+def gradient(model: df.LinearGaussian, y: Tensor) -> tuple[Tensor, ...]:
+    """That of the log-likelihood, by the variances of both noises."""
+    R, Q = (x.detach().clone().requires_grad_() for x in (model.R, model.Q))
+    same = df.LinearGaussian(model.A, model.C, Q, R, model.m0, model.P0)
+    return torch.autograd.grad(same.log_likelihood(y).sum(), (R, Q))
+
+
+def without_gradient(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same where none is recorded."""
+
+    def quick() -> Any:
+        with torch.no_grad():
+            return run()
+
+    return quick
+
+
 def peer_of(model: df.LinearGaussian, y: np.ndarray, kind: Any) -> Any:
     """The same model and series in statsmodels, whose prior is that of the first state."""
     A, C, Q, R, P0 = (x.detach().numpy() for x in (model.A, model.C, model.Q, model.R, model.P0))
@@ -97,13 +114,15 @@ def main() -> None:
         y = 40 * steps.cumsum(1) + 120 * torch.randn(rows, length, 1, generator=generator, dtype=torch.float64)
         cases[name] = model, y if rows > 1 else y[0]
     runs: dict[str, Callable[[], Any]] = {}
+    for name, (model, y) in cases.items():
+        runs[f"{name}: likelihood and gradient"] = lambda model=model, y=y: gradient(model, y)
     with torch.no_grad():
         for name, (model, y) in cases.items():
-            runs[f"{name}: likelihood"] = lambda model=model, y=y: model.log_likelihood(y)
-            runs[f"{name}: filter"] = lambda model=model, y=y: model.filter(y)
-            runs[f"{name}: smoother"] = lambda model=model, y=y: model.smooth(y)
+            runs[f"{name}: likelihood"] = without_gradient(lambda model=model, y=y: model.log_likelihood(y))
+            runs[f"{name}: filter"] = without_gradient(lambda model=model, y=y: model.filter(y))
+            runs[f"{name}: smoother"] = without_gradient(lambda model=model, y=y: model.smooth(y))
         runs |= statsmodels(cases)
-        times = interleaved(runs, repeats=options.repeats)
+    times = interleaved(runs, repeats=options.repeats)
     report("the Kalman filter, float64", [row(name, times[name]) for name in sorted(times)], options.out)
 
 

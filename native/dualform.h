@@ -264,7 +264,9 @@ typedef struct {
 // The Kalman filter of M observations of N states, each step a transition and then the observation:
 // h' = A h + c + q, q ~ N(0, Q); y = C h' + r, r ~ N(0, R). Rows and columns lie like one contiguous axis; a view that
 // is constant in time has the stride 0 there. Everything but `seen` has the dtype of the state. The four moments are
-// given together, or all null.
+// given together, or all null. The smoother takes double alone; in its place of the filter's moments it leaves the
+// means and covariances given all observations, and in that of the predicted covariances those of each state with the
+// one before it.
 typedef struct {
   int64_t threads;
   int64_t dtype;  // of the state
@@ -281,6 +283,14 @@ typedef struct {
   void *means, *covs;                      // (rows, T, N) and (rows, T, N, N), after each observation; or null
   void *predicted_means, *predicted_covs;  // the same before it; or null
   void *last_mean, *last_cov;              // (rows, N) and (rows, N, N)
+  // Smoother only, which finds in the four moments what the filter left there.
+  void *first_mean, *first_cov;  // as last_mean and last_cov, of the state before the first step
+  // Backward only.
+  const void* dloglik;                                   // (rows, T)
+  const void *dmeans, *dcovs;                            // as those moments, or all four null
+  const void *dpredicted_means, *dpredicted_covs;        // the same
+  const void *dlast_mean, *dlast_cov;                    // (rows, N) and (rows, N, N)
+  void *da, *dshift, *dq, *dc, *dr, *dy, *dmean, *dcov;  // contiguous, of every step; or null where not wanted
 } KalmanFilter;
 
 // One step of a block: x + out(mixer(norm(x))) with a Mamba as the mixer, of M features, D channels, N states, rank R

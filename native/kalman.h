@@ -227,13 +227,14 @@ void all_few(const KalmanFilter& s, int64_t first, int64_t end) {
   for (int64_t i = first; i < end; i += LANES<T>) end - i == 1 ? few<T, T, N>(s, i, end) : few<T, vec<T>, N>(s, i, end);
 }
 
-// Row i of `out` is row i of `start`, or zero, plus the sum over j of the coefficients times the rows of x. A row has
-// `wide` numbers, whole vectors. The coefficients of a row are those of its list, (index, value), or all N.
+// Row i of `out`, which has `rows` of them, is row i of `start`, or zero, plus the sum over j of the coefficients times
+// the rows of x. A row has `wide` numbers, whole vectors. The coefficients of a row are those of its list, (index,
+// value), or all N.
 template <class T, int VECTORS>
 INLINE void product(const T* values, const int32_t* indices, const int32_t* counts, const T* x, const T* start, T* out,
-                    int64_t n, int64_t wide, int64_t column) {
+                    int64_t rows, int64_t n, int64_t wide, int64_t column) {
   constexpr int L = LANES<T>;
-  for (int64_t i = 0; i < n; i++) {
+  for (int64_t i = 0; i < rows; i++) {
     const T* value = values + i * wide;
     const int64_t count = counts ? counts[i] : n;
     vec<T> sum[VECTORS];
@@ -247,22 +248,22 @@ INLINE void product(const T* values, const int32_t* indices, const int32_t* coun
 }
 template <class T>
 INLINE void products(const T* values, const int32_t* indices, const int32_t* counts, const T* x, const T* start, T* out,
-                     int64_t n, int64_t wide) {
+                     int64_t rows, int64_t n, int64_t wide) {
   const int64_t vectors = wide / LANES<T>;
   for (int64_t k = 0; k < vectors; k += 4) {
     const int64_t column = k * LANES<T>;
     switch (least(vectors - k, 4)) {
       case 1:
-        product<T, 1>(values, indices, counts, x, start, out, n, wide, column);
+        product<T, 1>(values, indices, counts, x, start, out, rows, n, wide, column);
         break;
       case 2:
-        product<T, 2>(values, indices, counts, x, start, out, n, wide, column);
+        product<T, 2>(values, indices, counts, x, start, out, rows, n, wide, column);
         break;
       case 3:
-        product<T, 3>(values, indices, counts, x, start, out, n, wide, column);
+        product<T, 3>(values, indices, counts, x, start, out, rows, n, wide, column);
         break;
       default:
-        product<T, 4>(values, indices, counts, x, start, out, n, wide, column);
+        product<T, 4>(values, indices, counts, x, start, out, rows, n, wide, column);
     }
   }
 }
@@ -356,8 +357,8 @@ struct Many {
   }
 
   void predict_cov() {
-    products<T>(a, a_indices, a_counts, cov, nullptr, work, n, wide);
-    products<T>(work, nullptr, nullptr, turned, q, cov, n, wide);
+    products<T>(a, a_indices, a_counts, cov, nullptr, work, n, n, wide);
+    products<T>(work, nullptr, nullptr, turned, q, cov, n, n, wide);
     symmetric();
   }
 

@@ -6,6 +6,8 @@
 #include "dense.h"
 #include "diagonal_ssm.h"
 #include "kalman.h"
+#include "kalman_reverse.h"
+#include "kalman_smoother.h"
 #include "linear_scan.h"
 #include "lti_step.h"
 #include "norm.h"
@@ -42,6 +44,8 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::dense::read_rows<float>, isa::dense::read_rows<double>},
     {isa::dense::forward<float>, isa::dense::forward<double>},
     {isa::kalman::forward<float>, isa::kalman::forward<double>},
+    {isa::kalman::backward<float>, isa::kalman::backward<double>},
+    isa::kalman::smooth,
     {isa::block::mamba<float>, isa::block::mamba<double>},
     {isa::block::mamba2<float>, isa::block::mamba2<double>},
     {isa::block::lti<float>, isa::block::lti<double>},

@@ -304,6 +304,19 @@ bool check(const KalmanFilter& s) {
   return true;
 }
 
+// Run kernel(s, first, end, memory) for groups of as many series as a vector has lanes, or for single ones where groups
+// would leave threads without work.
+template <class K>
+void by_series(const KalmanFilter& s, const K& kernel) {
+  const int64_t n = s.states, group = lanes(s.dtype), groups = over(s.rows, group);
+  const int64_t threads = threads_for(s.threads, s.rows * s.length * n * n * (2 * n + 3 * s.observed));
+  const int64_t size = groups >= threads ? group : 1, units = over(s.rows, size);
+  const int64_t tasks = std::min(units, threads == 1 ? 1 : 4 * threads);
+  in_scratch(threads, tasks, [&](int64_t i, void* memory) {
+    return kernel(s, units * i / tasks * size, std::min(units * (i + 1) / tasks * size, s.rows), memory);
+  });
+}
+
 }  // namespace
 
 EXPORT int64_t dualform_version() { return DUALFORM_VERSION; }
@@ -539,15 +552,24 @@ EXPORT int dualform_norm_backward(const Norm* s) {
 
 EXPORT int dualform_kalman_filter(const KalmanFilter* s) {
   return guarded([&] {
+    if (check(*s)) by_series(*s, kernels->kalman_filter[s->dtype]);
+  });
+}
+
+EXPORT int dualform_kalman_filter_backward(const KalmanFilter* s) {
+  return guarded([&] {
     if (!check(*s)) return;
-    const int64_t n = s->states, group = lanes(s->dtype), groups = over(s->rows, group);
-    const int64_t threads = threads_for(s->threads, s->rows * s->length * n * n * (2 * n + 3 * s->observed));
-    // Groups of as many rows as a vector has lanes, or single rows where those would leave threads without work.
-    const int64_t size = groups >= threads ? group : 1, units = over(s->rows, size);
-    const int64_t tasks = std::min(units, threads == 1 ? 1 : 4 * threads);
-    auto kernel = kernels->kalman_filter[s->dtype];
-    in_scratch(threads, tasks, [&](int64_t i, void* memory) {
-      return kernel(*s, units * i / tasks * size, std::min(units * (i + 1) / tasks * size, s->rows), memory);
-    });
+    check_pointers({s->means, s->dloglik, s->dlast_mean, s->dlast_cov});
+    for (const void* part : {s->dcovs, s->dpredicted_means, s->dpredicted_covs})
+      require((part != nullptr) == (s->dmeans != nullptr));
+    by_series(*s, kernels->kalman_filter_backward[s->dtype]);
+  });
+}
+
+EXPORT int dualform_kalman_smoother(const KalmanFilter* s) {
+  return guarded([&] {
+    if (!check(*s)) return;
+    require(s->dtype == FLOAT64), check_pointers({s->means, s->first_mean, s->first_cov});
+    by_series(*s, kernels->kalman_smoother);
   });
 }

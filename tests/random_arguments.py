@@ -508,6 +508,10 @@ def kalman_filter(draw: Draw) -> Arguments:
     }
 
 
+def kalman_smoother(draw: Draw) -> Arguments:
+    return {name: value for name, value in kalman_filter(draw).items() if name != "moments"}
+
+
 def linear(draw: Draw) -> Arguments:
     batch, width, outputs = draw.one(0, 1, 3, 16, 17), draw.one(0, 1, 3, 17, 64, 100), draw.one(1, 3, 4, 33)
     return {
@@ -629,6 +633,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         slstm,
         grouped_linear,
         kalman_filter,
+        kalman_smoother,
         linear,
         quantized_linear,
         mamba_step,

@@ -6,7 +6,7 @@ import torch
 import dualform as df
 from dualform.core.errors import ArgumentError
 from dualform.ops import OPS, backend
-from dualform.ops.kalman_filter import KalmanFilter, has_kernel, kalman_filter, kalman_filter_op
+from dualform.ops.kalman_filter import KalmanFilter, has_kernel, kalman_filter_op
 from dualform.ops.native import library
 
 pytestmark = pytest.mark.skipif(bool(library.missing), reason="there are no CPU kernels")
@@ -137,18 +137,6 @@ def test_an_observation_without_variance_is_nan(size):
     assert got[:, 0].isnan().all() and want[:, 0].isnan().all()
     with pytest.raises(ArgumentError, match="is not positive definite at row 0, time 0"):
         df.KalmanFilter(df.LinearGaussian([[1.0]], [[1.0]], [[0.0]], [[0.0]], m0=[0.0], P0=[[0.0]])).filter([1.0])
-
-
-def test_gradients_are_those_of_the_loop():
-    a = arguments(2, 5, 2, 1)
-    Q = a.Q.clone().requires_grad_()
-    assert has_kernel(a) and not has_kernel(a._replace(Q=Q))
-    out = kalman_filter(*a._replace(Q=Q, y=a.y.nan_to_num())[:9])
-    (first,) = torch.autograd.grad(out.loglik.sum(), Q, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), Q)
-    assert first.abs().sum() > 0 and second.isfinite().all()
-    with torch.no_grad():
-        assert has_kernel(a._replace(Q=Q))
 
 
 def test_what_the_kernel_does_not_take_is_left_to_the_loop():

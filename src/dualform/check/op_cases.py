@@ -25,6 +25,7 @@ from dualform.ops.grouped_linear import grouped_linear
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.kalman_filter import kalman_filter
+from dualform.ops.kalman_smoother import kalman_smoother
 from dualform.ops.linear import linear
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
@@ -389,6 +390,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("grouped_linear", "grouped_linear", grouped_linear, groups, {"ends": packed[1:].long()}),
         OpCase("kalman_filter", "kalman_filter", kalman_filter, gaussian(3, 5, 2), missing(3, 2)),
         OpCase("kalman_filter level", "kalman_filter", kalman_filter, gaussian(9, 1, 1), missing(9, 1)),
+        OpCase("kalman_smoother", "kalman_smoother", kalman_smoother, gaussian(3, 5, 2), missing(3, 2)),
+        OpCase("kalman_smoother level", "kalman_smoother", kalman_smoother, gaussian(9, 1, 1), missing(9, 1)),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
         OpCase("quantized_linear", "quantized_linear", quantized_linear, {"x": normal(3, 70)}, eight_bits),
         *(OpCase(*case) for case in block_cases(normal)),

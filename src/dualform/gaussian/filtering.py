@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, NoReturn
 
 import torch
@@ -70,6 +71,19 @@ def run(
     Returns:
         What was found at each step, the belief after the last, and the form that ran but for single steps at the front.
     """
+    head, rest, state = opened(steps, belief, counted, blame)
+    if not rest.A.shape[1] and head:
+        return concat(head, 1), state, "sequential"
+    start = Gaussian(state.mean, state.cov)
+    quick = None if parallel else _by_kernel(rest, start, moments, parallel)
+    out, last, form = quick or _proper(masked(rest), start, parallel, blame, len(head))
+    none = state.diffuse[:, None].expand(-1, out.mean.shape[1], -1, -1)
+    out = Pass(out.mean, out.cov, none, out.predicted_mean, out.predicted_cov, none, out.loglik)
+    return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
+
+
+def opened(steps: Steps, belief: Belief, counted: bool, blame: Blame) -> tuple[list[Pass], Steps, Belief]:
+    """The steps while a direction is diffuse in any row, those that are left, and the belief between them."""
     head, rest, state = [], steps, belief
     while rest.A.shape[1] and belief.diffuse.shape[-1]:
         if not torch.compiler.is_compiling() and not state.diffuse.any():
@@ -79,16 +93,9 @@ def run(
         out, state = _update_diffuse(before, now, counted, blame, len(head))
         head.append(out)
         rest = cut(rest, slice(1, None))
-    if not rest.A.shape[1] and head:
-        return concat(head, 1), state, "sequential"
     if rest.A.shape[1]:
         state = state._replace(diffuse=_directions(state.diffuse))
-    start = Gaussian(state.mean, state.cov)
-    quick = None if parallel else _by_kernel(rest, start, moments)
-    out, last, form = quick or _proper(masked(rest), start, parallel, blame, len(head))
-    none = state.diffuse[:, None].expand(-1, out.mean.shape[1], -1, -1)
-    out = Pass(out.mean, out.cov, none, out.predicted_mean, out.predicted_cov, none, out.loglik)
-    return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
+    return head, rest, state
 
 
 def predict(belief: Belief, steps: Steps | Transition) -> Belief:
@@ -112,15 +119,26 @@ class Found(NamedTuple):
     predicted_cov: Tensor
 
 
-def _by_kernel(steps: Steps, state: Gaussian, moments: bool) -> tuple[Found, Gaussian, Form] | None:
+def _by_kernel(
+    steps: Steps, state: Gaussian, moments: bool, parallel: bool | None
+) -> tuple[Found, Gaussian, Form] | None:
     """None where there is no kernel for it, or a step fails: the loop says which one, and why."""
     a = KalmanFilter(steps.A, steps.c, steps.Q, steps.C, steps.R, steps.y, steps.seen, *state, moments)
     if not steps.A.shape[1] or not has_kernel(a):
         return None
-    loglik, mean, cov, predicted_mean, predicted_cov, *last = kalman_filter_op(a)
+    loglik, mean, cov, predicted_mean, predicted_cov, *last = kalman_filter_op(a, partial(_again, parallel))
     if not loglik.sum().isfinite():  # as long as each of them is, up to an overflow
         return None
     return Found(mean, cov, loglik, predicted_mean, predicted_cov), Gaussian(*last), "sequential"
+
+
+def _again(parallel: bool | None, a: KalmanFilter) -> list[Tensor]:
+    """The outputs of the kernel in operations that PyTorch records, for derivatives of its gradient."""
+    steps = masked(Steps(*a[:7]))
+    out, last, _ = _proper(steps, Gaussian(a.mean, a.cov), parallel, lambda: None, 0)
+    kept = slice(None if a.moments else 0)
+    moments = (z[:, kept] for z in (out.mean, out.cov, out.predicted_mean, out.predicted_cov))
+    return [out.loglik, *moments, *last]
 
 
 def _proper(

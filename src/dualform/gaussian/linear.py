@@ -1,15 +1,17 @@
 """The steps of a linear-Gaussian model: its matrices at the times of the observations."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dualform.core.linalg import matvec, symmetric_part
 from dualform.core.tree import tree_map
-from dualform.gaussian.belief import Belief
+from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.filtering import Blame, Form, Pass, predict
 from dualform.gaussian.parameters import Parameters
 from dualform.gaussian.recurrent import own
-from dualform.gaussian.series import Rows, Series
+from dualform.gaussian.series import Laid, Rows, Series
 from dualform.gaussian.steps import Matrices, Steps, Transition, standing, steps_of, transition
 
 
@@ -32,13 +34,32 @@ class Linear(Series):
         blame: Blame,
         moments: bool = True,
     ) -> tuple[Pass, Steps, Belief, Form]:
+        steps = self._steps(where, x, belief, u, full, keep)
+        out, last, form = self._run(steps, belief, moments, blame)
+        return out, steps, last, form
+
+    def _steps(
+        self,
+        where: str,
+        x: Tensor,
+        belief: Belief,
+        u: Tensor | None,
+        full: tuple[int, ...],
+        keep: tuple[Tensor, Tensor] | None,
+    ) -> Steps:
         observed, moved = (None, None) if keep is None else keep
         seen = ~x.isnan() if observed is None else ~x.isnan() & observed[..., None]
         needed = None if moved is None else moved.sum(1)
         matrices = Matrices(where, self.system, full, belief.steps, x.shape[1], belief.mean.dtype, needed)
-        steps = steps_of(matrices, x, u, seen, standing(self.system, belief, x.shape[1], moved))
-        out, last, form = self._run(steps, belief, moments, blame)
-        return out, steps, last, form
+        return steps_of(matrices, x, u, seen, standing(self.system, belief, x.shape[1], moved))
+
+    def _smooth(
+        self, where: str, y: Any, state: Any, u: Any, lengths: Any
+    ) -> tuple[Laid | Rows, Gaussian, Tensor, Tensor, Form]:
+        """Steps of matrices are known before the filter runs: a kernel may filter and smooth at once."""
+        laid = self._laid(where, y, state, u, lengths)
+        steps = self._steps(where, laid.x, laid.start, laid.here, laid.full, laid.keep)
+        return laid, *self._smoothed(where, laid.start, steps)
 
     def _one(
         self, where: str, x: Tensor, belief: Belief, u: Tensor | None, full: tuple[int, ...]

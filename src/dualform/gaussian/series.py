@@ -11,12 +11,21 @@ from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors
 from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import Door, lengths_of
-from dualform.gaussian.belief import Belief
+from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.filtering import Blame, Form, Pass, predict, run
 from dualform.gaussian.forecasts import Forecast
 from dualform.gaussian.initial import initial
 from dualform.gaussian.recurrent import Innovation, Recurrent, after, innovation_of
-from dualform.gaussian.smoothing import Posterior, check_determined, draw, is_chain, moments, posterior, simulate
+from dualform.gaussian.smoothing import (
+    Posterior,
+    by_kernel,
+    check_determined,
+    draw,
+    is_chain,
+    moments,
+    posterior,
+    simulate,
+)
 from dualform.gaussian.steps import Steps, Transition, ended
 
 
@@ -60,6 +69,30 @@ class Smoothed(NamedTuple):
     initial_cov: Any  # (..., N, N)
     convention: str
     form: str
+
+
+class Laid(NamedTuple):
+    """One call: its rows."""
+
+    door: Door
+    full: tuple[int, ...]
+    start: Belief
+    x: Tensor  # (rows, T, M)
+    lengths: Tensor | None
+    u: Tensor | None  # (rows, T or more, U)
+
+    @property
+    def here(self) -> Tensor | None:
+        """The inputs at the times of the observations."""
+        return None if self.u is None else self.u[:, : self.x.shape[1]]
+
+    @property
+    def keep(self) -> tuple[Tensor, Tensor] | None:
+        """Which steps have an observation, and which a transition, where rows have lengths of their own."""
+        if self.lengths is None:
+            return None
+        time = torch.arange(self.x.shape[1], device=self.x.device)
+        return time < self.lengths[:, None], time <= self.lengths[:, None]
 
 
 class Rows(NamedTuple):
@@ -173,14 +206,12 @@ class Series(Recurrent):
             ArgumentError: as :meth:`filter`, and for a series that leaves a diffuse direction undetermined.
         """
         where = f"{type(self).__name__}.smooth"
-        series, chain = self._chain(where, y, state, u, lengths)
-        states, lag = moments(chain, self.parallel)
+        rows, states, lag, loglik, form = self._smooth(where, y, state, u, lengths)
         mean, cov = states.mean[:, 1:], states.cov[:, 1:]
-        if series.lengths is not None:
-            mean, cov, lag = ended([mean, cov, lag], series.lengths)
-        loglik = series.found.loglik.sum(-1)
-        out = [mean, cov, lag, loglik, states.mean[:, 0], states.cov[:, 0]]
-        return Smoothed(*self._out(series, *out, timed=True), convention=self._convention, form=series.form)
+        if rows.lengths is not None:
+            mean, cov, lag = ended([mean, cov, lag], rows.lengths)
+        out = [mean, cov, lag, loglik.sum(-1), states.mean[:, 0], states.cov[:, 0]]
+        return Smoothed(*self._out(rows, *out, timed=True), convention=self._convention, form=form)
 
     def simulate_posterior(
         self,
@@ -264,12 +295,12 @@ class Series(Recurrent):
     def _convention(self) -> str:
         return "proper" if self.system.diffuse is None else self.system.convention
 
-    def _out(self, series: Rows, *rows: Tensor, timed: bool = False) -> Any:
+    def _out(self, series: Rows | Laid, *rows: Tensor, timed: bool = False) -> Any:
         """Results with the batch axes of the call, of the kind of its observations."""
         return series.door.out(*(value.reshape((*series.full, *value.shape[1:])) for value in rows), timed=timed)
 
-    def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any, moments: bool = True) -> Rows:
-        """Without ``moments`` there may be only the likelihood."""
+    def _laid(self, where: str, y: Any, state: Any, u: Any, lengths: Any) -> Laid:
+        """What a caller gave, as rows."""
         model = self.system
         door = Door(where, y, model.Q, model.d_obs)
         y = door.y
@@ -284,16 +315,35 @@ class Series(Recurrent):
         rows, length = x.shape[:2]
         start = self._check_state(where, rows, x, initial(where, model, full) if state is None else state)
         u = self._inputs(where, u, full, length, start)
-        keep = None
-        if lengths is not None:
-            lengths = lengths_of(where, lengths, full, length, x.device)
-            time = torch.arange(length, device=x.device)
-            keep = time < lengths[:, None], time <= lengths[:, None]
-        here = None if u is None else u[:, :length]
-        found, steps, last, form = self._through(where, x, start, here, full, keep, lambda: None, moments)
+        lengths = None if lengths is None else lengths_of(where, lengths, full, length, x.device)
+        return Laid(door, full, start, x, lengths, u)
+
+    def _filtered(self, where: str, y: Any, state: Any, u: Any, lengths: Any, moments: bool = True) -> Rows:
+        """Without ``moments`` there may be only the likelihood."""
+        laid = self._laid(where, y, state, u, lengths)
+        start, lengths, length = laid.start, laid.lengths, laid.x.shape[1]
+        found, steps, last, form = self._through(
+            where, laid.x, start, laid.here, laid.full, laid.keep, lambda: None, moments
+        )
         if moments:
             last = last._replace(steps=start.steps + length) if lengths is None else after(start, found, lengths)
-        return Rows(door, full, start, found, steps, last, lengths, u, form)
+        return Rows(laid.door, laid.full, start, found, steps, last, lengths, laid.u, form)
+
+    def _smooth(
+        self, where: str, y: Any, state: Any, u: Any, lengths: Any
+    ) -> tuple[Laid | Rows, Gaussian, Tensor, Tensor, Form]:
+        """The rows of a call, and what :meth:`_smoothed` says of them."""
+        series, chain = self._chain(where, y, state, u, lengths)
+        return series, *moments(chain, self.parallel), series.found.loglik, series.form
+
+    def _smoothed(self, where: str, start: Belief, steps: Steps) -> tuple[Gaussian, Tensor, Tensor, Form]:
+        """The moments of the states 0 .. T, covariances of neighbours, and the terms of the likelihood."""
+        quick = None if self.parallel else by_kernel(start, steps, self._counted)
+        if quick is not None:
+            return *quick, "sequential"
+        found, last, form = self._run(steps, start)
+        check_determined(where, last)
+        return *moments(posterior(start, found, steps, self.parallel), self.parallel), found.loglik, form
 
     def _run(
         self, steps: Steps, start: Belief, moments: bool = True, blame: Blame = lambda: None
@@ -356,7 +406,6 @@ class Series(Recurrent):
             tree_map(lambda z: z.repeat(draws, *[1] * (z.dim() - 1)), part) for part in (series.start, series.steps)
         )
         steps = steps._replace(y=torch.where(steps.seen, y, 0))
-        found, _, _ = self._run(steps, start)
-        again, _ = moments(posterior(start, found, steps, self.parallel), self.parallel)
+        again, *_ = self._smoothed("simulate_posterior", start, steps)
         states, _ = moments(chain, self.parallel)
         return (path - again.mean[:, 1:]).unflatten(0, (draws, -1)) + states.mean[:, 1:]

@@ -16,12 +16,14 @@ where nothing has noise. There the innovations of the filter are carried back (B
 their covariance alone; and the states that are diffuse still follow from the next one, which is an observation ``A h +
 c + q`` of them (Rauch, Tung and Striebel).
 
+On a CPU, where no gradient is wanted, the moments come from a compiled loop, :mod:`dualform.ops.kalman_smoother`.
+
 References:
     Fraser and Potter (1969), "The optimum linear smoother as a combination of two optimum linear filters"; Bryson and
     Frazier (1963), "Smoothing for linear and nonlinear dynamic systems"; Durbin and Koopman (2002), "A simple and
-    efficient simulation smoother for state space time series analysis"; Rauch, Tung
-    and Striebel (1965), "Maximum likelihood estimates of linear dynamic systems"; Sarkka and Garcia-Fernandez (2021),
-    arXiv:1905.13002, for the elements and the scans.
+    efficient simulation smoother for state space time series analysis"; Rauch, Tung and Striebel (1965), "Maximum
+    likelihood estimates of linear dynamic systems"; Sarkka and Garcia-Fernandez (2021), arXiv:1905.13002, for the
+    elements and the scans.
 """
 
 from collections.abc import Callable
@@ -37,8 +39,9 @@ from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.filtering import Pass, elements_of, is_parallel_faster, own_root, sharpened
+from dualform.gaussian.filtering import Pass, elements_of, is_parallel_faster, opened, own_root, sharpened
 from dualform.gaussian.steps import Steps, cut, masked
+from dualform.ops.kalman_smoother import KalmanSmoother, has_kernel, kalman_smoother_op
 
 
 class Kernel(NamedTuple):
@@ -219,6 +222,31 @@ def _kernels_back(before: _States, found: Pass, steps: Steps, count: int) -> Ker
     if Z.shape[-1]:  # what neither the next state nor the data determine
         V = V + torch.diag_embed(torch.where((after.diffuse != 0).any(-1), torch.inf, 0.0).to(V.dtype))
     return Kernel(after.mean, mean - matvec(after.mean, found.predicted_mean[:, :count]), V)
+
+
+def by_kernel(belief: Belief, steps: Steps, counted: bool) -> tuple[Gaussian, Tensor, Tensor] | None:
+    """The moments of the states 0 .. T, covariances of neighbours, and terms of the likelihood, from a compiled loop.
+
+    The states that are diffuse in any row follow from the first that is in none. None where no kernel runs the call,
+    where a gradient is wanted, where a step fails, or where a direction is diffuse to the end: other forms say why.
+    """
+    head, rest, state = opened(steps, belief, counted, lambda: None)
+    a = KalmanSmoother(*rest, state.mean, state.cov)
+    if not rest.A.shape[1] or not has_kernel(a):
+        return None
+    loglik, mean, cov, lag, *first = kalman_smoother_op(a)
+    if not loglik.sum().isfinite():
+        return None
+    middle = Gaussian(*(torch.cat([z[:, None], more], 1) for z, more in zip(first, (mean, cov), strict=True)))
+    if not head:
+        return middle, lag, loglik
+    found = concat(head, 1)
+    parts = zip((belief.mean, belief.cov, belief.diffuse), (found.mean, found.cov, found.diffuse), strict=True)
+    before = _States(*(torch.cat([z[:, None], more], 1) for z, more in parts))
+    back = _kernels_back(before, found, cut(steps, slice(len(head))), len(head))
+    none = tree_map(lambda z: z[:, :0], back)
+    states, lag = moments(Posterior(back, middle, lag, none), parallel=False)
+    return states, lag, torch.cat([found.loglik, loglik], 1)
 
 
 def moments(chain: Posterior, parallel: bool | None) -> tuple[Gaussian, Tensor]:

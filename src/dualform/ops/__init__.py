@@ -19,6 +19,7 @@ from dualform.ops.grouped_linear import grouped_linear
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.kalman_filter import kalman_filter
+from dualform.ops.kalman_smoother import kalman_smoother
 from dualform.ops.linear import linear
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
@@ -64,6 +65,7 @@ for _name in (
     "causal_conv1d",
     "diagonal_ssm",
     "kalman_filter",
+    "kalman_smoother",
     "linear",
     "linear_scan",
     "norm",
@@ -104,6 +106,7 @@ __all__ = [
     "irregular_scan",
     "irregular_ssm",
     "kalman_filter",
+    "kalman_smoother",
     "linear",
     "linear_scan",
     "long_conv",

@@ -1,7 +1,7 @@
 """The Kalman filter, a step after the other."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,7 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import matvec, symmetric_part
 from dualform.core.shapes import check_real, check_tensors, once_per_shape, wide
-from dualform.ops.derivatives import transformed
-from dualform.ops.op import Op, forced
+from dualform.ops.op import Op
 from dualform.ops.state import check_dtype
 
 _WHERE = "kalman_filter"
@@ -75,11 +74,7 @@ def kalman_filter(
         Kalman (1960), "A new approach to linear filtering and prediction problems"; Bucy and Joseph (1968), "Filtering
         for stochastic processes with applications to guidance".
     """
-    _check_inputs(A, c, Q, C, R, y, seen, mean, cov)
-    dtype = wide(A, c, Q, C, R, y, mean, cov)
-    A, c, Q, C, R, y, mean, cov = (m.to(dtype) for m in (A, c, Q, C, R, y, mean, cov))
-    Q, R, cov = (symmetric_part(m) for m in (Q, R, cov))
-    return Moments(*kalman_filter_op(KalmanFilter(A, c, Q, C, R, y, seen, mean, cov, moments)))
+    return Moments(*kalman_filter_op(KalmanFilter(*taken(_WHERE, A, c, Q, C, R, y, seen, mean, cov), moments)))
 
 
 class KalmanFilter(NamedTuple):
@@ -97,12 +92,31 @@ class KalmanFilter(NamedTuple):
     moments: bool
 
 
+def taken(where: str, *given: Tensor) -> tuple[Tensor, ...]:
+    """What a caller gave, A to cov, checked, in one dtype, and with covariances that are symmetric."""
+    _check_inputs(where, *given)
+    A, c, Q, C, R, y, seen, mean, cov = given
+    dtype = wide(A, c, Q, C, R, y, mean, cov)
+    A, c, Q, C, R, y, mean, cov = (m.to(dtype) for m in (A, c, Q, C, R, y, mean, cov))
+    Q, R, cov = (symmetric_part(m) for m in (Q, R, cov))
+    return A, c, Q, C, R, y, seen, mean, cov
+
+
 @once_per_shape
 def _check_inputs(
-    A: Tensor, c: Tensor, Q: Tensor, C: Tensor, R: Tensor, y: Tensor, seen: Tensor, mean: Tensor, cov: Tensor
+    where: str,
+    A: Tensor,
+    c: Tensor,
+    Q: Tensor,
+    C: Tensor,
+    R: Tensor,
+    y: Tensor,
+    seen: Tensor,
+    mean: Tensor,
+    cov: Tensor,
 ) -> None:
     check_tensors(
-        _WHERE,
+        where,
         A=(A, "B T N N"),
         c=(c, "B T N"),
         Q=(Q, "B T N N"),
@@ -113,20 +127,30 @@ def _check_inputs(
         mean=(mean, "B N"),
         cov=(cov, "B N N"),
     )
-    check_real(_WHERE, A=A, c=c, Q=Q, C=C, R=R, y=y, mean=mean, cov=cov)
+    check_real(where, A=A, c=c, Q=Q, C=C, R=R, y=y, mean=mean, cov=cov)
     if seen.dtype != torch.bool:
-        raise ArgumentError(f"{_WHERE}: seen is {seen.dtype}, expected torch.bool", hint="seen = ~y.isnan()")
+        raise ArgumentError(f"{where}: seen is {seen.dtype}, expected torch.bool", hint="seen = ~y.isnan()")
+
+
+def check_record(where: str, a: Any) -> None:
+    """A record A to cov, whatever comes behind these, of one dtype.
+
+    Raises:
+        ArgumentError: names the argument that does not fit.
+    """
+    _check_inputs(where, *a[:9])
+    check_dtype(where, a.A.dtype)
+    for name, m in zip(a._fields, a, strict=True):
+        if isinstance(m, Tensor) and m.dtype not in (a.A.dtype, torch.bool):
+            raise ArgumentError(f"{where}: {name} is {m.dtype}, but A is {a.A.dtype}", hint=f"{name}.to({a.A.dtype})")
 
 
 def _check(a: KalmanFilter) -> None:
-    _check_inputs(*a[:9])
-    check_dtype(_WHERE, a.A.dtype)
-    for name, m in zip(KalmanFilter._fields, a, strict=True):
-        if isinstance(m, Tensor) and m.dtype not in (a.A.dtype, torch.bool):
-            raise ArgumentError(f"{_WHERE}: {name} is {m.dtype}, but A is {a.A.dtype}", hint=f"{name}.to({a.A.dtype})")
+    check_record(_WHERE, a)
 
 
-def _reference(a: KalmanFilter) -> tuple[Tensor, ...]:
+def filtered(a: KalmanFilter) -> tuple[Tensor, ...]:
+    """The reference: the formulas of :func:`kalman_filter`, a step after the other."""
     m, P, terms, found = a.mean, a.cov, [], ([], [], [], [])
     eye_n, eye_m = (torch.eye(size, dtype=P.dtype, device=P.device) for size in (P.shape[-1], a.y.shape[-1]))
     for t in range(a.y.shape[1]):
@@ -163,15 +187,12 @@ def _fake(a: KalmanFilter) -> list[Tensor]:
     return [a.mean.new_empty(shape) for shape in shapes]
 
 
-kalman_filter_op = Op(_WHERE, KalmanFilter, _reference, fake=_fake, check=_check, outputs=7, stepwise=True)
+kalman_filter_op = Op(
+    _WHERE, KalmanFilter, filtered, fake=_fake, check=_check, outputs=7, keeps=(1, 2, 3, 4), stepwise=True
+)
 
 
 def has_kernel(a: KalmanFilter) -> bool:
-    """Whether a compiled loop over time would run an eager call, and nothing is to be differentiated or mapped."""
-    if torch.compiler.is_compiling() or transformed() or forced() not in ("", "native"):
-        return False
-    if torch.is_grad_enabled() and any(isinstance(m, Tensor) and m.requires_grad for m in a):
-        return False
-    device = a.y.device.type
-    native = [b for b in kalman_filter_op.backends if b.name == "native" and b.runs_on(device)]
-    return any(not (b.missing() or b.refuses(a)) for b in native)
+    """Whether a compiled loop over time would run an eager call, and the one back where a gradient is wanted."""
+    wanted = torch.is_grad_enabled() and any(isinstance(m, Tensor) and m.requires_grad for m in a)
+    return kalman_filter_op.has_kernel(a, wanted)

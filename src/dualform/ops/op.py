@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
-from dualform.ops.derivatives import as_grad, floats, once, outline, refuse_transforms, unshared
+from dualform.ops.derivatives import as_grad, floats, refuse_transforms, transformed, unshared
 from dualform.ops.dispatch import distinct, exactly, on_device, ordinary_dispatch
+from dualform.ops.function import function_of
 from dualform.ops.in_place import writing
-from dualform.ops.layout import empty_like, lay, time_last
+from dualform.ops.layout import empty_like
 
 Arguments = TypeVar("Arguments", bound=tuple)
 
@@ -115,7 +116,8 @@ class Op(Generic[Arguments]):
         outputs: how many there are.
         keeps: outputs, by position, that the backward of every backend needs.
         stepwise: the reference has no loop over time, or none that PyTorch has a better form of: it is the backend
-            ``torch`` as well, and runs as plain PyTorch wherever a gradient is wanted.
+            ``torch`` as well, and runs as plain PyTorch wherever a gradient is wanted that no kernel has. The gradient
+            of a kernel is differentiated again through the reference.
     """
 
     def __init__(
@@ -147,22 +149,30 @@ class Op(Generic[Arguments]):
         self._forward = getattr(torch.ops.dualform, name).default
         self._backward = getattr(torch.ops.dualform, f"{name}_backward").default
         self._write: Callable[..., Any] = _none if self._buffer is None else writing(self, _LIB, schema)
-        self._function = _function(self)
+        self._function = function_of(self)
         if stepwise:
             self.add(Backend("torch", lambda a: list(reference(a))))
         OPS[name] = self
 
-    def __call__(self, a: Arguments) -> tuple[Tensor, ...]:
-        """The outputs; ``a`` was checked."""
+    def __call__(
+        self, a: Arguments, again: Callable[[Arguments], Sequence[Tensor]] | None = None
+    ) -> tuple[Tensor, ...]:
+        """The outputs; ``a`` was checked.
+
+        Args:
+            a: the record.
+            again: the outputs of a stepwise op in operations that PyTorch records, where there is a faster form of them
+                than the reference: what the gradient of a kernel is differentiated through.
+        """
         tensors = [m for m in a if isinstance(m, Tensor)]
         wanted = torch.is_grad_enabled() and any(m.requires_grad for m in tensors)
-        if _forced == "reference" or (wanted and self.stepwise):
+        if _forced == "reference" or (wanted and self.stepwise and not self.has_kernel(a, True)):
             with exactly(tensors[0].device.type):
                 return self.reference(a)
         direct = _direct(self.name, tensors) and self._borders_are_known(a)
         if not direct:
             if wanted:
-                return self._function.apply(_forced, *distinct(self._flat(a)))
+                return self._function.apply(_forced, again, *distinct(self._flat(a)))
             if self._buffer is not None and a[self._buffer] is not None:
                 return self._write(_forced, *a), a[self._buffer]
             return tuple(self._forward(_forced, False, *self._flat(a)))
@@ -171,7 +181,7 @@ class Op(Generic[Arguments]):
             if not wanted:
                 return tuple((backend.infer or backend.forward)(a))
             recorded = backend.plain(a)
-        return self._function.apply(backend, *a) if recorded is None else recorded
+        return self._function.apply(backend, again, *a) if recorded is None else recorded
 
     def add(self, backend: Backend[Arguments]) -> None:
         """Register a backend, at its place in :data:`PREFERENCE`."""
@@ -205,6 +215,16 @@ class Op(Generic[Arguments]):
             f"{self.name}: backend {forced!r} cannot run on {device} ({'; '.join(refusals) or f'it has only {known}'})",
             hint="leave the backend unset, or use dualform.backend('reference')",
         )
+
+    def has_kernel(self, a: Arguments, differentiate: bool) -> bool:
+        """Whether something else than the reference would run an eager call of a stepwise op, or give its gradient."""
+        fitting = [b for b in self.backends if b.name != "torch" and (b.backward is not None or not differentiate)]
+        if not fitting or (_forced and all(b.name != _forced for b in fitting)) or transformed():
+            return False
+        tensors = [m for m in a if isinstance(m, Tensor)]
+        device = tensors[0].device.type
+        able = (b for b in fitting if b.runs_on(device) and (not _forced or b.name == _forced))
+        return _direct(self.name, tensors) and any(not (b.missing() or b.refuses(a)) for b in able)
 
     def differentiable(self, a: Arguments) -> list[tuple[str, Tensor]]:
         """The arguments that have a gradient, with their names: the floating and complex tensors."""
@@ -355,46 +375,3 @@ def _warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
         warnings.warn(text, SlowBackendWarning, stacklevel=4)
-
-
-def _function(op: Op[Any]) -> type[torch.autograd.Function]:
-    class OpFunction(torch.autograd.Function):
-        """Runs ``by`` a backend, given the record's fields, or by a backend's name below the dispatcher, given its."""
-
-        @staticmethod
-        def forward(ctx: Any, by: Any, *args: Any) -> Any:
-            unread: list[str] = []
-            if isinstance(by, Backend):
-                a = op.arguments(*args)
-                unread = [f for f in by.unread(a) if not time_last(getattr(a, f))]
-                with on_device(args[0].device):
-                    results = by.forward(a)
-            else:
-                results = op._forward(by, True, *args)
-            kept = [results[i] for i in op.keeps] + results[op.outputs :]
-            ctx.by, ctx.kept, ctx.last = by, len(kept), [time_last(y) for y in results[: op.outputs]]
-            named = list(zip(op.fields, args, strict=True))
-            ctx.others = tuple(
-                (outline(m),) if f in unread else None if isinstance(m, Tensor) else (m,) for f, m in named
-            )
-            ctx.save_for_backward(*kept, *(m for f, m in named if isinstance(m, Tensor) and f not in unread))
-            return tuple(results[: op.outputs])
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
-            kept, tensors = list(saved[: ctx.kept]), saved[ctx.kept :]
-            rest = iter(tensors)
-            args = [next(rest) if m is None else m[0] for m in ctx.others]
-            with torch.no_grad():
-                full = [lay(g, last) for g, last in zip(grads, ctx.last, strict=True)]
-                if isinstance(ctx.by, Backend):
-                    with on_device(args[0].device):
-                        found = op._gradients(ctx.by, full, kept, op.arguments(*args))
-                else:
-                    found = op._backward(ctx.by, full, kept, *args)
-            given = iter(once(op.name, tuple(found), *grads, *saved))
-            return (None, *(next(given) if isinstance(m, Tensor) and floats(m) else None for m in args))
-
-    OpFunction.__name__ = OpFunction.__qualname__ = op.name
-    return OpFunction

@@ -197,6 +197,8 @@ KALMAN_FILTER = Structure(
     (INT64, "rows length states observed"),
     (VIEW, "a shift q c r y"),
     (POINTER, "seen mean cov loglik means covs predicted_means predicted_covs last_mean last_cov"),
+    (POINTER, "first_mean first_cov dloglik dmeans dcovs dpredicted_means dpredicted_covs dlast_mean dlast_cov"),
+    (POINTER, "da dshift dq dc dr dy dmean dcov"),
 )
 
 MAMBA_STEP = Structure(
