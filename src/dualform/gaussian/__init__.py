@@ -26,11 +26,11 @@ from dualform.gaussian.motion import constant_acceleration, constant_velocity, c
 from dualform.gaussian.nonlinear import NonlinearGaussian
 from dualform.gaussian.particle import ParticleFilter
 from dualform.gaussian.recurrent import Estimate, Innovation, Updated
+from dualform.gaussian.results import Filtered, Smoothed
 from dualform.gaussian.sampling import Particles, Sampled
 from dualform.gaussian.sarimax import Sarimax, sarimax
 from dualform.gaussian.sarimax_selection import select_sarimax
 from dualform.gaussian.selection import Candidate, Selection
-from dualform.gaussian.series import Filtered, Smoothed
 from dualform.gaussian.structural import Component, Effect, Structural
 from dualform.gaussian.switching import (
     SwitchingEstimate,

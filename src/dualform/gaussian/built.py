@@ -9,7 +9,7 @@ from dualform.gaussian.estimated import Estimated
 from dualform.gaussian.forecasts import Forecast
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.recurrent import Innovation
-from dualform.gaussian.series import Filtered, Smoothed
+from dualform.gaussian.results import Filtered, Smoothed
 
 
 class Built(Estimated):

@@ -16,7 +16,7 @@ from dualform.gaussian.initial import stationary
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.parameters import Parameters, Terms
 from dualform.gaussian.recurrent import Innovation, Updated
-from dualform.gaussian.series import Filtered, Smoothed
+from dualform.gaussian.results import Filtered, Smoothed
 
 
 class Interval(NamedTuple):

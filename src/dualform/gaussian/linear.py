@@ -11,7 +11,8 @@ from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.filtering import Blame, Form, Pass, predict
 from dualform.gaussian.parameters import Parameters
 from dualform.gaussian.recurrent import own
-from dualform.gaussian.series import Laid, Rows, Series
+from dualform.gaussian.results import Laid, Rows
+from dualform.gaussian.series import Series
 from dualform.gaussian.steps import Matrices, Steps, Transition, standing, steps_of, transition
 
 

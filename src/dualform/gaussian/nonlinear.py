@@ -19,7 +19,8 @@ from dualform.gaussian.linearization import METHODS, Affine, At, Method, Rowwise
 from dualform.gaussian.newton import Normal, at_once, nearer, settled, toward
 from dualform.gaussian.parameters import System, check_covariance, one_of
 from dualform.gaussian.recurrent import own
-from dualform.gaussian.series import Rows, Series
+from dualform.gaussian.results import Rows
+from dualform.gaussian.series import Series
 from dualform.gaussian.smoothing import Posterior, moments, normal, posterior
 from dualform.gaussian.steps import Steps, Transition, cut, noise_of_seen, standing, standing_still
 

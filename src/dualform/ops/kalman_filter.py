@@ -74,7 +74,8 @@ def kalman_filter(
         Kalman (1960), "A new approach to linear filtering and prediction problems"; Bucy and Joseph (1968), "Filtering
         for stochastic processes with applications to guidance".
     """
-    return Moments(*kalman_filter_op(KalmanFilter(*taken(_WHERE, A, c, Q, C, R, y, seen, mean, cov), moments)))
+    given = taken(_WHERE, A, c, Q, C, R, y, seen, mean, cov)
+    return Moments(*kalman_filter_op(KalmanFilter._make((*given, moments))))
 
 
 class KalmanFilter(NamedTuple):
