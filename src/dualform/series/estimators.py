@@ -111,7 +111,7 @@ class _Deep(BaseEstimator):
         learned = count - round(share * count)
         config = model_config(causal=self.causal) if self.model is None else self.model
         missing = "marked" if given.holes else "carried"
-        options = {"inputs": self.channels_, "standardise": True, "missing": missing, **head}
+        options = {"inputs": self.channels_, "standardise": "differences", "missing": missing, **head}
         chosen = plan(learned, steps=self.steps, lr=self.lr)
         return Task(config.to_dict(), options, Examples(given, y), share, chosen, weights)
 
