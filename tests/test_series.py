@@ -6,16 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dualform as df
 from dualform.core.errors import ArgumentError
 from dualform.layers.s4d import S4DConfig
 from dualform.series import DeepClassifier, DeepRegressor
+from dualform.series.calibration import calibrate
 from dualform.series.members import split
 from dualform.series.panel import panel
 from dualform.series.plan import held_out_share, plan
 from dualform.series.split import held_out_rows
-from dualform.series.training import Examples, held_out_loss
+from dualform.series.training import Examples, held_out_loss, train
 
 SMALL = df.ModelConfig(0, 16, {"S": (S4DConfig(d_state=4, bidirectional=True),)}, "S", dropout=0.1)
 QUICK = {"model": SMALL, "lr": 0.02, "random_state": 0}
@@ -144,13 +146,25 @@ def test_probabilities_are_the_mean_over_members_wherever_they_are_trained():
 def test_the_weights_with_the_lowest_held_out_loss_are_kept():
     X, y = waves(40)
     X = X + np.random.default_rng(0).normal(size=X.shape)  # so that it learns by heart
-    model = DeepClassifier(**QUICK, steps=200, validation=0.3).fit(X, y)
-    looks, seed = model.history_[0], np.random.RandomState(0).randint(2**31 - 1, size=1)[0]
     examples = Examples(panel("test", X), torch.from_numpy((y == "slow").astype(np.int64)))
-    _, held = split(examples, 0.3, int(seed))
+    learned, held = split(examples, 0.3, seed=0)
+    model = df.SequenceClassifier(SMALL, 2, inputs=1)
+    looks = train(model, learned, plan(28, steps=200, lr=0.02), held_out=held)
     lowest = min(look.held_out for look in looks)
     assert lowest < looks[-1].held_out and looks[-1].step < 200  # it stopped early
-    assert held_out_loss(model.models_[0], held) == pytest.approx(lowest, rel=1e-5)
+    assert held_out_loss(model, held) == pytest.approx(lowest, rel=1e-5) and not model.training
+
+
+def test_probabilities_are_made_as_high_as_they_are_right():
+    model, source = df.SequenceClassifier(SMALL, 3, inputs=1), torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, dtype=torch.float64, generator=source)
+    y = (4 * logits).softmax(-1).multinomial(1, generator=source)[:, 0]  # of a model that is not sure enough
+    before = model.head.weight.clone()
+    factor = calibrate(model, logits, y)
+    assert factor == pytest.approx(4, rel=0.1)
+    torch.testing.assert_close(model.head.weight, factor * before)
+    sure = calibrate(model, 30 * F.one_hot(torch.arange(3)).double(), torch.arange(3))
+    assert sure < 0.2  # three examples that are right are no proof of certainty
 
 
 def test_every_class_is_held_out_and_learned():

@@ -21,7 +21,7 @@ except ImportError as error:
 from dualform.models.config import ModelConfig
 from dualform.series.labels import class_names, class_weights, numbered, one_class
 from dualform.series.members import Member, Task, loaded, mean_outputs, train_members
-from dualform.series.panel import Panel, check_channels, is_table, panel
+from dualform.series.panel import Panel, check_channels, index_names, is_table, panel
 from dualform.series.plan import held_out_share, model_config, onward, plan
 from dualform.series.portable import Model, build, to_arrays
 from dualform.series.progress import progress
@@ -73,17 +73,15 @@ class _Deep(BaseEstimator):
         where = self._where(method)
         if not fresh:
             check_is_fitted(self)
-        if is_table(X):
+        if table := is_table(X):
             reset = fresh or not self._table
             array = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=False)
-            names = X.index.tolist() if hasattr(X, "index") and not callable(X.index) else None
-            given = panel(where, array)
-            given = given._replace(names=None if names == list(range(len(array))) else names)
+            given = panel(where, array, names=index_names(X.index) if hasattr(X, "columns") else None)
         else:
             given = panel(where, X, channels_first=self.channels_first)
         if fresh:
-            self._table, self.channels_ = is_table(X), given.x.shape[2]
-            if not self._table:
+            self._table, self.channels_ = table, given.x.shape[2]
+            if not table:
                 self.n_features_in_ = self.channels_
         check_channels(where, given, self.channels_)
         return given
@@ -159,8 +157,8 @@ class DeepClassifier(ClassifierMixin, _Deep):
         steps: of training; None chooses from the number of sequences, see :func:`dualform.series.plan.plan`.
         lr: the peak learning rate; None for 4e-3.
         validation: the share of the sequences that each member holds out, in every class: training stops when the loss
-            on them has stopped falling, and keeps the weights where it was lowest. None for none; ``"auto"`` for 0.15
-            from 400 sequences on: below, they are worth more as examples.
+            on them has stopped falling, and keeps the weights where it was lowest; the probabilities are calibrated
+            with them. None for none; ``"auto"`` for 0.15 from 400 sequences on: below, they are worth more as examples.
         channels_first: whether X is ``(n, C, T)``, and its lists hold ``(C, T)``.
         class_weight: what a class counts in the loss: a number for each, ``"balanced"`` for all classes alike, or None.
         n_jobs: members that are trained at once, each in a process.

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualform.models.heads import SequenceClassifier
+from dualform.series.calibration import calibrate
 from dualform.series.panel import Panel
 from dualform.series.plan import Plan
 from dualform.series.portable import Model, build, from_arrays, to_arrays
@@ -42,7 +44,7 @@ class Member(NamedTuple):
 
 
 def train_member(task: Task, seed: int, tell: Callable[[int, float], None] | None = None) -> Member:
-    """Make a model and train it."""
+    """Make a model and train it; what a classifier holds out says, too, how sure it may be."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(task.config, task.head)
@@ -50,6 +52,8 @@ def train_member(task: Task, seed: int, tell: Callable[[int, float], None] | Non
     model.fit_inputs(learned.panel.filled(torch.float32), lengths=learned.panel.lengths)
     options = {"held_out": held, "class_weights": task.class_weights, "seed": seed, "tell": tell}
     looks = train(model, learned, task.plan, **options)
+    if held is not None and isinstance(model, SequenceClassifier):
+        calibrate(model, outputs(exact([model])[0], held.panel), held.y)
     return Member(to_arrays(model), looks)
 
 

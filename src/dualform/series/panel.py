@@ -65,7 +65,7 @@ def is_table(X: Any) -> bool:
     return dims != 3 and not (dims == 1 and getattr(X, "dtype", None) == np.dtype(object) and len(X) and _shape(X[0]))
 
 
-def panel(where: str, X: Any, *, channels_first: bool = False) -> Panel:
+def panel(where: str, X: Any, *, channels_first: bool = False, names: Sequence[Any] | None = None) -> Panel:
     """Sequences as a :class:`Panel`.
 
     Args:
@@ -75,23 +75,23 @@ def panel(where: str, X: Any, *, channels_first: bool = False) -> Panel:
             channel, or with two levels of index, the sequence and the time. What is shorter than the array is padded
             with NaN.
         channels_first: whether what has two axes for each sequence is ``(C, T)``.
+        names: what errors call the rows; None for the index of a frame.
 
     Raises:
         ArgumentError: for another form, a sequence that is empty or has other channels than the first one, or a value
             that is infinite or no number; names the row.
     """
-    names: Sequence[Any] | None = None
     if hasattr(X, "columns") and _levels(X):
         sequences, names, channels_first = *_of_levels(where, X), False
     elif hasattr(X, "columns") and _nested(X):
-        names, channels_first = _names(X.index), False
+        names, channels_first = index_names(X.index), False
         sequences = [_stacked(where, row, cells) for row, cells in enumerate(X.itertuples(index=False, name=None))]
     elif isinstance(X, Tensor | np.ndarray) and X.ndim in (2, 3) and X.dtype != np.dtype(object):
-        return _of_array(where, _numbers(where, X, "X"), channels_first)
+        return _of_array(where, _numbers(where, X, "X"), channels_first, names)
     else:
         if hasattr(X, "iloc"):
             series: Any = X  # a pandas.Series of arrays
-            names, X = _names(series.index), series.to_numpy()
+            names, X = names or index_names(series.index), series.to_numpy()
         if not isinstance(X, list | tuple | np.ndarray) or (isinstance(X, np.ndarray) and X.ndim == 0):
             raise ArgumentError(f"{where}: X is {type(X).__name__}, expected {FORMS}")
         sequences = list(X)
@@ -123,13 +123,13 @@ def check_channels(where: str, given: Panel, channels: int) -> None:
         raise ArgumentError(f"{where}: {came}, expected {channels}, as in fit")
 
 
-def _of_array(where: str, X: np.ndarray, channels_first: bool) -> Panel:
+def _of_array(where: str, X: np.ndarray, channels_first: bool, names: Sequence[Any] | None) -> Panel:
     X = X[..., None] if X.ndim == 2 else X.swapaxes(1, 2) if channels_first else X
     if X.size == 0:
-        names = ("sequences", "elements", "channels")
-        lacking = next(name for name, size in zip(names, X.shape, strict=True) if size == 0)
+        axes = ("sequences", "elements", "channels")
+        lacking = next(name for name, size in zip(axes, X.shape, strict=True) if size == 0)
         raise ArgumentError(f"{where}: X has shape {tuple(X.shape)}: no {lacking}")
-    return _of_tensor(where, torch.from_numpy(np.ascontiguousarray(X)), None)
+    return _of_tensor(where, torch.from_numpy(np.ascontiguousarray(X)), names)
 
 
 def _of_tensor(where: str, x: Tensor, names: Sequence[Any] | None) -> Panel:
@@ -174,7 +174,7 @@ def _nested(X: Any) -> bool:
     return X.size > 0 and all(kind == np.dtype(object) for kind in X.dtypes) and bool(_shape(X.iloc[0, 0]) != ())
 
 
-def _names(index: Any) -> list[Any] | None:
+def index_names(index: Any) -> list[Any] | None:
     """What an index calls the rows, where it is more than their numbers."""
     names = index.tolist()
     return None if names == list(range(len(names))) else names
