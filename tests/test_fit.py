@@ -156,6 +156,7 @@ def test_options_that_do_not_fit_are_explained(tmp_path, dualform):
         ([tmp_path / "empty", "--target", "kind"], "no files that end in .csv"),
         ([tmp_path / "data.csv", "--target", "kind"], "cannot be read as a table"),
         ([one, "--target", "kind"], "y has one class only, 'slow', in all 4 rows"),
+        ([path, "--target", "kind", "--test", "0"], "test is 0, which leaves no sequences for the report"),
         ([path, "--target", "kind", "--test", "0.1"], "4 sequences are too few to hold out 0.1"),
         (
             [path, "--target", "kind", "--task", "numbers"],

@@ -60,7 +60,7 @@ def test_padding_is_nan_and_holes_are_no_padding():
     given = panel("test", np.array([[1.0, np.nan, 3.0, np.nan], [1.0, 2.0, np.nan, np.nan]]))
     assert given.lengths.tolist() == [3, 2] and given.x.shape == (2, 3, 1)
     assert given.holes and not given.take(torch.tensor([1])).holes
-    assert given.filled(torch.float32)[..., 0].nan_to_num(7).tolist() == [[1, 7, 3], [1, 2, 0]]
+    assert given.filled()[..., 0].nan_to_num(7).tolist() == [[1, 7, 3], [1, 2, 0]]
 
 
 REFUSED = {
@@ -227,3 +227,10 @@ def test_a_rare_class_counts_as_much_as_the_others():
     weighed = DeepClassifier(**QUICK, steps=30, class_weight="balanced").fit(X, y).predict_proba(X)
     plain = DeepClassifier(**QUICK, steps=30).fit(X, y).predict_proba(X)
     assert weighed[y == "fast", 0].mean() > plain[y == "fast", 0].mean()
+
+
+def test_what_is_learned_does_not_depend_on_where_zero_is():
+    X, y = waves()
+    near = DeepClassifier(**QUICK, steps=40).fit(X, y).predict_proba(X)
+    far = DeepClassifier(**QUICK, steps=40).fit(X + 1e8, y).predict_proba(X + 1e8)  # float32 would see steps of 8
+    np.testing.assert_allclose(far, near, atol=1e-3)

@@ -131,7 +131,7 @@ class _Deep(BaseEstimator):
                 torch.manual_seed(int(seed))
                 self.models_.append(build(task.config, task.head))
             learned = task.examples.panel
-            self.models_[-1].fit_inputs(learned.filled(torch.float32), lengths=learned.lengths)
+            self.models_[-1].fit_inputs(learned.filled(), lengths=learned.lengths)
 
     def _go_on(self, examples: Examples, weights: Tensor | None) -> None:
         """A pass of all members over some examples."""

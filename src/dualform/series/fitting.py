@@ -78,33 +78,21 @@ def fit(table: Table, out: Path, given: Fitting, tell: Callable[[str], None], *,
         ArgumentError: for targets or sequences that cannot be learned; names the row.
     """
     _check_free(out, again)
-    count, where = len(table.target), "fit"
-    share = held_out_share(where, given.test, count)
-    classes = _are_classes(table.target, given.task)
-    target = table.target if not classes else _labels(table.target)
-    known, places = np.unique(target, return_inverse=True)
-    if classes:
-        one_class(where, known, count)
-    else:
-        target = _numbers(table, given.target)
-    spread = torch.from_numpy(places if classes else target[:, None])
-    test = held_out_rows(spread, share, given.seed)
-    learned = torch.ones(count, dtype=torch.bool)
-    learned[test] = False
-    rows = learned.nonzero()[:, 0]
-    what = f"{len(known)} classes" if classes else "numbers"
-    tell(f"{count} sequences of {_lengths(table.panel)}, {len(table.channels)} channels; {given.target!r}: {what}")
+    target, classes = _targets(table, given)
+    test, rows = _parts(target, classes, given)
+    lengths, channels = _lengths(table.panel), len(table.channels)
+    what = "numbers" if classes is None else f"{len(classes)} classes"
+    tell(f"{len(target)} sequences of {lengths}, {channels} channels; {given.target!r}: {what}")
     tell(f"{len(rows)} to learn, {len(test)} for the report")
     for note in table.notes:
         tell(f"note: {note}")
     options: dict[str, Any] = {"causal": not given.bidirectional, "steps": given.steps, "random_state": given.seed}
-    kind = DeepClassifier if classes else DeepRegressor
-    estimator = kind(**options, verbose=given.verbose).fit(_frames(table.panel, rows), target[rows.numpy()])
-    unseen, truth = table.panel.take(test), target[test.numpy()]
+    kind = DeepRegressor if classes is None else DeepClassifier
+    estimator = kind(**options, verbose=given.verbose).fit(_frame(table.panel.take(rows)), target[rows.numpy()])
     about: dict[str, Any] = {
         "target": given.target,
-        "task": "classes" if classes else "numbers",
-        "classes": [str(label) for label in known] if classes else None,
+        "task": "numbers" if classes is None else "classes",
+        "classes": None if classes is None else [str(label) for label in classes.tolist()],
         "channels": table.channels,
         "learned": len(rows),
         "test": len(test),
@@ -112,21 +100,42 @@ def fit(table: Table, out: Path, given: Fitting, tell: Callable[[str], None], *,
         "looks": [list(look) for look in estimator.history_[0]],
         "cost": cost(estimator.models_[0], int(table.panel.lengths.median())),
     }
-    X = _frames(unseen, torch.arange(len(test)))
+    unseen, truth = table.panel.take(test), target[test.numpy()]
     if isinstance(estimator, DeepClassifier):
-        pictures, predictions = _of_classes(estimator, X, truth, unseen, table, about)
+        pictures, predictions = _of_classes(estimator, unseen, truth, about)
     else:
         mean = float(target[rows.numpy()].mean())
-        pictures, predictions = _of_numbers(estimator.predict(X), truth, mean, unseen, table, about)
+        pictures, predictions = _of_numbers(estimator.predict(_frame(unseen)), truth, mean, unseen, about)
     _write(out, estimator, about, [*pictures, ("training", draw_losses(estimator.history_[0]))], predictions)
     return about
 
 
+def _targets(table: Table, given: Fitting) -> tuple[np.ndarray, np.ndarray | None]:
+    """The targets, and the classes; None where they are numbers."""
+    if not _are_classes(table.target, given.task):
+        return _numbers(table, given.target), None
+    target = _labels(table.target)
+    one_class("fit", classes := np.unique(target), len(target))
+    return target, classes
+
+
+def _parts(target: np.ndarray, classes: np.ndarray | None, given: Fitting) -> tuple[Tensor, Tensor]:
+    """The rows that are kept for the report, and those that are learned."""
+    share = held_out_share("fit", given.test, len(target))
+    if share == 0:
+        raise ArgumentError(f"fit: test is {given.test:g}, which leaves no sequences for the report", hint="--test 0.2")
+    y = torch.from_numpy(target[:, None]) if classes is None else numbered("fit", target, classes)
+    test = held_out_rows(y, share, given.seed)
+    learned = torch.ones(len(target), dtype=torch.bool)
+    learned[test] = False
+    return test, learned.nonzero()[:, 0]
+
+
 def _of_classes(
-    estimator: DeepClassifier, X: Any, truth: np.ndarray, unseen: Panel, table: Table, about: dict[str, Any]
+    estimator: DeepClassifier, unseen: Panel, truth: np.ndarray, about: dict[str, Any]
 ) -> tuple[list[tuple[str, Figure]], Any]:
     """Pictures, and a frame of what is said of each sequence; the scores are put into ``about``."""
-    names, probabilities = about["classes"], estimator.predict_proba(X)
+    names, probabilities = about["classes"], estimator.predict_proba(_frame(unseen))
     places = numbered("fit", truth, estimator.classes_).numpy()
     about["scores"] = of_classes(probabilities, places)
     said, true = probabilities.argmax(1), probabilities[np.arange(len(truth)), places]
@@ -141,12 +150,12 @@ def _of_classes(
     return [
         ("confusion", draw_confusion(about["scores"]["confusion"], names)),
         ("calibration", draw_calibration(about["scores"]["calibration"])),
-        ("hardest", draw_hardest(unseen, hardest, titles, table.channels)),
+        ("hardest", draw_hardest(unseen, hardest, titles, about["channels"])),
     ], pd.DataFrame(predictions)
 
 
 def _of_numbers(
-    said: np.ndarray, truth: np.ndarray, mean: float, unseen: Panel, table: Table, about: dict[str, Any]
+    said: np.ndarray, truth: np.ndarray, mean: float, unseen: Panel, about: dict[str, Any]
 ) -> tuple[list[tuple[str, Figure]], Any]:
     """As :func:`_of_classes`."""
     about["scores"] = of_numbers(said, truth, mean)
@@ -155,7 +164,7 @@ def _of_numbers(
     predictions = {"sequence": _names(unseen), "true": truth, "said": said}
     return [
         ("numbers", draw_numbers(said, truth)),
-        ("hardest", draw_hardest(unseen, hardest, titles, table.channels)),
+        ("hardest", draw_hardest(unseen, hardest, titles, about["channels"])),
     ], pd.DataFrame(predictions)
 
 
@@ -213,11 +222,10 @@ def _numbers(table: Table, name: str) -> np.ndarray:
     return found
 
 
-def _frames(given: Panel, rows: Tensor) -> Any:
+def _frame(given: Panel) -> Any:
     """Sequences as an estimator takes them, with their names."""
-    arrays = [given.x[i, : int(given.lengths[i])].numpy() for i in rows.tolist()]
-    names = None if given.names is None else [given.names[i] for i in rows.tolist()]
-    return pd.Series(arrays, index=names)
+    arrays = [x[:length].numpy() for x, length in zip(given.x, given.lengths.tolist(), strict=True)]
+    return pd.Series(arrays, index=given.names)
 
 
 def _lengths(given: Panel) -> str:

@@ -49,7 +49,7 @@ def train_member(task: Task, seed: int, tell: Callable[[int, float], None] | Non
         torch.manual_seed(seed)
         model = build(task.config, task.head)
     learned, held = split(task.examples, task.share, seed)
-    model.fit_inputs(learned.panel.filled(torch.float32), lengths=learned.panel.lengths)
+    model.fit_inputs(learned.panel.filled(), lengths=learned.panel.lengths)
     options = {"held_out": held, "class_weights": task.class_weights, "seed": seed, "tell": tell}
     looks = train(model, learned, task.plan, **options)
     if held is not None and isinstance(model, SequenceClassifier):

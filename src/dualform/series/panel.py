@@ -42,9 +42,9 @@ class Panel(NamedTuple):
         names = None if self.names is None else [self.names[i] for i in rows.tolist()]
         return Panel(self.x[rows, : int(lengths.max()) if len(rows) else 0], lengths, names)
 
-    def filled(self, dtype: torch.dtype) -> Tensor:
+    def filled(self) -> Tensor:
         """``x`` with 0 in place of padding."""
-        return self.x.masked_fill(~self.there[..., None], 0).to(dtype)
+        return self.x.masked_fill(~self.there[..., None], 0)
 
 
 def row_name(row: int, names: Sequence[Any] | None) -> str:

@@ -55,7 +55,7 @@ def train(
     """Train a model; where something is held out, it ends with the weights whose loss on that was lowest.
 
     Args:
-        model: a ``SequenceClassifier`` or ``SequenceRegressor``, in float32.
+        model: a ``SequenceClassifier`` or ``SequenceRegressor``.
         examples: what it learns.
         plan: for how long, and how.
         held_out: what decides when it has learned enough; it is not learned.
@@ -68,7 +68,7 @@ def train(
     """
     optimizer = build_optimizer(model, plan.optim)
     order, looks, best = _batches(len(examples.y), plan.batch, seed), [], None
-    x, lengths, y = examples.panel.filled(torch.float32), examples.panel.lengths, examples.y
+    x, lengths, y = examples.panel.filled(), examples.panel.lengths, examples.y
     every, losses = max(1, plan.steps // SCORED), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -110,7 +110,7 @@ def held_out_loss(model: Model, examples: Examples, class_weights: Tensor | None
     with torch.no_grad():
         for rows in pieces(examples.panel):
             part = examples.panel.take(rows)
-            x = part.filled(torch.float32)
+            x = part.filled()
             loss = _loss(model, x, part.lengths, examples.y[rows], 0.0, class_weights)
             total, count = total + len(rows) * loss.item(), count + len(rows)
     model.train(was)
@@ -123,7 +123,7 @@ def outputs(model: Model, given: Panel) -> Tensor:
     with torch.inference_mode():
         for rows in pieces(given):
             part = given.take(rows)
-            found.append(model(part.filled(torch.float64), lengths=part.lengths)[0])
+            found.append(model(part.filled(), lengths=part.lengths)[0])
     return torch.cat(found)
 
 
