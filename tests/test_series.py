@@ -113,8 +113,12 @@ def test_a_classifier_learns_sequences_of_any_lengths():
         row[: len(one)] = one
     again = DeepClassifier(**QUICK, steps=80).fit(padded, y)
     np.testing.assert_array_equal(again.predict_proba(padded), model.predict_proba(X))
+    assert model.predict(padded[:, :5]).shape == (24,) and model.n_features_in_ == 1
+    assert model.predict([one[:7] for one in X]).shape == (24,)
     with pytest.raises(ArgumentError, match="have 2 channels, expected 1, as in fit"):
         model.predict([np.ones((9, 2))])
+    with pytest.raises(ValueError, match="X has 5 features, but DeepClassifier is expecting 20"):
+        again.predict(padded[:, :5])
 
 
 def test_what_is_said_of_a_sequence_does_not_depend_on_others():

@@ -74,8 +74,11 @@ class _Deep(BaseEstimator):
         if not fresh:
             check_is_fitted(self)
         if table := is_table(X):
-            reset = fresh or not self._table
-            array = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=False)
+            options = {"dtype": np.float64, "ensure_all_finite": False}
+            if fresh or self._table:
+                array = validate_data(self, X, reset=fresh, **options)
+            else:
+                array = check_array(X, **options)
             given = panel(where, array, names=index_names(X.index) if hasattr(X, "columns") else None)
         else:
             given = panel(where, X, channels_first=self.channels_first)
@@ -91,8 +94,8 @@ class _Deep(BaseEstimator):
         if y is None:
             name = type(self).__name__
             raise ArgumentError(f"{name} requires y to be passed, but the target y is None")
-        options = {"ensure_2d": False, "dtype": np.float64 if numeric else None, "ensure_min_samples": 0}
-        array = check_array(y, input_name="y", **options)
+        kind: Any = np.float64 if numeric else None
+        array = check_array(y, input_name="y", ensure_2d=False, dtype=kind, ensure_min_samples=0)
         if len(array) != len(given.lengths):
             raise ArgumentError(f"{self._where(method)}: X has {len(given.lengths)} sequences, y has {len(array)}")
         return array

@@ -53,9 +53,14 @@ def row_name(row: int, names: Sequence[Any] | None) -> str:
 
 
 def is_table(X: Any) -> bool:
-    """Whether X is of the form that scikit-learn takes, too: a row for each sequence, a column for each step."""
+    """Whether X is of the form that scikit-learn takes, too: a row for each sequence, a column for each step.
+
+    A list is one where it holds lists of numbers, equally many; of arrays it is a list of sequences.
+    """
     if isinstance(X, list | tuple):
         shapes = {_shape(one) for one in X}
+        if any(hasattr(one, "__array__") and _shape(one) != () for one in X):
+            return False
         return len(shapes) <= 1 and all(shape is not None and len(shape) <= 1 for shape in shapes)
     if hasattr(X, "columns"):
         return not _levels(X) and not _nested(X)
