@@ -41,7 +41,7 @@ def steps_of(wide: pd.DataFrame) -> pd.DataFrame:
 def test_classes_are_learned_and_reported(tmp_path, dualform):
     waves().to_csv(tmp_path / "waves.csv", index=False)
     out = tmp_path / "out"
-    code, said, err = dualform("fit", tmp_path / "waves.csv", "--target", "kind", "--out", out, "--steps", "60")
+    code, said, err = dualform("fit", tmp_path / "waves.csv", "--target", "kind", "--out", out, "--steps", "5")
     assert (code, err) == (0, ""), err
     assert "30 sequences of 12 steps, 1 channels; 'kind': 2 classes" in said
     assert {path.name for path in out.iterdir()} == FILES

@@ -10,7 +10,8 @@ from dualform.core.tree import nbytes
 from dualform.series.portable import Model
 
 STREAMS = 1_000
-_TURNS, _STEPS = 7, 20
+_TURNS = 7
+_STEPS = {1: 50, STREAMS: 2}  # in a turn, by the number of streams
 
 
 def cost(model: Model, length: int) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def cost(model: Model, length: int) -> dict[str, Any]:
             def step(x: torch.Tensor = x, held: list[Any] = held) -> None:
                 held[0] = prepared.step(x, held[0])[1]
 
-            found[key] = _fastest(step, _STEPS)
+            found[key] = _fastest(step, _STEPS[streams])
     return found
 
 
