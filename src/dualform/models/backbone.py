@@ -144,7 +144,7 @@ class Backbone(nn.Module):
         if self.entrance is None or not self.entrance.carries:
             return blocks
         weight = self.norm.weight
-        return *blocks, weight.new_zeros(batch, self.entrance.inputs, dtype=wide(weight))
+        return *blocks, weight.new_zeros(batch, self.entrance.held, dtype=wide(weight))
 
     @property
     def causal(self) -> bool:
@@ -204,7 +204,7 @@ class Backbone(nn.Module):
         packing = Packing.of(self._name, cu_seqlens, x)
         rows = x.shape[0] if packing is None else packing.rows
         options = {"cu_seqlens": packing, "intervals": intervals, "rate": rate}
-        x, state, held = self._enter(x, state, packing)
+        x, state, held = self._enter(x, state, packing, rate if intervals is None else rate * intervals)
         h, new, trains = self._embed(x, counted), [], self.training and torch.is_grad_enabled()
         if trains:
             h = dropout(h, self.config.embed_dropout)
@@ -244,7 +244,8 @@ class Backbone(nn.Module):
         """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
         self._check_timing(rate=rate)
         steps = {block: block.prepare(rate=rate).step for block in self._stack()}  # a shared block once
-        found = Steps([steps[block] for block in self._stack()], stream_runs(self._stack()) if rate == 1 else {})
+        runs = stream_runs(self._stack()) if rate == 1 else {}
+        found = Steps([steps[block] for block in self._stack()], runs, rate)
         return Prepared(partial(self._step, found))
 
     @abstractmethod
@@ -253,14 +254,15 @@ class Backbone(nn.Module):
 
     def _block_steps(self, rate: float) -> Steps:
         self._check_timing(rate=rate)
-        return Steps([partial(block.step, rate=rate) for block in self._stack()], {})
+        return Steps([partial(block.step, rate=rate) for block in self._stack()], {}, rate)
 
     def _step_features(self, steps: Steps, x: Tensor, state: State, interval: Tensor | None) -> tuple[Tensor, State]:
         self._check_inputs(x, "B")
         if interval is not None:
             self._check_timing(interval=interval)
             check_tensors(self._name, x=(x, "B ..."), interval=(interval, "B"))
-        x, state, held = self._enter(x, state)
+        elapsed = steps.rate if interval is None else steps.rate * interval[:, None]
+        x, state, held = self._enter(x, state, None, elapsed)
         h, new = self._embed(x), []
         if interval is None and steps.whole is not None and (behind := steps.whole.continued(h, state)) is not None:
             assert isinstance(state, tuple)
@@ -279,7 +281,7 @@ class Backbone(nn.Module):
         return self.norm(h), (*new, *held)
 
     def _enter(
-        self, x: Tensor, state: State | None, packing: Packing | None = None
+        self, x: Tensor, state: State | None, packing: Packing | None, elapsed: Tensor | float
     ) -> tuple[Tensor, State | None, tuple[Tensor, ...]]:
         """What the embedding reads of inputs ``(B, T, ...)`` or ``(B, ...)``, and the states of blocks and entrance."""
         entrance, held = self.entrance, None
@@ -291,10 +293,10 @@ class Backbone(nn.Module):
             *blocks, held = state
             state = tuple(blocks)
         if x.dim() == 2 and entrance.carries:
-            y, left = entrance(self._name, x[:, None], held)
+            y, left = entrance(self._name, x[:, None], held, None, elapsed)
             y = y[:, 0]
         else:
-            y, left = entrance(self._name, x, held, packing)
+            y, left = entrance(self._name, x, held, packing, elapsed)
         return y, state, () if left is None else (left,)
 
     def _no_state(self, parts: int, which: str) -> ArgumentError:

@@ -15,11 +15,12 @@ class Steps:
         alone: of each block.
         runs: of blocks in a row, by the number of the first of them.
         whole: of all blocks, where they are one run.
+        rate: steps of training that pass with one of these.
         made: the state that the model's last step by these returned, which needs no check when it comes back.
     """
 
-    def __init__(self, alone: list[Step], runs: dict[int, StreamSteps]):
-        self.alone, self.runs = alone, runs
+    def __init__(self, alone: list[Step], runs: dict[int, StreamSteps], rate: float = 1.0):
+        self.alone, self.runs, self.rate = alone, runs, rate
         first = runs.get(0)
         self.whole = first if first is not None and len(first.steps) == len(alone) else None
         self.made: State | None = None

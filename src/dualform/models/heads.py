@@ -34,7 +34,8 @@ class SequenceClassifier(Classes, PooledModel):
         inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
         pooling: ``mean``, ``last``, ``max`` or ``attention`` over time; for streams also ``window`` or ``forgetting``.
         window: of these two, in elements.
-        standardise: whether features are scaled inside the model; see :meth:`fit_inputs`.
+        standardise: whether features are scaled inside the model, see :meth:`fit_inputs`; with ``"differences"`` it
+            reads those in time beside them, scaled, too.
         missing: what NaN means in features: ``refused``, ``passed``, ``marked`` or ``carried``; see
             :class:`~dualform.models.entrance.Entrance`.
         multi_label: whether a sequence may be of several classes at once, or of none: logits are then of each class by
@@ -57,7 +58,7 @@ class SequenceClassifier(Classes, PooledModel):
         inputs: int | None = None,
         pooling: str = "mean",
         window: int | None = None,
-        standardise: bool = False,
+        standardise: bool | str = False,
         missing: str = "refused",
         multi_label: bool = False,
     ):
@@ -76,7 +77,8 @@ class SequenceRegressor(Numbers, PooledModel):
         inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
         pooling: ``mean``, ``last``, ``max`` or ``attention`` over time; for streams also ``window`` or ``forgetting``.
         window: of these two, in elements.
-        standardise: whether features are scaled inside the model; see :meth:`fit_inputs`.
+        standardise: whether features are scaled inside the model, see :meth:`fit_inputs`; with ``"differences"`` it
+            reads those in time beside them, scaled, too.
         missing: what NaN means in features; see :class:`~dualform.models.entrance.Entrance`.
         quantiles: numbers between 0 and 1, such as ``(0.1, 0.5, 0.9)``: outputs are then those quantiles of each
             target, ``(B, targets, Q)``.
@@ -93,7 +95,7 @@ class SequenceRegressor(Numbers, PooledModel):
         inputs: int | None = None,
         pooling: str = "mean",
         window: int | None = None,
-        standardise: bool = False,
+        standardise: bool | str = False,
         missing: str = "refused",
         quantiles: Sequence[float] | None = None,
     ):
@@ -110,7 +112,8 @@ class StepClassifier(Classes, StepwiseModel):
         config: the blocks.
         classes: number of classes, at least 2, or their names, which are saved with the model.
         inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
-        standardise: whether features are scaled inside the model; see :meth:`fit_inputs`.
+        standardise: whether features are scaled inside the model, see :meth:`fit_inputs`; with ``"differences"`` it
+            reads those in time beside them, scaled, too.
         missing: what NaN means in features; see :class:`~dualform.models.entrance.Entrance`.
         multi_label: whether an element may be of several classes at once, or of none.
 
@@ -124,7 +127,7 @@ class StepClassifier(Classes, StepwiseModel):
         classes: int | Sequence[str],
         *,
         inputs: int | None = None,
-        standardise: bool = False,
+        standardise: bool | str = False,
         missing: str = "refused",
         multi_label: bool = False,
     ):
@@ -140,7 +143,8 @@ class StepRegressor(Numbers, StepwiseModel):
         config: the blocks.
         targets: how many numbers.
         inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
-        standardise: whether features are scaled inside the model; see :meth:`fit_inputs`.
+        standardise: whether features are scaled inside the model, see :meth:`fit_inputs`; with ``"differences"`` it
+            reads those in time beside them, scaled, too.
         missing: what NaN means in features; see :class:`~dualform.models.entrance.Entrance`.
         quantiles: numbers between 0 and 1: outputs are then those quantiles of each target, ``(B, T, targets, Q)``.
 
@@ -154,7 +158,7 @@ class StepRegressor(Numbers, StepwiseModel):
         targets: int,
         *,
         inputs: int | None = None,
-        standardise: bool = False,
+        standardise: bool | str = False,
         missing: str = "refused",
         quantiles: Sequence[float] | None = None,
     ):

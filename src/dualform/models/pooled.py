@@ -44,7 +44,8 @@ class PooledModel(Readout):
         pooling: ``mean``, ``last``, ``max`` or ``attention`` over time; for streams also ``window``, the mean of the
             last elements, or ``forgetting``, the mean with weights that fall exponentially. :meth:`reset` starts anew.
         window: of these two, in elements; the weight of an element falls by ``1 / window`` with each later one.
-        standardise: whether features are scaled inside the model; see :meth:`fit_inputs`.
+        standardise: whether features are scaled inside the model, see :meth:`fit_inputs`; with ``"differences"`` it
+            reads those in time beside them, scaled, too.
         missing: what NaN means in features; see :class:`~dualform.models.entrance.Entrance`.
 
     Raises:
@@ -59,7 +60,7 @@ class PooledModel(Readout):
         inputs: int | None = None,
         pooling: str = "mean",
         window: int | None = None,
-        standardise: bool = False,
+        standardise: bool | str = False,
         missing: str = "refused",
     ):
         width = config.d_model if isinstance(config, ModelConfig) else 1  # which is refused behind this

@@ -26,7 +26,8 @@ class Readout(Backbone):
         config: the blocks; ``tie_embeddings`` plays no part, and ``vocab_size`` none where features are read.
         outputs: width of the output.
         inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
-        standardise: whether features are scaled inside the model; see :meth:`fit_inputs`.
+        standardise: whether features are scaled inside the model, see :meth:`fit_inputs`; with ``"differences"`` it
+            reads those in time beside them, scaled, too.
         missing: what NaN means in features; see :class:`~dualform.models.entrance.Entrance`.
 
     Raises:
@@ -43,7 +44,7 @@ class Readout(Backbone):
         outputs: int,
         *,
         inputs: int | None = None,
-        standardise: bool = False,
+        standardise: bool | str = False,
         missing: str = "refused",
     ):
         if outputs < self.least_outputs:
@@ -79,7 +80,7 @@ class Readout(Backbone):
             raise ArgumentError(f"{where}: the model reads tokens", hint="build it with inputs=, and standardise=True")
         self._check_inputs(x, "B T")
         line = lay_out(where, x, None, cu_seqlens, attention_mask, None, lengths)
-        self.entrance.fit(where, line.x)
+        self.entrance.fit(where, line.x, line.packing)
 
     def head_options(self) -> dict[str, Any]:
         """What beside the config it takes to build this model again, as JSON values."""

@@ -26,7 +26,8 @@ class StepwiseModel(Readout):
         config: the blocks; ``tie_embeddings`` plays no part, and ``vocab_size`` none where features are read.
         outputs: width of the output.
         inputs: width of the features ``(B, T, inputs)``; None reads tokens ``(B, T)``.
-        standardise: whether features are scaled inside the model; see :meth:`fit_inputs`.
+        standardise: whether features are scaled inside the model, see :meth:`fit_inputs`; with ``"differences"`` it
+            reads those in time beside them, scaled, too.
         missing: what NaN means in features; see :class:`~dualform.models.entrance.Entrance`.
 
     Raises:

@@ -24,7 +24,7 @@ FORMAT = 1
 _HEAD = {"outputs": int, "inputs": int | None}
 _OPTIONS = {
     "window": int,
-    "standardise": bool,
+    "standardise": bool | str,
     "missing": str,
     "multi_label": bool,
     "class_names": tuple[str, ...],
