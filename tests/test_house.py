@@ -153,7 +153,21 @@ def test_every_public_name_resolves():
 
 @pytest.mark.parametrize(
     "command",
-    ["", "demo", "train", "generate", "eval", "compare", "info", "convert", "inspect", "verify", "check", "doctor"],
+    [
+        "",
+        "demo",
+        "train",
+        "generate",
+        "eval",
+        "compare",
+        "forecast",
+        "info",
+        "convert",
+        "inspect",
+        "verify",
+        "check",
+        "doctor",
+    ],
 )
 def test_help_loads_nothing_heavy(command):
     arguments = ["dualform", *command.split(), "--help"]

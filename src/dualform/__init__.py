@@ -84,6 +84,18 @@ _HOME = {
     "preset": "models.presets",
     "save": "models.saving.model",
 }
-_PACKAGES = ("check", "compat", "core", "discrete", "gaussian", "inspect", "layers", "models", "ops", "train")
+_PACKAGES = (
+    "check",
+    "compat",
+    "core",
+    "discrete",
+    "forecast",
+    "gaussian",
+    "inspect",
+    "layers",
+    "models",
+    "ops",
+    "train",
+)
 
 __getattr__, __dir__ = lazy(__name__, _HOME, _PACKAGES)

@@ -14,6 +14,7 @@ from dualform.cli.demo import demo
 from dualform.cli.doctor import doctor
 from dualform.cli.errors import sentence
 from dualform.cli.evaluate import evaluate
+from dualform.cli.forecast import forecast
 from dualform.cli.generate import generate
 from dualform.cli.info import info
 from dualform.cli.inspect import inspect
@@ -48,7 +49,7 @@ def _options(
     pass
 
 
-for command in (demo, train, generate, evaluate, compare, info, convert, inspect, verify, check, doctor):
+for command in (demo, train, generate, evaluate, compare, forecast, info, convert, inspect, verify, check, doctor):
     name = "eval" if command is evaluate else None  # not the name of a function of Python
     kind = TrainCommand if command is train else None
     app.command(name, epilog=sys.modules[command.__module__].EPILOG, cls=kind)(command)
