@@ -265,7 +265,9 @@ def test_what_comes_out_is_of_the_kind_of_what_went_in():
     assert list(mean.columns) == ["a", "b"] and quantiles["b"].shape == (2, 7)
     assert Forecaster("local_level").fit(series).predict(1).mean.index[0] == index[-1] + index.freq
     with pytest.raises(ArgumentError, match="no regular frequency"):
-        f.fit(series.drop(index[4])).predict(2)
+        f.fit(series.drop(index[4]))
+    with pytest.raises(ArgumentError, match="does not say what comes next"):
+        f.fit(years.drop(1900))
 
 
 def test_series_of_any_lengths_in_a_dictionary_are_those_alone():

@@ -1,6 +1,7 @@
 """``dualform forecast``: tables that are read, tables that are refused, and the folder that comes of one."""
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from dualform.cli import main as cli
 from dualform.core.errors import DataError
+from dualform.forecast.forecaster import Forecaster
 from dualform.forecast.frames import season_of
+from dualform.forecast.report import Job, write
 from dualform.forecast.table import DEMO, columns_of, read_table
 
 MONTHS = pd.date_range("2020-01-01", periods=30, freq="MS")
@@ -167,6 +170,18 @@ def test_the_demonstration_forecasts_the_nile(tmp_path, monkeypatch, capsys):
         "![forecast](forecast.png)",
     ):
         assert words in report
+
+
+def test_an_optimiser_that_did_not_converge_is_told(tmp_path):
+    table = read_table(DEMO, "year", ["volume"])
+    forecaster = Forecaster("local_level").fit(table.series)
+    (choice,) = forecaster.choices_
+    stopped = replace(choice.found, converged=False, message="a Newton step would gain 3 nats")
+    forecaster.choices_ = [choice._replace(found=stopped)]
+    write(tmp_path, Job("nile.csv", "year", None, 2, "local_level"), table, forecaster, "it was not tried")
+    report = (tmp_path / "report.md").read_text()
+    assert "**The optimiser did not converge** for volume" in report and "would gain 3 nats" in report
+    assert "How good the forecasts are is not known: it was not tried." in report
 
 
 def test_several_series_make_one_folder(tmp_path, monkeypatch, capsys):

@@ -94,8 +94,8 @@ def _season(table: "Table") -> int:
     return table.season if min(map(len, table.series.values())) > table.season else 1
 
 
-def _checked(table: "Table", forecaster: "Forecaster", horizon: int) -> "Checked | None":
-    """How the forecaster and the seasonal naive do; None where the series are too short."""
+def _checked(table: "Table", forecaster: "Forecaster", horizon: int) -> "Checked | str":
+    """How the forecaster and the seasonal naive do, or why that is not known."""
     from dualform.forecast.choose import held_back
     from dualform.forecast.evaluation import evaluate
     from dualform.forecast.forecaster import SeasonalNaive
@@ -103,7 +103,7 @@ def _checked(table: "Table", forecaster: "Forecaster", horizon: int) -> "Checked
 
     origins, reach = held_back(min(map(len, table.series.values())), horizon, forecaster.season_, count=3)
     if not origins:
-        return None
+        return "the series are too short to hold anything back"
     given: dict[str, Any] = {"origins": len(origins), "apart": (reach + 1) // 2}
     season = forecaster.season_
     first = origins[0]
@@ -112,17 +112,17 @@ def _checked(table: "Table", forecaster: "Forecaster", horizon: int) -> "Checked
         return Checked(
             evaluate(forecaster, table.series, reach, **given), evaluate(naive, table.series, reach, **given)
         )
-    except ArgumentError:  # what is left of a series is too little, or constant
-        return None
+    except ArgumentError as error:  # what is left of a series is too little, or constant
+        return str(error).splitlines()[0]
 
 
-def _say(job: "Job", table: "Table", forecaster: "Forecaster", checked: "Checked | None", out: Path) -> None:
+def _say(job: "Job", table: "Table", forecaster: "Forecaster", checked: "Checked | str", out: Path) -> None:
     for row, (name, choice) in enumerate(zip(table.series, forecaster.choices_, strict=True)):
         if row == 10:
             typer.echo(f"... and {len(table.series) - row} more series")
             break
         beside = ""
-        if checked is not None:
+        if not isinstance(checked, str):
             beside = f", MASE {checked.ours.mase[row]:.3f} (seasonal naive {checked.naive.mase[row]:.3f})"
         typer.echo(f"{name}: {choice.found.candidate.label}{beside}")
     for name, choice in zip(table.series, forecaster.choices_, strict=True):

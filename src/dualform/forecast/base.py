@@ -203,6 +203,7 @@ class BaseForecaster:
         lengths = {len(y) for y in panel.series}
         if X is not None and len(lengths) > 1:
             raise ArgumentError(f"{where}: X is given for series of different lengths", hint="one call for each")
+        panel.out([y[:1] for y in panel.series])  # raises where it is not known which times come next
         self.X_ = None if X is None else covariates(where, X, lengths.pop())
         self.panel_ = panel
 

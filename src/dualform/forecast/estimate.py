@@ -9,7 +9,6 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.forecast.families import Candidate
 from dualform.forecast.shape import Shape
-from dualform.gaussian.built import Built
 from dualform.gaussian.constraints import places
 from dualform.gaussian.fitting import Fit
 
@@ -34,7 +33,7 @@ class Estimated:
     converged: bool
     message: str
 
-    def model(self, X: Tensor | None = None) -> Built:
+    def model(self, X: Tensor | None = None) -> Any:
         """The model with its parameters.
 
         Args:
@@ -149,7 +148,7 @@ def parts_of(one: Estimated, horizon: int, X: Tensor | None = None) -> dict[str,
     return found
 
 
-def _together(model: Built, ones: list[Estimated]) -> Built:
+def _together(model: Any, ones: list[Estimated]) -> Any:
     """One model with the parameters of each in a row."""
     made = model.expand(len(ones))
     for place, *rows in zip(places(made), *(one.free for one in ones), strict=True):

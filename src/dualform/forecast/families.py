@@ -1,8 +1,9 @@
 """The families of models that a forecaster chooses from: each says which candidates a series has.
 
-A family is one entry of :data:`FAMILIES`: a function of a series and its season that gives
-:class:`Candidate` models. What a candidate makes is a :class:`~dualform.gaussian.built.Built`, with ``fit``,
-``forecast``, ``expand`` and ``set``; one that has ``components``, too, has a table of them.
+A family is one entry of :data:`FAMILIES`: a function of a series and its season that gives :class:`Candidate` models.
+What a candidate makes is a module like a :class:`~dualform.gaussian.built.Built`: ``fit(y)`` estimates its parameters
+and says how, ``forecast(y, horizon)`` has a mean and a covariance, and ``expand(S)`` makes one model of S series, which
+takes their ``lengths`` in both. One with ``components(y)`` has a table and a picture of them.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.gaussian.built import Built
 from dualform.gaussian.components import (
     Cycle,
     Irregular,
@@ -39,7 +39,7 @@ class Candidate:
 
     family: str
     label: str
-    make: Callable[[Tensor | None], Built]
+    make: Callable[[Tensor | None], Any]
     needs: int
 
 

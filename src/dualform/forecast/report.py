@@ -50,7 +50,7 @@ def bands_table(mean: Any, q: Any) -> Any:
     return pd.DataFrame(columns)
 
 
-def write(folder: Path, job: Job, table: Table, forecaster: Forecaster, checked: Checked | None) -> None:
+def write(folder: Path, job: Job, table: Table, forecaster: Forecaster, checked: Checked | str) -> None:
     """Write ``forecast.csv``, ``components.csv`` where there are some, pictures and ``report.md`` into a folder.
 
     Args:
@@ -58,7 +58,7 @@ def write(folder: Path, job: Job, table: Table, forecaster: Forecaster, checked:
         job: what was asked for.
         table: the series.
         forecaster: that was fitted to them.
-        checked: how it did; None where the series are too short for that.
+        checked: how it did, or why that is not known.
 
     Raises:
         OSError: when the disk refuses.
@@ -98,7 +98,7 @@ def _report(
     job: Job,
     table: Table,
     forecaster: Forecaster,
-    checked: Checked | None,
+    checked: Checked | str,
     futures: dict[str, Any],
     pictures: dict[str, list[str]],
 ) -> str:
@@ -128,9 +128,9 @@ def _report(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _scores(checked: Checked | None) -> list[str]:
-    if checked is None:
-        return ["The series are too short to hold anything back: how good the forecasts are is not known."]
+def _scores(checked: Checked | str) -> list[str]:
+    if isinstance(checked, str):
+        return [f"How good the forecasts are is not known: {checked}."]
     ours, naive = checked
     heads = [f"{100 * band:.0f} %" for band in ours.bands]
     origins = ", ".join(map(str, ours.origins))
