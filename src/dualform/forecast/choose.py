@@ -13,7 +13,7 @@ from dualform.forecast.families import Candidate, candidates_of
 from dualform.forecast.metrics import crps, midpoints
 from dualform.forecast.shape import Shape, shape_of
 
-ORIGINS = 4
+ORIGINS = 8
 """From how many origins candidates forecast."""
 _QUICK = 40  # directions of the optimiser, for candidates
 _CLOSE = 1.02  # what is no worse than the best by this factor counts as equally good

@@ -160,8 +160,8 @@ def autoregressive_order(y: Tensor) -> int:
 
 
 def _enough(season: int, states: int) -> int:
-    """Observations: two seasons and one step of a model with a season, and more than there are states."""
-    return max(states, 2 * season + 1 if season > 1 else 0)
+    """Observations: two seasons of a model that has one, and more than there are states."""
+    return max(states, 2 * season if season > 1 else 0)
 
 
 def _sum(parts: tuple[Callable[[], Component], ...], X: Tensor | None) -> Structural:
