@@ -4,8 +4,8 @@
 
 The series are those inside of statsmodels, and those of aeon and sktime where these are installed; nothing is
 downloaded. Monthly series are forecast 12 steps ahead, yearly ones 6. All three forecast from the same origins, half a
-horizon apart, of which short series have fewer, with what they estimated at the first. Exponential smoothing is ETSModel
-with additive errors, a damped additive trend, and an additive season where there is one.
+horizon apart, of which short series have fewer, with what they estimated at the first. Exponential smoothing is
+ETSModel with additive errors, a damped additive trend, and an additive season where there is one.
 """
 
 import argparse

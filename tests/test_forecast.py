@@ -213,6 +213,14 @@ def test_the_choice_finds_a_season():
     assert (f.predict(4).mean - y[36:]).abs().mean() < (y[35] - y[36:]).abs().mean()
 
 
+def test_a_season_takes_two_of_its_periods():
+    y = walks(1, 26)[:, 0]
+    assert "season" in Forecaster("structural", season=12, horizon=1).fit(y).choices_[0].found.candidate.label
+    y = torch.where(torch.arange(26) % 12 == 3, torch.nan, y)  # a place of the season that is never seen
+    found = Forecaster("structural", season=12, horizon=1).fit(y).choices_[0]
+    assert "season" not in found.found.candidate.label and found.found.converged
+
+
 def test_of_candidates_that_are_as_good_the_smallest_is_taken():
     options = FAMILIES["structural"](NILE, 1)
     labels = [c.label for c in options]

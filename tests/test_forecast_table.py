@@ -69,6 +69,13 @@ def test_whole_numbers_are_times_at_their_smallest_distance(tmp_path):
     assert list(read_table(path, "t", ["y"]).series["y"].index) == list(range(1950, 2011, 10))
 
 
+@pytest.mark.parametrize("form, frequency", [("%Y%m%d", "D"), ("%Y%m", "MS")])
+def test_dates_are_recognised_without_their_hyphens(form, frequency, tmp_path):
+    times = pd.date_range("2019-11-01", periods=30, freq=frequency)
+    path = table(tmp_path, pd.DataFrame({"t": times.strftime(form).astype(int), "y": numbers(30)}))
+    assert list(read_table(path, "t", ["y"]).series["y"].index) == list(times)
+
+
 def test_series_are_told_apart_by_an_id_and_by_columns(tmp_path):
     months = [*MONTHS, *MONTHS[5:25]]
     frame = pd.DataFrame({"t": months, "shop": ["x"] * 30 + [7] * 20, "a": numbers(50), "b": numbers(50, 1)})
@@ -186,13 +193,13 @@ def test_an_optimiser_that_did_not_converge_is_told(tmp_path):
 
 def test_several_series_make_one_folder(tmp_path, monkeypatch, capsys):
     frame = pd.concat(pd.DataFrame({"t": MONTHS, "shop": name, "y": numbers(30, k)}) for k, name in enumerate("ab"))
-    path, out = table(tmp_path, frame), tmp_path / "out"
-    words = [path, "--time", "t", "--value", "y", "--id", "shop", "--horizon", 2, "--model", "local_level"]
+    path, out = table(tmp_path, frame.rename(columns={"t": "mean"})), tmp_path / "out"
+    words = [path, "--time", "mean", "--value", "y", "--id", "shop", "--horizon", 2, "--model", "local_level"]
     code, said, _ = run(monkeypatch, capsys, *words, "--season", 1, "--out", out)
     assert code == 0 and said.count("local level") == 2
     future = pd.read_csv(out / "forecast.csv")
-    assert list(future.columns[:3]) == ["shop", "t", "mean"] and list(future["shop"]) == ["a", "a", "b", "b"]
-    assert list(future["t"]) == ["2022-07-01", "2022-08-01"] * 2
+    assert list(future.columns[:3]) == ["shop", "mean (given)", "mean"] and list(future["shop"]) == ["a", "a", "b", "b"]
+    assert list(future["mean (given)"]) == ["2022-07-01", "2022-08-01"] * 2
     assert (out / "forecast-2-b.png").exists() and "| mean of 2 | this |" in (out / "report.md").read_text()
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dualform.cli.text import printable
 from dualform.core.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
@@ -124,10 +125,10 @@ def _say(job: "Job", table: "Table", forecaster: "Forecaster", checked: "Checked
         beside = ""
         if not isinstance(checked, str):
             beside = f", MASE {checked.ours.mase[row]:.3f} (seasonal naive {checked.naive.mase[row]:.3f})"
-        typer.echo(f"{name}: {choice.found.candidate.label}{beside}")
+        typer.echo(f"{printable(name)}: {choice.found.candidate.label}{beside}")
     for name, choice in zip(table.series, forecaster.choices_, strict=True):
         if not choice.found.converged:
-            typer.echo(f"{name}: the optimiser did not converge: {choice.found.message}", err=True)
+            typer.echo(f"{printable(name)}: the optimiser did not converge: {choice.found.message}", err=True)
     typer.echo(out / "report.md")
 
 

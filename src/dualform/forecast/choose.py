@@ -88,8 +88,10 @@ def choose(
         ArgumentError: for a series of which no candidate can be fitted, with its name.
     """
     every = list(series.values())
-    options = [_candidates(name, y, names, season) for name, y in series.items()]
     folds = [held_back(len(y), horizon, season) for y in every]
+    options = [
+        _candidates(name, y, names, season, fold) for (name, y), (fold, _) in zip(series.items(), folds, strict=True)
+    ]
     scored = [len(options[row]) > 1 and len(folds[row][0]) > 0 for row in range(len(every))]
     groups: dict[str, list[int]] = {}
     for row in range(len(every)):
@@ -104,16 +106,17 @@ def choose(
         for row, trial in zip(rows, found, strict=True):
             trials[row][label] = trial
     tell(len(groups), whole)
-    chosen = _final(list(series), every, options, trials, season, log, X)
+    chosen = _final(series, names, options, trials, season, log, X)
     tell(whole, whole)
     return chosen
 
 
-def _candidates(name: str, y: Tensor, names: tuple[str, ...], season: int) -> list[Candidate]:
+def _candidates(name: str, y: Tensor, names: tuple[str, ...], season: int, origins: list[int]) -> list[Candidate]:
+    """Those with a season where there are two of them before the first origin, or where there is no origin."""
     left = Shape(season=season).left
-    found = candidates_of(names, y, left)
-    if not found and left > 1:  # too few seasons
-        found = candidates_of(names, y, 1)
+    if origins and origins[0] < 2 * left:
+        left = 1
+    found = candidates_of(names, y, left) or candidates_of(names, y, 1)
     if not found:
         count = int((~y.isnan()).sum())
         raise ArgumentError(f"Forecaster: {name} has {count} observations, too few for {' or '.join(names)}")
@@ -166,17 +169,21 @@ def _moments(now: list[Estimated], reach: int, X: Tensor | None) -> list[tuple[T
 
 
 def _final(
-    names: list[str],
-    series: list[Tensor],
+    given: dict[str, Tensor],
+    names: tuple[str, ...],
     options: list[list[Candidate]],
     trials: list[dict[str, Trial]],
     season: int,
     log: bool | None,
     X: Tensor | None,
 ) -> list[Choice]:
-    """Fit the best candidate of each series to all of it; the next best where that fails."""
+    """Fit the best candidate of each series to all of it; where that fails the next best, at last one of no season."""
+    series = list(given.values())
     shapes = [shape_of(y, season, log) for y in series]
-    left = {row: _ranked(options[row], trials[row]) for row in range(len(series))}
+    left: dict[int, list[Candidate]] = {}
+    for row, y in enumerate(series):
+        last = [one for one in candidates_of(names, y, 1) if one.label not in {option.label for option in options[row]}]
+        left[row] = [*_ranked(options[row], trials[row]), *last]
     chosen: dict[int, Choice] = {}
     while left:
         groups: dict[str, list[int]] = {}
@@ -190,7 +197,7 @@ def _final(
                     chosen[row] = Choice(one, trials[row], _why(one, options[row], trials[row]))
                     del left[row]
                 elif len(left[row]) == 1:
-                    raise ArgumentError(f"Forecaster: {names[row]}: no model can be fitted; the last one: {one}")
+                    raise ArgumentError(f"Forecaster: {[*given][row]}: no model can be fitted; the last one: {one}")
                 else:
                     left[row] = left[row][1:]
     return [chosen[row] for row in range(len(series))]
@@ -215,6 +222,8 @@ def _best(trials: dict[str, Trial]) -> float:
 
 
 def _why(one: Estimated, options: list[Candidate], trials: dict[str, Trial]) -> str:
+    if one.candidate.label not in {option.label for option in options}:
+        return "No candidate with a season could be fitted."
     if len(options) == 1:
         return "It was the only candidate."
     if not trials:

@@ -76,7 +76,7 @@ def estimate(
             return [error]
         alone = (estimate(candidate, [y], [shape], X, max_iter) for y, shape in zip(series, shapes, strict=True))
         return [one for found in alone for one in found]
-    found: list[Estimated | ArgumentError] = []
+    found = []
     for fit, y, shape in zip(fits, series, shapes, strict=True):
         free = [place.free.detach().clone() for place in places(fit.model)]
         found.append(
@@ -85,7 +85,16 @@ def estimate(
                 fit.converged, fit.message,
             )
         )  # fmt: skip
-    return found
+    return _determined(found, X)
+
+
+def _determined(found: list[Estimated], X: Tensor | None) -> list[Estimated | ArgumentError]:
+    """The same, with an error in place of each whose observations leave the state undetermined: it has no forecast."""
+    try:
+        ahead(found, 1, None if X is None else X[:1])
+    except ArgumentError as error:
+        return [error] if len(found) == 1 else [made for one in found for made in _determined([one], X)]
+    return [*found]
 
 
 def _fit(candidate: Candidate, series: list[Tensor], X: Tensor | None, max_iter: int) -> list[Fit]:

@@ -83,7 +83,7 @@ def evaluate(
         first = len(panel.series[0]) - steps
         past, future = ({}, {}) if X is None else ({"X": X[:first]}, {"X": X[first : first + horizon]})
         (made.fit if refit or not number else made.update)(panel.without_last(steps), **past)
-        out = _tensors(panel, made.predict_quantiles(horizon, [*_GRID, *_ENDS], **future), horizon)
+        out = _tensors(panel, made.predict_quantiles(horizon, [*_GRID, 0.5, *_ENDS], **future), horizon)
         for row, series in enumerate(panel.series):
             first = len(series) - steps
             seen[row].append(series[first : first + horizon])
@@ -91,12 +91,11 @@ def evaluate(
     rows = []
     for row, series in enumerate(panel.series):
         true, found = torch.cat(seen[row]), torch.cat(quantiles[row])
-        grid, ends = found[:, : len(_GRID)], found[:, len(_GRID) :]
+        grid, median, ends = found.split([len(_GRID), 1, len(_ENDS)], 1)
         training = series[: len(series) - back[0]]
         m = season if len(training) > season else 1
-        median = (grid[:, len(_GRID) // 2 - 1] + grid[:, len(_GRID) // 2]) / 2
         bands = [coverage(true, ends[:, 2 * k], ends[:, 2 * k + 1]) for k in range(len(BANDS))]
-        rows.append(torch.stack([mase(true, median, training, m), crps(true, grid), *bands]))
+        rows.append(torch.stack([mase(true, median[:, 0], training, m), crps(true, grid), *bands]))
     table = torch.stack(rows)
     return Evaluation([*by_name(panel)], table[:, 0], table[:, 1], table[:, 2:], BANDS, back, horizon)
 

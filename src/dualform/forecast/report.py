@@ -156,7 +156,7 @@ def _scores(checked: Checked | str) -> list[str]:
 
 def _row(name: str, who: str, found: Evaluation, row: int) -> str:
     shares = " | ".join(f"{100 * share:.0f} %" for share in found.coverage[row].tolist())
-    return f"| {name} | {who} | {found.mase[row]:.3f} | {found.crps[row]:.4g} | {shares} |"
+    return f"| {_cell(name)} | {who} | {found.mase[row]:.3f} | {found.crps[row]:.4g} | {shares} |"
 
 
 def _chapter(name: str, table: Table, choice: Choice, future: Any, pictures: list[str]) -> list[str]:
@@ -201,7 +201,7 @@ def _overview(table: Table, forecaster: Forecaster) -> list[str]:
     for name, choice in zip(table.series, forecaster.choices_, strict=True):
         found = choice.found
         log, done = "yes" if found.shape.log else "no", "yes" if found.converged else f"NO: {found.message}"
-        lines.append(f"| {name} | {found.candidate.label} | {log} | {done} |")
+        lines.append(f"| {_cell(name)} | {found.candidate.label} | {log} | {done} |")
     return lines
 
 
@@ -216,13 +216,14 @@ def _part(mean: Any, deviation: Any, index: Any) -> Any:
 
 def _keyed(job: Job, table: Table, name: str, part: Any) -> Any:
     """A table with columns for what series it is of, and for the time."""
-    key, column = table.keys[name]
-    made = part.rename_axis(job.time).reset_index()
+    (key, column), taken = table.keys[name], {*part.columns, "component", "value"}
+    time, id = (f"{label} (given)" if label in taken else label for label in (job.time, job.id or ""))
+    made = part.rename_axis(time).reset_index()
     several = len({value for _, value in table.keys.values()}) > 1
     if several:
         made.insert(0, "value", column)
     if key:
-        made.insert(0, job.id or "id", key)
+        made.insert(0, id, key)
     return made
 
 
@@ -237,6 +238,10 @@ def _drawable(table: Any) -> Any:
     """With times that matplotlib can draw."""
     index = table.index
     return table.set_axis(index.to_timestamp()) if isinstance(index, pd.PeriodIndex) else table
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _moment(at: Any) -> str:

@@ -32,7 +32,8 @@ def read_table(
 
     Args:
         path: of the file, by whose suffix ``.parquet`` or ``.pq`` it is Parquet, and CSV otherwise.
-        time: the column of times: dates, times, or whole numbers such as years.
+        time: the column of times: dates, times, or whole numbers such as years; 20240131 and 202401 are dates, if all
+            of them are.
         values: the columns of values, each a series.
         id: the column that names the series of a row.
         frequency: of the times, as pandas names it, such as "MS"; None finds it.
@@ -101,7 +102,7 @@ def _times(path: Path, column: Any) -> Any:
         row = int(column.isna().to_numpy().nonzero()[0][0])
         raise DataError(f"{path}: column {column.name!r}, row {row + 1}: the time is missing")
     if pd.api.types.is_integer_dtype(column.dtype):
-        return pd.Index(column.to_numpy())
+        return _dates_of_numbers(column.to_numpy())
     if pd.api.types.is_numeric_dtype(column.dtype):
         whole = column.to_numpy() == np.floor(column.to_numpy())
         if not whole.all():
@@ -110,7 +111,7 @@ def _times(path: Path, column: Any) -> Any:
                 f"{path}: column {column.name!r}, row {row + 1}: {column.iloc[row]} is no time",
                 hint="expected dates, times, or whole numbers such as years",
             )
-        return pd.Index(column.astype(np.int64).to_numpy())
+        return _dates_of_numbers(column.astype(np.int64).to_numpy())
     made = pd.to_datetime(column, errors="coerce", format="ISO8601")
     if made.isna().all():
         made = pd.to_datetime(column, errors="coerce")
@@ -121,6 +122,16 @@ def _times(path: Path, column: Any) -> Any:
             hint="dates such as 2024-01-31 can be",
         )
     return pd.DatetimeIndex(made)
+
+
+def _dates_of_numbers(numbers: np.ndarray) -> Any:
+    """Dates where all numbers are such as 20240131 or 202401, and the numbers themselves otherwise."""
+    for form, low, high in (("%Y%m%d", 19000101, 21001231), ("%Y%m", 190001, 210012)):
+        if ((low <= numbers) & (numbers <= high)).all():
+            made = pd.to_datetime(pd.Series(numbers.astype(str)), format=form, errors="coerce")
+            if not made.isna().any():
+                return pd.DatetimeIndex(made)
+    return pd.Index(numbers)
 
 
 def _groups(path: Path, column: Any) -> dict[str, np.ndarray]:
