@@ -31,7 +31,20 @@ from dualform.models.tokenizer import ByteTokenizer
 from dualform.ops.op import OPS, Backend, backend
 from dualform.train.recipe import Recipe
 
-COMMANDS = ["demo", "train", "generate", "eval", "compare", "info", "convert", "watch", "verify", "check", "doctor"]
+COMMANDS = [
+    "demo",
+    "train",
+    "generate",
+    "eval",
+    "compare",
+    "forecast",
+    "info",
+    "convert",
+    "watch",
+    "verify",
+    "check",
+    "doctor",
+]
 
 
 @pytest.fixture(scope="module")

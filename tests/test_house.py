@@ -174,6 +174,7 @@ def test_every_public_name_resolves():
         "eval",
         "compare",
         "fit",
+        "forecast",
         "info",
         "convert",
         "inspect",

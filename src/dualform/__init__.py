@@ -90,6 +90,19 @@ _HOME = {
     "quantize": "models.quantized",
     "save": "models.saving.model",
 }
-_PACKAGES = ("check", "compat", "core", "discrete", "gaussian", "inspect", "layers", "models", "ops", "series", "train")
+_PACKAGES = (
+    "check",
+    "compat",
+    "core",
+    "discrete",
+    "forecast",
+    "gaussian",
+    "inspect",
+    "layers",
+    "models",
+    "ops",
+    "series",
+    "train",
+)
 
 __getattr__, __dir__ = lazy(__name__, _HOME, _PACKAGES)

@@ -15,6 +15,7 @@ from dualform.cli.doctor import doctor
 from dualform.cli.errors import sentence
 from dualform.cli.evaluate import evaluate
 from dualform.cli.fit import fit
+from dualform.cli.forecast import forecast
 from dualform.cli.generate import generate
 from dualform.cli.info import info
 from dualform.cli.inspect import inspect
@@ -50,7 +51,23 @@ def _options(
     pass
 
 
-for command in (demo, train, generate, evaluate, compare, fit, info, convert, inspect, watch, verify, check, doctor):
+COMMANDS = (
+    demo,
+    train,
+    generate,
+    evaluate,
+    compare,
+    fit,
+    forecast,
+    info,
+    convert,
+    inspect,
+    watch,
+    verify,
+    check,
+    doctor,
+)
+for command in COMMANDS:
     name = "eval" if command is evaluate else None  # not the name of a function of Python
     kind = TrainCommand if command is train else None
     app.command(name, epilog=sys.modules[command.__module__].EPILOG, cls=kind)(command)
