@@ -93,7 +93,7 @@ class Line {
   }
 
   void add(const LtiStep& s) {
-    check_matrices(s.dtype, s.matrices);
+    check_matrices(s.dtype, s.matrices, {nullptr}, 0, 0);  // without scales: none of 8 bits
     require(is_flag(s.shared) && is_flag(s.gate));
     if (!check_sizes({s.rows, s.features, s.states})) return;
     check_pointers({s.x, s.h, s.norm, s.a, s.b, s.c, s.d, s.out_weight, s.y, s.next_h});

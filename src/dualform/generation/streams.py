@@ -181,7 +181,7 @@ class WatchedReadout(Watched):
             hint = "give its attention a window"
             raise ArgumentError(f"the {kind} keeps all that it reads, and a stream has no end", hint=hint)
         self.model, self.channels, self.words = model.eval(), model.inputs, {}
-        self.scores = model.entrance.standardise
+        self.scores = bool(model.entrance.standardise)
         if model.entrance.missing not in ("marked", "carried"):
             self.refuses_missing = "the model knows no missing values; missing='carried' makes one that does"
         self.columns, self._pick = self._shown(model)

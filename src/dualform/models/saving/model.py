@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError, CheckpointError
@@ -27,6 +26,7 @@ from dualform.models.lm import LanguageModel
 from dualform.models.quantized import check_kind
 from dualform.models.quantized import quantize as quantized
 from dualform.models.saving.adapter import adapter_of, base_digests, base_folder, check_base, merge, write_adapter
+from dualform.models.saving.blank import Blank
 from dualform.models.saving.described import described, described_as
 from dualform.models.saving.files import (
     ADAPTER_FILE,
@@ -63,7 +63,6 @@ _OF_A_LAYER = (
 _OTHER_MODEL = f"{CONFIG_FILE} beside it describes another model"
 Folder = str | os.PathLike[str]
 Model = TypeVar("Model", bound=Backbone)
-_FILLS = ("normal_", "uniform_", "kaiming_uniform_")
 
 
 @runtime_checkable
@@ -251,7 +250,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, kind: t
     with torch.device("meta"):  # where sizes that no file confirms take no memory
         like = found.build()
     tensors = read_tensors(folder, like, layout=found.layout, device=device, dtype=dtype, verify=verify)
-    with torch.random.fork_rng(devices=[]), _Blank():
+    with torch.random.fork_rng(devices=[]), Blank():
         model = found.build()
     model.load_state_dict(tensors, strict=False, assign=True)
     return model.to(device=device, dtype=dtype)
@@ -395,13 +394,3 @@ def _check_tensor(name: str, expected: Tensor, found: Stored) -> None:
         raise CheckpointError(
             f"{found.path}: {name} is {found.dtype}, expected {expected.dtype} or alike", hint=_OTHER_MODEL
         )
-
-
-class _Blank(TorchFunctionMode):
-    """Leaves out the random fills of a new model, whose values a checkpoint replaces; so its memory is not touched."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")  # of torch.nn.init, and of Tensor
-        if name in _FILLS or (name == "div_" and isinstance(args[0], nn.Parameter)):
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
