@@ -20,7 +20,7 @@ from dualform.forecast.families import AUTO, FAMILIES, autoregressive_order, can
 from dualform.forecast.metrics import midpoints
 from dualform.forecast.shape import grows, shape_of
 from dualform.forecast.table import DEMO
-from dualform.gaussian import Irregular, Level, Regression, sarimax
+from dualform.gaussian import Irregular, Level, Regression, ets, sarimax
 
 NILE = torch.tensor(np.loadtxt(DEMO, delimiter=",", skiprows=1)[:, 1])
 
@@ -107,6 +107,17 @@ def test_evaluate_holds_back_what_it_compares_with():
 
 
 # Forecasts, beside models that are fitted by hand.
+
+
+def test_exponential_smoothing_is_a_family():
+    """Its forecasts are those of the class that was chosen; it takes no covariates."""
+    f = Forecaster("ets").fit(NILE)
+    label = f.choices_[0].found.candidate.label
+    trend = {"ETS(A,N,N)": "none", "ETS(A,A,N)": "additive", "ETS(A,Ad,N)": "damped"}[label]
+    want = ets("additive", trend).fit(NILE).forecast(3)
+    torch.testing.assert_close(f.predict(3).mean, want.mean[:, 0], rtol=1e-4, atol=0)
+    with pytest.raises(ArgumentError, match="takes no covariates"):
+        Forecaster("ets").fit(NILE, torch.randn(len(NILE), 1, dtype=torch.float64))
 
 
 def test_a_local_level_is_the_model_of_that_name():

@@ -33,7 +33,7 @@ def forecast(
     id: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column that says which series a row is of.")
     ] = None,
-    model: Annotated[str, typer.Option(help="auto chooses; or local_level, structural, sarimax.")] = "auto",
+    model: Annotated[str, typer.Option(help="auto chooses; or local_level, structural, sarimax, ets.")] = "auto",
     season: Annotated[
         int | None, typer.Option(min=1, help="In steps, 1 for none; without it, by the frequency: 12 for months.")
     ] = None,

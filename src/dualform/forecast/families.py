@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.core.errors import ArgumentError
 from dualform.gaussian.components import (
     Cycle,
     Irregular,
@@ -22,6 +23,7 @@ from dualform.gaussian.components import (
     Seasonal,
     Trend,
 )
+from dualform.gaussian.ets import Ets, ets
 from dualform.gaussian.sarimax import Sarimax, sarimax
 from dualform.gaussian.structural import Component, Structural
 
@@ -104,10 +106,26 @@ def seasonal_arima(y: Tensor, season: int) -> list[Candidate]:
     return found
 
 
+def smoothing(y: Tensor, season: int) -> list[Candidate]:
+    """Exponential smoothing where everything adds, whose bands are exact: no trend, a trend, a damped one.
+
+    Args:
+        y: the series ``(T,)``, NaN where missing.
+        season: steps, 1 for none.
+    """
+    found = []
+    for trend, letters, states in (("none", "N", 1), ("additive", "A", 2), ("damped", "Ad", 2)):
+        label = f"ETS(A,{letters},{'A' if season > 1 else 'N'})" + (f"[{season}]" if season > 1 else "")
+        needs = _enough(season, states + (season if season > 1 else 0) + 6)
+        found.append(Candidate("ets", label, partial(_ets, trend, season), needs))
+    return found
+
+
 FAMILIES: dict[str, Family] = {
     "local_level": local_level,
     "structural": structural,
     "sarimax": seasonal_arima,
+    "ets": smoothing,
 }
 """The families by name. A new one is an entry here, and, if ``auto`` is to choose from it, in :data:`AUTO`."""
 
@@ -166,6 +184,12 @@ def _enough(season: int, states: int) -> int:
 
 def _sum(parts: tuple[Callable[[], Component], ...], X: Tensor | None) -> Structural:
     return Structural(*(part() for part in parts), *([] if X is None else [Regression(X)]))
+
+
+def _ets(trend: str, season: int, X: Tensor | None) -> Ets:
+    if X is not None:
+        raise ArgumentError("ets: exponential smoothing takes no covariates", hint="use structural or sarimax")
+    return ets("additive", trend, "additive" if season > 1 else "none", season if season > 1 else None)
 
 
 def _sarimax(order: Any, seasonal: Any = (0, 0, 0, 0), intercept: bool = False, X: Tensor | None = None) -> Sarimax:

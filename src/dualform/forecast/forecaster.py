@@ -31,7 +31,7 @@ class Forecaster(BaseForecaster):
     parameters, whether the optimiser converged, and the scores of all candidates.
 
     Args:
-        model: ``"auto"``, or one family: ``"local_level"``, ``"structural"`` or ``"sarimax"``.
+        model: ``"auto"``, or one family: ``"local_level"``, ``"structural"``, ``"sarimax"`` or ``"ets"``.
         season: in steps, 1 for none; None takes it from the frequency of a table of pandas, and 1 for what has none.
         horizon: how many steps the choice looks ahead; None for a season, or 8 steps.
         log: whether logarithms are modelled; None decides for each series.
