@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualform.core.errors import ArgumentError
-from dualform.core.tree import nbytes
+from dualform.core.tree import leaves, nbytes
 from dualform.generation import memory
 from dualform.generation.batch import Engine, generate_batch
 from dualform.generation.engine import generate
@@ -34,6 +34,21 @@ def test_the_rows_that_fit_are_told(pattern, monkeypatch):
     assert [one.tokens for one in requests] == [list(generate(model, PROMPT, 30, seed=seed)) for seed in range(3)]
     small = Engine(model, rows=3)  # more requests than rows wait
     assert [len(small.admit(PROMPT, 30).tokens) for _ in range(9)] == [0] * 9
+
+
+def test_narrow_states_fit_more_often(monkeypatch):
+    """Their rows take half the memory for states, and what is given back is float32 again."""
+    model = build("MM", torch.float32)
+    wide, narrow = row_bytes(model, 38), row_bytes(model, 38, torch.bfloat16)
+    assert narrow < wide and wide - narrow == nbytes(model.init_state(1))  # twice half of a state
+    leave(monkeypatch, shared_bytes(model) + 2 * narrow)
+    engine = Engine(model, rows=2, state_dtype=torch.bfloat16)
+    requests = [engine.admit(PROMPT, 30, seed=seed) for seed in range(2)]
+    list(engine)
+    assert [len(one.tokens) for one in requests] == [30, 30]
+    assert {leaf.dtype for leaf in leaves(engine.release(requests[0]).state)} == {torch.float32}
+    with pytest.raises(ArgumentError, match="state_dtype is torch.int8"):
+        Engine(model, state_dtype=torch.int8)
 
 
 def test_a_batch_is_refused_before_it_starts(monkeypatch):

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.tree import nbytes
+from dualform.core.tree import leaves
 from dualform.generation.request import prefill_tokens
 from dualform.models.lm import LanguageModel
 
@@ -15,15 +16,20 @@ _OF_A_PIECE = 16  # float32 numbers for each feature of a piece of a prompt
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
-def row_bytes(model: LanguageModel, tokens: int) -> int:
+def row_bytes(model: LanguageModel, tokens: int, state_dtype: torch.dtype | None = None) -> int:
     """Bytes of one row at its largest: its state, twice, with room for so many tokens, its logits and its draw.
 
-    Caches that grow have room for a power of two of tokens; see :class:`~dualform.generation.decoder.Decoder`.
+    States of float32 are held in ``state_dtype``, if that is given. Caches that grow have room for a power of two of
+    tokens; see :class:`~dualform.generation.decoder.Decoder`.
     """
-    small, large = (nbytes(model.init_state(1, max_len=n)) for n in (1, 2))
+    small, large = (sum(_held(leaf, state_dtype) for leaf in leaves(model.init_state(1, max_len=n))) for n in (1, 2))
     room = 2 ** max(0, tokens - 1).bit_length()
     state = small + (large - small) * (room - 1)
     return _TWICE * state + model.config.vocab_size * (4 + 8 * _OF_A_DRAW)
+
+
+def _held(leaf: Tensor, dtype: torch.dtype | None) -> int:
+    return leaf.nbytes if dtype is None or leaf.dtype != torch.float32 else leaf.numel() * dtype.itemsize
 
 
 def shared_bytes(model: LanguageModel) -> int:
@@ -42,7 +48,9 @@ def available_bytes(device: torch.device) -> int | None:
     return min(found) if found else None
 
 
-def check_memory(where: str, model: LanguageModel, rows: int, tokens: int, held: int = 0) -> None:
+def check_memory(
+    where: str, model: LanguageModel, rows: int, tokens: int, held: int = 0, state_dtype: torch.dtype | None = None
+) -> None:
     """That rows of up to so many tokens fit into the memory of the model's device.
 
     Args:
@@ -51,6 +59,7 @@ def check_memory(where: str, model: LanguageModel, rows: int, tokens: int, held:
         rows: how many there are at a time.
         tokens: the most that one of them sees, prompt and continuation together.
         held: bytes of the rows that are there already.
+        state_dtype: that states of float32 are held in, if another one.
 
     Raises:
         ArgumentError: says what they need, what is left, and how many rows fit.
@@ -59,7 +68,7 @@ def check_memory(where: str, model: LanguageModel, rows: int, tokens: int, held:
     left = available_bytes(device)
     if left is None:
         return
-    each, once = row_bytes(model, tokens), shared_bytes(model)
+    each, once = row_bytes(model, tokens, state_dtype), shared_bytes(model)
     left += held
     if rows * each + once <= left:
         return
