@@ -47,7 +47,7 @@ def test_narrow_states_fit_more_often(monkeypatch):
     list(engine)
     assert [len(one.tokens) for one in requests] == [30, 30]
     assert {leaf.dtype for leaf in leaves(engine.release(requests[0]).state)} == {torch.float32}
-    with pytest.raises(ArgumentError, match="state_dtype is torch.int8"):
+    with pytest.raises(ArgumentError, match=r"state_dtype is torch\.int8"):
         Engine(model, state_dtype=torch.int8)
 
 
