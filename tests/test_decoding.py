@@ -19,7 +19,7 @@ from dualform.check.block_steps import (
 )
 from dualform.core.errors import ArgumentError
 from dualform.core.tree import clone, leaves, take
-from dualform.layers import stream_step
+from dualform.layers import projection, stream_step
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.dss import DSSConfig
 from dualform.layers.lru import LRUConfig
@@ -53,10 +53,23 @@ def off(got: Tensor, want: Tensor) -> float:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """The kernels that are called."""
+    """The kernels that are called, also for a single row of the small matrices of tests."""
+    monkeypatch.setattr(projection, "_LEAST", dict.fromkeys(projection._LEAST, 0))
     made, call = [], library.call
     monkeypatch.setattr(library, "call", lambda name, *args, **fields: (made.append(name), call(name, *args, **fields)))
     return made
+
+
+@pytest.mark.parametrize("dtype, numbers", [(float32, 2**19), (bfloat16, 2**14)])
+@torch.inference_mode()
+def test_a_small_matrix_and_a_single_row_are_left_to_pytorch(dtype, numbers, monkeypatch):
+    """Where the call would take longer than reading the matrix."""
+    made, call = [], library.call
+    monkeypatch.setattr(library, "call", lambda name, *args, **fields: (made.append(name), call(name, *args, **fields)))
+    for outputs, rows, kernels in ((numbers // 64 - 1, 1, []), (numbers // 64, 1, ["linear"]), (3, 2, ["linear"])):
+        made.clear()
+        project(nn.Linear(64, outputs, dtype=dtype), torch.randn(rows, 64, dtype=dtype))
+        assert made == kernels
 
 
 # Widths beside and across the lanes of every vector, outputs beside four, rows beside what is summed at once.

@@ -15,7 +15,8 @@ from dualform.ops.triton import support
 
 _KERNELS = {"cpu": ("native", library.why_missing), "cuda": ("triton", support.missing)}
 _CAPTURED = 4  # rows up to which the kernel on a GPU is the faster one, in a graph, where its launch costs nothing
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Numbers of a matrix from which a single row is faster by the kernel on a CPU: below, its call is what takes the time.
+_LEAST = {torch.float32: 2**19, torch.bfloat16: 2**14, torch.float16: 2**14}
 _PLAIN = (Tensor, nn.Parameter)
 _OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _OWN = ("_forward_hooks", "_forward_pre_hooks")
@@ -58,8 +59,10 @@ def _may_stand_in(x: Tensor) -> bool:
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is there, and the faster one for x."""
     few = 0 < x.numel() <= (FEW if x.is_cpu else _CAPTURED) * x.shape[-1]
-    plainly = type(weight) in _PLAIN and x.dtype == weight.dtype and x.dtype in _DTYPES
-    return few and plainly and kernels_run(x.device.type)
+    plainly = type(weight) in _PLAIN and x.dtype == weight.dtype and x.dtype in _LEAST
+    if not few or not plainly or (x.is_cpu and x.numel() == x.shape[-1] and weight.numel() < _LEAST[x.dtype]):
+        return False
+    return kernels_run(x.device.type)
 
 
 def kernels_run(device: str) -> bool:
