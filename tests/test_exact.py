@@ -15,6 +15,7 @@ from dualform.layers.mamba import MambaConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.s4d import S4DConfig
+from dualform.layers.s5 import S5Config
 from dualform.models.config import ModelConfig
 from dualform.models.lm import LanguageModel
 from dualform.ops.native import library
@@ -30,6 +31,7 @@ KINDS = {
     "m": (MambaConfig(d_state=5, d_inner=37),),
     "M": (Mamba2Config(d_state=7, d_head=5, d_inner=35),),
     "S": (S4DConfig(d_state=6),),
+    "s": (S5Config(d_state=6),),
     "A": (AttentionConfig(heads=3), MLPConfig(d_hidden=29)),
     "W": (AttentionConfig(heads=3, window=5),),
 }
@@ -81,7 +83,7 @@ def random_company(model, dice, exact=True):
     return found
 
 
-@pytest.mark.parametrize("pattern", ["mm", "MM", "mM", "SS", "MA", "mWSA"])
+@pytest.mark.parametrize("pattern", ["mm", "MM", "mM", "SS", "Sms", "MA", "mWSA"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_bits_are_those_alone(pattern, seed):
     found = random_company(build(pattern), random.Random(seed))
@@ -104,12 +106,12 @@ def test_without_it_bits_differ(pattern):
 @native
 def test_rows_of_kernels_go_on_together():
     assert rows_together(build("mM")) == rows_together(build("mm", torch.bfloat16)) == 16
-    assert rows_together(build("mM", tie_embeddings=False)) == 16
-    alone = [build("MA"), build("SS"), build("mm", torch.float64), build("mm", logit_cap=30.0)]
+    assert rows_together(build("mM", tie_embeddings=False)) == rows_together(build("SsM")) == 16
+    alone = [build("MA"), build("mm", torch.float64), build("mm", logit_cap=30.0)]
     alone += [build("mm", embed_norm="layer"), build("mm", norm="layer")]
     hooked = build("mm", tie_embeddings=False)
     hooked.head.register_forward_hook(lambda *given: None)
-    assert [rows_together(model) for model in (*alone, hooked)] == [1] * 7
+    assert [rows_together(model) for model in (*alone, hooked)] == [1] * 6
     with backend("torch"):
         assert rows_together(build("mM")) == 1
 

@@ -103,8 +103,8 @@ def test_past_the_dispatcher_alone_states_are_written_in_place():
     """The operator itself writes to none of its arguments, whatever it is told."""
     tensors = {k: m.to(DEVICE) for k, m in mamba_block(normal, bias=True).items()}
     h = tensors["h"].clone()
-    weights = MambaWeights(**{k: tensors[k] for k in MambaWeights._fields})
-    torch.ops.dualform.mamba_step("", False, tensors["x"], tensors["conv"], tensors["h"], *weights, 1e-5, True)
+    weights = MambaWeights(**{k: tensors.get(k) for k in MambaWeights._fields})
+    torch.ops.dualform.mamba_step("", False, tensors["x"], tensors["conv"], tensors["h"], *weights, 1e-5, 0, True)
     compiled = torch.compile(mamba_step, fullgraph=True, backend="eager")
     compiled(tensors["x"], tensors["conv"], tensors["h"], weights, in_place=True)
     assert torch.equal(tensors["h"], h)
@@ -161,10 +161,11 @@ def test_kernels_compile_for(target):
         largest(torch.randn(64, 50288), torch.zeros(2, 64, dtype=torch.int64))
         for op, tensors in made:
             tensors |= {k: m.bfloat16() for k, m in tensors.items() if k in MATRICES}
-            rest = (1e-5,) if op == "mamba_step" else (1, 1e-5, 1e-5, False, 0.0, float("inf"))
-            fields = OPS[op].fields
-            record = OPS[op].arguments(*(tensors.get(f) for f in fields[: len(fields) - len(rest) - 1]), *rest, True)
-            triton_backend(OPS[op]).forward(record)
+            numbers = {"eps": 1e-5, "group": 0, "in_place": True}
+            if op == "mamba2_step":
+                numbers |= {"groups": 1, "gate_eps": 1e-5, "norm_before_gate": False, "low": 0.0, "high": float("inf")}
+            fields = {field: tensors.get(field) for field in OPS[op].fields if field not in numbers}
+            triton_backend(OPS[op]).forward(OPS[op].arguments(**fields, **numbers))
     few = {"project", "forward", "selective_state_update", "parts", "whole"}
     assert {name for name, _ in kernels} == few | {"causal_conv1d_update", "add"}
     for name, kernel in kernels:

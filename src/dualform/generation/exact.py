@@ -19,8 +19,8 @@ def rows_together(model: LanguageModel) -> int:
 
     Products of matrices and elementwise functions of PyTorch round a row differently in batches of different sizes, and
     at different places of a batch, so that most models go on one row at a time. The kernels of the CPU do not, for two
-    rows and more (:func:`dualform.ops.linear`): where all of a step is theirs, as in stacks of Mamba and Mamba-2 alone,
-    its rows go on together.
+    rows and more (:func:`dualform.ops.linear`): where all of a step is theirs, as in stacks of Mamba, Mamba-2 and
+    S4D alone, its rows go on together.
     """
     config, head, norm = model.config, model.head, model.norm
     weight = model.embed.weight if head is None else head.weight
