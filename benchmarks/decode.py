@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from harness import interleaved, report
 
-from dualform.core.tree import nbytes
 from dualform.generation.decoder import Decoder
 from dualform.generation.options import Sampling
 from dualform.generation.session import WINDOW
@@ -63,7 +62,7 @@ def decoding(
     logits, history = torch.zeros(1, model.config.vocab_size, device=device), torch.full((1, WINDOW), -1)
     for row in range(rows):
         decoder.put(row, model.init_state(1), logits, history, greedy, 0, 0)
-    bytes_of_state = nbytes(decoder.state)
+    bytes_of_state = decoder.nbytes
 
     def run() -> None:
         for _ in range(tokens):
