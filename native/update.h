@@ -2,6 +2,8 @@
 // read and written once, in their own dtype, and the pointwise work around them is done in the same pass.
 #pragma once
 
+#include <type_traits>
+
 #include "tile.h"
 
 namespace DUALFORM_ISA {
@@ -30,34 +32,42 @@ struct States {
   T* next;
 };
 
+// Channels d to d + here - 1; `alike` is the decay of all without MATRIX.
+template <class T, bool MATRIX, class H>
+INLINE void some(const States<T>& of, vec<T> alike, const T* log_decay, const T* dt, const T* x, T* y, int64_t N,
+                 int64_t d, H here) {
+  constexpr int L = LANES<T>;
+  vec<T> sums[Q<T>] = {};
+  for (int64_t n = 0; n < N; n += L) {
+    const int64_t there = N - n;
+    const vec<T> b = load_some(of.b + n, there), c = load_some(of.c + n, there);
+#pragma GCC unroll 8
+    for (int64_t q = 0; q < here; q++) {
+      const int64_t at = (d + q) * N + n, size = MATRIX ? d + q : 0;
+      const vec<T> decay = MATRIX ? exp2<T>(log_decay[size] * load_some(of.rates + at, there)) : alike;
+      const vec<T> v = fma(decay, load_some(of.h + at, there), b * (dt[size] * x[d + q]));
+      store_some(of.next + at, v, there);
+      sums[q] = fma(v, c, sums[q]);
+    }
+  }
+  T lanes[L];
+  store(lanes, merge(sums));
+  for (int64_t q = 0; q < here; q++) {
+    T sum = 0;
+    for (int i = 0; i < L; i += Q<T>) sum += lanes[i + q];
+    y[d + q] = sum;
+  }
+}
+
 // `count` channels, Q at a time. With MATRIX every state has a rate and every channel a step size; without, there is
 // one rate and one step size for all.
 template <class T, bool MATRIX>
 INLINE void step(const States<T>& of, const T* log_decay, const T* dt, const T* x, T* y, int64_t N, int64_t count) {
-  constexpr int L = LANES<T>;
   const vec<T> alike = MATRIX ? vec<T>{} : exp2<T>(splat(log_decay[0] * of.rates[0]));
-  for (int64_t d = 0; d < count; d += Q<T>) {
-    const int64_t here = least(Q<T>, count - d);
-    vec<T> sums[Q<T>] = {};
-    for (int64_t n = 0; n < N; n += L) {
-      const int64_t there = N - n;
-      const vec<T> b = load_some(of.b + n, there), c = load_some(of.c + n, there);
-      for (int64_t q = 0; q < here; q++) {
-        const int64_t at = (d + q) * N + n, size = MATRIX ? d + q : 0;
-        const vec<T> decay = MATRIX ? exp2<T>(log_decay[size] * load_some(of.rates + at, there)) : alike;
-        const vec<T> v = fma(decay, load_some(of.h + at, there), b * (dt[size] * x[d + q]));
-        store_some(of.next + at, v, there);
-        sums[q] = fma(v, c, sums[q]);
-      }
-    }
-    T lanes[L];
-    store(lanes, merge(sums));
-    for (int64_t q = 0; q < here; q++) {
-      T sum = 0;
-      for (int i = 0; i < L; i += Q<T>) sum += lanes[i + q];
-      y[d + q] = sum;
-    }
-  }
+  int64_t d = 0;
+  for (; d + Q<T> <= count; d += Q<T>)  // whose number the compiler knows, and keeps the sums in registers
+    some<T, MATRIX>(of, alike, log_decay, dt, x, y, N, d, std::integral_constant<int64_t, Q<T>>());
+  if (d < count) some<T, MATRIX>(of, alike, log_decay, dt, x, y, N, d, count - d);
 }
 
 // Channels [first, end) of one row, both multiples of `per`; `memory` as for the other kernels.
