@@ -9,10 +9,11 @@ from torch import Tensor
 from dualform.core.recurrence import State
 from dualform.core.tree import leaves, tree_map
 from dualform.generation.request import Request, prefill_tokens
+from dualform.models.backbone import Backbone
 from dualform.models.lm import LanguageModel
 
 
-def growing(model: LanguageModel) -> list[bool]:
+def growing(model: Backbone) -> list[bool]:
     """Which leaves of a state grow with the context, along their second axis."""
     small, large = (leaves(model.init_state(1, max_len=n)) for n in (1, 2))
     return [a.shape != b.shape for a, b in zip(small, large, strict=True)]

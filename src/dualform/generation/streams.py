@@ -18,6 +18,7 @@ from dualform.gaussian.continuous import ContinuousLinearGaussian
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.parameters import Parameters
 from dualform.gaussian.recurrent import Updated
+from dualform.generation.prefill import growing
 from dualform.models.pooled import PooledModel
 from dualform.models.pooling import make_pooling
 from dualform.models.readout import Classes, Numbers, Readout
@@ -176,8 +177,7 @@ class WatchedReadout(Watched):
             raise ArgumentError(f"the {kind} is bidirectional: it reads whole sequences, and no streams", hint=hint)
         if window is not None:
             _forget(model, window)
-        small, large = (leaves(model.init_state(1, max_len=n)) for n in (1, 2))
-        if any(a.shape != b.shape for a, b in zip(small, large, strict=True)):
+        if any(growing(model)):
             hint = "give its attention a window"
             raise ArgumentError(f"the {kind} keeps all that it reads, and a stream has no end", hint=hint)
         self.model, self.channels, self.words = model.eval(), model.inputs, {}
