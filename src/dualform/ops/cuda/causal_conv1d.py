@@ -56,7 +56,7 @@ def plan_time_last(rows: int, length: int, width: int, each: int) -> Plan:
     span = 32 * each
     while span < length and rows * -(-length // (2 * span)) * width >= 8192:
         span *= 2
-    return Plan(each, 0, 4, span)
+    return Plan(each, 0, 4, span, 6)
 
 
 class _Call(NamedTuple):

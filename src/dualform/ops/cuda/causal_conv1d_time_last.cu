@@ -112,7 +112,7 @@ struct Outputs {
 
 // Goes back in time, round by round of the lanes: a lane has the outputs that see its inputs from the lanes behind it,
 // the last lanes from the round before.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     causal_conv1d_time_last_backward(const __grid_constant__ Conv p) {
   constexpr int ROUND = 32 * V;
   const Track of(p);
@@ -122,18 +122,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int64 states = of.state(p);
   const Taps taps(p, of);
   const int last = of.begin + (of.end - 1 - of.begin) / ROUND * ROUND;  // where the last round begins
+  const int first = of.begin > ROUND ? of.begin - ROUND : 0;            // of the inputs that are wanted
   float sums[ROWS] = {}, x[V];
   Outputs later = {};
-  int s = (of.end < of.length ? last + ROUND : last) + lane * V;  // outputs of the next span see inputs of this one
-  const int first = of.begin > ROUND ? of.begin - ROUND : 0;      // of the inputs that are wanted
-  unpack(of.group(xs, s, first), x);
-  Group next_x = of.group(xs, s - ROUND, first), next_dy = of.group(dys, s, of.begin);  // on their way from memory
-  for (; s - lane * V >= of.begin; s -= ROUND) {
+  int at = of.end < of.length ? last + ROUND : last;  // outputs of the next span see inputs of this one
+  unpack(of.group(xs, at + lane * V, first), x);
+  Group next_x = of.group(xs, at - ROUND + lane * V, first), next_dy = of.group(dys, at + lane * V, of.begin);
+#pragma unroll 2
+  for (; at >= of.begin; at -= ROUND) {
+    const int s = at + lane * V;
     float earlier[V], window[V + W - 1];
     Outputs now;
     unpack(next_x, earlier), unpack(next_dy, now.g);
-    next_x = of.group(xs, s - 2 * ROUND, first), next_dy = of.group(dys, s - ROUND, of.begin);
-    if (s < ROUND) of.before(p.state + states, s - ROUND, earlier);
+    next_x = of.group(xs, s - 2 * ROUND, first), next_dy = of.group(dys, s - ROUND, of.begin);  // on their way
+    if (at < ROUND) of.before(p.state + states, s - ROUND, earlier);
     UNROLL for (int i = 0; i < V + W - 1; i++)
       window[i] = of_step(x, earlier, i - (W - 1), lane);
     const bool inside = s < of.length;  // all V steps, or none
@@ -148,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       if (!inside || runs.padding()) now.g[v] = 0;
       now.reach[v] = runs.reach;
     }
-    if (s - lane * V <= last) {  // not that of the next span
+    if (at <= last) {  // not that of the next span
       float g[V + W - 1], reach[V + W - 1], dx[V] = {};
       UNROLL for (int i = 0; i < V + W - 1; i++) {
         g[i] = of_step(now.g, later.g, i, lane);
@@ -157,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       UNROLL for (int v = 0; v < V; v++) UNROLL
         for (int back = 0; back < W; back++)
           if (!IDS || back <= reach[v + back]) dx[v] += taps.w[W - 1 - back] * g[v + back];
-      if (s + V > of.length - (W - 1)) {
+      if (at + ROUND > of.length - (W - 1)) {
         UNROLL for (int v = 0; v < V; v++)
           dx[v] += of_final(p, of, runs, states, s + v);
       }
