@@ -12,9 +12,9 @@ from dualform.ops.native import library
 from dualform.ops.normalize import seen_through
 from dualform.ops.op import forced
 from dualform.ops.triton import support
+from dualform.ops.triton.linear import few
 
 _KERNELS = {"cpu": ("native", library.why_missing), "cuda": ("triton", support.missing)}
-_CAPTURED = 4  # rows up to which the kernel on a GPU is the faster one, in a graph, where its launch costs nothing
 # Numbers of a matrix from which a single row is faster by the kernel on a CPU: below, its call is what takes the time.
 _LEAST = {torch.float32: 2**19, torch.bfloat16: 2**14, torch.float16: 2**14}
 _PLAIN = (Tensor, nn.Parameter)
@@ -58,11 +58,11 @@ def _may_stand_in(x: Tensor) -> bool:
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is there, and the faster one for x."""
-    few = 0 < x.numel() <= (FEW if x.is_cpu else _CAPTURED) * x.shape[-1]
-    plainly = type(weight) in _PLAIN and x.dtype == weight.dtype and x.dtype in _LEAST
-    if not few or not plainly or (x.is_cpu and x.numel() == x.shape[-1] and weight.numel() < _LEAST[x.dtype]):
+    if x.numel() == 0 or type(weight) not in _PLAIN or x.dtype != weight.dtype or x.dtype not in _LEAST:
         return False
-    return kernels_run(x.device.type)
+    rows = x.numel() // x.shape[-1]
+    on_cpu = rows <= FEW and (rows > 1 or weight.numel() >= _LEAST[x.dtype])
+    return (on_cpu if x.is_cpu else few(rows, weight)) and kernels_run(x.device.type)
 
 
 def kernels_run(device: str) -> bool:

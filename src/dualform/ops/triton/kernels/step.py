@@ -43,15 +43,19 @@ def causal_conv1d_update(
     DOUBLE: tl.constexpr,
     TABLE: tl.constexpr,
     RENEW: tl.constexpr,
+    KEPT: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """``T`` steps of ``BD`` channels of a row: the outputs, and the last S inputs, which may lie where they did.
 
-    Rows are found by ``rows_ptr``, if there is one, in the state and, with ``TABLE``, in what comes after. ``RENEW``
+    ``KEPT`` says that these are the W-1 that the next step sees. ``AHEAD`` reads the state and the parameters before it
+    waits for the kernel before this one, which must not write them. Rows are found by ``rows_ptr``, if there is one, in
+    the state and, with ``TABLE``, in what comes after. ``RENEW``
     writes the new inputs alone, into a ring that holds the others already.
     """
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    if EARLY:
+    if EARLY and not AHEAD:
         wait_for_the_kernel_before()
     blocks = tl.cdiv(D, BD)
     d, b = tl.program_id(0) % blocks * BD + tl.arange(0, BD), (tl.program_id(0) // blocks).to(tl.int64)
@@ -82,6 +86,8 @@ def causal_conv1d_update(
         bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(dtype)
     else:
         bias = tl.zeros((BD,), dtype)
+    if EARLY and AHEAD:
+        wait_for_the_kernel_before()
     for t in range(T):
         x = tl.load(x_ptr + tl.cast(t, tl.int64) * stride_x, mask=mask, other=0.0).to(dtype)
         y = bias + w[W - 1] * x
@@ -95,21 +101,28 @@ def causal_conv1d_update(
             y = tl.where(there, y, blank.to(dtype))
         tl.store(y_ptr + tl.cast(t, tl.int64) * D, y.to(y_ptr.dtype.element_ty), mask=mask)
 
-    first = tl.maximum(0, T - S) if RENEW else 0
-    for i in range(first, T if RENEW else S):
-        # What is written to a slot is an input of the S of the state, oldest first, and the T that are new.
-        if RENEW:
-            slot, at = (place + i) % S, S + i
-        elif seen_ptr is not None:
-            slot, at = i, ((i - place - T) % S + S) % S + T
-        else:
-            slot, at = i, i + T
-        old = tl.load(state_ptr + (place + at) % S * stride_slot, mask=read & (at < S), other=0.0).to(dtype)
-        new = tl.load(x_ptr + tl.cast(at - S, tl.int64) * stride_x, mask=mask & (at >= S), other=0.0).to(dtype)
-        value = tl.where(at < S, old, new)
-        if rows_ptr is not None:
-            value = tl.where(there, value, blank.to(dtype))
-        tl.store(after_ptr + slot * stride_after_slot, value.to(after_ptr.dtype.element_ty), mask=write)
+    if KEPT:
+        for j in tl.static_range(W - 1):
+            value = before[j]
+            if rows_ptr is not None:
+                value = tl.where(there, value, blank.to(dtype))
+            tl.store(after_ptr + j * stride_after_slot, value.to(after_ptr.dtype.element_ty), mask=write)
+    else:
+        first = tl.maximum(0, T - S) if RENEW else 0
+        for i in range(first, T if RENEW else S):
+            # What is written to a slot is an input of the S of the state, oldest first, and the T that are new.
+            if RENEW:
+                slot, at = (place + i) % S, S + i
+            elif seen_ptr is not None:
+                slot, at = i, ((i - place - T) % S + S) % S + T
+            else:
+                slot, at = i, i + T
+            old = tl.load(state_ptr + (place + at) % S * stride_slot, mask=read & (at < S), other=0.0).to(dtype)
+            new = tl.load(x_ptr + tl.cast(at - S, tl.int64) * stride_x, mask=mask & (at >= S), other=0.0).to(dtype)
+            value = tl.where(at < S, old, new)
+            if rows_ptr is not None:
+                value = tl.where(there, value, blank.to(dtype))
+            tl.store(after_ptr + slot * stride_after_slot, value.to(after_ptr.dtype.element_ty), mask=write)
 
 
 @triton.jit
@@ -143,9 +156,6 @@ def selective_state_update(
     stride_c_group,
     stride_after,
     SOFTPLUS: tl.constexpr,
-    LIMITED: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
     BY_HEAD: tl.constexpr,
     TABLE: tl.constexpr,
     EARLY: tl.constexpr,
@@ -203,8 +213,6 @@ def selective_state_update(
         dt = bias + tl.load(dt_ptr + b * stride_dt + d // per_head, mask=mask, other=0.0).to(dtype)
     if SOFTPLUS:
         dt = softplus(dt)
-    if LIMITED:
-        dt = tl.where(dt < LOW, LOW, tl.where(dt > HIGH, HIGH, dt))  # NaN stays NaN
     into = tl.load(B_ptr + b * stride_b + (d // per_b)[:, None] * stride_b_group + n, mask=inside, other=0.0).to(dtype)
     out = tl.load(C_ptr + b * stride_c + (d // per_c)[:, None] * stride_c_group + n, mask=inside, other=0.0).to(dtype)
     h = tl.exp(dt[:, None] * rates.to(dtype)) * before + (dt * x)[:, None] * into
@@ -231,3 +239,63 @@ def add(x_ptr, y_ptr, sum_ptr, size, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     dtype: tl.constexpr = sum_ptr.dtype.element_ty
     total = tl.load(x_ptr + at, mask=mask).to(dtype) + tl.load(y_ptr + at, mask=mask).to(dtype)
     tl.store(sum_ptr + at, total, mask=mask)
+
+
+@triton.jit
+def mamba2_update(
+    state_ptr,
+    x_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    y_ptr,
+    after_ptr,
+    heads,
+    width,
+    per_group,
+    stride_state,
+    stride_x,
+    stride_z,
+    stride_after,
+    LIMITED: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    EARLY: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """``BD`` of the ``width`` channels of a head of one row of a Mamba-2, gated where there is a z.
+
+    The rows of x, B and C have ``stride_x``, those of z and dt ``stride_z``; ``per_group`` heads share B and C. The
+    next states may lie where those before did. States and parameters are read before this waits for the kernel before
+    it, which must not write them.
+    """
+    dtype: tl.constexpr = A_ptr.dtype.element_ty
+    blocks = tl.cdiv(width, BD)
+    program = tl.program_id(0) // blocks
+    d, head, row = tl.program_id(0) % blocks * BD + tl.arange(0, BD), program % heads, (program // heads).to(tl.int64)
+    n, known = tl.arange(0, NP), d < width
+    channel, group = head * width + d, head // per_group * N
+    at, inside = channel[:, None].to(tl.int64) * N + n[None, :], known[:, None] & (n < N)[None, :]
+    before = tl.load(state_ptr + row * stride_state + at, mask=inside, other=0.0).to(dtype)
+    rate, bias, skip = tl.load(A_ptr + head), tl.load(bias_ptr + head), tl.load(D_ptr + head)
+    if EARLY:
+        wait_for_the_kernel_before()
+    given, beside = row * stride_x, row * stride_z
+    dt = softplus(bias + tl.load(dt_ptr + beside + head).to(dtype))
+    if LIMITED:
+        dt = tl.where(dt < LOW, LOW, tl.where(dt > HIGH, HIGH, dt))  # NaN stays NaN
+    into = tl.load(B_ptr + given + group + n, mask=n < N, other=0.0).to(dtype)
+    out = tl.load(C_ptr + given + group + n, mask=n < N, other=0.0).to(dtype)
+    x = tl.load(x_ptr + given + channel, mask=known, other=0.0).to(dtype)
+    h = tl.exp(dt * rate) * before + (dt * x)[:, None] * into[None, :]
+    y = tl.sum(h * out[None, :], 1) + skip * x
+    if z_ptr is not None:
+        y *= silu(tl.load(z_ptr + beside + channel, mask=known, other=0.0).to(dtype))
+    tl.store(after_ptr + row * stride_after + at, h.to(after_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * heads * width + channel, y.to(y_ptr.dtype.element_ty), mask=known)
