@@ -19,7 +19,7 @@ from dualform.train.optim import build_optimizer, schedule
 from dualform.train.recipe import Optim
 
 TRAINING_FILE, MOMENTS_FILE = "training.json", "optimizer.safetensors"
-HORIZON, CONTEXT, STEPS = 24, 192, 1500
+HORIZON, CONTEXT, STEPS = 24, 144, 1000
 """Of a network for any series: how far it looks ahead and back, and for how many steps it is trained."""
 _BATCH, _ORIGINS = 32, 16
 _DRAWN, _LASTS = 128, 12  # synthetic series at a time, and for how many steps
@@ -202,7 +202,7 @@ def pretrain(
     given = {"backbone": backbone, "seed": seed, "horizon": horizon, "context": context, "steps": steps}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = QuantileNetwork.build(backbone, horizon, context, width=64, layers=3)
+        network = QuantileNetwork.build(backbone, horizon, context)
     optimizer, plan, done = build_optimizer(network.model, optim(steps)), optim(steps), 0
     if current(Path(folder), TRAINING_FILE).exists():
         network, done = _resumed(Path(folder), given)
