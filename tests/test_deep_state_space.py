@@ -52,8 +52,12 @@ def test_it_is_the_kalman_filter_of_what_the_network_writes(season, trend):
     for row in range(3):
         loglik, means, variances = loop(model, y, x, row, 6)
         assert got[row].item() == pytest.approx(loglik)
-        torch.testing.assert_close(ahead.mean[row], torch.tensor(means, dtype=torch.float64))
-        torch.testing.assert_close(ahead.cov[row], torch.tensor(variances, dtype=torch.float64))
+        torch.testing.assert_close(ahead.mean[row, :, 0], torch.tensor(means, dtype=torch.float64))
+        torch.testing.assert_close(ahead.cov[row, :, 0, 0], torch.tensor(variances, dtype=torch.float64))
+        high = ahead.interval(0.95)[1][row, :, 0]
+        torch.testing.assert_close(
+            high, torch.tensor(means).double() + 1.959964 * torch.tensor(variances).double().sqrt()
+        )
 
 
 def test_gradients_reach_every_weight():

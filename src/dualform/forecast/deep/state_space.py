@@ -56,7 +56,7 @@ class DeepStateSpace(nn.Module):
         >>> model = DeepStateSpace(2, season=7)
         >>> y, x = torch.randn(5, 60), torch.randn(5, 67, 2)
         >>> model.fit(y, x, steps=2).forecast(y, 7, x).mean.shape
-        torch.Size([5, 7])
+        torch.Size([5, 7, 1])
 
     References:
         Rangapuram, Seeger, Gasthaus, Stella, Wang and Januschowski (2018), "Deep state space models for time series
@@ -187,7 +187,7 @@ class DeepStateSpace(nn.Module):
 
     @torch.no_grad()
     def forecast(self, y: Any, horizon: int, x: Any, series: Any = None) -> Forecast:
-        """Moments of the ``horizon`` observations after those of ``y``: mean and variance ``(B, horizon)``.
+        """Moments of the ``horizon`` observations after those of ``y``, ``(B, horizon, 1)``.
 
         Args:
             y: ``(B, T)``; NaN where missing.
@@ -204,9 +204,8 @@ class DeepStateSpace(nn.Module):
         made = self._covariates("forecast", x, len(z), z.shape[1] + horizon)[:, : z.shape[1] + horizon]
         system = self._system(made, self._rows("forecast", series, len(z)))
         found = system.forecast(z.unsqueeze(-1), horizon)
-        return Forecast(
-            centre[:, None] + scale[:, None] * found.mean[..., 0], scale[:, None].square() * found.cov[..., 0, 0]
-        )
+        centre, scale = centre[:, None, None], scale[:, None, None]
+        return Forecast(centre + scale * found.mean, scale.square()[..., None] * found.cov)
 
     # What they share.
 
