@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import shutil
 import sys
 from functools import partial
 
@@ -259,6 +260,14 @@ def test_a_run_that_is_resumed_is_the_same_run(tmp_path, monkeypatch):
         torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=0, atol=0)
     with pytest.raises(CheckpointError, match="a run with steps 4, which is now 5"):
         pretrain(tmp_path / "parts", **{**options, "steps": 5})
+    damaged = tmp_path / "damaged"
+    for name in ("optimizer.safetensors", "training.json", "model.safetensors"):
+        shutil.copytree(tmp_path / "parts", damaged, dirs_exist_ok=True)
+        content = bytearray((damaged / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (damaged / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=name):
+            pretrain(damaged, **options)
     y = draw(40)
     loaded = QuantileNetwork.load(tmp_path / "parts")
     torch.testing.assert_close(loaded.forecast([y], 1, 6), whole.forecast([y], 1, 6))

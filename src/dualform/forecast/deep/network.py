@@ -34,6 +34,7 @@ BACKBONES: dict[str, Any] = {
 """The mixers by name."""
 FORMAT, ABOUT_FILE = 1, "forecast.json"
 _MIDDLE = len(LEVELS) // 2
+_LONGEST = 2**16  # steps that a network reads
 _WIDEST = 4.0  # of the logarithm of a width, in either direction
 
 
@@ -187,7 +188,7 @@ class QuantileNetwork:
         horizon, context = entry(about, "horizon", int, path), entry(about, "context", int, path)
         model = load(folder, kind=StepRegressor)
         wanted = horizon * (ANCHORS + len(LEVELS) + 1)
-        if (model.inputs, model.outputs) != (CHANNELS, wanted) or context < 1:
+        if (model.inputs, model.outputs) != (CHANNELS, wanted) or not 1 <= context <= _LONGEST:
             raise CheckpointError(f"{path}: it does not belong to the model beside it")
         return cls(model.eval(), horizon, context)
 

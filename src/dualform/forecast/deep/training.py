@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
@@ -15,6 +16,7 @@ from dualform.core.json_file import entry, read_table, to_json
 from dualform.forecast.deep.network import QuantileNetwork
 from dualform.forecast.deep.synthetic import synthetic
 from dualform.models.saving.files import current, replacing
+from dualform.models.saving.verify import check_files
 from dualform.train.optim import build_optimizer, schedule
 from dualform.train.recipe import Optim
 
@@ -252,13 +254,16 @@ def _save(folder: Path, network: QuantileNetwork, optimizer: torch.optim.Optimiz
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> tuple[QuantileNetwork, int]:
+    check_files(folder, digests=True)
     path = current(folder, TRAINING_FILE)
     about = read_table(path)
     for name, value in given.items():
         if (was := entry(about, name, type(value), path)) != value:
             hint = "another folder, or the arguments that it was begun with"
             raise CheckpointError(f"{folder}: a run with {name} {was!r}, which is now {value!r}", hint=hint)
-    return QuantileNetwork.load(folder), entry(about, "done", int, path)
+    if not 0 <= (done := entry(about, "done", int, path)) <= given["steps"]:
+        raise CheckpointError(f"{path}: done is {done}, expected 0 to {given['steps']}")
+    return QuantileNetwork.load(folder), done
 
 
 def _restore(folder: Path, network: QuantileNetwork, optimizer: torch.optim.Optimizer) -> None:
@@ -270,5 +275,5 @@ def _restore(folder: Path, network: QuantileNetwork, optimizer: torch.optim.Opti
             if state["exp_avg"].shape != parameter.shape or state["exp_avg_sq"].shape != parameter.shape:
                 raise CheckpointError(f"{path}: {name} has another shape than in the model")
             optimizer.state[parameter] = state
-    except (KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}", hint="a new folder begins a new run") from error
