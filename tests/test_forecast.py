@@ -175,7 +175,7 @@ def test_covariates_are_those_of_the_model():
     torch.testing.assert_close(f.predict(5, X[60:]).mean, model.forecast(y[:60], 5).mean[:, 0], rtol=1e-4, atol=0)
     arima = next(c for c in FAMILIES["sarimax"](y, 1) if c.label == "ARIMA(0,1,1) with intercept")
     (found,) = estimate(arima, [y[:60]], [shape_of(y, 1, False)], X[:60])
-    ((mean, _),) = ahead([found], 5, X[60:])
+    mean = ahead([found], 5, X[60:])[0].mean
     model = sarimax((0, 1, 1), exog=X, intercept=True)
     model.fit(y[:60])
     torch.testing.assert_close(mean, model.forecast(y[:60], 5).mean[:, 0], rtol=1e-4, atol=0)

@@ -9,6 +9,7 @@ from dualform.cli.text import printable
 from dualform.core.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
+    from dualform.forecast.families import Family
     from dualform.forecast.forecaster import Forecaster
     from dualform.forecast.report import Checked, Job
     from dualform.forecast.table import Table
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 EPILOG = """[bold]Examples[/bold]
   dualform forecast --demo                                                   the Nile, ten years ahead
   dualform forecast sales.csv --time month --value sold --horizon 12         one series
-  dualform forecast shops.parquet --time day --value sold --id shop --horizon 28 --out next   one for each shop"""
+  dualform forecast shops.parquet --time day --value sold --id shop --horizon 28 --out next   one for each shop
+  dualform forecast --pretrain any                                           a network for any series, in minutes
+  dualform forecast sales.csv --time month --value sold --horizon 12 --weights any   which has not seen this one"""
 
 _HORIZON = 10  # of the demonstration
 
@@ -33,7 +36,7 @@ def forecast(
     id: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column that says which series a row is of.")
     ] = None,
-    model: Annotated[str, typer.Option(help="auto chooses; or local_level, structural, sarimax, ets.")] = "auto",
+    model: Annotated[str, typer.Option(help="auto chooses; or local_level, structural, sarimax, ets, deep.")] = "auto",
     season: Annotated[
         int | None, typer.Option(min=1, help="In steps, 1 for none; without it, by the frequency: 12 for months.")
     ] = None,
@@ -44,12 +47,27 @@ def forecast(
         "forecast"
     ),
     demo: Annotated[bool, typer.Option("--demo", help="Forecast the flow of the Nile; needs no file.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Forecast by the network that --pretrain made.")
+    ] = None,
+    pretrain: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Make a network for any series, on synthetic ones; needs no file."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="How many steps --pretrain trains it for.")] = None,
 ) -> None:
     """Forecast series of a table: means, bands of 50, 80 and 95 %, components, pictures, and a report.
 
     Gaps stay missing. The report says what was chosen and why, whether the optimiser converged, and how the same
     procedure did on the last steps when they were held back, beside the seasonal naive.
     """
+    if pretrain is not None:
+        _pretrain(pretrain, steps, {"DATA": data, "--weights": weights, "--demo": demo or None})
+        return
+    if steps is not None:
+        raise ArgumentError("forecast: --steps is of --pretrain", hint="dualform forecast --pretrain FOLDER --steps N")
+    if weights is not None and model not in ("auto", "deep"):
+        raise ArgumentError(f"forecast: --weights is of --model deep, and --model is {model}", hint="leave out --model")
     if demo:
         if data is not None or time or value or id:
             raise ArgumentError("forecast: --demo has its own data", hint="leave out DATA, --time, --value and --id")
@@ -59,9 +77,9 @@ def forecast(
         if missing:
             hint = "dualform forecast DATA --time COLUMN --value COLUMN --horizon N, or dualform forecast --demo"
             raise ArgumentError(f"forecast: missing {', '.join(missing)}", hint=hint)
-    steps = _HORIZON if horizon is None else horizon
-    if steps < 1:
-        raise ArgumentError(f"forecast: --horizon is {steps}, expected 1 or more steps")
+    ahead = _HORIZON if horizon is None else horizon
+    if ahead < 1:
+        raise ArgumentError(f"forecast: --horizon is {ahead}, expected 1 or more steps")
     _check_pandas()
     from dualform.forecast.forecaster import Forecaster
     from dualform.forecast.report import Job, write
@@ -71,16 +89,40 @@ def forecast(
     path, at = (DEMO, "year") if demo or data is None or time is None else (data, time)
     names = ["volume"] if demo or value is None else columns_of(value)
     table = read_table(path, at, names, id=id, frequency=freq)
-    job = Job("the Nile" if demo else path.name, at, id, steps, model)
-    forecaster = Forecaster(model, season=season or _season(table), horizon=steps)
+    job = Job("the Nile" if demo else path.name, at, id, ahead, model if weights is None else "deep")
+    kind = model if weights is None else _with(weights)
+    forecaster = Forecaster(kind, season=season or _season(table), horizon=ahead)
     with _bar() as bar:
         task = bar.add_task("choosing and fitting", total=None)
         forecaster.fit(table.series, tell=lambda done, whole: bar.update(task, completed=done, total=whole))
         bar.update(task, description="forecasting what was held back", total=None)
-        checked = _checked(table, forecaster, steps)
+        checked = _checked(table, forecaster, ahead)
     with replacing(out) as folder:
         write(folder, job, table, forecaster, checked)
     _say(job, table, forecaster, checked, out)
+
+
+def _with(weights: Path) -> "Family":
+    """The family of a network that is there."""
+    from functools import partial
+
+    from dualform.forecast.deep.network import QuantileNetwork
+    from dualform.forecast.families import deep
+
+    QuantileNetwork.load(weights)  # says what is wrong with it before anything is read
+    return partial(deep, weights=weights)
+
+
+def _pretrain(folder: Path, steps: int | None, others: dict[str, object]) -> None:
+    """Train a network on synthetic series, or go on where a run has stopped."""
+    if unused := [name for name, value in others.items() if value is not None]:
+        raise ArgumentError(f"forecast: --pretrain makes a network and reads no {unused[0]}", hint="two commands")
+    from dualform.forecast.deep.training import STEPS, pretrain
+
+    with _bar() as bar:
+        task = bar.add_task("training on synthetic series", total=None)
+        pretrain(folder, steps=steps or STEPS, tell=lambda done, whole: bar.update(task, completed=done, total=whole))
+    typer.echo(f"{folder}: dualform forecast DATA --time COLUMN --value COLUMN --horizon N --weights {folder}")
 
 
 def _check_pandas() -> None:

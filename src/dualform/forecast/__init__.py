@@ -2,6 +2,7 @@
 
 from dualform.forecast.base import BaseForecaster, Prediction
 from dualform.forecast.choose import Choice
+from dualform.forecast.deep.state_space import DeepStateSpace
 from dualform.forecast.evaluation import Evaluation, evaluate
 from dualform.forecast.families import AUTO, FAMILIES, Candidate
 from dualform.forecast.forecaster import Forecaster, SeasonalNaive
@@ -13,6 +14,7 @@ __all__ = [
     "BaseForecaster",
     "Candidate",
     "Choice",
+    "DeepStateSpace",
     "Evaluation",
     "Forecaster",
     "Prediction",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.core.options import suggestion
+from dualform.forecast.distribution import Moments
 from dualform.forecast.panel import Panel, covariates, panel_of
-from dualform.forecast.shape import Shape
 
 F = TypeVar("F", bound="BaseForecaster")
 
@@ -28,14 +28,6 @@ class Prediction(NamedTuple):
     mean: Any  # (h,), or (h, S) for several series
     quantiles: Any  # (h, Q), or (h, S, Q)
     levels: tuple[float, ...]
-
-
-class Moments(NamedTuple):
-    """The steps to come of one series: normal, or the logarithm of them is."""
-
-    mean: Tensor  # (h,)
-    deviation: Tensor  # (h,)
-    shape: Shape
 
 
 class BaseForecaster:
@@ -126,7 +118,7 @@ class BaseForecaster:
             ArgumentError: before a fit, for a horizon below 1, and for covariates that do not fit.
         """
         panel, found = self._ahead("predict", horizon, X)
-        mean = panel.out([one.shape.mean(one.mean, one.deviation) for one in found])
+        mean = panel.out([one.expected() for one in found])
         return Prediction(mean, self._quantiles(panel, found, LEVELS), LEVELS)
 
     def predict_quantiles(self, horizon: int, levels: Sequence[float] = LEVELS, X: Any = None) -> Any:
@@ -160,7 +152,7 @@ class BaseForecaster:
             raise ArgumentError(f"{self._name}.predict_interval: level is {level!r}, expected a number in 0 .. 1")
         panel, found = self._ahead("predict_interval", horizon, X)
         ends = [(1 - level) / 2, (1 + level) / 2]
-        return panel.out([one.shape.quantiles(one.mean, one.deviation, ends) for one in found], ["lower", "upper"])
+        return panel.out([one.quantiles(ends) for one in found], ["lower", "upper"])
 
     # What a subclass has.
 
@@ -224,8 +216,7 @@ class BaseForecaster:
         return panel, self._moments(horizon, future)
 
     def _quantiles(self, panel: Panel, found: list[Moments], levels: Sequence[float]) -> Any:
-        made = [one.shape.quantiles(one.mean, one.deviation, list(levels)) for one in found]
-        return panel.out(made, list(levels))
+        return panel.out([one.quantiles(levels) for one in found], list(levels))
 
 
 def check_horizon(where: str, horizon: Any) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.forecast.distribution import Moments
 from dualform.forecast.estimate import Estimated, ahead, estimate
-from dualform.forecast.families import Candidate, candidates_of
+from dualform.forecast.families import Candidate, Family, called, candidates_of
 from dualform.forecast.metrics import crps, midpoints
 from dualform.forecast.shape import Shape, shape_of
 
@@ -60,7 +61,7 @@ def held_back(length: int, horizon: int, season: int, count: int = ORIGINS) -> t
 
 def choose(
     series: dict[str, Tensor],
-    names: tuple[str, ...],
+    names: tuple[str | Family, ...],
     season: int,
     horizon: int,
     *,
@@ -77,7 +78,7 @@ def choose(
 
     Args:
         series: by name, each ``(T,)``.
-        names: of the families.
+        names: of the families, or families themselves.
         season: steps, 1 for none.
         horizon: how far the choice looks.
         log: whether logarithms are taken; None decides for each series.
@@ -111,7 +112,9 @@ def choose(
     return chosen
 
 
-def _candidates(name: str, y: Tensor, names: tuple[str, ...], season: int, origins: list[int]) -> list[Candidate]:
+def _candidates(
+    name: str, y: Tensor, names: tuple[str | Family, ...], season: int, origins: list[int]
+) -> list[Candidate]:
     """Those with a season where there are two of them before the first origin, or where there is no origin."""
     left = Shape(season=season).left
     if origins and origins[0] < 2 * left:
@@ -119,7 +122,9 @@ def _candidates(name: str, y: Tensor, names: tuple[str, ...], season: int, origi
     found = candidates_of(names, y, left) or candidates_of(names, y, 1)
     if not found:
         count = int((~y.isnan()).sum())
-        raise ArgumentError(f"Forecaster: {name} has {count} observations, too few for {' or '.join(names)}")
+        raise ArgumentError(
+            f"Forecaster: {name} has {count} observations, too few for {' or '.join(map(called, names))}"
+        )
     return found
 
 
@@ -147,10 +152,9 @@ def _trial(
         for reach in {folds[row][1] for row in rows}:
             some = [row for row in rows if folds[row][1] == reach]
             now = [_until(fitted[row], series[row][first[row] : folds[row][0][k]], X) for row in some]
-            for row, one, (mean, deviation) in zip(some, now, _moments(now, reach, X), strict=True):
+            for row, moments in zip(some, _moments(now, reach, X), strict=True):
                 at = folds[row][0][k]
-                quantiles = one.shape.quantiles(mean, deviation, _LEVELS)
-                total[row].append(crps(series[row][at : at + reach], quantiles).item())
+                total[row].append(crps(series[row][at : at + reach], moments.quantiles(_LEVELS)).item())
     means = [torch.tensor(values or [torch.nan], dtype=torch.float64).nanmean().item() for values in total]
     sizes = [len(one.names) if isinstance(one, Estimated) else 0 for one in fitted]
     return [Trial(*pair) for pair in zip(means, sizes, strict=True)]
@@ -161,7 +165,7 @@ def _until(one: Estimated | ArgumentError, y: Tensor, X: Tensor | None) -> Estim
     return one.again(y, None if X is None else X[: len(y)])
 
 
-def _moments(now: list[Estimated], reach: int, X: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+def _moments(now: list[Estimated], reach: int, X: Tensor | None) -> list[Moments]:
     if not now:
         return []
     future = None if X is None else X[len(now[0].y) : len(now[0].y) + reach]
@@ -170,7 +174,7 @@ def _moments(now: list[Estimated], reach: int, X: Tensor | None) -> list[tuple[T
 
 def _final(
     given: dict[str, Tensor],
-    names: tuple[str, ...],
+    names: tuple[str | Family, ...],
     options: list[list[Candidate]],
     trials: list[dict[str, Trial]],
     season: int,

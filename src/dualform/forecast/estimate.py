@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.forecast.distribution import Moments, Table
 from dualform.forecast.families import Candidate
 from dualform.forecast.shape import Shape
 from dualform.gaussian.constraints import places
@@ -18,7 +19,8 @@ class Estimated:
     """A candidate with the parameters of one series.
 
     Parameters are kept as plain tensors, the unconstrained ones in the order of the model, so that this can be pickled.
-    ``X`` are the covariates of the steps of ``y``.
+    ``X`` are the covariates of the steps of ``y``. ``shared`` is a model that all series of a fit have in common, which
+    then has no parameters of one series.
     """
 
     candidate: Candidate
@@ -32,6 +34,7 @@ class Estimated:
     log_likelihood: float
     converged: bool
     message: str
+    shared: Any = field(default=None, repr=False)
 
     def model(self, X: Tensor | None = None) -> Any:
         """The model with its parameters.
@@ -39,6 +42,8 @@ class Estimated:
         Args:
             X: covariates of the steps to come ``(h, K)``, where it has some.
         """
+        if self.shared is not None:
+            return self.shared
         made = self.candidate.make(_joined(self.X, X))
         for place, value in zip(places(made), self.free, strict=True):
             place.free.data.copy_(value)
@@ -78,11 +83,12 @@ def estimate(
         return [one for found in alone for one in found]
     found = []
     for fit, y, shape in zip(fits, series, shapes, strict=True):
-        free = [place.free.detach().clone() for place in places(fit.model)]
+        shared = fit.model if getattr(fit.model, "shared", False) else None
+        free = [] if shared else [place.free.detach().clone() for place in places(fit.model)]
         found.append(
             Estimated(
                 candidate, shape, y, X, free, fit.names, fit.values, fit.standard_errors, fit.log_likelihood,
-                fit.converged, fit.message,
+                fit.converged, fit.message, shared,
             )
         )  # fmt: skip
     return _determined(found, X)
@@ -106,33 +112,39 @@ def _fit(candidate: Candidate, series: list[Tensor], X: Tensor | None, max_iter:
 
 
 @torch.no_grad()
-def ahead(found: list[Estimated], horizon: int, X: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation ``(h,)`` of the steps to come, of the model: before the logarithm is undone.
+def ahead(found: list[Estimated], horizon: int, X: Tensor | None = None) -> list[Moments]:
+    """The distributions of the steps to come.
 
     Args:
         found: those of the same candidate are forecast in one batch.
         horizon: h.
         X: covariates of these steps ``(h, K)``.
     """
-    result: dict[int, tuple[Tensor, Tensor]] = {}
-    groups: dict[str, list[int]] = {}
+    result: dict[int, Moments] = {}
+    groups: dict[Any, list[int]] = {}
     for at, one in enumerate(found):
-        groups.setdefault(one.candidate.label, []).append(at)
+        groups.setdefault((one.candidate.label, id(one.shared)), []).append(at)
     for group in groups.values():
         ones = [found[at] for at in group]
         series = [one.shape.forth(one.y) for one in ones]
         model = ones[0].model(X)
         if len(ones) == 1:
             seen = model.forecast(series[0], horizon)
-            mean, cov = seen.mean[None], seen.cov[None]
         else:
             many, options = _stacked(series)
             seen = _together(model, ones).forecast(many, horizon, **options)
-            mean, cov = seen.mean, seen.cov
         for row, (at, one) in enumerate(zip(group, ones, strict=True)):
-            moved = mean[row, :, 0] + one.shape.effect(len(one.y), horizon)
-            result[at] = moved, cov[row, :, 0, 0].clamp_min(0).sqrt()
+            result[at] = _moments(seen, row, one, horizon)
     return [result[at] for at in range(len(found))]
+
+
+def _moments(seen: Any, row: int, one: Estimated, horizon: int) -> Moments:
+    """Those of a series, from a forecast of normal moments, of one series or of several, or of quantiles."""
+    effect = one.shape.effect(len(one.y), horizon)
+    if isinstance(seen, Table):
+        return Moments.of_table(Table(seen.quantiles[row] + effect[:, None], seen.levels), one.shape)
+    mean, cov = (seen.mean, seen.cov) if seen.mean.dim() == 2 else (seen.mean[row], seen.cov[row])
+    return Moments(mean[:, 0] + effect, cov[:, 0, 0].clamp_min(0).sqrt(), one.shape)
 
 
 def parts_of(one: Estimated, horizon: int, X: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -160,6 +172,8 @@ def parts_of(one: Estimated, horizon: int, X: Tensor | None = None) -> dict[str,
 def _together(model: Any, ones: list[Estimated]) -> Any:
     """One model with the parameters of each in a row."""
     made = model.expand(len(ones))
+    if ones[0].shared is not None:
+        return made
     for place, *rows in zip(places(made), *(one.free for one in ones), strict=True):
         place.free.data.copy_(torch.stack(rows))
     return made

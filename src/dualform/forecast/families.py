@@ -3,18 +3,23 @@
 A family is one entry of :data:`FAMILIES`: a function of a series and its season that gives :class:`Candidate` models.
 What a candidate makes is a module like a :class:`~dualform.gaussian.built.Built`: ``fit(y)`` estimates its parameters
 and says how, ``forecast(y, horizon)`` has a mean and a covariance, and ``expand(S)`` makes one model of S series, which
-takes their ``lengths`` in both. One with ``components(y)`` has a table and a picture of them.
+takes their ``lengths`` in both. One with ``components(y)`` has a table and a picture of them. A forecast may also be a
+:class:`~dualform.forecast.distribution.Table` of quantiles, and a model that is ``shared`` is kept for all series
+that it was fitted to.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.forecast.deep.direct import Direct
 from dualform.gaussian.components import (
     Cycle,
     Irregular,
@@ -121,11 +126,42 @@ def smoothing(y: Tensor, season: int) -> list[Candidate]:
     return found
 
 
+def deep(
+    y: Tensor,
+    season: int,
+    *,
+    backbone: str = "s4d",
+    horizon: int | None = None,
+    steps: int = 400,
+    seed: int = 0,
+    weights: str | os.PathLike[str] | None = None,
+) -> list[Candidate]:
+    """A network that says quantiles of the next steps, of all series the same one.
+
+    It is trained on the series that are fitted, or, with ``weights``, it was trained before, on synthetic ones.
+    ``Forecaster(partial(deep, weights=folder))`` forecasts with such a network.
+
+    Args:
+        y: the series ``(T,)``, NaN where missing.
+        season: steps, 1 for none.
+        backbone: as in :class:`~dualform.forecast.deep.direct.Direct`, with all that follows.
+        horizon: how many steps the network looks ahead at once.
+        steps: of training, at most.
+        seed: of all that is random.
+        weights: a folder of a network that was trained before.
+    """
+    label = "deep" if weights is None else f"deep, {Path(weights).name}"
+    label += f", season of {season}" if season > 1 else ""
+    options = {"backbone": backbone, "horizon": horizon, "steps": steps, "seed": seed, "weights": weights}
+    return [Candidate("deep", label, partial(_direct, season, options), 5)]
+
+
 FAMILIES: dict[str, Family] = {
     "local_level": local_level,
     "structural": structural,
     "sarimax": seasonal_arima,
     "ets": smoothing,
+    "deep": deep,
 }
 """The families by name. A new one is an entry here, and, if ``auto`` is to choose from it, in :data:`AUTO`."""
 
@@ -133,17 +169,22 @@ AUTO = ("local_level", "structural", "sarimax")
 """The families that ``auto`` chooses from."""
 
 
-def candidates_of(names: tuple[str, ...], y: Tensor, season: int) -> list[Candidate]:
+def called(family: str | Family) -> str:
+    """The name of a family, or of the function that it is."""
+    return family if isinstance(family, str) else getattr(getattr(family, "func", family), "__name__", "a family")
+
+
+def candidates_of(names: tuple[str | Family, ...], y: Tensor, season: int) -> list[Candidate]:
     """The candidates of some families for a series, those that it is long enough for; each label once.
 
     Args:
-        names: of the families.
+        names: of the families, or families themselves.
         y: the series ``(T,)``, NaN where missing.
         season: steps, 1 for none.
     """
     count, found = int((~y.isnan()).sum()), {}
     for name in names:
-        for candidate in FAMILIES[name](y, season):
+        for candidate in (FAMILIES[name] if isinstance(name, str) else name)(y, season):
             if count >= candidate.needs:
                 found.setdefault(candidate.label, candidate)
     return list(found.values())
@@ -190,6 +231,12 @@ def _ets(trend: str, season: int, X: Tensor | None) -> Ets:
     if X is not None:
         raise ArgumentError("ets: exponential smoothing takes no covariates", hint="use structural or sarimax")
     return ets("additive", trend, "additive" if season > 1 else "none", season if season > 1 else None)
+
+
+def _direct(season: int, options: dict[str, Any], X: Tensor | None) -> Direct:
+    if X is not None:
+        raise ArgumentError("deep: the network takes no covariates", hint="use structural or sarimax")
+    return Direct(season, **options)
 
 
 def _sarimax(order: Any, seasonal: Any = (0, 0, 0, 0), intercept: bool = False, X: Tensor | None = None) -> Sarimax:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.options import suggestion
-from dualform.forecast.base import BaseForecaster, Moments, by_name, check_horizon, last_of_season
+from dualform.forecast.base import BaseForecaster, by_name, check_horizon, last_of_season
 from dualform.forecast.choose import Choice, choose
+from dualform.forecast.distribution import Moments
 from dualform.forecast.estimate import ahead, parts_of
-from dualform.forecast.families import AUTO, FAMILIES
+from dualform.forecast.families import AUTO, FAMILIES, Family, deep
 from dualform.forecast.panel import Panel, covariates
 from dualform.forecast.shape import Shape
 
@@ -31,7 +33,9 @@ class Forecaster(BaseForecaster):
     parameters, whether the optimiser converged, and the scores of all candidates.
 
     Args:
-        model: ``"auto"``, or one family: ``"local_level"``, ``"structural"``, ``"sarimax"`` or ``"ets"``.
+        model: ``"auto"``, or one family: ``"local_level"``, ``"structural"``, ``"sarimax"``, ``"ets"`` or ``"deep"``,
+            which trains one network on all series; or a function like those in
+            :data:`~dualform.forecast.families.FAMILIES`.
         season: in steps, 1 for none; None takes it from the frequency of a table of pandas, and 1 for what has none.
         horizon: how many steps the choice looks ahead; None for a season, or 8 steps.
         log: whether logarithms are modelled; None decides for each series.
@@ -48,7 +52,7 @@ class Forecaster(BaseForecaster):
 
     def __init__(
         self,
-        model: str = "auto",
+        model: str | Family = "auto",
         season: int | None = None,
         horizon: int | None = None,
         log: bool | None = None,
@@ -74,19 +78,26 @@ class Forecaster(BaseForecaster):
             self._tell = None
 
     def _estimate(self, panel: Panel, X: Tensor | None) -> None:
-        if self.model not in ("auto", *FAMILIES):
-            hint = suggestion(str(self.model), ["auto", *FAMILIES])
-            raise ArgumentError(f"Forecaster: model is {self.model!r}", hint=hint)
-        names = AUTO if self.model == "auto" else (self.model,)
         horizon = self.horizon
         if horizon is None:
             horizon = self.season_ if self.season_ > 1 else 8
         check_horizon("Forecaster", horizon)
+        names = self._families(horizon)
         series = dict(by_name(panel))
         if self.log and (bad := [name for name, y in series.items() if (y <= 0).any()]):
             raise ArgumentError(f"Forecaster: log is True, but {bad[0]} has values that are not positive")
         tell = self._tell or (lambda done, whole: None)
         self.choices_ = choose(series, names, self.season_, horizon, log=self.log, X=X, tell=tell)
+
+    def _families(self, horizon: int) -> tuple[str | Family, ...]:
+        if callable(self.model):
+            return (self.model,)
+        if self.model not in ("auto", *FAMILIES):
+            hint = suggestion(str(self.model), ["auto", *FAMILIES])
+            raise ArgumentError(f"Forecaster: model is {self.model!r}", hint=hint)
+        if self.model == "deep":
+            return (partial(deep, horizon=horizon),)
+        return AUTO if self.model == "auto" else (self.model,)
 
     def components(self, horizon: int, X: Any = None) -> list[dict[str, tuple[Tensor, Tensor]]]:
         """The parts of each series, of which structural models are the sum: means and standard deviations by name.
@@ -112,9 +123,7 @@ class Forecaster(BaseForecaster):
         self.choices_ = [choice._replace(found=choice.found.again(y, X)) for choice, y in pairs]
 
     def _moments(self, horizon: int, X: Tensor | None) -> list[Moments]:
-        found = [choice.found for choice in self.choices_]
-        pairs = zip(ahead(found, horizon, X), found, strict=True)
-        return [Moments(mean, deviation, one.shape) for (mean, deviation), one in pairs]
+        return ahead([choice.found for choice in self.choices_], horizon, X)
 
 
 @explained

@@ -182,11 +182,13 @@ def _chapter(name: str, table: Table, choice: Choice, future: Any, pictures: lis
             failed = math.isnan(trial.score)
             lines.append(f"| {label} | {'not fitted' if failed else f'{trial.score:.4g}'} | {trial.parameters or ''} |")
         lines.append("")
-    lines += ["| parameter | estimate | standard error |", "|---|---|---|"]
+    if found.names:
+        lines += ["| parameter | estimate | standard error |", "|---|---|---|"]
     for parameter, value, error in zip(found.names, found.values.tolist(), found.errors.tolist(), strict=True):
         lines.append(f"| {parameter} | {value:.6g} | {'at its bound' if math.isnan(error) else f'{error:.3g}'} |")
     verdict = "The optimiser converged" if found.converged else "**The optimiser did not converge**"
-    lines += ["", f"{verdict}: {found.message}. The log-likelihood is {found.log_likelihood:.4f}.", ""]
+    likelihood = f"The log-likelihood is {found.log_likelihood:.4f}."
+    lines += ["", f"{found.message}." if found.shared else f"{verdict}: {found.message}. {likelihood}", ""]
     lines += ["| " + " | ".join(["", "mean", "50 %", "80 %", "95 %"]) + " |", "|---|---|---|---|---|"]
     some = list(future.index) if len(future) <= 6 else [*future.index[:3], *future.index[-2:]]
     for at in some:

@@ -19,6 +19,7 @@ from dualform.gaussian.ets_selection import select_ets
 from dualform.gaussian.fitting import Fit, fit
 from dualform.gaussian.forecasts import Forecast, SimulatedForecast
 from dualform.gaussian.kalman import KalmanFilter
+from dualform.gaussian.kalman_net import KalmanNet
 from dualform.gaussian.kim import SwitchingBelief
 from dualform.gaussian.linearization import Cubature, Extended, Iterated, Unscented
 from dualform.gaussian.model import LinearGaussian
@@ -63,6 +64,7 @@ __all__ = [
     "Irregular",
     "Iterated",
     "KalmanFilter",
+    "KalmanNet",
     "Level",
     "LinearGaussian",
     "NonlinearGaussian",
