@@ -52,7 +52,7 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _may_stand_in(x: Tensor) -> bool:
-    """Whether the kernel is there, and nobody would miss the operation of PyTorch: a transform, or a mode that counts."""
+    """Whether the kernel is there, and no transform or mode would miss the operation of PyTorch."""
     if seen_through() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
         return False
     return (x.is_cpu or torch.cuda.is_current_stream_capturing()) and kernels_run(x.device.type)

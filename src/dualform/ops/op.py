@@ -374,10 +374,8 @@ def _direct(name: str, tensors: list[Tensor]) -> bool:
         refuse_transforms(name, tensors)
     if _watchers() or _traced() is not None or tensors[0].is_meta:
         return False
-    for m in tensors:  # a loop: a call of a generator for each of them would take most of the time
-        if type(m) not in _PLAIN or m.is_neg():  # backends resolve conjugates themselves
-            return False
-    return True
+    # A list: a generator would be called for each of them. Backends resolve conjugates themselves.
+    return all([type(m) in _PLAIN and not m.is_neg() for m in tensors])
 
 
 def _warn_once(text: str) -> None:
