@@ -1,9 +1,11 @@
 // One step of a block, norm and residual included, in phases between which all threads meet. A phase is a product with
 // a matrix, and what can be done with its outputs one by one: the convolution behind the projection in, the recurrence
-// behind the projection of the step. Of many rows and small matrices, each thread takes tiles of rows through all phases.
+// behind the projection of the step. Of many rows and small matrices, each thread takes tiles of rows through all
+// phases.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "dense.h"
 #include "update.h"
@@ -159,9 +161,8 @@ void mamba_phase(const MambaStep& s, const MambaMaps<T>& of, const MambaRows<T>&
   if (phase == 0) enter(s, span, first, end, m.normed);
   if (phase == 1) {
     const T* bias = static_cast<const T*>(s.in_bias);
-    product(of.in, Lines<T>{m.normed, M}, rows, first, end, [&](int64_t output, int64_t row, T sum) {
-      both[row * 2 * D + output] = bias ? sum + bias[output] : sum;
-    });
+    product(of.in, Lines<T>{m.normed, M}, rows, first, end,
+            [&](int64_t output, int64_t row, T sum) { both[row * 2 * D + output] = bias ? sum + bias[output] : sum; });
     for (int64_t row = 0; row < rows; row++) convolve(s, span.from + row, D, first, least(end, D), both + row * 2 * D);
   }
   if (phase == 2)
@@ -206,9 +207,7 @@ int64_t mamba(const MambaStep& s, int64_t phase, int64_t first, int64_t end, int
     if (i == 0 || i == seat) own = there;
   }
   if (!memory) return arena.used();
-  auto run = [&](Span span, int64_t part, int64_t from, int64_t to) {
-    mamba_phase(s, of, own, span, part, from, to);
-  };
+  auto run = [&](Span span, int64_t part, int64_t from, int64_t to) { mamba_phase(s, of, own, span, part, from, to); };
   auto size_of = [&](int64_t part, int64_t rows) {
     const int64_t sizes[] = {rows, 2 * D, all, D, M};
     return sizes[part];
@@ -237,9 +236,8 @@ void mamba2_phase(const Mamba2Step& s, const Mamba2Maps<T>& of, const Mamba2Rows
   if (phase == 0) enter(s, span, first, end, m.normed);
   if (phase == 1) {
     const T *bias = static_cast<const T*>(s.in_bias), *dt_bias = static_cast<const T*>(s.dt_bias);
-    product(of.in, Lines<T>{m.normed, M}, rows, first, end, [&](int64_t output, int64_t row, T sum) {
-      made[row * all + output] = bias ? sum + bias[output] : sum;
-    });
+    product(of.in, Lines<T>{m.normed, M}, rows, first, end,
+            [&](int64_t output, int64_t row, T sum) { made[row * all + output] = bias ? sum + bias[output] : sum; });
     for (int64_t row = 0; row < rows; row++) {
       convolve(s, span.from + row, conv, most(first - D, 0), least(end - D, conv), made + row * all + D);
       each(
@@ -289,9 +287,7 @@ int64_t mamba2(const Mamba2Step& s, int64_t phase, int64_t first, int64_t end, i
     if (i == 0 || i == seat) own = there;
   }
   if (!memory) return arena.used();
-  auto run = [&](Span span, int64_t part, int64_t from, int64_t to) {
-    mamba2_phase(s, of, own, span, part, from, to);
-  };
+  auto run = [&](Span span, int64_t part, int64_t from, int64_t to) { mamba2_phase(s, of, own, span, part, from, to); };
   auto size_of = [&](int64_t part, int64_t rows) {
     const int64_t sizes[] = {rows, all, rows * H, rows, M};
     return sizes[part];

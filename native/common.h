@@ -38,9 +38,7 @@ constexpr int64_t FEW = 16;
 // the lanes of a vector are outputs; then rows go through the whole step in tiles, whose numbers stay in a cache.
 constexpr int64_t TILE = 32, NUMBERS_FOR_A_ROW = 1024;
 
-inline int64_t numbers(const MambaStep& s) {
-  return s.width * (3 * s.features + 2 * s.rank + 2 * s.states);
-}
+inline int64_t numbers(const MambaStep& s) { return s.width * (3 * s.features + 2 * s.rank + 2 * s.states); }
 inline int64_t numbers(const Mamba2Step& s) {
   const int64_t width = s.heads * s.width;
   return s.features * (3 * width + 2 * s.groups * s.states + s.heads);
