@@ -31,6 +31,26 @@ class NoDenormals {
 #endif
 };
 
+// Rows of a step up to which the order of a sum does not depend on how many there are.
+constexpr int64_t FEW = 16;
+
+// With more rows, and matrices of few numbers, a step of a block runs in two phases: the matrices are turned, so that
+// the lanes of a vector are outputs; then rows go through the whole step in tiles, whose numbers stay in a cache.
+constexpr int64_t TILE = 32, NUMBERS_FOR_A_ROW = 1024;
+
+inline int64_t numbers(const MambaStep& s) { return s.width * (3 * s.features + 2 * s.rank + 2 * s.states); }
+inline int64_t numbers(const Mamba2Step& s) {
+  const int64_t width = s.heads * s.width;
+  return s.features * (3 * width + 2 * s.groups * s.states + s.heads);
+}
+inline int64_t numbers(const LtiStep& s) {
+  return s.features * (s.features * (s.gate ? 1 : 2) + (s.shared ? 4 * s.states : 0));
+}
+template <class S>
+bool by_tiles(const S& s) {
+  return s.rows > FEW && numbers(s) <= s.rows * NUMBERS_FOR_A_ROW;
+}
+
 // The channels in the lanes of one vector: neighbours that belong to one group of B and to one of C.
 struct Slice {
   int64_t first, count;

@@ -2,6 +2,7 @@
 // order of a sum does not depend on the other rows; it is one for a single row, and another for several.
 #pragma once
 
+#include "gemm.h"
 #include "tile.h"
 
 namespace DUALFORM_ISA {
@@ -108,6 +109,16 @@ struct Matrix {
   const void* scales;
   int64_t group;
 };
+
+// The number in column k of a row, in the dtype that is computed in.
+template <class T, class W>
+INLINE T column(const W* row, int64_t k) {
+  return T(number(row[k]));
+}
+template <class T>
+INLINE T column(const Scaled& row, int64_t k) {
+  return T(row.data[k]) * row.scales[k / row.group];
+}
 
 // The sums of OUTPUTS rows of W with R rows of x. Meanwhile the next OUTPUTS rows of W are on their way to the cache:
 // the processor's own prefetching, which begins anew with every row, leaves half of the memory's speed unused.
@@ -251,6 +262,38 @@ INLINE void rows_of(const Matrix& m, int64_t depth, const F& f) {
                     groups = up(depth, group) / group;
       f(ScaledLines{static_cast<const int8_t*>(m.data), m.stride, static_cast<const float*>(m.scales), groups, group});
     }
+  }
+}
+
+// The matrix turned: its rows, `outputs` of them with `depth` numbers each, become columns, and zeros follow up to a
+// whole vector.
+template <class T>
+INLINE int64_t turned_size(int64_t depth, int64_t outputs) {
+  return depth * up(outputs, LANES<T>);
+}
+template <class T>
+INLINE void turn(const Matrix& m, int64_t depth, int64_t outputs, T* to) {
+  const int64_t stride = up(outputs, LANES<T>);
+  rows_of<T>(m, depth, [&](auto rows) {
+    for (int64_t i = 0; i < stride; i++)
+      for (int64_t k = 0; k < depth; k++) to[k * stride + i] = i < outputs ? column<T>(rows[i], k) : T(0);
+  });
+}
+
+// give(output, row, sum) for all `outputs` of a matrix that was turned, and at most TILE rows of x. The order of a sum
+// depends on nothing but its length.
+template <class T, class F>
+INLINE void outputs_of_turned(const T* turned, Lines<T> x, int64_t depth, int64_t rows, int64_t outputs,
+                              const F& give) {
+  constexpr int64_t STRIP = 8 * LANES<T>;
+  const int64_t stride = up(outputs, LANES<T>);
+  alignas(LINE) T sums[TILE * STRIP];
+  for (int64_t at = 0; at < outputs; at += STRIP) {
+    const int64_t count = least(STRIP, outputs - at);
+    gemm<T>({x.data, x.stride, 1}, {turned + at, stride}, {sums, STRIP}, rows, depth, up(count, LANES<T>) / LANES<T>,
+            T(0));
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t i = 0; i < count; i++) give(at + i, row, sums[row * STRIP + i]);
   }
 }
 

@@ -40,7 +40,7 @@ void* memory_of(int64_t bytes) {
 // A part of a step after which all threads meet: `size` units, of which `together` stay together, are cut into tasks.
 struct Phase {
   const void* step;
-  void (*run)(const Phase& phase, int64_t first, int64_t end, void* memory);
+  void (*run)(const Phase& phase, int64_t first, int64_t end, int64_t seat, void* memory);
   int64_t number, size, together, tasks;
   std::atomic<int64_t> next{0}, done{0};
 
@@ -59,11 +59,12 @@ class Line {
                     s.y, s.next_h});
     if (s.taps > 1) check_pointers({s.conv, s.next_conv});
     const int64_t M = s.features, D = s.width, all = s.rank + 2 * s.states, rows = s.rows;
-    bytes_ = std::max(bytes_, kernels->mamba_step[s.dtype](s, 0, 0, 0, nullptr));
-    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+    bytes_ = std::max(bytes_, kernels->mamba_step[s.dtype](s, 0, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t seat, void* memory) {
       const MambaStep& step = *static_cast<const MambaStep*>(phase.step);
-      kernels->mamba_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->mamba_step[step.dtype](step, phase.number, first, end, seat, memory);
     });
+    if (by_tiles(s)) return tiles(s, 4, rows * D * 8 * s.states);
     phase(rows, 1, rows * M);
     phase(2 * D, TOGETHER, rows * 2 * D * M);
     phase(all, TOGETHER, rows * all * D);
@@ -80,11 +81,12 @@ class Line {
     if (s.taps > 1) check_pointers({s.conv, s.next_conv});
     const int64_t M = s.features, D = s.heads * s.width, rows = s.rows;
     const int64_t all = 2 * D + 2 * s.groups * s.states + s.heads;
-    bytes_ = std::max(bytes_, kernels->mamba2_step[s.dtype](s, 0, 0, 0, nullptr));
-    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+    bytes_ = std::max(bytes_, kernels->mamba2_step[s.dtype](s, 0, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t seat, void* memory) {
       const Mamba2Step& step = *static_cast<const Mamba2Step*>(phase.step);
-      kernels->mamba2_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->mamba2_step[step.dtype](step, phase.number, first, end, seat, memory);
     });
+    if (by_tiles(s)) return tiles(s, 2, rows * D * s.states * 2);
     phase(rows, 1, rows * M);
     phase(all, TOGETHER, rows * all * M);
     phase(rows * s.heads, 1, rows * D * s.states * 2);
@@ -98,11 +100,12 @@ class Line {
     if (!check_sizes({s.rows, s.features, s.states})) return;
     check_pointers({s.x, s.h, s.norm, s.a, s.b, s.c, s.d, s.out_weight, s.y, s.next_h});
     const int64_t M = s.features, N = s.states, rows = s.rows;
-    bytes_ = std::max(bytes_, kernels->lti_step[s.dtype](s, 0, 0, 0, nullptr));
-    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+    bytes_ = std::max(bytes_, kernels->lti_step[s.dtype](s, 0, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t seat, void* memory) {
       const LtiStep& step = *static_cast<const LtiStep*>(phase.step);
-      kernels->lti_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->lti_step[step.dtype](step, phase.number, first, end, seat, memory);
     });
+    if (by_tiles(s)) return tiles(s, s.shared ? 3 : 1, rows * M * N * 8);
     phase(rows, 1, rows * M);
     phase(s.shared ? 2 * N : rows * M, TOGETHER, rows * M * N * 8);
     phase(s.shared ? M : 0, TOGETHER, rows * M * N * 2);
@@ -113,13 +116,13 @@ class Line {
   void run() {
     if (phases_.empty()) return;
     void* memory = memory_of(bytes_);
-    parallel(threads_, threads_, [&](int64_t) {
+    parallel(threads_, threads_, [&](int64_t seat) {
       NoDenormals here;
       for (Phase& phase : phases_) {
         const int64_t parts = over(phase.size, phase.together);
         for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < phase.tasks;) {
           const int64_t end = std::min(phase.size, parts * (i + 1) / phase.tasks * phase.together);
-          phase.run(phase, parts * i / phase.tasks * phase.together, end, memory);
+          phase.run(phase, parts * i / phase.tasks * phase.together, end, seat, memory);
           phase.done.fetch_add(1, std::memory_order_release);
         }
         wait_until([&] { return phase.done.load(std::memory_order_acquire) == phase.tasks; });
@@ -129,7 +132,15 @@ class Line {
 
  private:
   void begin(const void* step, int64_t threads, decltype(Phase::run) run) {
+    require(phases_.empty() || threads == wanted_);  // each seat has memory of its own
     step_ = step, wanted_ = threads, run_ = run, number_ = 0;
+  }
+
+  // A step by tiles: of some matrices, and of states that take so much work.
+  template <class S>
+  void tiles(const S& s, int64_t matrices, int64_t work) {
+    phase(matrices, 1, numbers(s));
+    phase(s.rows, TILE, s.rows * numbers(s) + work);
   }
 
   void phase(int64_t size, int64_t together, int64_t work) {

@@ -2,7 +2,7 @@
 // read and written once, in their own dtype, and the pointwise work around them is done in the same pass.
 #pragma once
 
-#include <type_traits>
+#include <utility>
 
 #include "tile.h"
 
@@ -32,27 +32,34 @@ struct States {
   T* next;
 };
 
-// Channels d to d + here - 1; `alike` is the decay of all without MATRIX.
-template <class T, bool MATRIX, class H>
+// How far ahead of what is computed states are fetched: those of the next channels.
+constexpr int64_t AHEAD = 2048;  // bytes
+
+// The channels d + I; `alike` is the decay of all without MATRIX. Their numbers are known to the compiler, which keeps
+// the sums in registers.
+template <class T, bool MATRIX, size_t... I>
 INLINE void some(const States<T>& of, vec<T> alike, const T* log_decay, const T* dt, const T* x, T* y, int64_t N,
-                 int64_t d, H here) {
+                 int64_t d, std::index_sequence<I...>) {
   constexpr int L = LANES<T>;
   vec<T> sums[Q<T>] = {};
+  const T in[] = {(dt[MATRIX ? d + int64_t(I) : 0] * x[d + int64_t(I)])...};
+  const T log_decays[] = {(MATRIX ? log_decay[d + int64_t(I)] : T(0))...};
   for (int64_t n = 0; n < N; n += L) {
     const int64_t there = N - n;
     const vec<T> b = load_some(of.b + n, there), c = load_some(of.c + n, there);
-#pragma GCC unroll 8
-    for (int64_t q = 0; q < here; q++) {
-      const int64_t at = (d + q) * N + n, size = MATRIX ? d + q : 0;
-      const vec<T> decay = MATRIX ? exp2<T>(log_decay[size] * load_some(of.rates + at, there)) : alike;
-      const vec<T> v = fma(decay, load_some(of.h + at, there), b * (dt[size] * x[d + q]));
+    auto channel = [&](int64_t q, vec<T>& sum) __attribute__((always_inline)) {
+      const int64_t at = (d + q) * N + n;
+      __builtin_prefetch(of.h + at + AHEAD / int64_t(sizeof(T)));
+      const vec<T> decay = MATRIX ? exp2<T>(log_decays[q] * load_some(of.rates + at, there)) : alike;
+      const vec<T> v = fma(decay, load_some(of.h + at, there), b * in[q]);
       store_some(of.next + at, v, there);
-      sums[q] = fma(v, c, sums[q]);
-    }
+      sum = fma(v, c, sum);
+    };
+    (channel(I, sums[I]), ...);
   }
   T lanes[L];
   store(lanes, merge(sums));
-  for (int64_t q = 0; q < here; q++) {
+  for (int64_t q = 0; q < int64_t(sizeof...(I)); q++) {
     T sum = 0;
     for (int i = 0; i < L; i += Q<T>) sum += lanes[i + q];
     y[d + q] = sum;
@@ -65,9 +72,9 @@ template <class T, bool MATRIX>
 INLINE void step(const States<T>& of, const T* log_decay, const T* dt, const T* x, T* y, int64_t N, int64_t count) {
   const vec<T> alike = MATRIX ? vec<T>{} : exp2<T>(splat(log_decay[0] * of.rates[0]));
   int64_t d = 0;
-  for (; d + Q<T> <= count; d += Q<T>)  // whose number the compiler knows, and keeps the sums in registers
-    some<T, MATRIX>(of, alike, log_decay, dt, x, y, N, d, std::integral_constant<int64_t, Q<T>>());
-  if (d < count) some<T, MATRIX>(of, alike, log_decay, dt, x, y, N, d, count - d);
+  for (; d + Q<T> <= count; d += Q<T>)
+    some<T, MATRIX>(of, alike, log_decay, dt, x, y, N, d, std::make_index_sequence<Q<T>>());
+  for (; d < count; d++) some<T, MATRIX>(of, alike, log_decay, dt, x, y, N, d, std::make_index_sequence<1>());
 }
 
 // Channels [first, end) of one row, both multiples of `per`; `memory` as for the other kernels.

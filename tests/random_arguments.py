@@ -555,7 +555,11 @@ def block(draw: Draw, tensors: dict[str, Tensor], weights: Any, optional: tuple[
 
 
 def mamba_step(draw: Draw) -> Arguments:
-    sizes = (draw.one(0, 1, 3, 16), *(draw.one(1, 3, 17, 33) for _ in range(2)), *(draw.one(1, 2, 5) for _ in range(3)))
+    sizes = (
+        draw.one(0, 1, 3, 16, 35),
+        *(draw.one(1, 3, 17, 33) for _ in range(2)),
+        *(draw.one(1, 2, 5) for _ in range(3)),
+    )
     optional = ("in_bias", "conv_bias", "out_bias")
     normal = functools.partial(draw.normal, dtype=torch.float64)
     return {
@@ -565,7 +569,7 @@ def mamba_step(draw: Draw) -> Arguments:
 
 
 def mamba2_step(draw: Draw) -> Arguments:
-    groups, rows = draw.one(1, 2, 3), draw.one(0, 1, 3, 16)
+    groups, rows = draw.one(1, 2, 3), draw.one(0, 1, 3, 16, 35)
     sizes = (
         rows,
         draw.one(1, 3, 17, 33),
@@ -586,7 +590,7 @@ def mamba2_step(draw: Draw) -> Arguments:
 
 
 def lti_step(draw: Draw) -> Arguments:
-    sizes = (draw.one(0, 1, 3, 16), draw.one(1, 3, 17, 33), draw.one(1, 2, 5, 19))
+    sizes = (draw.one(0, 1, 3, 16, 35), draw.one(1, 3, 17, 33), draw.one(1, 2, 5, 19))
     normal = functools.partial(draw.normal, dtype=torch.float64)
     made = lti_block(normal, shared=draw.chance(0.5), gate=draw.chance(0.5), bias=draw.chance(0.5), sizes=sizes)
     narrow = draw.real if draw.real == torch.float64 else draw.dtype

@@ -131,6 +131,12 @@ BLOCKS = {
         lambda: mamba2_block(normal, 2, bias=True, sizes=(16, 130, 4, 31, 33, 3)),
         {"groups": 2, "norm_before_gate": True, "dt_limit": (0.1, 0.5)},
     ),
+    "mamba tiles": (one_mamba_step, lambda: mamba_block(normal, bias=True, sizes=(75, 17, 33, 5, 3, 4)), {}),
+    "mamba2 tiles": (
+        one_mamba2_step,
+        lambda: mamba2_block(normal, 3, bias=True, sizes=(75, 17, 6, 5, 7, 3)),
+        {"groups": 3, "dt_limit": (0.1, 0.5)},
+    ),
     "lti": (one_lti_step, lambda: lti_block(normal, shared=False, gate=False, sizes=(3, 17, 5)), {}),
     "lti one": (one_lti_step, lambda: lti_block(normal, shared=False, gate=True, sizes=(1, 1, 1)), {}),
     "lti rows": (one_lti_step, lambda: lti_block(normal, shared=False, gate=True, bias=False, sizes=(19, 33, 16)), {}),
@@ -171,6 +177,26 @@ def test_rows_of_a_block_do_not_see_each_other(instructions):
             few = one_mamba2_step(**{k: m[rows] if k in ("x", "conv", "h") else m for k, m in given.items()})
             for a, b in zip(few, whole, strict=True):
                 assert torch.equal(a.nan_to_num(nan=0.5), b[rows].nan_to_num(nan=0.5))
+
+
+@pytest.mark.parametrize("make", [one_mamba_step, one_mamba2_step, one_lti_step], ids=lambda make: make.__name__)
+def test_a_row_of_many_does_not_depend_on_its_place_or_the_others(make, instructions, threads):
+    """To the last bit, where there are tiles of rows."""
+    threads(2)
+    made = {
+        one_mamba_step: lambda: mamba_block(normal, bias=True, sizes=(75, 17, 33, 5, 3, 4)),
+        one_mamba2_step: lambda: mamba2_block(normal, bias=True, sizes=(75, 17, 4, 6, 7, 4)),
+        one_lti_step: lambda: lti_block(normal, shared=True, gate=False, sizes=(75, 17, 5)),
+    }[make]()
+    given = {name: m.float() for name, m in made.items()}
+    given["h"][40] = torch.nan
+    order = torch.randperm(75)
+    turned = {k: m[order] if k in ("x", "conv", "h") else m for k, m in given.items()}
+    with torch.no_grad(), backend("native"):
+        whole, other = make(**given), make(**turned)
+    for a, b in zip(whole, other, strict=True):
+        assert torch.equal(a[order].nan_to_num(nan=0.5), b.nan_to_num(nan=0.5))
+    assert whole[0].isfinite().all(1).sum() == 74
 
 
 def model(*parts: Any, pattern: str = "AB", dtype: torch.dtype = float32) -> LanguageModel:

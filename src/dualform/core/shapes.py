@@ -104,6 +104,16 @@ def check_tensors(where: str, **tensors: tuple[Tensor | None, str]) -> dict[str,
     return sizes
 
 
+def check_features(where: str, x: Any, width: int, axes: str = "B T") -> None:
+    """That x is a tensor ``(B, T, width)``, or of other axes before the last one.
+
+    Raises:
+        ArgumentError: as :func:`check_tensors`.
+    """
+    if not isinstance(x, Tensor) or x.dim() != axes.count(" ") + 2 or x.shape[-1] != width:
+        check_tensors(where, x=(x, f"{axes} {width}"))
+
+
 def check_floating(where: str, **tensors: Tensor | None) -> None:
     """Every tensor present must be of a floating or complex dtype.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.cached import CachedAttention
 from dualform.layers.mixer import check_kind
@@ -150,7 +150,7 @@ class Attention(CachedAttention):
         self, x: Float[Tensor, "B T D"], state: Any = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], Any]:
         """The whole sequence. Memory grows with T, not with T squared, whatever the window, packing or state."""
-        check_tensors("attention", x=(x, f"B T {self.d_model}"))
+        check_features("attention", x, self.d_model)
         packing = Packing.of("attention", cu_seqlens, x)
         conv = None
         if self.d_conv and state is not None:

@@ -10,7 +10,7 @@ from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors
+from dualform.core.shapes import check_features
 from dualform.layers.mixer import Mixer, PartConfig
 
 _WHERE = "bidirectional"
@@ -97,7 +97,7 @@ class Bidirectional(Mixer):
         Raises:
             ArgumentError: for a state.
         """
-        check_tensors(_WHERE, x=(x, f"B T {self.d_model}"))
+        check_features(_WHERE, x, self.d_model)
         if state is not None:
             raise _no_state()
         packing = Packing.of(_WHERE, cu_seqlens, x)

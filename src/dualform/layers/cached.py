@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualform.core.packing import Packing, readable
 from dualform.core.ring import blank_where_full, held, write
-from dualform.core.shapes import check_tensors, larger
+from dualform.core.shapes import check_tensors, larger, once_per_shape
 from dualform.layers.mixer import Mixer, check_kind
 from dualform.ops.attention import Past, attention, causal, over
 
@@ -155,11 +155,24 @@ class CachedAttention(Mixer):
         if state is None:
             return
         check_kind(where, state, self.kind)
-        rows = {"x": (x, "R ...")} if packing is None else {"sequences": (packing.cu_seqlens[1:], "R")}
-        leaves = {"state.length": (state.length, "R")}
-        for name, cache, shape in zip(self.kind._fields, state[:-1], self._shapes(), strict=False):
-            leaves[f"state.{name}"] = cache, f"R {self.window or 'S'} {' '.join(map(str, shape))}"
-        check_tensors(where, **rows, **leaves)
+        rows, source = (x, "x") if packing is None else (packing.cu_seqlens[1:], "sequences")
+        _check_caches(where, source, self.kind._fields, self.window, self._shapes(), rows, *state)
+
+
+@once_per_shape
+def _check_caches(
+    where: str,
+    source: str,
+    names: tuple[str, ...],
+    window: int | None,
+    shapes: tuple[tuple[int, ...], ...],
+    rows: Tensor,
+    *state: Tensor,
+) -> None:
+    leaves = {source: (rows, "R ..."), "state.length": (state[-1], "R")}
+    for name, cache, shape in zip(names, state[:-1], shapes, strict=False):
+        leaves[f"state.{name}"] = cache, f"R {window or 'S'} {' '.join(map(str, shape))}"
+    check_tensors(where, **leaves)
 
 
 class _Layout(NamedTuple):

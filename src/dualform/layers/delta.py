@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes
 from dualform.layers.mixer import Hint, Mixer, check_kind
@@ -142,7 +142,7 @@ class DeltaMixer(Mixer):
         self, x: Float[Tensor, "B T D"], state: DeltaState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Tensor, DeltaState]:
         """The parallel form."""
-        check_tensors(self.kind, x=(x, f"B T {self.d_model}"))
+        check_features(self.kind, x, self.d_model)
         packing = Packing.of(self.kind, cu_seqlens, x)
         if state is not None:
             check_kind(self.kind, state, DeltaState)
@@ -155,7 +155,7 @@ class DeltaMixer(Mixer):
 
     def step(self, x: Float[Tensor, "B D"], state: DeltaState) -> tuple[Tensor, DeltaState]:
         """The recurrent form."""
-        check_tensors(self.kind, x=(x, f"B {self.d_model}"))
+        check_features(self.kind, x, self.d_model, "B")
         check_kind(self.kind, state, DeltaState)
         qkv, *rest = self._map(x)
         qkv, conv = causal_conv1d_update(qkv, state.conv, self.conv_weight, activation="silu")

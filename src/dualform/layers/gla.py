@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes
 from dualform.layers.mixer import Hint, Mixer, check_kind
@@ -100,7 +100,7 @@ class GLA(Mixer):
         self, x: Float[Tensor, "B T D"], state: GLAState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], GLAState]:
         """The parallel form."""
-        check_tensors("gla", x=(x, f"B T {self.d_model}"))
+        check_features("gla", x, self.d_model)
         packing = Packing.of("gla", cu_seqlens, x)
         if state is not None:
             check_kind("gla", state, GLAState)
@@ -111,7 +111,7 @@ class GLA(Mixer):
 
     def step(self, x: Float[Tensor, "B D"], state: GLAState) -> tuple[Float[Tensor, "B D"], GLAState]:
         """The recurrent form."""
-        check_tensors("gla", x=(x, f"B {self.d_model}"))
+        check_features("gla", x, self.d_model, "B")
         check_kind("gla", state, GLAState)
         *given, gate = self._given(x)
         y, h = gated_linear_attention_update(state.h, *given)

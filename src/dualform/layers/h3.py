@@ -14,7 +14,7 @@ from dualform.core.errors import ConfigError
 from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone, state_class
 from dualform.layers.diagonal import DiagonalSystem
@@ -123,7 +123,7 @@ class H3(Poles, Mixer):
         cu_seqlens: Borders = None,
     ) -> tuple[Float[Tensor, "B T D"], H3State]:
         """The parallel form."""
-        check_tensors("h3", x=(x, f"B T {self.d_model}"))
+        check_features("h3", x, self.d_model)
         packing = Packing.of("h3", cu_seqlens, x)
         state = check_state("h3", state, self.init_state(x.shape[0] if packing is None else packing.rows))
         q, k, v = self._qkv(x)
@@ -153,7 +153,7 @@ class H3(Poles, Mixer):
         return shifts + exact._system().dense(exact.D)
 
     def _step(self, taps: Tensor, system: DiagonalSystem, x: Tensor, state: H3State) -> tuple[Tensor, H3State]:
-        check_tensors("h3", x=(x, f"B {self.d_model}"))
+        check_features("h3", x, self.d_model, "B")
         state = check_state("h3", state, self.init_state(x.shape[0]))
         q, k, v = self._qkv(x)
         with exactly(x.device.type):

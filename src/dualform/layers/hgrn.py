@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.heads import head_width
 from dualform.layers.mamba import check_sizes
@@ -93,7 +93,7 @@ class HGRN(Mixer):
         self, x: Float[Tensor, "B T D"], state: HGRNState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], HGRNState]:
         """The parallel form."""
-        check_tensors("hgrn", x=(x, f"B T {self.d_model}"))
+        check_features("hgrn", x, self.d_model)
         packing = Packing.of("hgrn", cu_seqlens, x)
         if state is not None:
             check_kind("hgrn", state, HGRNState)
@@ -103,7 +103,7 @@ class HGRN(Mixer):
 
     def step(self, x: Float[Tensor, "B D"], state: HGRNState) -> tuple[Float[Tensor, "B D"], HGRNState]:
         """The recurrent form."""
-        check_tensors("hgrn", x=(x, f"B {self.d_model}"))
+        check_features("hgrn", x, self.d_model, "B")
         check_kind("hgrn", state, HGRNState)
         a, b, g = self._maps(x)
         h = a * state.h + b
@@ -186,7 +186,7 @@ class HGRN2(Mixer):
         self, x: Float[Tensor, "B T D"], state: HGRN2State | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], HGRN2State]:
         """The parallel form."""
-        check_tensors("hgrn2", x=(x, f"B T {self.d_model}"))
+        check_features("hgrn2", x, self.d_model)
         packing = Packing.of("hgrn2", cu_seqlens, x)
         if state is not None:
             check_kind("hgrn2", state, HGRN2State)
@@ -196,7 +196,7 @@ class HGRN2(Mixer):
 
     def step(self, x: Float[Tensor, "B D"], state: HGRN2State) -> tuple[Float[Tensor, "B D"], HGRN2State]:
         """The recurrent form."""
-        check_tensors("hgrn2", x=(x, f"B {self.d_model}"))
+        check_features("hgrn2", x, self.d_model, "B")
         check_kind("hgrn2", state, HGRN2State)
         y, h = gated_linear_attention_update(state.h, *self._maps(x))
         return self.out_proj(self.norm(y.flatten(-2))), HGRN2State(h)

@@ -13,7 +13,7 @@ from dualform.core.modal import fit_modes
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing, readable
 from dualform.core.ring import blank_where_full, held, write
-from dualform.core.shapes import check_tensors, larger, smaller, wide
+from dualform.core.shapes import check_features, check_tensors, larger, smaller, wide
 from dualform.core.tree import state_class
 from dualform.layers.hyena_modal import HyenaModal, HyenaModalConfig
 from dualform.layers.hyena_operator import HyenaOperator
@@ -133,7 +133,7 @@ class Hyena(HyenaOperator):
         self, x: Float[Tensor, "B T D"], state: HyenaState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], HyenaState]:
         """The parallel form: one FFT convolution per filter over the history and the new tokens."""
-        check_tensors("hyena", x=(x, f"B T {self.d_model}"))
+        check_features("hyena", x, self.d_model)
         packing = Packing.of("hyena", cu_seqlens, x)
         start, state = state, self._state(x, state, packing)
         if x.numel() == 0:
@@ -162,7 +162,7 @@ class Hyena(HyenaOperator):
         return Prepared(partial(self._step, self.filter(self.config.l_max)))
 
     def _step(self, taps: Tensor | None, x: Tensor, state: HyenaState) -> tuple[Tensor, HyenaState]:
-        check_tensors("hyena", x=(x, f"B {self.d_model}"))
+        check_features("hyena", x, self.d_model, "B")
         state = self._state(x, state, None)
         if x.numel() == 0:
             return x.clone(), state

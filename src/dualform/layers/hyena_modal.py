@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dualform.core.nplr import DIAGONALS
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone, state_class
 from dualform.layers.diagonal import DiagonalSystem
@@ -100,7 +100,7 @@ class HyenaModal(HyenaOperator):
         cu_seqlens: Borders = None,
     ) -> tuple[Float[Tensor, "B T D"], HyenaModalState]:
         """The parallel form."""
-        check_tensors("hyena_modal", x=(x, f"B T {self.d_model}"))
+        check_features("hyena_modal", x, self.d_model)
         packing = Packing.of("hyena_modal", cu_seqlens, x)
         rows = x.shape[0] if packing is None else packing.rows
         state = check_state("hyena_modal", state, self.init_state(rows))
@@ -142,7 +142,7 @@ class HyenaModal(HyenaOperator):
     def _step(
         self, filters: tuple[DiagonalSystem, ...], x: Tensor, state: HyenaModalState
     ) -> tuple[Tensor, HyenaModalState]:
-        check_tensors("hyena_modal", x=(x, f"B {self.d_model}"))
+        check_features("hyena_modal", x, self.d_model, "B")
         state = check_state("hyena_modal", state, self.init_state(x.shape[0]))
         p, conv = self._short_step(x, state.conv)
         last = []

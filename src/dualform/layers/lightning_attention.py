@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.constant_decay import decayed_attention, decayed_attention_step
 from dualform.layers.heads import head_width
@@ -90,7 +90,7 @@ class LightningAttention(Mixer):
         self, x: Float[Tensor, "B T D"], state: LightningAttentionState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], LightningAttentionState]:
         """The parallel form."""
-        check_tensors("lightning_attention", x=(x, f"B T {self.d_model}"))
+        check_features("lightning_attention", x, self.d_model)
         packing = Packing.of("lightning_attention", cu_seqlens, x)
         if state is not None:
             check_kind("lightning_attention", state, LightningAttentionState)
@@ -102,7 +102,7 @@ class LightningAttention(Mixer):
         self, x: Float[Tensor, "B D"], state: LightningAttentionState
     ) -> tuple[Float[Tensor, "B D"], LightningAttentionState]:
         """The recurrent form."""
-        check_tensors("lightning_attention", x=(x, f"B {self.d_model}"))
+        check_features("lightning_attention", x, self.d_model, "B")
         check_kind("lightning_attention", state, LightningAttentionState)
         q, k, v = self._maps(x)
         y, h = decayed_attention_step(q, k, v, self.rates(), state.h)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, check_tensors, wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Mixer, check_kind
 from dualform.layers.part import DEEPEST
@@ -86,7 +86,7 @@ class LSTM(Mixer):
         self, x: Float[Tensor, "B T D"], state: LSTMState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], LSTMState]:
         """The whole sequence; packed sequences run side by side, and each state is that after its own last step."""
-        check_tensors("lstm", x=(x, f"B T {self.d_model}"))
+        check_features("lstm", x, self.d_model)
         packing = Packing.of("lstm", cu_seqlens, x)
         rows = x.shape[0] if packing is None else packing.rows
         state = self.init_state(rows) if state is None else state

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.system import StateSpace
 from dualform.core.tree import clone
 from dualform.layers.diagonal import DiagonalSystem
@@ -138,7 +138,7 @@ class LTI(Mixer):
         self, x: Tensor, state: Tensor | None, cu_seqlens: Borders, rate: float, *more: Tensor
     ) -> tuple[Tensor, Any]:
         """The parallel form; ``more`` is what else there is for every step, ``(B, T)``."""
-        check_tensors(self._name, x=(x, f"B T {self.d_model}"))
+        check_features(self._name, x, self.d_model)
         packing = Packing.of(self._name, cu_seqlens, x)
         check_rate(self._name, rate)
         h = self._start(state, x.shape[0] if packing is None else packing.rows)
@@ -162,7 +162,7 @@ class LTI(Mixer):
 
     def _step(self, system: Any, x: Tensor, state: Tensor, interval: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check_causal()
-        check_tensors(self._name, x=(x, f"B {self.d_model}"))
+        check_features(self._name, x, self.d_model, "B")
         more = self._more(x, interval)
         h, u = self._start(state, x.shape[0]), x.to(wide(self.D))
         s, h = system.step(u, h, *more)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
 from dualform.layers.norm import RMSNorm
@@ -141,7 +141,7 @@ class Mamba(Mixer):
         intervals: Real[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, MambaState]:
         """The parallel form."""
-        check_tensors("mamba", x=(x, f"B T {self.d_model}"))
+        check_features("mamba", x, self.d_model)
         packing = Packing.of("mamba", cu_seqlens, x)
         intervals = check_intervals("mamba", x, intervals, wide(self.A_log))
         if state is not None:
@@ -177,7 +177,7 @@ class Mamba(Mixer):
         self, x: Float[Tensor, "B D"], state: MambaState, interval: Real[Tensor, " B"] | None = None
     ) -> tuple[Tensor, MambaState]:
         """The recurrent form."""
-        check_tensors("mamba", x=(x, f"B {self.d_model}"))
+        check_features("mamba", x, self.d_model, "B")
         check_kind("mamba", state, MambaState)
         if interval is not None:
             check_intervals("mamba", x, interval, wide(self.A_log))

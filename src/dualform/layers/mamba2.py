@@ -12,7 +12,7 @@ from dualform.core.discretize import hold
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes, initial_step
 from dualform.layers.mixer import Hint, Mixer, check_intervals, check_kind
@@ -164,7 +164,7 @@ class Mamba2(Mixer):
         intervals: Real[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Mamba2State]:
         """The parallel form."""
-        check_tensors("mamba2", x=(x, f"B T {self.d_model}"))
+        check_features("mamba2", x, self.d_model)
         packing = Packing.of("mamba2", cu_seqlens, x)
         intervals = check_intervals("mamba2", x, intervals, wide(self.A_log))
         if state is not None:
@@ -199,7 +199,7 @@ class Mamba2(Mixer):
         self, x: Float[Tensor, "B D"], state: Mamba2State, interval: Real[Tensor, " B"] | None = None
     ) -> tuple[Tensor, Mamba2State]:
         """The recurrent form."""
-        check_tensors("mamba2", x=(x, f"B {self.d_model}"))
+        check_features("mamba2", x, self.d_model, "B")
         check_kind("mamba2", state, Mamba2State)
         if interval is not None:
             check_intervals("mamba2", x, interval, wide(self.A_log))

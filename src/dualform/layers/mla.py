@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors
+from dualform.core.shapes import check_features
 from dualform.core.tree import state_class
 from dualform.layers.cached import CachedAttention
 from dualform.layers.norm import RMSNorm
@@ -105,7 +105,7 @@ class MLA(CachedAttention):
         self, x: Float[Tensor, "B T D"], state: LatentState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], LatentState]:
         """The whole sequence. Memory grows with T, not with T squared, whatever the window, packing or state."""
-        check_tensors("mla", x=(x, f"B T {self.d_model}"))
+        check_features("mla", x, self.d_model)
         packing = Packing.of("mla", cu_seqlens, x)
         self._check_state("mla", x, state, packing)
         q = self.q_proj(x) if self.config.d_query is None else self.q_up(self.q_norm(self.q_down(x)))

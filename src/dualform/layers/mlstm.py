@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide, widest
+from dualform.core.shapes import check_features, wide, widest
 from dualform.core.tree import state_class
 from dualform.layers.heads import head_width
 from dualform.layers.mamba import check_sizes
@@ -109,7 +109,7 @@ class MLSTM(Mixer):
         self, x: Float[Tensor, "B T D"], state: MLSTMState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], MLSTMState]:
         """The parallel form."""
-        check_tensors("mlstm", x=(x, f"B T {self.d_model}"))
+        check_features("mlstm", x, self.d_model)
         packing = Packing.of("mlstm", cu_seqlens, x)
         state = self.init_state(x.shape[0] if packing is None else packing.rows) if state is None else state
         check_kind("mlstm", state, MLSTMState)
@@ -121,7 +121,7 @@ class MLSTM(Mixer):
 
     def step(self, x: Float[Tensor, "B D"], state: MLSTMState) -> tuple[Float[Tensor, "B D"], MLSTMState]:
         """The recurrent form."""
-        check_tensors("mlstm", x=(x, f"B {self.d_model}"))
+        check_features("mlstm", x, self.d_model, "B")
         check_kind("mlstm", state, MLSTMState)
         q, k, v, o, a, log_f = self._maps(x)
         before = state.m.to(a.dtype)

@@ -18,8 +18,6 @@ _KERNELS = {"cpu": ("native", library.why_missing), "cuda": ("triton", support.m
 # Numbers of a matrix from which a single row is faster by the kernel on a CPU: below, its call is what takes the time.
 _LEAST = {torch.float32: 2**19, torch.bfloat16: 2**14, torch.float16: 2**14}
 _PLAIN = (Tensor, nn.Parameter)
-_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
-_OWN = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def project(module: Any, x: Tensor) -> Tensor:
@@ -32,14 +30,19 @@ def project(module: Any, x: Tensor) -> Tensor:
         module: a linear map.
         x: ``(..., D)``.
     """
-    if _may_stand_in(x) and plain(module) and _fits(x, module.weight):
-        return _by_kernel(x, module.weight, module.bias)
-    return module(x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(module):
+        return module(x)
+    named = module._parameters  # what an attribute of a module finds, without a call
+    weight, bias = named["weight"], named["bias"]
+    return _by_kernel(x, weight, bias) if _fits(x, weight) and _may_stand_in(x) else F.linear(x, weight, bias)
 
 
 def project_by(x: Tensor, weight: Tensor) -> Tensor:
     """``W x`` of ``x`` ``(..., D)``, in the same two ways."""
-    return _by_kernel(x, weight, None) if _may_stand_in(x) and _fits(x, weight) else F.linear(x, weight)
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return (
+        _by_kernel(x, weight, None) if not recorded and _fits(x, weight) and _may_stand_in(x) else F.linear(x, weight)
+    )
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,20 +52,22 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _may_stand_in(x: Tensor) -> bool:
-    """Whether nobody would miss the operation of PyTorch: autograd, a compiler, a transform, or a mode that counts."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or seen_through() or type(x) is not Tensor:
+    """Whether the kernel is there, and no transform or mode would miss the operation of PyTorch."""
+    if seen_through() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
         return False
-    where = x.is_cpu or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    return where and not torch._C._len_torch_dispatch_stack()
+    return (x.is_cpu or torch.cuda.is_current_stream_capturing()) and kernels_run(x.device.type)
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel is there, and the faster one for x."""
-    if x.numel() == 0 or type(weight) not in _PLAIN or x.dtype != weight.dtype or x.dtype not in _LEAST:
+    """Whether a kernel would be the faster one for x."""
+    numbers, size, cpu = x.numel(), weight.numel(), x.is_cpu
+    if numbers == 0 or x.dtype not in _LEAST or not (cpu or x.is_cuda):
         return False
-    rows = x.numel() // x.shape[-1]
-    on_cpu = rows <= FEW and (rows > 1 or weight.numel() >= _LEAST[x.dtype])
-    return (on_cpu if x.is_cpu else few(rows, weight)) and kernels_run(x.device.type)
+    if cpu and (numbers > FEW * x.shape[-1] or (numbers == x.shape[-1] and size < _LEAST[x.dtype])):
+        return False
+    if not cpu and not few(numbers // x.shape[-1], weight):  # in a graph, where a launch costs nothing
+        return False
+    return type(weight) in _PLAIN and x.dtype == weight.dtype
 
 
 def kernels_run(device: str) -> bool:
@@ -75,9 +80,14 @@ def kernels_run(device: str) -> bool:
 
 def plain(*maps: Any, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether modules are exactly of a kind, and without hooks."""
-    if any(getattr(modules, name) for name in _OF_ALL):
+    return all([_plain(m, kind) for m in maps])
+
+
+def _plain(m: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    hooked = modules._global_forward_hooks or modules._global_forward_pre_hooks
+    if hooked or type(m) is not kind or m._forward_hooks or m._forward_pre_hooks:
         return False
-    return all(type(m) is kind and not any(getattr(m, name) for name in _OWN) for m in maps)
+    return "forward" not in m.__dict__  # which some libraries put in the place of the class's own
 
 
 def plain_parameters(part: nn.Module) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.constant_decay import decayed_attention, decayed_attention_step
 from dualform.layers.elapsed import advanced, positions
@@ -95,7 +95,7 @@ class RetNet(Mixer):
         self, x: Float[Tensor, "B T D"], state: RetNetState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], RetNetState]:
         """The parallel form."""
-        check_tensors("retnet", x=(x, f"B T {self.d_model}"))
+        check_features("retnet", x, self.d_model)
         packing = Packing.of("retnet", cu_seqlens, x)
         if state is not None:
             check_kind("retnet", state, RetNetState)
@@ -106,7 +106,7 @@ class RetNet(Mixer):
 
     def step(self, x: Float[Tensor, "B D"], state: RetNetState) -> tuple[Float[Tensor, "B D"], RetNetState]:
         """The recurrent form."""
-        check_tensors("retnet", x=(x, f"B {self.d_model}"))
+        check_features("retnet", x, self.d_model, "B")
         check_kind("retnet", state, RetNetState)
         q, k, v, g = (m[:, 0] for m in self._maps(x[:, None], state.length[:, None]))
         y, h = decayed_attention_step(q, k, v, self.rates(), state.h)

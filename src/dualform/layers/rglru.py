@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.elapsed import advanced, positions
 from dualform.layers.heads import head_width
@@ -113,7 +113,7 @@ class RGLRU(Mixer):
         self, x: Float[Tensor, "B T D"], state: RGLRUState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], RGLRUState]:
         """The parallel form."""
-        check_tensors("rglru", x=(x, f"B T {self.d_model}"))
+        check_features("rglru", x, self.d_model)
         packing = Packing.of("rglru", cu_seqlens, x)
         if state is not None:
             check_kind("rglru", state, RGLRUState)
@@ -126,7 +126,7 @@ class RGLRU(Mixer):
 
     def step(self, x: Float[Tensor, "B D"], state: RGLRUState) -> tuple[Float[Tensor, "B D"], RGLRUState]:
         """The recurrent form."""
-        check_tensors("rglru", x=(x, f"B {self.d_model}"))
+        check_features("rglru", x, self.d_model, "B")
         check_kind("rglru", state, RGLRUState)
         z, u = self.in_proj(x).chunk(2, -1)
         v, conv = causal_conv1d_update(u, state.conv, self.conv_weight, self.conv_bias)

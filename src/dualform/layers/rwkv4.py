@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.shift import shift
 from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes
@@ -89,7 +89,7 @@ class RWKV4(Mixer):
         self, x: Float[Tensor, "B T D"], state: RWKV4State | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], RWKV4State]:
         """The parallel form."""
-        check_tensors("rwkv4", x=(x, f"B T {self.d_model}"))
+        check_features("rwkv4", x, self.d_model)
         packing = Packing.of("rwkv4", cu_seqlens, x)
         state = check_state("rwkv4", state, self.init_state(x.shape[0] if packing is None else packing.rows))
         before, last = shift(x, state.x, packing)
@@ -170,7 +170,7 @@ class RWKVChannel(Mixer):
         self, x: Float[Tensor, "B T D"], state: RWKVChannelState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], RWKVChannelState]:
         """The parallel form."""
-        check_tensors("rwkv_channel", x=(x, f"B T {self.d_model}"))
+        check_features("rwkv_channel", x, self.d_model)
         packing = Packing.of("rwkv_channel", cu_seqlens, x)
         state = check_state("rwkv_channel", state, self.init_state(x.shape[0] if packing is None else packing.rows))
         before, last = shift(x, state.x, packing)

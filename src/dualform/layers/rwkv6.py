@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.shift import shift
 from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes
@@ -116,7 +116,7 @@ class RWKV6(Mixer):
         self, x: Float[Tensor, "B T D"], state: RWKV6State | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], RWKV6State]:
         """The parallel form."""
-        check_tensors("rwkv6", x=(x, f"B T {self.d_model}"))
+        check_features("rwkv6", x, self.d_model)
         packing = Packing.of("rwkv6", cu_seqlens, x)
         state = check_state("rwkv6", state, self.init_state(x.shape[0] if packing is None else packing.rows))
         before, last = shift(x, state.x, packing)
@@ -126,7 +126,7 @@ class RWKV6(Mixer):
 
     def step(self, x: Float[Tensor, "B D"], state: RWKV6State) -> tuple[Float[Tensor, "B D"], RWKV6State]:
         """The recurrent form."""
-        check_tensors("rwkv6", x=(x, f"B {self.d_model}"))
+        check_features("rwkv6", x, self.d_model, "B")
         state = check_state("rwkv6", state, self.init_state(x.shape[0]))
         (r, k, v, decay), gate = self._given(x, state.x.to(x.dtype))
         y, h = gated_linear_attention_update(state.h, r, k, v, decay, self.bonus)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.mamba import check_sizes
 from dualform.layers.mixer import Mixer, check_kind
@@ -72,7 +72,7 @@ class GatedShortConv(Mixer):
         self, x: Float[Tensor, "B T D"], state: GatedShortConvState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], GatedShortConvState]:
         """The parallel form."""
-        check_tensors("short_conv", x=(x, f"B T {self.d_model}"))
+        check_features("short_conv", x, self.d_model)
         packing = Packing.of("short_conv", cu_seqlens, x)
         if state is not None:
             check_kind("short_conv", state, GatedShortConvState)
@@ -85,7 +85,7 @@ class GatedShortConv(Mixer):
         self, x: Float[Tensor, "B D"], state: GatedShortConvState
     ) -> tuple[Float[Tensor, "B D"], GatedShortConvState]:
         """The recurrent form."""
-        check_tensors("short_conv", x=(x, f"B {self.d_model}"))
+        check_features("short_conv", x, self.d_model, "B")
         check_kind("short_conv", state, GatedShortConvState)
         B, C, x = self.in_proj(x).chunk(3, -1)
         y, conv = causal_conv1d_update(B * x, state.conv, self.conv_weight, self.conv_bias)

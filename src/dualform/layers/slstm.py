@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
+from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
 from dualform.layers.heads import head_width
 from dualform.layers.mixer import Hint, Mixer, check_kind
@@ -93,7 +93,7 @@ class SLSTM(Mixer):
         self, x: Float[Tensor, "B T D"], state: SLSTMState | None = None, *, cu_seqlens: Borders = None
     ) -> tuple[Float[Tensor, "B T D"], SLSTMState]:
         """The whole sequence, step by step; packed sequences run side by side, without padding."""
-        check_tensors("slstm", x=(x, f"B T {self.d_model}"))
+        check_features("slstm", x, self.d_model)
         packing = Packing.of("slstm", cu_seqlens, x)
         state = self.init_state(x.shape[0] if packing is None else packing.rows) if state is None else state
         check_kind("slstm", state, SLSTMState)

@@ -1,8 +1,7 @@
 """Causal softmax attention of new tokens over a cache and over each other, by rows or packed."""
 
 import math
-from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -219,15 +218,17 @@ def _products(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, attn_
     PyTorch's kernels have first derivatives, in reverse; where others may be asked for, its matrix products are used.
     """
     shared = q.shape[2] != k.shape[2]
-    q, k, v = (m.to(q.dtype).transpose(1, 2) for m in (q, k, v))
+    q, k, v = [m.to(q.dtype).transpose(1, 2) for m in (q, k, v)]
     eager = not torch.compiler.is_compiling()
     products = forced() == "reference" or (eager and transformed())
     if eager and not products and torch.is_grad_enabled():
         chosen = torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, is_causal, enable_gqa=shared)  # pyright: ignore[reportPrivateImportUsage]
         q, k, v = (q, k, v) if chosen == SDPBackend.MATH.value else through(_WHERE, q, k, v)
-    with sdpa_kernel(SDPBackend.MATH) if products else nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=shared)
-    return y.transpose(1, 2)
+    given: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal, "enable_gqa": shared}
+    if not products:
+        return F.scaled_dot_product_attention(q, k, v, **given).transpose(1, 2)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, **given).transpose(1, 2)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, softcap: float) -> Tensor:

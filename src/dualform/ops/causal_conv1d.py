@@ -117,14 +117,15 @@ def causal_conv1d_update(
     Raises:
         ArgumentError: for shapes, dtypes, devices, rows or an activation that does not fit.
     """
-    _check_inputs(_STEP, "B D", x, weight, bias, activation)
-    _check_step(x, state, weight, rows, cache_seqlens)
-    check_rows(_STEP, rows, state)
-    check_out_state(_STEP, out_state, state, x, weight, bias)
+    _check_step(x, state, weight, bias, rows, cache_seqlens, activation)
+    if rows is not None:
+        check_rows(_STEP, rows, state)
+    if out_state is not None:
+        check_out_state(_STEP, out_state, state, x, weight, bias)
     y, after = conv_update_op(
         ConvUpdate(x, state, weight, bias, _ACTIVATIONS[activation], out_state, rows, cache_seqlens)
     )
-    return y, give_state(after, out_state, rows)
+    return y, after if out_state is None else give_state(after, out_state, rows)
 
 
 class ConvUpdate(NamedTuple):
@@ -164,7 +165,16 @@ def _check_inputs(
 
 
 @once_per_shape
-def _check_step(x: Tensor, state: Tensor, weight: Tensor, rows: Tensor | None, cache_seqlens: Tensor | None) -> None:
+def _check_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    cache_seqlens: Tensor | None,
+    activation: str | None = None,
+) -> None:
+    _check_inputs(_STEP, "B D", x, weight, bias, activation)
     like = {"x": (x, "B ..."), "rows": (rows, "? B"), "cache_seqlens": (cache_seqlens, "? B")}
     check_tensors(_STEP, state=(state, f"{'B' if rows is None else 'R'} {weight.shape[0]} S"), **like)
     check_indices(_STEP, rows=rows, cache_seqlens=cache_seqlens)
@@ -188,8 +198,7 @@ def _check(a: CausalConv1d) -> None:
 
 
 def _check_update(a: ConvUpdate) -> None:
-    _check_inputs(_STEP, "B D", a.x, a.weight, a.bias)
-    _check_step(a.x, a.state, a.weight, a.rows, a.cache_seqlens)
+    _check_step(a.x, a.state, a.weight, a.bias, a.rows, a.cache_seqlens)
     check_rows(_STEP, a.rows, a.state)
 
 

@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 from dualform.core.errors import BackendError
 from dualform.ops.layout import lay, time_last
 
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
 
 def floats(m: Tensor) -> bool:
     """Whether a tensor has a gradient: it is floating or complex."""
@@ -17,6 +19,8 @@ def floats(m: Tensor) -> bool:
 
 def as_grad(g: Tensor, of: Tensor) -> Tensor:
     """A gradient in the dtype of its tensor, and lying as that does; the real part where the tensor is real."""
+    if g.dtype is of.dtype and g.is_contiguous() and of.is_contiguous() and not g.is_conj():
+        return g
     g = g.real if g.is_complex() and not of.is_complex() else g
     return lay(g.to(of.dtype).resolve_conj(), time_last(of))
 
@@ -33,16 +37,14 @@ def outline(m: Tensor) -> Tensor:
 
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward mode runs: it derives what it sees, and not by our rules."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
 
 
 def mapped() -> bool:
     """Whether ``torch.func.vmap`` runs."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if functorch.peek_interpreter_stack() is None:
+    if _functorch.peek_interpreter_stack() is None:
         return False
-    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack())
+    return any(level.key() == _functorch.TransformType.Vmap for level in _functorch.get_interpreter_stack())
 
 
 def refuse_transforms(name: str, tensors: list[Tensor]) -> None:
@@ -51,8 +53,8 @@ def refuse_transforms(name: str, tensors: list[Tensor]) -> None:
     Raises:
         BackendError: for tensors of ``torch.func`` (grad, vmap, jvp, ...) and for those with a forward-mode tangent.
     """
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if functorch.peek_interpreter_stack() is not None and any(map(functorch.is_functorch_wrapped_tensor, tensors)):
+    wrapped = _functorch.is_functorch_wrapped_tensor
+    if _functorch.peek_interpreter_stack() is not None and any(map(wrapped, tensors)):
         _refuse(name, "the transforms of torch.func (grad, vmap, jvp, ...)")
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(m).tangent is not None for m in tensors):
         _refuse(name, "forward-mode derivatives")

@@ -1,12 +1,13 @@
 """The surroundings of a call: its device, its dtypes, and what PyTorch switches off that kernels in PyTorch need."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Found = TypeVar("Found")
 _KEYS = torch._C.DispatchKey
 _LAZY = (_KEYS.Conjugate, _KEYS.Negative)
 _RECORDED = (_KEYS.ADInplaceOrView, _KEYS.AutogradFunctionality)
@@ -48,9 +49,23 @@ def exactly(device: str) -> AbstractContextManager[object]:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels are launched where the arguments are, whichever device is the current one; autocast changes no dtype."""
     exact = exactly(device.type)
-    if device.type == "cuda" and device.index == torch.cuda.current_device():
-        return exact  # to make a device the current one takes as long as a launch
-    return _launched(device, exact) if device.type in ("cuda", "xpu") else exact
+    return exact if _is_current(device) else _launched(device, exact)
+
+
+def run_there(run: Callable[[Any], Found], a: Any, device: torch.device) -> Found:
+    """``run(a)`` under :func:`on_device`, which is entered only where it has something to do."""
+    if _is_current(device) and not torch.is_autocast_enabled(device.type):
+        return run(a)
+    with on_device(device):
+        return run(a)
+
+
+def _is_current(device: torch.device) -> bool:
+    """Whether a kernel is launched there as it is: to make a device the current one takes as long as a launch."""
+    kind = device.type
+    if kind == "cuda":
+        return device.index == torch._C._cuda_getDevice()  # pyright: ignore[reportAttributeAccessIssue]
+    return kind != "xpu"
 
 
 @contextmanager

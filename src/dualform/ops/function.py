@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dualform.ops.derivatives import floats, once, outline
-from dualform.ops.dispatch import exactly, on_device
+from dualform.ops.dispatch import exactly, run_there
 from dualform.ops.layout import lay, time_last
 
 
@@ -25,16 +25,21 @@ def function_of(op: Any) -> type[torch.autograd.Function]:
             else:
                 a = op.arguments(*args)
                 unread = [f for f in by.unread(a) if not time_last(getattr(a, f))]
-                with on_device(args[0].device):
-                    results = by.forward(a)
+                results = run_there(by.forward, a, args[0].device)
             kept = [results[i] for i in op.keeps] + results[op.outputs :]
             ctx.by, ctx.again, ctx.kept = by, again, len(kept)
             ctx.last = [time_last(y) for y in results[: op.outputs]]
-            named = list(zip(op.fields, args, strict=True))
-            ctx.others = tuple(
-                (outline(m),) if f in unread else None if isinstance(m, Tensor) else (m,) for f, m in named
-            )
-            ctx.save_for_backward(*kept, *(m for f, m in named if isinstance(m, Tensor) and f not in unread))
+            others: list[Any] = []  # of the arguments, what is not among the saved tensors
+            for f, m in zip(op.fields, args, strict=True):
+                if not isinstance(m, Tensor):
+                    others.append((m,))
+                elif f in unread:
+                    others.append((outline(m),))
+                else:
+                    others.append(None)
+                    kept.append(m)
+            ctx.others = others
+            ctx.save_for_backward(*kept)
             return tuple(results[: op.outputs])
 
         @staticmethod
@@ -43,21 +48,30 @@ def function_of(op: Any) -> type[torch.autograd.Function]:
             kept, tensors = list(saved[: ctx.kept]), saved[ctx.kept :]
             rest = iter(tensors)
             args = [next(rest) if m is None else m[0] for m in ctx.others]
-            if op.stepwise and torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
+                found = _found(op, ctx, grads, kept, args)
+            elif op.stepwise:
                 with exactly(args[0].device.type):
                     return (None, None, *_recorded(op, ctx.again or op.reference, args, grads))
-            with torch.no_grad():
-                full = [lay(g, last) for g, last in zip(grads, ctx.last, strict=True)]
-                if isinstance(ctx.by, str):
-                    found = op._backward(ctx.by, full, kept, *args)
-                else:
-                    with on_device(args[0].device):
-                        found = op._gradients(ctx.by, full, kept, op.arguments(*args))
-            given = iter(once(op.name, tuple(found), *grads, *saved))
-            return (None, None, *(next(given) if isinstance(m, Tensor) and floats(m) else None for m in args))
+            else:
+                with torch.no_grad():
+                    found = _found(op, ctx, grads, kept, args)
+                found = once(op.name, tuple(found), *grads, *saved)
+            given, gradients = iter(found), list[Tensor | None]((None, None))
+            for m in args:
+                gradients.append(next(given) if isinstance(m, Tensor) and floats(m) else None)
+            return tuple(gradients)
 
     OpFunction.__name__ = OpFunction.__qualname__ = op.name
     return OpFunction
+
+
+def _found(op: Any, ctx: Any, grads: Sequence[Tensor], kept: list[Tensor], args: list[Any]) -> Sequence[Tensor | None]:
+    """The gradients by the backend, of every argument that has one."""
+    full = [lay(g, last) for g, last in zip(grads, ctx.last, strict=True)]
+    if isinstance(ctx.by, str):
+        return op._backward(ctx.by, full, kept, *args)
+    return run_there(lambda a: op._gradients(ctx.by, full, kept, a), op.arguments(*args), args[0].device)
 
 
 def _recorded(

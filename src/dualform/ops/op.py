@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError, BackendError
 from dualform.core.packing import Packing
 from dualform.ops.derivatives import as_grad, floats, refuse_transforms, transformed, unshared
-from dualform.ops.dispatch import distinct, exactly, on_device, ordinary_dispatch
+from dualform.ops.dispatch import distinct, exactly, on_device, ordinary_dispatch, run_there
 from dualform.ops.function import function_of
 from dualform.ops.in_place import writing
 from dualform.ops.layout import empty_like
@@ -44,6 +44,7 @@ _SCHEMA = {
     Packing | None: "Tensor?",  # see Packing.as_tensor
 }
 _PLAIN = {Tensor, nn.Parameter}
+_watchers, _traced = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 
 
 class SlowBackendWarning(UserWarning):
@@ -139,6 +140,7 @@ class Op(Generic[Arguments]):
         self.fields: tuple[str, ...] = arguments._fields  # pyright: ignore[reportAttributeAccessIssue]
         self._buffer = self.fields.index("out_state") if "out_state" in self.fields else None
         self._packing = next((i for i, f in enumerate(self.fields) if hints[f] == Packing | None), None)
+        self._first = next(i for i, f in enumerate(self.fields) if hints[f] is Tensor)
         schema = ", ".join(f"{_SCHEMA[hints[f]]} {f}" for f in self.fields)
         _LIB.define(f"{name}(str backend, bool save, {schema}) -> Tensor[]")
         _LIB.define(f"{name}_backward(str backend, Tensor[] grads, Tensor[] kept, {schema}) -> Tensor[]")
@@ -165,22 +167,26 @@ class Op(Generic[Arguments]):
                 than the reference: what the gradient of a kernel is differentiated through.
         """
         tensors = [m for m in a if isinstance(m, Tensor)]
-        wanted = torch.is_grad_enabled() and any(m.requires_grad for m in tensors)
+        wanted = False
+        if torch.is_grad_enabled():
+            for m in tensors:
+                if m.requires_grad:
+                    wanted = True
+                    break
         if _forced == "reference" or (wanted and self.stepwise and not self.has_kernel(a, True)):
             with exactly(tensors[0].device.type):
                 return self.reference(a)
-        direct = _direct(self.name, tensors) and self._borders_are_known(a)
+        direct = _direct(self.name, tensors) and (self._packing is None or self._borders_are_known(a))
         if not direct:
             if wanted:
                 return self._function.apply(_forced, again, *distinct(self._flat(a)))
             if self._buffer is not None and a[self._buffer] is not None:
                 return self._write(_forced, *a), a[self._buffer]
             return tuple(self._forward(_forced, False, *self._flat(a)))
-        backend = self.choose(_forced, a, wanted)
-        with on_device(tensors[0].device):
-            if not wanted:
-                return tuple((backend.infer or backend.forward)(a))
-            recorded = backend.plain(a)
+        backend, device = self.choose(_forced, a, wanted), tensors[0].device
+        if not wanted:
+            return tuple(run_there(backend.infer or backend.forward, a, device))
+        recorded = None if backend.plain is _none else run_there(backend.plain, a, device)
         return self._function.apply(backend, again, *a) if recorded is None else recorded
 
     def add(self, backend: Backend[Arguments]) -> None:
@@ -194,15 +200,15 @@ class Op(Generic[Arguments]):
         Raises:
             BackendError: when the one asked for cannot, with its reason.
         """
-        device = next(m.device.type for m in a if isinstance(m, Tensor))
+        device = a[self._first].device.type
         refusals = []
         for backend in self.backends:
             if forced and backend.name != forced:
                 continue
-            if not backend.runs_on(device):
+            if backend.devices and device not in backend.devices:
                 refusals += [f"{backend.name}: runs on {', '.join(backend.devices)}, not on {device}"] if forced else []
                 continue
-            why = backend.missing() or backend.refuses(a)
+            why = backend.missing() or (None if backend.refuses is _none else backend.refuses(a))
             if not why and differentiate and backend.backward is None:
                 why = "it has no gradient"
             if not why:
@@ -295,7 +301,9 @@ class Op(Generic[Arguments]):
     ) -> list[Tensor]:
         assert backend.backward is not None
         found = backend.backward(grads, kept, a)
-        return [as_grad(found[name], m) for name, m in self.differentiable(a)]
+        return [
+            as_grad(found[f], m) for f, m in zip(self.fields, a, strict=True) if isinstance(m, Tensor) and floats(m)
+        ]
 
     def _fake(self, forced: str, save: bool, *args: Any) -> list[Tensor]:
         a = self._record(args)
@@ -362,13 +370,12 @@ def _direct(name: str, tensors: list[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    refuse_transforms(name, tensors)
-    return (
-        all(type(m) in _PLAIN and not m.is_neg() for m in tensors)  # backends resolve conjugates themselves
-        and tensors[0].device.type != "meta"
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-    )
+    if transformed():
+        refuse_transforms(name, tensors)
+    if _watchers() or _traced() is not None or tensors[0].is_meta:
+        return False
+    # A list: a generator would be called for each of them. Backends resolve conjugates themselves.
+    return all([type(m) in _PLAIN and not m.is_neg() for m in tensors])
 
 
 def _warn_once(text: str) -> None:

@@ -212,13 +212,17 @@ def selective_state_update(
         Gu & Dao (2023), arXiv:2312.00752, equation 2 with the discretisation of section 3.2.
     """
     _check_step(state, x, dt, A, B, C, D, z, dt_bias, rows)
-    check_rows(_STEP, rows, state)
-    check_out_state(_STEP, out_state, state, x, dt, A, B, C, D, z, dt_bias)
+    if rows is not None:
+        check_rows(_STEP, rows, state)
+    if out_state is not None:
+        check_out_state(_STEP, out_state, state, x, dt, A, B, C, D, z, dt_bias)
     dtype = wide(state, x, dt, A, B, C, D, z, dt_bias)
     y, after = selective_update_op(
-        SelectiveUpdate(state, x, dt, A.to(dtype), B, C, D, z, dt_bias, dt_softplus, out_state, rows)
+        SelectiveUpdate(
+            state, x, dt, A if A.dtype is dtype else A.to(dtype), B, C, D, z, dt_bias, dt_softplus, out_state, rows
+        )
     )
-    return y, give_state(after, out_state, rows)
+    return y, after if out_state is None else give_state(after, out_state, rows)
 
 
 class SelectiveUpdate(NamedTuple):
@@ -308,7 +312,9 @@ def _check_step(
 
 def _expands(shape: torch.Size, to: torch.Size) -> bool:
     """Whether a shape broadcasts to another one, axis by axis from the last."""
-    return len(shape) <= len(to) and all(a == 1 or a == b for a, b in zip(reversed(shape), reversed(to), strict=False))
+    return len(shape) <= len(to) and all(
+        [a == 1 or a == b for a, b in zip(reversed(shape), reversed(to), strict=False)]
+    )
 
 
 def _check_update(a: SelectiveUpdate) -> None:
