@@ -71,7 +71,7 @@ INLINE T convolve(const S& s, int64_t row, int64_t d, int64_t channels, T x) {
   return sum + weight[back] * x;
 }
 
-// Outputs [first, end) of x + out(y), where y (rows, D).
+// Outputs [first, end) of x + out(y), where y has rows of D numbers.
 template <class T, class S>
 INLINE void leave(const S& s, Lines<T> y, int64_t D, int64_t first, int64_t end) {
   const T *x = static_cast<const T*>(s.x), *bias = static_cast<const T*>(s.out_bias);

@@ -1,10 +1,12 @@
 // Compiled once for every instruction set, with its flags and its name in DUALFORM_ISA.
 #include "kernels.h"
 
+#include "attention_step.h"
 #include "block.h"
 #include "causal_conv1d.h"
 #include "dense.h"
 #include "diagonal_ssm.h"
+#include "mlp_step.h"
 #include "kalman.h"
 #include "kalman_reverse.h"
 #include "kalman_smoother.h"
@@ -49,5 +51,8 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::block::mamba<float>, isa::block::mamba<double>},
     {isa::block::mamba2<float>, isa::block::mamba2<double>},
     {isa::block::lti<float>, isa::block::lti<double>},
+    {isa::block::attention<float>, isa::block::attention<double>},
+    {isa::block::mlp<float>, isa::block::mlp<double>},
+    {isa::block::head<float>, isa::block::head<double>},
     {isa::add_groups<float>, isa::add_groups<double>},
 };

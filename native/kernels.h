@@ -30,6 +30,9 @@ struct Kernels {
   int64_t (*mamba_step[2])(const MambaStep&, int64_t phase, int64_t first, int64_t end, void* memory);
   int64_t (*mamba2_step[2])(const Mamba2Step&, int64_t phase, int64_t first, int64_t end, void* memory);
   int64_t (*lti_step[2])(const LtiStep&, int64_t phase, int64_t first, int64_t end, void* memory);
+  int64_t (*attention_step[2])(const AttentionStep&, int64_t phase, int64_t first, int64_t end, void* memory);
+  int64_t (*mlp_step[2])(const MlpStep&, int64_t phase, int64_t first, int64_t end, void* memory);
+  int64_t (*head_step[2])(const HeadStep&, int64_t phase, int64_t first, int64_t end, void* memory);
   void (*add_groups[2])(const Groups&, int64_t row);
 };
 

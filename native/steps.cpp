@@ -109,6 +109,64 @@ class Line {
     phase(M, TOGETHER, rows * M * M * 2);
   }
 
+  void add(const AttentionStep& s) {
+    check_matrices(s.dtype, s.matrices, {s.in_scales, s.out_scales}, s.group, std::max(s.features, s.heads * s.values));
+    require(s.caches == s.dtype || (s.dtype == FLOAT32 && is_narrow(s.caches)));
+    require(is_flag(s.ring) && is_flag(s.interleaved) && s.turned >= 0 && 2 * s.turned <= s.width);
+    if (!check_sizes({s.rows, s.features, s.heads, s.groups, s.width, s.values})) return;
+    check_groups(s.groups, s.heads);
+    check_pointers({s.x, s.length, s.norm, s.in_weight, s.out_weight, s.y, s.next_length});
+    if (s.turned > 0) check_pointers({s.frequencies});
+    require(s.slots >= (s.ring ? 1 : 0));
+    for (int64_t row = 0; row < s.rows; row++) {
+      require(s.length[row] >= 0);
+      if (!s.ring && s.length[row] >= s.slots) throw Full();
+    }
+    check_pointers({s.k, s.v});
+    const int64_t M = s.features, rows = s.rows, D = s.heads * s.values;
+    const int64_t all = (s.heads + s.groups) * s.width + s.groups * s.values;
+    const int64_t longest = std::min(s.slots, *std::max_element(s.length, s.length + rows) + 1);
+    bytes_ = std::max(bytes_, kernels->attention_step[s.dtype](s, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+      const AttentionStep& step = *static_cast<const AttentionStep*>(phase.step);
+      kernels->attention_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(rows, 1, rows * (M + s.turned * 32));
+    phase(all, TOGETHER, rows * all * M);
+    phase(rows * s.groups, 1, rows * s.heads * longest * (s.width + s.values));
+    phase(M, TOGETHER, rows * M * D);
+  }
+
+  void add(const MlpStep& s) {
+    check_matrices(s.dtype, s.matrices, {s.in_scales, s.out_scales}, s.group, std::max(s.features, s.hidden));
+    require(is_flag(s.gated) && s.activation >= SILU && s.activation <= RELU2);
+    if (!check_sizes({s.rows, s.features, s.hidden})) return;
+    check_pointers({s.x, s.norm, s.in_weight, s.out_weight, s.y});
+    const int64_t M = s.features, D = s.hidden, rows = s.rows;
+    bytes_ = std::max(bytes_, kernels->mlp_step[s.dtype](s, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+      const MlpStep& step = *static_cast<const MlpStep*>(phase.step);
+      kernels->mlp_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(rows, 1, rows * M);
+    phase(D, TOGETHER, rows * D * M * (1 + s.gated));
+    phase(M, TOGETHER, rows * M * D);
+  }
+
+  void add(const HeadStep& s) {
+    check_matrices(s.dtype, s.matrices, {s.out_scales}, s.group, s.features);
+    if (!check_sizes({s.rows, s.features, s.outputs})) return;
+    check_pointers({s.x, s.norm, s.out_weight});
+    check_views({&s.y});
+    bytes_ = std::max(bytes_, kernels->head_step[s.dtype](s, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
+      const HeadStep& step = *static_cast<const HeadStep*>(phase.step);
+      kernels->head_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(s.rows, 1, s.rows * s.features);
+    phase(s.outputs, TOGETHER, s.rows * s.features * s.outputs);
+  }
+
   // A thread that comes late begins where the others are, and none waits for it.
   void run() {
     if (phases_.empty()) return;
@@ -183,6 +241,9 @@ static int run_step(const S* s) {
 EXPORT int dualform_mamba_step(const MambaStep* s) { return run_step(s); }
 EXPORT int dualform_mamba2_step(const Mamba2Step* s) { return run_step(s); }
 EXPORT int dualform_lti_step(const LtiStep* s) { return run_step(s); }
+EXPORT int dualform_attention_step(const AttentionStep* s) { return run_step(s); }
+EXPORT int dualform_mlp_step(const MlpStep* s) { return run_step(s); }
+EXPORT int dualform_head_step(const HeadStep* s) { return run_step(s); }
 
 EXPORT int dualform_steps(const Steps* s) {
   return guarded([&] {
@@ -191,10 +252,13 @@ EXPORT int dualform_steps(const Steps* s) {
     Line line;
     for (int64_t i = 0; i < s->count; i++) {
       const void* step = reinterpret_cast<const void*>(s->steps[i]);
-      require(step && s->kinds[i] >= MAMBA_STEP && s->kinds[i] <= LTI_STEP);
+      require(step && s->kinds[i] >= MAMBA_STEP && s->kinds[i] <= HEAD_STEP);
       if (s->kinds[i] == MAMBA_STEP) line.add(*static_cast<const MambaStep*>(step));
       if (s->kinds[i] == MAMBA2_STEP) line.add(*static_cast<const Mamba2Step*>(step));
       if (s->kinds[i] == LTI_STEP) line.add(*static_cast<const LtiStep*>(step));
+      if (s->kinds[i] == ATTENTION_STEP) line.add(*static_cast<const AttentionStep*>(step));
+      if (s->kinds[i] == MLP_STEP) line.add(*static_cast<const MlpStep*>(step));
+      if (s->kinds[i] == HEAD_STEP) line.add(*static_cast<const HeadStep*>(step));
     }
     line.run();
   });

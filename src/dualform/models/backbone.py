@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +32,7 @@ from dualform.models.block_steps import Steps, stream_runs
 from dualform.models.config import ModelConfig
 from dualform.models.entrance import Entrance
 from dualform.models.padding import lay_out
+from dualform.ops.head_step import HeadStep
 from dualform.ops.op import backend, forced
 
 EMBEDDING_STD = 0.02  # of the embedding of a new model
@@ -244,9 +245,13 @@ class Backbone(nn.Module):
         """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
         self._check_timing(rate=rate)
         steps = {block: block.prepare(rate=rate).step for block in self._stack()}  # a shared block once
-        runs = stream_runs(self._stack()) if rate == 1 else {}
+        runs = stream_runs(self._stack(), self._head_step()) if rate == 1 else {}
         found = Steps([steps[block] for block in self._stack()], runs, rate)
         return Prepared(partial(self._step, found))
+
+    def _head_step(self) -> Callable[[Tensor], HeadStep] | None:
+        """What follows the last block in a step, given the stream; None where there is no kernel for it."""
+        return None
 
     @abstractmethod
     def _step(self, steps: Steps, x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
@@ -256,7 +261,15 @@ class Backbone(nn.Module):
         self._check_timing(rate=rate)
         return Steps([partial(block.step, rate=rate) for block in self._stack()], {}, rate)
 
-    def _step_features(self, steps: Steps, x: Tensor, state: State, interval: Tensor | None) -> tuple[Tensor, State]:
+    def _step_features(
+        self,
+        steps: Steps,
+        x: Tensor,
+        state: State,
+        interval: Tensor | None,
+        read: Callable[[Tensor], Tensor] = lambda h: h,
+    ) -> tuple[Tensor, State]:
+        """One element: the features, or what ``read``, the head of :meth:`_head_step`, makes of them; and the state."""
         self._check_inputs(x, "B")
         if interval is not None:
             self._check_timing(interval=interval)
@@ -264,21 +277,24 @@ class Backbone(nn.Module):
         elapsed = steps.rate if interval is None else steps.rate * interval[:, None]
         x, state, held = self._enter(x, state, None, elapsed)
         h, new = self._embed(x), []
-        if interval is None and steps.whole is not None and (behind := steps.whole.continued(h, state)) is not None:
+        whole = steps.whole if interval is None else None
+        if whole is not None and (y := whole.continued(h, state)) is not None:
             assert isinstance(state, tuple)
-            return self.norm(behind), (*state, *held) if held else state
+            return y if whole.head is not None else read(self.norm(y)), (*state, *held) if held else state
         old = self._states(state, x.shape[0])
         context = Context({EMBEDDING: h[:, None]})
         while len(new) < len(old):
             at = len(new)
             run = steps.runs.get(at) if interval is None else None
-            if run is not None and (made := run(h, old[at : at + len(run.steps)])) is not None:
+            if run is not None and (made := run(h, old[at : at + len(run.blocks)])) is not None:
                 h, left = made
                 new.extend(left)
+                if run.head is not None:
+                    return h, (*new, *held)
             else:
                 h, left = steps.alone[at](h, old[at], interval=interval, context=context)
                 new.append(left)
-        return self.norm(h), (*new, *held)
+        return read(self.norm(h)), (*new, *held)
 
     def _enter(
         self, x: Tensor, state: State | None, packing: Packing | None, elapsed: Tensor | float
