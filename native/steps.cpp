@@ -59,10 +59,10 @@ class Line {
                     s.y, s.next_h});
     if (s.taps > 1) check_pointers({s.conv, s.next_conv});
     const int64_t M = s.features, D = s.width, all = s.rank + 2 * s.states, rows = s.rows;
-    bytes_ = std::max(bytes_, kernels->mamba_step[s.dtype](s, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->mamba_step[s.dtype](s, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
       const MambaStep& step = *static_cast<const MambaStep*>(phase.step);
-      kernels->mamba_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->steps->mamba_step[step.dtype](step, phase.number, first, end, memory);
     });
     phase(rows, 1, rows * M);
     phase(2 * D, TOGETHER, rows * 2 * D * M);
@@ -80,10 +80,10 @@ class Line {
     if (s.taps > 1) check_pointers({s.conv, s.next_conv});
     const int64_t M = s.features, D = s.heads * s.width, rows = s.rows;
     const int64_t all = 2 * D + 2 * s.groups * s.states + s.heads;
-    bytes_ = std::max(bytes_, kernels->mamba2_step[s.dtype](s, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->mamba2_step[s.dtype](s, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
       const Mamba2Step& step = *static_cast<const Mamba2Step*>(phase.step);
-      kernels->mamba2_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->steps->mamba2_step[step.dtype](step, phase.number, first, end, memory);
     });
     phase(rows, 1, rows * M);
     phase(all, TOGETHER, rows * all * M);
@@ -98,10 +98,10 @@ class Line {
     if (!check_sizes({s.rows, s.features, s.states})) return;
     check_pointers({s.x, s.h, s.norm, s.a, s.b, s.c, s.d, s.out_weight, s.y, s.next_h});
     const int64_t M = s.features, N = s.states, rows = s.rows;
-    bytes_ = std::max(bytes_, kernels->lti_step[s.dtype](s, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->lti_step[s.dtype](s, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
       const LtiStep& step = *static_cast<const LtiStep*>(phase.step);
-      kernels->lti_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->steps->lti_step[step.dtype](step, phase.number, first, end, memory);
     });
     phase(rows, 1, rows * M);
     phase(s.shared ? 2 * N : rows * M, TOGETHER, rows * M * N * 8);
@@ -126,10 +126,10 @@ class Line {
     const int64_t M = s.features, rows = s.rows, D = s.heads * s.values;
     const int64_t all = (s.heads + s.groups) * s.width + s.groups * s.values;
     const int64_t longest = std::min(s.slots, *std::max_element(s.length, s.length + rows) + 1);
-    bytes_ = std::max(bytes_, kernels->attention_step[s.dtype](s, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->attention_step[s.dtype](s, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
       const AttentionStep& step = *static_cast<const AttentionStep*>(phase.step);
-      kernels->attention_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->steps->attention_step[step.dtype](step, phase.number, first, end, memory);
     });
     phase(rows, 1, rows * (M + s.turned * 32));
     phase(all, TOGETHER, rows * all * M);
@@ -143,10 +143,10 @@ class Line {
     if (!check_sizes({s.rows, s.features, s.hidden})) return;
     check_pointers({s.x, s.norm, s.in_weight, s.out_weight, s.y});
     const int64_t M = s.features, D = s.hidden, rows = s.rows;
-    bytes_ = std::max(bytes_, kernels->mlp_step[s.dtype](s, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->mlp_step[s.dtype](s, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
       const MlpStep& step = *static_cast<const MlpStep*>(phase.step);
-      kernels->mlp_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->steps->mlp_step[step.dtype](step, phase.number, first, end, memory);
     });
     phase(rows, 1, rows * M);
     phase(D, TOGETHER, rows * D * M * (1 + s.gated));
@@ -158,10 +158,10 @@ class Line {
     if (!check_sizes({s.rows, s.features, s.outputs})) return;
     check_pointers({s.x, s.norm, s.out_weight});
     check_views({&s.y});
-    bytes_ = std::max(bytes_, kernels->head_step[s.dtype](s, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->head_step[s.dtype](s, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, void* memory) {
       const HeadStep& step = *static_cast<const HeadStep*>(phase.step);
-      kernels->head_step[step.dtype](step, phase.number, first, end, memory);
+      kernels->steps->head_step[step.dtype](step, phase.number, first, end, memory);
     });
     phase(s.rows, 1, s.rows * s.features);
     phase(s.outputs, TOGETHER, s.rows * s.features * s.outputs);
@@ -218,12 +218,12 @@ EXPORT int dualform_linear(const Linear* s) {
     }
     const void* x = s->x.data;
     if (s->x.dtype != s->dtype || s->x.row != s->inputs) {
-      auto read_rows = kernels->read_rows[s->dtype];
+      auto read_rows = kernels->steps->read_rows[s->dtype];
       void* copy = memory_of(at_least_one(read_rows(*s, nullptr)));
       if (s->inputs > 0) read_rows(*s, copy);
       x = copy;
     }
-    auto kernel = kernels->linear[s->dtype];
+    auto kernel = kernels->steps->linear[s->dtype];
     by_parts(s->threads, s->rows * s->inputs * s->outputs, s->outputs, TOGETHER,
              [&](int64_t first, int64_t end) { kernel(*s, x, first, end); });
   });

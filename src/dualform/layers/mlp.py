@@ -58,7 +58,11 @@ class MLP(Part):
     def __init__(self, config: MLPConfig, d_model: int):
         super().__init__()
         d_hidden = hidden_width("mlp", config.d_hidden, d_model, gated=config.gated)
-        self.gated, self.function, self.activation = config.gated, config.activation, activation("mlp", config.activation)
+        self.gated, self.function, self.activation = (
+            config.gated,
+            config.activation,
+            activation("mlp", config.activation),
+        )
         self.gate_scale = config.gate_scale
         if config.gated:
             self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=config.bias)
