@@ -38,6 +38,15 @@ int64_t mlp(const MlpStep& s, int64_t phase, int64_t first, int64_t end, void* m
 }
 #undef OF
 
+// A number to its place.
+template <class T>
+INLINE void give(const View& to, int64_t at, T x) {
+  if (to.dtype == FLOAT32) put(static_cast<float*>(to.data) + at, x);
+  if (to.dtype == FLOAT64) put(static_cast<double*>(to.data) + at, double(x));
+  if (to.dtype == BFLOAT16) put(static_cast<bfloat16*>(to.data) + at, x);
+  if (to.dtype == FLOAT16) put(static_cast<float16*>(to.data) + at, x);
+}
+
 // Phases: norms of rows, V outputs.
 template <class T>
 int64_t head(const HeadStep& s, int64_t phase, int64_t first, int64_t end, void* memory) {
@@ -48,17 +57,11 @@ int64_t head(const HeadStep& s, int64_t phase, int64_t first, int64_t end, void*
   if (phase == 0) enter(s, first, end, normed);
   if (phase == 1) {
     const T *bias = static_cast<const T*>(s.out_bias), factor = T(s.factor), cap = T(s.cap);
-    auto give_to = [&](auto* y) {
-      product(matrix(s, s.out_weight, s.out_scales, M), Lines<T>{normed, M}, M, rows, first, end,
-              [&](int64_t output, int64_t row, T sum) __attribute__((always_inline)) {
-                sum = factor * (bias ? sum + bias[output] : sum);
-                put(y + row * s.y.row + output, cap > 0 ? cap * std::tanh(sum / cap) : sum);
-              });
-    };
-    if (s.y.dtype == FLOAT32) give_to(static_cast<float*>(s.y.data));
-    if (s.y.dtype == FLOAT64) give_to(static_cast<double*>(s.y.data));
-    if (s.y.dtype == BFLOAT16) give_to(static_cast<bfloat16*>(s.y.data));
-    if (s.y.dtype == FLOAT16) give_to(static_cast<float16*>(s.y.data));
+    product(matrix(s, s.out_weight, s.out_scales, M), Lines<T>{normed, M}, M, rows, first, end,
+            [&](int64_t output, int64_t row, T sum) {
+              sum = factor * (bias ? sum + bias[output] : sum);
+              give(s.y, row * s.y.row + output, cap > 0 ? cap * std::tanh(sum / cap) : sum);
+            });
   }
   return 0;
 }

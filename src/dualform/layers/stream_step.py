@@ -111,9 +111,10 @@ class StreamStep:
 
 
 class StreamSteps:
-    """The steps of blocks in a row, of such layers alone. A state that they made, and that comes back, is written in place.
+    """The steps of blocks in a row, of such layers alone.
 
-    Then one call runs all of them: what is written where is known from the step before.
+    A state that they made, and that comes back, is written in place. Then one call runs all of them: what is written
+    where is known from the step before.
 
     Args:
         blocks: the steps of the layers of each block, in order.
@@ -127,7 +128,7 @@ class StreamSteps:
         self._program: Program | None = None
 
     def __call__(self, x: Tensor, states: Any) -> tuple[Tensor, State] | None:
-        """The stream, or the logits of the head, and the states of the blocks; None for a step that kernels do not run."""
+        """The stream, or the logits of the head, and the states of the blocks; None for what kernels do not run."""
         if (y := self.continued(x, states)) is not None:
             return y, self._made
         made = []
