@@ -58,17 +58,30 @@ INLINE Matrix matrix(const S& s, const void* data, const void* scales, int64_t d
   return {data, s.matrices, depth, scales, s.group};
 }
 
-// The convolution of channel d, of `channels`, given its new input.
-template <class T, class S>
-INLINE T convolve(const S& s, int64_t row, int64_t d, int64_t channels, T x) {
-  const int64_t back = s.taps - 1, at = (row * channels + d) * back;
-  const T *weight = static_cast<const T*>(s.conv_weight) + d * s.taps, *h = static_cast<const T*>(s.conv) + at;
-  T *next = static_cast<T*>(s.next_conv) + at, sum = s.conv_bias ? static_cast<const T*>(s.conv_bias)[d] : T(0);
-  for (int64_t j = 0; j < back; j++) {
-    sum += weight[j] * h[j];
-    next[j] = j + 1 < back ? h[j + 1] : x;
+// The convolutions of the channels [first, end) of a row, in the place of their new inputs x. There are `channels` in
+// all, and TAPS taps, or s.taps with 0.
+template <int TAPS, class T, class S>
+INLINE void convolve_by(const S& s, int64_t row, int64_t channels, int64_t first, int64_t end, T* x) {
+  const int64_t taps = TAPS ? TAPS : s.taps, back = taps - 1, at = row * channels * back;
+  const T *weight = static_cast<const T*>(s.conv_weight), *bias = static_cast<const T*>(s.conv_bias);
+  const T* h = static_cast<const T*>(s.conv) + at;
+  T* next = static_cast<T*>(s.next_conv) + at;
+#pragma GCC ivdep
+  for (int64_t d = first; d < end; d++) {
+    T sum = bias ? bias[d] : T(0);
+    const T in = x[d];
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < back; j++) {
+      sum += weight[d * taps + j] * h[d * back + j];
+      next[d * back + j] = j + 1 < back ? h[d * back + j + 1] : in;
+    }
+    x[d] = sum + weight[d * taps + back] * in;
   }
-  return sum + weight[back] * x;
+}
+template <class T, class S>
+INLINE void convolve(const S& s, int64_t row, int64_t channels, int64_t first, int64_t end, T* x) {
+  if (s.taps == 4) return convolve_by<4>(s, row, channels, first, end, x);
+  convolve_by<0>(s, row, channels, first, end, x);
 }
 
 // Outputs [first, end) of x + out(y), where y has rows of D numbers.
@@ -97,10 +110,13 @@ int64_t mamba(const MambaStep& s, int64_t phase, int64_t first, int64_t end, voi
     const T* bias = static_cast<const T*>(s.in_bias);
     product(matrix(s, s.in_weight, s.in_scales, M), Lines<T>{normed, M}, M, rows, first, end,
             [&](int64_t output, int64_t row, T sum) {
-              if (bias) sum += bias[output];
-              both[row * 2 * D + output] = output < D ? convolve(s, row, output, D, sum) : sum;
+              both[row * 2 * D + output] = bias ? sum + bias[output] : sum;
             });
-    for (int64_t row = 0; row < rows; row++) each(both + row * 2 * D, first, least(end, D), OF { return silu<T>(v); });
+    for (int64_t row = 0; row < rows; row++) {
+      T* line = both + row * 2 * D;
+      convolve(s, row, D, first, least(end, D), line);
+      each(line, first, least(end, D), OF { return silu<T>(v); });
+    }
   }
   if (phase == 2)
     product(matrix(s, s.maps, s.maps_scales, D), Lines<T>{both, 2 * D}, D, rows, first, end,
@@ -143,11 +159,10 @@ int64_t mamba2(const Mamba2Step& s, int64_t phase, int64_t first, int64_t end, v
     product(matrix(s, s.in_weight, s.in_scales, M), Lines<T>{normed, M}, M, rows, first, end,
             [&](int64_t output, int64_t row, T sum) {
               if (bias) sum += bias[output];
-              if (output >= D + conv) sum += dt_bias[output - D - conv];
-              made[row * all + output] =
-                  output < D || output >= D + conv ? sum : convolve(s, row, output - D, conv, sum);
+              made[row * all + output] = output >= D + conv ? sum + dt_bias[output - D - conv] : sum;
             });
     for (int64_t row = 0; row < rows; row++) {
+      convolve(s, row, conv, most(first - D, 0), least(end - D, conv), made + row * all + D);
       each(made + row * all, most(first, D), least(end, D + conv), OF { return silu<T>(v); });
       each(
           made + row * all, most(first, D + conv), end, OF {
