@@ -413,6 +413,17 @@ typedef struct {
 
 enum { MAMBA_STEP = 0, MAMBA2_STEP = 1, LTI_STEP = 2, ATTENTION_STEP = 3, MLP_STEP = 4, HEAD_STEP = 5 };
 
+// A token of each row, from logits and the options of the row: temperature, k, p, the least share, and the penalties of
+// tokens that were seen; 0 for no k, infinity for no p. The number drawn is in [0, 1).
+typedef struct {
+  int64_t threads;
+  int64_t rows, tokens, remembered;
+  View logits;             // (rows, V)
+  const double *options, *draws;  // (rows, 6) and (rows)
+  const int64_t* history;         // (rows, remembered); negative ones are none
+  int64_t *token, *finite;        // (rows): the token, and whether the logits were finite
+} Draw;
+
 // Steps of blocks, one after the other.
 typedef struct {
   int64_t threads;

@@ -70,6 +70,8 @@ class Program:
         self._words = [torch.tensor(unpack(f"{len(one) // 8}q", one)) for one in packed]
         self._steps = torch.tensor([words.data_ptr() for words in self._words])
         self._kinds = torch.tensor([list(_KERNELS).index(type(a)) for a in records])
+        fields = {"threads": self._threads, "count": len(records), "kinds": self._kinds, "steps": self._steps}
+        self._call = structs.STEPS_OF_BLOCKS.pack(**fields)
 
     def fits(self, rows: int) -> bool:
         """Whether it is of so many rows, and of as many threads as are wanted now."""
@@ -81,8 +83,7 @@ class Program:
         None where a cache has no slot for one more element: then nothing was done.
         """
         self._x.copy_(x)
-        steps = {"count": len(self._steps), "kinds": self._kinds, "steps": self._steps}
-        if x.numel() > 0 and not library.call("steps", structs.STEPS_OF_BLOCKS, **steps):
+        if x.numel() > 0 and not library.call("steps", self._call):
             return None
         return self._y.clone()
 

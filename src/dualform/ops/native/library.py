@@ -62,8 +62,13 @@ def choose(name: str = "") -> str:
     return "" if found is None else found.decode()
 
 
-def call(name: str, structure: Structure, **fields: Any) -> bool:
+def call(name: str, structure: Structure | bytes, **fields: Any) -> bool:
     """Run the function ``dualform_<name>`` on a structure with these fields; the call keeps their tensors alive.
+
+    Args:
+        name: of the function.
+        structure: of its argument, or that in memory, whose tensors the caller keeps alive.
+        fields: of the structure.
 
     Returns:
         False where a cache has no slot for one more token, so that nothing was done; else True.
@@ -73,7 +78,9 @@ def call(name: str, structure: Structure, **fields: Any) -> bool:
         MemoryError: when the kernel found no memory.
     """
     assert _library is not None
-    found = getattr(_library, f"dualform_{name}")(structure.pack(threads=torch.get_num_threads(), **fields))
+    if not isinstance(structure, bytes):
+        structure = structure.pack(threads=torch.get_num_threads(), **fields)
+    found = getattr(_library, f"dualform_{name}")(structure)
     if found == NO_MEMORY:
         raise MemoryError(f"{name}: the kernel found no memory for its intermediate results")
     if found == REFUSED:

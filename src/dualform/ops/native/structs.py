@@ -267,4 +267,11 @@ HEAD_STEP = Structure(
     (STEP, "y"),
 )
 
+DRAW = Structure(
+    "Draw",
+    (INT64, "threads rows tokens remembered"),
+    (STEP, "logits"),
+    (POINTER, "options draws history token finite"),
+)
+
 STEPS_OF_BLOCKS = Structure("Steps", (INT64, "threads count"), (POINTER, "kinds steps"))
