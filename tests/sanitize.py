@@ -60,7 +60,11 @@ def build(folder: Path, isas: list[str], plant: bool = False) -> Path:
         assert PLANT[0] in source
         source = source.replace(*PLANT)
     (folder / "library.cpp").write_text(source)
-    for path in (folder / "absent.cpp", folder / "library.cpp", *(NATIVE / f"{name}.cpp" for name in ("steps", "draw", "pool"))):
+    for path in (
+        folder / "absent.cpp",
+        folder / "library.cpp",
+        *(NATIVE / f"{name}.cpp" for name in ("steps", "draw", "pool")),
+    ):
         objects[folder / f"{path.stem}.o"] = [f"-I{NATIVE}", str(path)]
     (folder / "library.o").unlink(missing_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -147,7 +147,7 @@ def check_indices(where: str, name: str, indices: Tensor, below: int, ignored: i
     if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
         return
     low, high = indices.aminmax()
-    if 0 <= int(low) and int(high) < below:
+    if int(low) >= 0 and int(high) < below:
         return
     outside = (indices < 0) | (indices >= below)
     if ignored:
