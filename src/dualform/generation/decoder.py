@@ -21,7 +21,7 @@ from dualform.generation.capture import captured
 from dualform.generation.exact import rows_together
 from dualform.generation.options import Sampling
 from dualform.generation.prefill import growing
-from dualform.generation.sampling import Wants, choose, likeliest, table, uniforms
+from dualform.generation.sampling import Wants, choose, likeliest, scored, table, uniforms
 from dualform.generation.slots import DRAWS, Slots, free_slot
 from dualform.layers.projection import kernels_run
 from dualform.models.lm import LanguageModel
@@ -229,17 +229,20 @@ class Decoder:
         return state
 
     def _choose(self) -> None:
-        if not self._exact:
-            self._choose_of(self._slots, self._wants, self._report)
-            return
-        for at, wants in self._apart():
-            self._choose_of(Slots(*(leaf[at] for leaf in self._slots)), wants, self._report[:, at])
+        here, wants = self._slots, self._wants
+        if (
+            here.logits.is_cpu and kernels_run("cpu") and self._top is None
+        ):  # a kernel, which computes each row by itself
+            history = here.history if wants.penalty else None
+            draw(here.logits, here.options, here.draws[:, self._column], history, self._report)
+        elif not self._exact:
+            self._choose_of(here, wants, self._report)
+        else:
+            for at, wants in self._apart():
+                self._choose_of(Slots(*(leaf[at] for leaf in here)), wants, self._report[:, at])
 
     def _choose_of(self, slots: Slots, wants: Wants, report: Tensor) -> None:
-        if slots.logits.is_cpu and kernels_run("cpu"):
-            history = slots.history if wants.penalty else None
-            draw(slots.logits, slots.options, slots.draws[:, self._column], history, report)
-        elif wants.drawn or wants.penalty:
+        if wants.drawn or wants.penalty:
             draws = slots.draws.index_select(1, self._at)[:, 0] if wants.drawn else slots.draws[:, 0]
             token, finite = choose(slots.logits, wants, slots.options, draws, slots.history)
             report[0].copy_(token)
@@ -247,10 +250,7 @@ class Decoder:
         else:
             likeliest(slots.logits, report)
         if self._top is not None:
-            told = slots.logits.log_softmax(-1)
-            best = told.topk(self._top)
-            found = told.gather(1, report[0][:, None]), best.values, best.indices
-            slots.scores.copy_(torch.cat([part.to(slots.scores) for part in found], 1))
+            slots.scores.copy_(scored(slots.logits, report[0], self._top))
 
     def _apart(self) -> Iterator[tuple[slice, Wants]]:
         """Each row that is taken by itself, and what it wants."""
