@@ -54,7 +54,8 @@ INLINE void products(const T* q, dense::Lines<C> keys, int64_t slot, int64_t cou
     for (int j = 0; j < K; j++) sums[j] = fma(dense::widen(key[j] + i), some, sums[j]);
   }
   if (i < P)
-    for (int j = 0; j < K; j++) sums[j] = fma(dense::widen_some<T>(key[j] + i, P - i), load_some(q + i, P - i), sums[j]);
+    for (int j = 0; j < K; j++)
+      sums[j] = fma(dense::widen_some<T>(key[j] + i, P - i), load_some(q + i, P - i), sums[j]);
   dense::totals(sums, scores);
 }
 

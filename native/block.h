@@ -109,9 +109,7 @@ int64_t mamba(const MambaStep& s, int64_t phase, int64_t first, int64_t end, voi
   if (phase == 1) {
     const T* bias = static_cast<const T*>(s.in_bias);
     product(matrix(s, s.in_weight, s.in_scales, M), Lines<T>{normed, M}, M, rows, first, end,
-            [&](int64_t output, int64_t row, T sum) {
-              both[row * 2 * D + output] = bias ? sum + bias[output] : sum;
-            });
+            [&](int64_t output, int64_t row, T sum) { both[row * 2 * D + output] = bias ? sum + bias[output] : sum; });
     for (int64_t row = 0; row < rows; row++) {
       T* line = both + row * 2 * D;
       convolve(s, row, D, first, least(end, D), line);

@@ -122,13 +122,24 @@ struct Matrix {
   int64_t group;
 };
 
-// The sums of OUTPUTS rows of W with R rows of x. Meanwhile the next OUTPUTS rows of W are on their way to the cache, if
-// these are the first rows of x: the processor's own prefetching, which begins anew with every row, leaves half of the
-// memory's speed unused.
+// Zeros, one by one: where the compiler fills the whole array at once, it does so in memory, which takes as long as a
+// short row of products.
+template <int R, class V>
+INLINE void clear(V (&sum)[R][OUTPUTS]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int m = 0; m < OUTPUTS; m++) sum[r][m] = V{};
+}
+
+// The sums of OUTPUTS rows of W with R rows of x. Meanwhile the next OUTPUTS rows of W are on their way to the cache,
+// if these are the first rows of x: the processor's own prefetching, which begins anew with every row, leaves half of
+// the memory's speed unused.
 template <int R, class T, class W>
 INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, bool ahead, T (&sums)[R][OUTPUTS]) {
   constexpr int L = LANES<T>;
-  vec<T> sum[R][OUTPUTS] = {};
+  vec<T> sum[R][OUTPUTS];
+  clear(sum);
   int64_t k = 0;
   for (; k + L <= depth; k += L) {
     vec<T> column[R];
@@ -156,7 +167,8 @@ INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, bool a
 template <int R>
 INLINE void tile(const Scaled (&w)[OUTPUTS], Lines<float> x, int64_t depth, bool ahead, float (&sums)[R][OUTPUTS]) {
   constexpr int L = LANES<float>;
-  vec<float> sum[R][OUTPUTS] = {};
+  vec<float> sum[R][OUTPUTS];
+  clear(sum);
   int64_t k = 0, g = 0, left = w[0].group;
   for (; k + L <= depth; k += L) {
     vec<float> column[R];

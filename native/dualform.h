@@ -405,7 +405,7 @@ typedef struct {
   int64_t group;            // where the matrix is INT8: neighbours in a row that share a scale, as in Linear
   double eps, factor, cap;  // the last one: 0 for no bound
   const void* x;
-  const void* norm;               // (M)
+  const void* norm;                   // (M)
   const void *out_weight, *out_bias;  // (V, M), (V) or null
   const void* out_scales;
   View y;  // (rows, V)
@@ -418,7 +418,7 @@ enum { MAMBA_STEP = 0, MAMBA2_STEP = 1, LTI_STEP = 2, ATTENTION_STEP = 3, MLP_ST
 typedef struct {
   int64_t threads;
   int64_t rows, tokens, remembered;
-  View logits;             // (rows, V)
+  View logits;                    // (rows, V)
   const double *options, *draws;  // (rows, 6) and (rows)
   const int64_t* history;         // (rows, remembered); negative ones are none
   int64_t *token, *finite;        // (rows): the token, and whether the logits were finite

@@ -21,9 +21,8 @@ int64_t mlp(const MlpStep& s, int64_t phase, int64_t first, int64_t end, void* m
     const T *bias = static_cast<const T*>(s.in_bias), factor = T(s.factor);
     const Matrix in = matrix(s, s.in_weight, s.in_scales, M);
     for (int64_t half = 0; half < wide; half += D)
-      product(in, Lines<T>{normed, M}, M, rows, half + first, half + end, [&](int64_t output, int64_t row, T sum) {
-        made[row * wide + output] = bias ? sum + bias[output] : sum;
-      });
+      product(in, Lines<T>{normed, M}, M, rows, half + first, half + end,
+              [&](int64_t output, int64_t row, T sum) { made[row * wide + output] = bias ? sum + bias[output] : sum; });
     for (int64_t row = 0; row < rows; row++) {
       T *line = made + row * wide, *up = line + D;
       each(

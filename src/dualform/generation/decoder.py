@@ -230,9 +230,7 @@ class Decoder:
 
     def _choose(self) -> None:
         here, wants = self._slots, self._wants
-        if (
-            here.logits.is_cpu and kernels_run("cpu") and self._top is None
-        ):  # a kernel, which computes each row by itself
+        if here.logits.is_cpu and kernels_run("cpu") and self._top is None:  # which draws each row by itself
             history = here.history if wants.penalty else None
             draw(here.logits, here.options, here.draws[:, self._column], history, self._report)
         elif not self._exact:

@@ -18,7 +18,7 @@ from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import brief
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_floating, check_indices, check_tensors, once_per_shape, wide
+from dualform.core.shapes import check_indices, check_tensors, wide
 from dualform.layers.block import Block
 from dualform.layers.context import EMBEDDING, Context, Told
 from dualform.layers.drop import Drop, depth_rates, dropout
@@ -30,7 +30,7 @@ from dualform.layers.quantized import TRAINS, quantized_within
 from dualform.models.adapters import Adaptation
 from dualform.models.block_steps import Steps, stream_runs
 from dualform.models.config import ModelConfig
-from dualform.models.entrance import Entrance
+from dualform.models.entrance import Entrance, check_features
 from dualform.models.padding import lay_out
 from dualform.ops.head_step import HeadStep
 from dualform.ops.op import backend, forced
@@ -381,7 +381,7 @@ class Backbone(nn.Module):
         if self.inputs is None:
             self._check_tokens("tokens", x, axes)
         else:
-            _check_features(self._name, axes, self.inputs, x, self.norm.weight)
+            check_features(self._name, axes, self.inputs, x, self.norm.weight)
 
     def _check_device(self, **given: Tensor) -> None:
         if wrong := other_device(self._name, "model", self.norm.weight.device, given):
@@ -398,12 +398,3 @@ class Backbone(nn.Module):
     @property
     def _name(self) -> str:
         return type(self).__name__
-
-
-@once_per_shape
-def _check_features(where: str, axes: str, inputs: int, x: Tensor, weight: Tensor) -> None:
-    """Features by their shape, dtype and device; the weight is one of the model's."""
-    if wrong := other_device(where, "model", weight.device, {"x": x}):
-        raise wrong
-    check_tensors(where, x=(x, f"{axes} {inputs}"))
-    check_floating(where, x=x)
