@@ -99,8 +99,8 @@ def attention_arguments(rows: int = 3, slots: int = 5, dtype: torch.dtype = floa
 @pytest.mark.parametrize("held", [bfloat16, float16], ids=str)
 @torch.no_grad()
 def test_caches_of_16_bits_stay_what_they_are(held, instructions):
-    given = attention_arguments()
-    given |= {"k": given["k"].to(held), "v": given["v"].to(held), "length": torch.tensor([0, 4, 2])}
+    given: dict[str, Any] = attention_arguments()
+    given.update(k=given["k"].to(held), v=given["v"].to(held), length=torch.tensor([0, 4, 2]))
     with backend("native"):
         got = attention_step(**given)
     with backend("reference"):

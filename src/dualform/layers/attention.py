@@ -180,12 +180,12 @@ class Attention(CachedAttention):
             return None
         rope = self.rope or RotaryConfig()
         turning = rope.frequencies(0 if self.rope is None else self.d_rope // 2, norm.weight.device, torch.float64)
-        into, in_bias, out, out_bias, *scales = weights_of(*maps)
-        weights = wide_of(norm.weight), into, in_bias, turning, out, out_bias, *scales
+        into, in_bias, *rest = weights_of(*maps)
+        weights = [wide_of(norm.weight), into, in_bias, turning, *rest]
         factor = self.scale / math.sqrt(self.d_head)
         turns = rope.interleaved, factor, self.softcap or 0.0, float(rope.size())
         options = self.heads, self.window is not None, *turns, norm.eps, group_of(self.qkv_proj)
-        record = lambda x, k, v, length: AttentionStep(x, k, v, length, *weights, *options)  # noqa: E731
+        record = lambda *given: AttentionStep._make([*given, *weights, *options, False])  # noqa: E731
         return CachedStep(attention_step_op, record, AttentionState, wide(norm.weight), size_of(self))
 
     def _shapes(self) -> tuple[tuple[int, ...], ...]:

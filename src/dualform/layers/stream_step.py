@@ -46,7 +46,7 @@ def wide_of(m: Tensor | None) -> Any:
     return None if m is None else m.detach().to(wide(m))
 
 
-def weights_of(into: Any, out: Any) -> tuple[Tensor | None, ...]:
+def weights_of(into: Any, out: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
     """The matrices and biases of the maps in and out, and the scales of those matrices, as records have them."""
     return into.weight, wide_of(into.bias), out.weight, wide_of(out.bias), scales_of(into), scales_of(out)
 
