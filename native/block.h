@@ -62,6 +62,12 @@ INLINE Map<T> map(const S& s, const Matrix& matrix, int64_t outputs, Arena& aren
   return {matrix, depth, outputs, by_tiles(s) ? arena.take<T>(size) : nullptr};
 }
 
+// A matrix of a step that takes all rows together.
+template <class T, class S>
+INLINE Map<T> map(const S& s, const void* data, const void* scales, int64_t depth, int64_t outputs) {
+  return {matrix(s, data, scales, depth), depth, outputs, nullptr};
+}
+
 template <class T>
 INLINE void turn(const Map<T>& map) {
   dense::turn(map.matrix, map.depth, map.outputs, map.turned);
@@ -95,6 +101,7 @@ INLINE void in_spans(const S& s, std::initializer_list<Map<T>> maps, int64_t pha
       for (int64_t i = 0; i < phases; i++) run(tile, i, 0, size_of(i, tile.rows));
     }
 }
+
 // The norms of the rows [first, end) of a span.
 template <class T, class S>
 INLINE void enter(const S& s, Span span, int64_t first, int64_t end, T* to) {
@@ -130,7 +137,7 @@ INLINE void convolve(const S& s, int64_t row, int64_t channels, int64_t first, i
     convolve(s, row, channels, first, end, x, s.taps - 1);
 }
 
-// Outputs [first, end) of x + out(y), where y (rows, D).
+// Outputs [first, end) of x + out(y), where y has rows of D numbers.
 template <class T, class S>
 INLINE void leave(const S& s, const Map<T>& out, Lines<T> y, Span span, int64_t first, int64_t end) {
   const T *x = static_cast<const T*>(s.x), *bias = static_cast<const T*>(s.out_bias);

@@ -57,9 +57,21 @@ INLINE vec<T> widen_some(const W* p, int64_t count) {
 }
 
 // Outputs that are summed at once, each a stream of memory of its own; rows of x that share what is read.
-constexpr int OUTPUTS = 4, ROWS = WIDTH == 64 ? 6 : 2;
+constexpr int OUTPUTS = 4, ROWS = WIDTH == 64 ? 6 : WIDTH == 32 ? 3 : 2;
 
 // The sum over the lanes of each of four vectors.
+#if defined(__AVX512F__)
+INLINE void totals(const vec<float>* v, float* sums) {
+  const __m512 all = (__m512)merge(v);
+  const __m128 half = _mm_add_ps(_mm512_castps512_ps128(all), _mm512_extractf32x4_ps(all, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm_add_ps(half, _mm512_extractf32x4_ps(all, 2)), _mm512_extractf32x4_ps(all, 3)));
+}
+#elif defined(__AVX2__)
+INLINE void totals(const vec<float>* v, float* sums) {
+  const __m256 all = (__m256)merge(v);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+#else
 INLINE void totals(const vec<float>* v, float* sums) {
   float lanes[LANES<float>];
   store(lanes, merge(v));
@@ -68,6 +80,7 @@ INLINE void totals(const vec<float>* v, float* sums) {
     for (int i = 4; i < LANES<float>; i += 4) sums[j] += lanes[i + j];
   }
 }
+#endif
 INLINE void totals(const vec<double>* v, double* sums) {
   for (int pair = 0; pair < 2; pair++) {
     double lanes[LANES<double>];
@@ -120,12 +133,24 @@ INLINE T column(const Scaled& row, int64_t k) {
   return T(row.data[k]) * row.scales[k / row.group];
 }
 
-// The sums of OUTPUTS rows of W with R rows of x. Meanwhile the next OUTPUTS rows of W are on their way to the cache:
-// the processor's own prefetching, which begins anew with every row, leaves half of the memory's speed unused.
+// Zeros, one by one: where the compiler fills the whole array at once, it does so in memory, which takes as long as a
+// short row of products.
+template <int R, class V>
+INLINE void clear(V (&sum)[R][OUTPUTS]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int m = 0; m < OUTPUTS; m++) sum[r][m] = V{};
+}
+
+// The sums of OUTPUTS rows of W with R rows of x. Meanwhile the next OUTPUTS rows of W are on their way to the cache,
+// if these are the first rows of x: the processor's own prefetching, which begins anew with every row, leaves half of
+// the memory's speed unused.
 template <int R, class T, class W>
-INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, T (&sums)[R][OUTPUTS]) {
+INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, bool ahead, T (&sums)[R][OUTPUTS]) {
   constexpr int L = LANES<T>;
-  vec<T> sum[R][OUTPUTS] = {};
+  vec<T> sum[R][OUTPUTS];
+  clear(sum);
   int64_t k = 0;
   for (; k + L <= depth; k += L) {
     vec<T> column[R];
@@ -133,7 +158,7 @@ INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, T (&su
     for (int r = 0; r < R; r++) column[r] = load(x[r] + k);
 #pragma GCC unroll 8
     for (int m = 0; m < OUTPUTS; m++) {
-      __builtin_prefetch(w[m] + k + OUTPUTS * depth, 0, 3);
+      if (ahead) __builtin_prefetch(w[m] + k + OUTPUTS * depth, 0, 3);
       const vec<T> weights = widen(w[m] + k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) sum[r][m] = fma(weights, column[r], sum[r][m]);
@@ -151,9 +176,10 @@ INLINE void tile(const W* const (&w)[OUTPUTS], Lines<T> x, int64_t depth, T (&su
 
 // The same of whole numbers, which get their scales as they are widened.
 template <int R>
-INLINE void tile(const Scaled (&w)[OUTPUTS], Lines<float> x, int64_t depth, float (&sums)[R][OUTPUTS]) {
+INLINE void tile(const Scaled (&w)[OUTPUTS], Lines<float> x, int64_t depth, bool ahead, float (&sums)[R][OUTPUTS]) {
   constexpr int L = LANES<float>;
-  vec<float> sum[R][OUTPUTS] = {};
+  vec<float> sum[R][OUTPUTS];
+  clear(sum);
   int64_t k = 0, g = 0, left = w[0].group;
   for (; k + L <= depth; k += L) {
     vec<float> column[R];
@@ -161,7 +187,7 @@ INLINE void tile(const Scaled (&w)[OUTPUTS], Lines<float> x, int64_t depth, floa
     for (int r = 0; r < R; r++) column[r] = load(x[r] + k);
 #pragma GCC unroll 8
     for (int m = 0; m < OUTPUTS; m++) {
-      if (k % LINE == 0) __builtin_prefetch(w[m].data + k + OUTPUTS * depth, 0, 3);
+      if (ahead && k % LINE == 0) __builtin_prefetch(w[m].data + k + OUTPUTS * depth, 0, 3);
       const vec<float> weights = widen(w[m].data + k) * w[m].scales[g];
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) sum[r][m] = fma(weights, column[r], sum[r][m]);
@@ -220,7 +246,7 @@ INLINE void across(const W (&w)[OUTPUTS], Lines<T> x, int64_t depth, int64_t row
                    const F& give, int64_t row = 0) {
   for (; rows - row >= R; row += R) {
     T sums[R][OUTPUTS];
-    tile<R>(w, Lines<T>{x[row], x.stride}, depth, sums);
+    tile<R>(w, Lines<T>{x[row], x.stride}, depth, row == 0, sums);
     for (int r = 0; r < R; r++)
       for (int64_t m = 0; m < count; m++) give(at + m, row + r, sums[r][m]);
   }

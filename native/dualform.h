@@ -11,11 +11,12 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 17  // of this interface
+#define DUALFORM_VERSION 18  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
-// whether the memory behind a pointer is as large as the sizes say, it cannot know.
-enum { DONE = 0, NO_MEMORY = 1, REFUSED = 2 };
+// whether the memory behind a pointer is as large as the sizes say, it cannot know. FULL: a cache has no slot for one
+// more token, and nothing was done.
+enum { DONE = 0, NO_MEMORY = 1, REFUSED = 2, FULL = 3 };
 
 typedef struct {
   uint16_t bits;
@@ -352,7 +353,76 @@ typedef struct {
   void *y, *next_h;
 } LtiStep;
 
-enum { MAMBA_STEP = 0, MAMBA2_STEP = 1, LTI_STEP = 2 };
+// The same with attention as the mixer, of H query heads of width P and G heads of keys (P) and values (V). Position p
+// of a row lies in slot p of its cache, or in slot p mod S of a ring. The first 2 R features of a query or key are
+// turned in pairs: i and R + i, or interleaved 2 i and 2 i + 1. The caches are written where they are.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;     // that is computed in: of all but the matrices and the caches
+  int64_t matrices;  // the dtype of the matrices: the same, or of 8 or 16 bits beside float
+  int64_t caches;    // the dtype of keys and values: the same, or of 16 bits beside float
+  int64_t rows, features, heads, groups, width, values, slots, turned;
+  int64_t group;  // where matrices are INT8: neighbours in a row that share a scale, as in Linear
+  int64_t ring, interleaved;
+  double eps, scale, softcap, magnitude;  // factor of the scores; their bound, or 0; factor of turned features
+  const void* x;                          // (rows, M)
+  const int64_t* length;                  // (rows), tokens that a row has seen; below S without a ring
+  const void* norm;                       // (M)
+  const void *in_weight, *in_bias;        // ((H + G) P + G V, M) and as many, or null
+  const double* frequencies;              // (R), the angle by which a pair turns in a step
+  const void *out_weight, *out_bias;      // (M, H V), (M) or null
+  const void *in_scales, *out_scales;     // of the matrices, where those are INT8
+  void *y, *k, *v;                        // the last two: (rows, S, G, P) and (rows, S, G, V)
+  int64_t* next_length;
+} AttentionStep;
+
+enum { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4 };
+
+// The same with a feed-forward of D hidden features in the place of the mixer: x + down(f(gate(u)) up(u)), or without a
+// gate x + down(f(up(u))), where u = norm(x). Of a gated matrix the first D rows are those of the gate.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;     // that is computed in: of all but the matrices
+  int64_t matrices;  // the dtype of the matrices: the same, or of 8 or 16 bits beside float
+  int64_t rows, features, hidden;
+  int64_t group;  // where matrices are INT8: neighbours in a row that share a scale, as in Linear
+  int64_t gated, activation;
+  double eps, factor;  // the second: of what the activation reads
+  const void* x;
+  const void* norm;                   // (M)
+  const void *in_weight, *in_bias;    // (2 D, M) and (2 D), or without a gate (D, M) and (D); a bias may be null
+  const void *out_weight, *out_bias;  // (M, D), (M) or null
+  const void *in_scales, *out_scales;
+  void* y;
+} MlpStep;
+
+// What follows the last block: y = W norm(x) + bias, times a factor, then bounded to `cap` tanh(y / cap).
+typedef struct {
+  int64_t threads;
+  int64_t dtype;     // that is computed in: of all but the matrix
+  int64_t matrices;  // the dtype of the matrix: the same, or of 8 or 16 bits beside float
+  int64_t rows, features, outputs;
+  int64_t group;            // where the matrix is INT8: neighbours in a row that share a scale, as in Linear
+  double eps, factor, cap;  // the last one: 0 for no bound
+  const void* x;
+  const void* norm;                   // (M)
+  const void *out_weight, *out_bias;  // (V, M), (V) or null
+  const void* out_scales;
+  View y;  // (rows, V)
+} HeadStep;
+
+enum { MAMBA_STEP = 0, MAMBA2_STEP = 1, LTI_STEP = 2, ATTENTION_STEP = 3, MLP_STEP = 4, HEAD_STEP = 5 };
+
+// A token of each row, from logits and the options of the row: temperature, k, p, the least share, and the penalties of
+// tokens that were seen; 0 for no k, infinity for no p. The number drawn is in [0, 1).
+typedef struct {
+  int64_t threads;
+  int64_t rows, tokens, remembered;
+  View logits;                    // (rows, V)
+  const double *options, *draws;  // (rows, 6) and (rows)
+  const int64_t* history;         // (rows, remembered); negative ones are none
+  int64_t *token, *finite;        // (rows): the token, and whether the logits were finite
+} Draw;
 
 // Steps of blocks, one after the other.
 typedef struct {

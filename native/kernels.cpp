@@ -1,15 +1,12 @@
 // Compiled once for every instruction set, with its flags and its name in DUALFORM_ISA.
 #include "kernels.h"
 
-#include "block.h"
 #include "causal_conv1d.h"
-#include "dense.h"
 #include "diagonal_ssm.h"
 #include "kalman.h"
 #include "kalman_reverse.h"
 #include "kalman_smoother.h"
 #include "linear_scan.h"
-#include "lti_step.h"
 #include "norm.h"
 #include "selective_scan.h"
 #include "ssd.h"
@@ -25,6 +22,7 @@ namespace isa = DUALFORM_ISA;
 const Kernels NAME(kernels_, DUALFORM_ISA) = {
     QUOTED(DUALFORM_ISA),
     isa::WIDTH,
+    &NAME(steps_, DUALFORM_ISA),
     {isa::selective::forward<float>, isa::selective::forward<double>},
     {isa::selective::backward<float>, isa::selective::backward<double>},
     {isa::ssd::forward<float>, isa::ssd::forward<double>},
@@ -41,13 +39,8 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::update::conv<float>, isa::update::conv<double>},
     {isa::norm::forward<float>, isa::norm::forward<double>},
     {isa::norm::backward<float>, isa::norm::backward<double>},
-    {isa::dense::read_rows<float>, isa::dense::read_rows<double>},
-    {isa::dense::forward<float>, isa::dense::forward<double>},
     {isa::kalman::forward<float>, isa::kalman::forward<double>},
     {isa::kalman::backward<float>, isa::kalman::backward<double>},
     isa::kalman::smooth,
-    {isa::block::mamba<float>, isa::block::mamba<double>},
-    {isa::block::mamba2<float>, isa::block::mamba2<double>},
-    {isa::block::lti<float>, isa::block::lti<double>},
     {isa::add_groups<float>, isa::add_groups<double>},
 };

@@ -1,11 +1,25 @@
-// The kernels of one instruction set.
+// The kernels of one instruction set: those of sequences and updates, and those of products with a few rows, which are
+// compiled apart.
 #pragma once
 
 #include "common.h"
 
+struct StepKernels {
+  int64_t (*read_rows[2])(const Linear&, void* memory);
+  void (*linear[2])(const Linear&, const void* x, int64_t first, int64_t end);
+  // Units [first, end) of one phase, some of them by the thread of a seat; the phases of a step follow each other.
+  int64_t (*mamba_step[2])(const MambaStep&, int64_t phase, int64_t first, int64_t end, int64_t seat, void* memory);
+  int64_t (*mamba2_step[2])(const Mamba2Step&, int64_t phase, int64_t first, int64_t end, int64_t seat, void* memory);
+  int64_t (*lti_step[2])(const LtiStep&, int64_t phase, int64_t first, int64_t end, int64_t seat, void* memory);
+  int64_t (*attention_step[2])(const AttentionStep&, int64_t phase, int64_t first, int64_t end, void* memory);
+  int64_t (*mlp_step[2])(const MlpStep&, int64_t phase, int64_t first, int64_t end, void* memory);
+  int64_t (*head_step[2])(const HeadStep&, int64_t phase, int64_t first, int64_t end, void* memory);
+};
+
 struct Kernels {
   const char* name;
   int64_t width;  // bytes of a vector
+  const StepKernels* steps;
   // Each for float and for double states. Without scratch memory they only return how many bytes of it they need.
   int64_t (*selective_scan[2])(const SelectiveScan&, const Task&);
   int64_t (*selective_scan_backward[2])(const SelectiveScan&, const Task&, const Parts&);
@@ -21,20 +35,15 @@ struct Kernels {
   int64_t (*conv_update[2])(const ConvUpdate&, int64_t row, int64_t first, int64_t end, void* memory);
   int64_t (*norm[2])(const Norm&, int64_t first, int64_t end, void* memory);
   int64_t (*norm_backward[2])(const Norm&, int64_t first, int64_t end, void* dweight, void* dbias, void* memory);
-  int64_t (*read_rows[2])(const Linear&, void* memory);
-  void (*linear[2])(const Linear&, const void* x, int64_t first, int64_t end);
   int64_t (*kalman_filter[2])(const KalmanFilter&, int64_t first, int64_t end, void* memory);
   int64_t (*kalman_filter_backward[2])(const KalmanFilter&, int64_t first, int64_t end, void* memory);
   int64_t (*kalman_smoother)(const KalmanFilter&, int64_t first, int64_t end, void* memory);
-  // Units [first, end) of one phase, by the thread of a seat; the phases of a step follow each other.
-  int64_t (*mamba_step[2])(const MambaStep&, int64_t phase, int64_t first, int64_t end, int64_t seat, void* memory);
-  int64_t (*mamba2_step[2])(const Mamba2Step&, int64_t phase, int64_t first, int64_t end, int64_t seat, void* memory);
-  int64_t (*lti_step[2])(const LtiStep&, int64_t phase, int64_t first, int64_t end, int64_t seat, void* memory);
   void (*add_groups[2])(const Groups&, int64_t row);
 };
 
 extern const Kernels kernels_baseline;
+extern const StepKernels steps_baseline;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512;
+extern const StepKernels steps_avx2, steps_avx512;
 #endif

@@ -59,10 +59,10 @@ class Line {
                     s.y, s.next_h});
     if (s.taps > 1) check_pointers({s.conv, s.next_conv});
     const int64_t M = s.features, D = s.width, all = s.rank + 2 * s.states, rows = s.rows;
-    bytes_ = std::max(bytes_, kernels->mamba_step[s.dtype](s, 0, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->mamba_step[s.dtype](s, 0, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t seat, void* memory) {
       const MambaStep& step = *static_cast<const MambaStep*>(phase.step);
-      kernels->mamba_step[step.dtype](step, phase.number, first, end, seat, memory);
+      kernels->steps->mamba_step[step.dtype](step, phase.number, first, end, seat, memory);
     });
     if (by_tiles(s)) return tiles(s, 4, rows * D * 8 * s.states);
     phase(rows, 1, rows * M);
@@ -81,10 +81,10 @@ class Line {
     if (s.taps > 1) check_pointers({s.conv, s.next_conv});
     const int64_t M = s.features, D = s.heads * s.width, rows = s.rows;
     const int64_t all = 2 * D + 2 * s.groups * s.states + s.heads;
-    bytes_ = std::max(bytes_, kernels->mamba2_step[s.dtype](s, 0, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->mamba2_step[s.dtype](s, 0, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t seat, void* memory) {
       const Mamba2Step& step = *static_cast<const Mamba2Step*>(phase.step);
-      kernels->mamba2_step[step.dtype](step, phase.number, first, end, seat, memory);
+      kernels->steps->mamba2_step[step.dtype](step, phase.number, first, end, seat, memory);
     });
     if (by_tiles(s)) return tiles(s, 2, rows * D * s.states * 2);
     phase(rows, 1, rows * M);
@@ -100,16 +100,74 @@ class Line {
     if (!check_sizes({s.rows, s.features, s.states})) return;
     check_pointers({s.x, s.h, s.norm, s.a, s.b, s.c, s.d, s.out_weight, s.y, s.next_h});
     const int64_t M = s.features, N = s.states, rows = s.rows;
-    bytes_ = std::max(bytes_, kernels->lti_step[s.dtype](s, 0, 0, 0, 0, nullptr));
+    bytes_ = std::max(bytes_, kernels->steps->lti_step[s.dtype](s, 0, 0, 0, 0, nullptr));
     begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t seat, void* memory) {
       const LtiStep& step = *static_cast<const LtiStep*>(phase.step);
-      kernels->lti_step[step.dtype](step, phase.number, first, end, seat, memory);
+      kernels->steps->lti_step[step.dtype](step, phase.number, first, end, seat, memory);
     });
     if (by_tiles(s)) return tiles(s, s.shared ? 3 : 1, rows * M * N * 8);
     phase(rows, 1, rows * M);
     phase(s.shared ? 2 * N : rows * M, TOGETHER, rows * M * N * 8);
     phase(s.shared ? M : 0, TOGETHER, rows * M * N * 2);
     phase(M, TOGETHER, rows * M * M * 2);
+  }
+
+  void add(const AttentionStep& s) {
+    check_matrices(s.dtype, s.matrices, {s.in_scales, s.out_scales}, s.group, std::max(s.features, s.heads * s.values));
+    require(s.caches == s.dtype || (s.dtype == FLOAT32 && is_narrow(s.caches)));
+    require(is_flag(s.ring) && is_flag(s.interleaved) && s.turned >= 0 && 2 * s.turned <= s.width);
+    if (!check_sizes({s.rows, s.features, s.heads, s.groups, s.width, s.values})) return;
+    check_groups(s.groups, s.heads);
+    check_pointers({s.x, s.length, s.norm, s.in_weight, s.out_weight, s.y, s.next_length});
+    if (s.turned > 0) check_pointers({s.frequencies});
+    require(s.slots >= (s.ring ? 1 : 0));
+    for (int64_t row = 0; row < s.rows; row++) {
+      require(s.length[row] >= 0);
+      if (!s.ring && s.length[row] >= s.slots) throw Full();
+    }
+    check_pointers({s.k, s.v});
+    const int64_t M = s.features, rows = s.rows, D = s.heads * s.values;
+    const int64_t all = (s.heads + s.groups) * s.width + s.groups * s.values;
+    const int64_t longest = std::min(s.slots, *std::max_element(s.length, s.length + rows) + 1);
+    bytes_ = std::max(bytes_, kernels->steps->attention_step[s.dtype](s, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t, void* memory) {
+      const AttentionStep& step = *static_cast<const AttentionStep*>(phase.step);
+      kernels->steps->attention_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(rows, 1, rows * (M + s.turned * 32));
+    phase(all, TOGETHER, rows * all * M);
+    phase(rows * s.groups, 1, rows * s.heads * longest * (s.width + s.values));
+    phase(M, TOGETHER, rows * M * D);
+  }
+
+  void add(const MlpStep& s) {
+    check_matrices(s.dtype, s.matrices, {s.in_scales, s.out_scales}, s.group, std::max(s.features, s.hidden));
+    require(is_flag(s.gated) && s.activation >= SILU && s.activation <= RELU2);
+    if (!check_sizes({s.rows, s.features, s.hidden})) return;
+    check_pointers({s.x, s.norm, s.in_weight, s.out_weight, s.y});
+    const int64_t M = s.features, D = s.hidden, rows = s.rows;
+    bytes_ = std::max(bytes_, kernels->steps->mlp_step[s.dtype](s, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t, void* memory) {
+      const MlpStep& step = *static_cast<const MlpStep*>(phase.step);
+      kernels->steps->mlp_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(rows, 1, rows * M);
+    phase(D, TOGETHER, rows * D * M * (1 + s.gated));
+    phase(M, TOGETHER, rows * M * D);
+  }
+
+  void add(const HeadStep& s) {
+    check_matrices(s.dtype, s.matrices, {s.out_scales}, s.group, s.features);
+    if (!check_sizes({s.rows, s.features, s.outputs})) return;
+    check_pointers({s.x, s.norm, s.out_weight});
+    check_views({&s.y});
+    bytes_ = std::max(bytes_, kernels->steps->head_step[s.dtype](s, 0, 0, 0, nullptr));
+    begin(&s, s.threads, [](const Phase& phase, int64_t first, int64_t end, int64_t, void* memory) {
+      const HeadStep& step = *static_cast<const HeadStep*>(phase.step);
+      kernels->steps->head_step[step.dtype](step, phase.number, first, end, memory);
+    });
+    phase(s.rows, 1, s.rows * s.features);
+    phase(s.outputs, TOGETHER, s.rows * s.features * s.outputs);
   }
 
   // A thread that comes late begins where the others are, and none waits for it.
@@ -171,12 +229,12 @@ EXPORT int dualform_linear(const Linear* s) {
     }
     const void* x = s->x.data;
     if (s->x.dtype != s->dtype || s->x.row != s->inputs) {
-      auto read_rows = kernels->read_rows[s->dtype];
+      auto read_rows = kernels->steps->read_rows[s->dtype];
       void* copy = memory_of(at_least_one(read_rows(*s, nullptr)));
       if (s->inputs > 0) read_rows(*s, copy);
       x = copy;
     }
-    auto kernel = kernels->linear[s->dtype];
+    auto kernel = kernels->steps->linear[s->dtype];
     by_parts(s->threads, s->rows * s->inputs * s->outputs, s->outputs, TOGETHER,
              [&](int64_t first, int64_t end) { kernel(*s, x, first, end); });
   });
@@ -194,6 +252,9 @@ static int run_step(const S* s) {
 EXPORT int dualform_mamba_step(const MambaStep* s) { return run_step(s); }
 EXPORT int dualform_mamba2_step(const Mamba2Step* s) { return run_step(s); }
 EXPORT int dualform_lti_step(const LtiStep* s) { return run_step(s); }
+EXPORT int dualform_attention_step(const AttentionStep* s) { return run_step(s); }
+EXPORT int dualform_mlp_step(const MlpStep* s) { return run_step(s); }
+EXPORT int dualform_head_step(const HeadStep* s) { return run_step(s); }
 
 EXPORT int dualform_steps(const Steps* s) {
   return guarded([&] {
@@ -202,10 +263,13 @@ EXPORT int dualform_steps(const Steps* s) {
     Line line;
     for (int64_t i = 0; i < s->count; i++) {
       const void* step = reinterpret_cast<const void*>(s->steps[i]);
-      require(step && s->kinds[i] >= MAMBA_STEP && s->kinds[i] <= LTI_STEP);
+      require(step && s->kinds[i] >= MAMBA_STEP && s->kinds[i] <= HEAD_STEP);
       if (s->kinds[i] == MAMBA_STEP) line.add(*static_cast<const MambaStep*>(step));
       if (s->kinds[i] == MAMBA2_STEP) line.add(*static_cast<const Mamba2Step*>(step));
       if (s->kinds[i] == LTI_STEP) line.add(*static_cast<const LtiStep*>(step));
+      if (s->kinds[i] == ATTENTION_STEP) line.add(*static_cast<const AttentionStep*>(step));
+      if (s->kinds[i] == MLP_STEP) line.add(*static_cast<const MlpStep*>(step));
+      if (s->kinds[i] == HEAD_STEP) line.add(*static_cast<const HeadStep*>(step));
     }
     line.run();
   });

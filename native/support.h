@@ -24,6 +24,9 @@ inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // memory that is not ours.
 struct Refused {};
 
+// A cache has no slot for one more token.
+struct Full {};
+
 inline void require(bool fits) {
   if (!fits) throw Refused();
 }
@@ -77,6 +80,8 @@ int guarded(const F& f) {
     return NO_MEMORY;
   } catch (const Refused&) {
     return REFUSED;
+  } catch (const Full&) {
+    return FULL;
   }
 }
 

@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualform.check.block_steps import lti_block, mamba2_block, mamba_block
+from dualform.check.block_steps import (
+    attention_block,
+    head_block,
+    lti_block,
+    mamba2_block,
+    mamba_block,
+    mlp_block,
+)
 from dualform.core.dplr import DiscreteDPLR
 from dualform.core.int8 import quantize
 from dualform.ops.attention import Past
+from dualform.ops.attention_step import AttentionWeights
+from dualform.ops.head_step import HeadWeights
 from dualform.ops.lti_step import LtiWeights
 from dualform.ops.mamba2_step import Mamba2Weights
 from dualform.ops.mamba_step import MATRICES, MambaWeights
+from dualform.ops.mlp_step import ACTIVATIONS, MLPWeights
 
 Arguments = dict[str, Any]
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -539,7 +549,13 @@ def quantized_linear(draw: Draw) -> Arguments:
     }
 
 
-def block(draw: Draw, tensors: dict[str, Tensor], weights: Any, optional: tuple[str, ...]) -> Arguments:
+def block(
+    draw: Draw,
+    tensors: dict[str, Tensor],
+    weights: Any,
+    optional: tuple[str, ...],
+    states: tuple[str, ...] = ("conv", "h"),
+) -> Arguments:
     """A step of a block: matrices of 16 bits beside float32 at times, optional tensors left out, some out of place."""
     narrow = draw.real if draw.real == torch.float64 else draw.dtype
     kept = {k: m for k, m in tensors.items() if k not in optional or draw.chance(0.5)}
@@ -550,7 +566,7 @@ def block(draw: Draw, tensors: dict[str, Tensor], weights: Any, optional: tuple[
     whole = {k for k in kept if kept[k].dtype == torch.int8}
     cast = {k: m if k in whole else m.to(narrow if k in MATRICES else draw.real) for k, m in kept.items()}
     cast = {k: laid_out(m, draw) for k, m in cast.items()}
-    given = {k: cast.pop(k) for k in ("x", "conv", "h")}
+    given = {k: cast.pop(k) for k in ("x", *states)}
     return {**given, "weights": weights(**{name: cast.get(name) for name in weights._fields}), "group": group}
 
 
@@ -605,6 +621,57 @@ def lti_step(draw: Draw) -> Arguments:
     return {"x": x, "h": h, "weights": LtiWeights(**{"out_bias": None, **given}), "eps": draw.one(1e-5, 0.1)}
 
 
+def attention_step(draw: Draw) -> Arguments:
+    groups, ring = draw.one(1, 2, 3), draw.chance(0.5)
+    rows, slots = draw.one(0, 1, 3, 16), draw.one(1, 2, 7, 70, 130)
+    width, values = draw.one(1, 3, 8, 19, 33), draw.one(1, 5, 16, 41)
+    sizes = (rows, draw.one(1, 3, 17, 33), groups * draw.one(1, 2), groups, width, values, slots)
+    made = attention_block(functools.partial(draw.normal, dtype=torch.float64), bias=True, sizes=sizes)
+    k, v = made.pop("k"), made.pop("v")
+    given = block(draw, made, AttentionWeights, ("in_bias", "out_bias"), states=())
+    held = draw.one(draw.real, draw.dtype)
+    frequencies = draw.uniform(draw.random.randint(0, width // 2), dtype=torch.float64)
+    given["weights"] = given["weights"]._replace(frequencies=laid_out(frequencies, draw))
+    length = torch.tensor([draw.random.randrange(3 * slots if ring else slots) for _ in range(rows)], dtype=torch.int64)
+    return {
+        **given,
+        "k": laid_out(k.to(held), draw),
+        "v": laid_out(v.to(held), draw),
+        "length": laid_out(length, draw),
+        "heads": sizes[2],
+        "ring": ring,
+        "interleaved": draw.chance(0.5),
+        "factor": draw.one(None, 0.3),
+        "softcap": draw.one(None, 2.0),
+        "magnitude": draw.one(1.0, 1.2),
+        "eps": draw.one(1e-5, 0.1),
+    }
+
+
+def mlp_step(draw: Draw) -> Arguments:
+    sizes, gated = (draw.one(0, 1, 3, 16), draw.one(1, 3, 17, 33), draw.one(1, 5, 19)), draw.chance(0.5)
+    made = mlp_block(functools.partial(draw.normal, dtype=torch.float64), gated=gated, bias=True, sizes=sizes)
+    return {
+        **block(draw, made, MLPWeights, ("in_bias", "out_bias"), states=()),
+        "gated": gated,
+        "activation": draw.one(*ACTIVATIONS),
+        "factor": draw.one(1.0, 0.3),
+        "eps": draw.one(1e-5, 0.1),
+    }
+
+
+def head_step(draw: Draw) -> Arguments:
+    sizes = draw.one(0, 1, 3, 16), draw.one(1, 3, 17, 33), draw.one(1, 5, 19)
+    made = head_block(functools.partial(draw.normal, dtype=torch.float64), bias=True, sizes=sizes)
+    return {
+        **block(draw, made, HeadWeights, ("out_bias",), states=()),
+        "factor": draw.one(1.0, 0.3),
+        "cap": draw.one(None, 2.0),
+        "eps": draw.one(1e-5, 0.1),
+        "dtype": draw.one(None, draw.dtype),
+    }
+
+
 CALLS: dict[str, Callable[[Draw], Arguments]] = {
     make.__name__: make
     for make in (
@@ -643,6 +710,9 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         mamba_step,
         mamba2_step,
         lti_step,
+        attention_step,
+        mlp_step,
+        head_step,
     )
 }
 # Those without kernels.

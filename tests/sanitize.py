@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -48,7 +49,8 @@ def build(folder: Path, isas: list[str], plant: bool = False) -> Path:
     """Compile the library into a folder, with the kernels of these instruction sets; objects there are used again."""
     flags = dict(re.findall(r"kernels_for\((\w+) ?([^)]*)\)", (NATIVE / "CMakeLists.txt").read_text()))
     objects: dict[Path, list[str]] = {
-        folder / f"{isa}.o": [f"-DDUALFORM_ISA={isa}", *flags[isa].split(), str(NATIVE / "kernels.cpp")] for isa in isas
+        folder / f"{name}_{isa}.o": [f"-DDUALFORM_ISA={isa}", *flags[isa].split(), str(NATIVE / f"{name}.cpp")]
+        for isa, name in product(isas, ("kernels", "step_kernels"))
     }
     # One that is left out is a copy of one that is there, name included, so that nobody chooses it.
     absent = "".join(f"extern const Kernels kernels_{isa} = kernels_{isas[0]};\n" for isa in flags if isa not in isas)
@@ -58,7 +60,11 @@ def build(folder: Path, isas: list[str], plant: bool = False) -> Path:
         assert PLANT[0] in source
         source = source.replace(*PLANT)
     (folder / "library.cpp").write_text(source)
-    for path in (folder / "absent.cpp", folder / "library.cpp", NATIVE / "steps.cpp", NATIVE / "pool.cpp"):
+    for path in (
+        folder / "absent.cpp",
+        folder / "library.cpp",
+        *(NATIVE / f"{name}.cpp" for name in ("steps", "draw", "pool")),
+    ):
         objects[folder / f"{path.stem}.o"] = [f"-I{NATIVE}", str(path)]
     (folder / "library.o").unlink(missing_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

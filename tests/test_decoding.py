@@ -213,7 +213,7 @@ MODELS = {
     "biases": lambda: model(MambaConfig(bias=True), Mamba2Config(d_head=8, bias=True, norm=False)),
     "order": lambda: model(Mamba2Config(d_head=8, norm_before_gate=True, dt_limit=(0.01, 0.2)), pattern="AA"),
     "hybrid": lambda: model(*HYBRID, pattern="ABA"),
-    "runs": lambda: model(MAMBA2, AttentionConfig(heads=2), pattern="AABA"),
+    "runs": lambda: model(MAMBA2, AttentionConfig(heads=2, gate=True), pattern="AABA"),  # the gate has no kernel
     "norms of maps": lambda: model(MambaConfig(norm_maps=1e-5), MAMBA2),
     "heads": lambda: model(MambaConfig(heads=2), MAMBA2),
     "scaled": lambda: model(Mamba2Config(d_head=8, scales=(0.5, 1.0, 2.0, 1.0, 1.5)), MAMBA),
@@ -259,11 +259,11 @@ def test_one_call_runs_a_whole_model(calls):
     lm, token = model(MAMBA, MAMBA2, pattern="ABAB"), torch.tensor([3])
     prepared = lm.prepare()
     _, state = prepared.step(token, lm.init_state(1))
-    assert calls == ["mamba_step", "mamba2_step"] * 2 + ["linear"]
+    assert calls == ["mamba_step", "mamba2_step"] * 2 + ["head_step"]
     calls.clear()
     for _ in range(3):
         _, state = prepared.step(token, state)
-    assert calls == ["steps", "linear"] * 3
+    assert calls == ["steps"] * 3
 
 
 @pytest.mark.parametrize("kind", [StepRegressor, SequenceClassifier])
@@ -288,7 +288,7 @@ def test_a_step_of_a_model_of_sensors_is_one_call(kind, options, calls):
 def test_a_large_layer_of_many_rows_runs_by_the_products_of_pytorch(calls, monkeypatch):
     lm, tokens = MODELS["s4d"](), torch.randint(50, (3, 129))
     want, _ = lm(tokens.T)
-    for size, kernels in ((2**21, ["lti_step", "lti_step", "steps", "steps"]), (0, [])):
+    for size, kernels in ((2**21, ["lti_step", "lti_step", "head_step", "steps", "steps"]), (0, [])):
         monkeypatch.setattr(stream_step, "_SMALL", size)
         calls.clear()
         prepared, state = lm.prepare(), lm.init_state(129)

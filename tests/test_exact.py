@@ -34,6 +34,7 @@ KINDS = {
     "s": (S5Config(d_state=6),),
     "A": (AttentionConfig(heads=3), MLPConfig(d_hidden=29)),
     "W": (AttentionConfig(heads=3, window=5),),
+    "G": (AttentionConfig(heads=3, gate=True), MLPConfig(d_hidden=29)),  # the gate has no kernel
 }
 native = pytest.mark.skipif(bool(library.why_missing()), reason=library.why_missing())
 
@@ -83,7 +84,7 @@ def random_company(model, dice, exact=True):
     return found
 
 
-@pytest.mark.parametrize("pattern", ["mm", "MM", "mM", "SS", "Sms", "MA", "mWSA"])
+@pytest.mark.parametrize("pattern", ["mm", "MM", "mM", "SS", "Sms", "MA", "mWSA", "MG"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_bits_are_those_alone(pattern, seed):
     found = random_company(build(pattern), random.Random(seed))
@@ -97,7 +98,7 @@ def test_the_bits_are_those_alone_in_every_dtype(pattern, dtype):
 
 
 @native
-@pytest.mark.parametrize("pattern", ["mM", "MA"])
+@pytest.mark.parametrize("pattern", ["mM", "MG"])
 def test_without_it_bits_differ(pattern):
     """Otherwise these tests would show nothing."""
     assert not all(random_company(build(pattern), random.Random(0), exact=False))
@@ -107,7 +108,8 @@ def test_without_it_bits_differ(pattern):
 def test_rows_of_kernels_go_on_together():
     assert rows_together(build("mM")) == rows_together(build("mm", torch.bfloat16)) == 16
     assert rows_together(build("mM", tie_embeddings=False)) == rows_together(build("SsM")) == 16
-    alone = [build("MA"), build("mm", torch.float64), build("mm", logit_cap=30.0)]
+    assert rows_together(build("MA")) == rows_together(build("mWSA")) == 16
+    alone = [build("MG"), build("mm", torch.float64), build("mm", logit_cap=30.0)]
     alone += [build("mm", embed_norm="layer"), build("mm", norm="layer")]
     hooked = build("mm", tie_embeddings=False)
     hooked.head.register_forward_hook(lambda *given: None)

@@ -193,7 +193,8 @@ def test_the_table_names_every_op_and_its_backends():
     def backends(op: str) -> list[str]:  # those of other machines, too
         file = SHARED.get(op, f"{op}.py")
         folders = [name for name in ("native", "triton", "cuda") if (OPS_FOLDER / name / file).exists()]
-        folders = ["native"] if op == "lti_step" else folders  # beside the others in block.py
+        if op in ("lti_step", "attention_step", "mlp_step", "head_step"):
+            folders = ["native"]  # beside the others in block.py
         return sorted(["reference", "torch", *folders])
 
     listed = {code_words(name)[0]: sorted(code_words(found)) for name, _, found, *_ in table_rows("op")}

@@ -1,6 +1,7 @@
 """Every filter against a few lines of plain Python, and the draw against its distribution."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -9,14 +10,19 @@ from dualform.core.errors import ArgumentError
 from dualform.generation.options import Sampling
 from dualform.generation.sampling import (
     _GOLDEN,
+    Wants,
     _mix,
+    choose,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     penalize,
     sample,
+    table,
     uniform,
 )
+from dualform.ops.native import library
+from dualform.ops.native.draw import draw
 
 V = 13
 
@@ -238,3 +244,32 @@ def test_no_penalty_is_so_large_that_a_token_beyond_the_vocabulary_is_drawn(pena
     last, history = torch.tensor([1 - 2**-53], dtype=torch.float64), torch.tensor([[0, 1, 2]])
     for logits in ([-100.0, -200.0, -300.0], [100.0, -200.0, 300.0], [0.0, 0.0, -torch.inf]):
         assert 0 <= int(sample(torch.tensor([logits]), Sampling(repetition_penalty=penalty), last, history)) <= 2
+
+
+@pytest.mark.skipif(bool(library.missing), reason=library.missing)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_draws_what_the_definition_draws(dtype, threads):
+    """With ties, as numbers of 16 bits have, tokens that cannot come, and rows that are not finite."""
+    threads(2)
+    dice = random.Random(0)
+    for _ in range(60):
+        rows, width, length = dice.choice([1, 2, 7]), dice.choice([1, 3, 50, 400]), dice.choice([0, 1, 9, 256])
+        logits = (torch.randn(rows, width, dtype=torch.float64) * dice.choice([0.1, 1, 10])).to(dtype)
+        logits[0, -1] = dice.choice([0.0, math.nan, math.inf, -math.inf])
+        samplings = [
+            Sampling(
+                temperature=dice.choice([0.0, 0.5, 2.0]),
+                top_k=dice.choice([0, 1, 5, 300]),
+                top_p=dice.choice([1.0, 0.9, 0.3, 1e-6]),
+                min_p=dice.choice([0.0, 0.1, 1.0]),
+                repetition_penalty=dice.choice([1.0, 1.3, 0.5]),
+                presence_penalty=dice.choice([0.0, 0.5, -0.5]),
+            )
+            for _ in range(rows)
+        ]
+        history, draws = torch.randint(-1, width, (rows, length)), torch.rand(rows, dtype=torch.float64)
+        wants, found = Wants.of(samplings), torch.zeros(2, rows, dtype=torch.int64)
+        tokens, finite = choose(logits, wants, table(samplings), draws, history)
+        draw(logits, table(samplings), draws, history if wants.penalty else None, found)
+        assert torch.equal(found[1] == 1, finite) and torch.equal(found[0][finite], tokens[finite])
+        assert ((found[0] >= 0) & (found[0] < width)).all()

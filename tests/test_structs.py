@@ -47,8 +47,8 @@ def test_the_constants_of_the_header_are_the_same():
     assert int(defines["SSD_SPAN"]) == structs.SSD_SPAN
     dtypes = {name: int(n) for name, n in re.findall(r"(\w*FLOAT\w+) = (\d+)", HEADER)}
     names = {"FLOAT32": float32, "FLOAT64": float64, "BFLOAT16": bfloat16, "FLOAT16": float16}
-    codes = {name: int(n) for name, n in re.findall(r"(NO_MEMORY|REFUSED) = (\d+)", HEADER)}
-    assert codes == {"NO_MEMORY": structs.NO_MEMORY, "REFUSED": structs.REFUSED}
+    codes = {name: int(n) for name, n in re.findall(r"(NO_MEMORY|REFUSED|FULL) = (\d+)", HEADER)}
+    assert codes == {"NO_MEMORY": structs.NO_MEMORY, "REFUSED": structs.REFUSED, "FULL": structs.FULL}
     assert {names[name]: number for name, number in dtypes.items()} == structs.DTYPES
 
 

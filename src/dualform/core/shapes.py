@@ -156,6 +156,9 @@ def check_indices(where: str, name: str, indices: Tensor, below: int, ignored: i
         raise ArgumentError(f"{where}: {name} is {indices.dtype}, expected int32 or int64", hint=hint)
     if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
         return
+    low, high = indices.aminmax()
+    if int(low) >= 0 and int(high) < below:
+        return
     outside = (indices < 0) | (indices >= below)
     if ignored:
         outside &= indices != ignored

@@ -40,10 +40,11 @@ class Engine:
     batches of different sizes may add in different orders, and then tokens differ where two candidates are as close as
     that. With ``exact=True`` they are those of ``generate(..., exact=True)``, and so are the logits bit for bit, on one
     machine with one number of threads: a row is summed in one order, whatever the others do, and prompts are read one
-    by one, in pieces whose borders are multiples of one length. For stacks of Mamba, Mamba-2, S4D, DSS, S5 and LRU
-    alone on a CPU that costs nothing where several rows are taken (Mamba-2 130M: 68 ms for 16 rows with it and without
-    it), and a third more for a row alone; all other models then step one row after the other, so that n rows take n
-    times as long. What is not finite in one row ends its request, and no other.
+    by one, in pieces whose borders are multiples of one length. For stacks of Mamba, Mamba-2, S4D, DSS, S5, LRU,
+    attention and feed-forwards on a CPU, where kernels run the whole step, that costs nothing where several rows are
+    taken (Mamba-2 130M: 68 ms for 16 rows with it and without it), and a third more for a row alone; all other models
+    then step one row after the other, so that n rows take n times as long. What is not finite in one row ends its
+    request, and no other.
 
     Requests wait where all rows are taken, and are served in the order in which they came. A prompt is read in pieces,
     at most as much as one piece between two steps, so that a long prompt does not hold up those that are under way.

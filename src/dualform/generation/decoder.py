@@ -21,9 +21,11 @@ from dualform.generation.capture import captured
 from dualform.generation.exact import rows_together
 from dualform.generation.options import Sampling
 from dualform.generation.prefill import growing
-from dualform.generation.sampling import Wants, choose, likeliest, table, uniforms
+from dualform.generation.sampling import Wants, choose, likeliest, scored, table, uniforms
 from dualform.generation.slots import DRAWS, Slots, free_slot
+from dualform.layers.projection import kernels_run
 from dualform.models.lm import LanguageModel
+from dualform.ops.native.draw import draw
 
 _LEAST_ROOM = 256  # tokens that a growing cache has room for, in a graph
 _IDLE = 128  # tokens that a free row takes before it begins anew; its caches do not grow beyond
@@ -227,20 +229,26 @@ class Decoder:
         return state
 
     def _choose(self) -> None:
-        for at, wants in self._apart() if self._exact else [(slice(None), self._wants)]:
-            logits, history, options, draws, scores = (leaf[at] for leaf in self._slots)
-            draws = draws.index_select(1, self._at)[:, 0] if wants.drawn else draws[:, 0]
-            if wants.drawn or wants.penalty:
-                token, finite = choose(logits, wants, options, draws, history)
-                self._token[at].copy_(token)
-                self._report[1, at].copy_(finite)
-            else:
-                likeliest(logits, self._report[:, at])
-            if self._top is not None:
-                told = logits.log_softmax(-1)
-                best = told.topk(self._top)
-                found = told.gather(1, self._token[at, None]), best.values, best.indices
-                scores.copy_(torch.cat([part.to(scores) for part in found], 1))
+        here, wants = self._slots, self._wants
+        if here.logits.is_cpu and kernels_run("cpu") and self._top is None:  # which draws each row by itself
+            history = here.history if wants.penalty else None
+            draw(here.logits, here.options, here.draws[:, self._column], history, self._report)
+        elif not self._exact:
+            self._choose_of(here, wants, self._report)
+        else:
+            for at, wants in self._apart():
+                self._choose_of(Slots(*(leaf[at] for leaf in here)), wants, self._report[:, at])
+
+    def _choose_of(self, slots: Slots, wants: Wants, report: Tensor) -> None:
+        if wants.drawn or wants.penalty:
+            draws = slots.draws.index_select(1, self._at)[:, 0] if wants.drawn else slots.draws[:, 0]
+            token, finite = choose(slots.logits, wants, slots.options, draws, slots.history)
+            report[0].copy_(token)
+            report[1].copy_(finite)
+        else:
+            likeliest(slots.logits, report)
+        if self._top is not None:
+            slots.scores.copy_(scored(slots.logits, report[0], self._top))
 
     def _apart(self) -> Iterator[tuple[slice, Wants]]:
         """Each row that is taken by itself, and what it wants."""

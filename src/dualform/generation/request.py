@@ -112,14 +112,16 @@ class Request:
 
     def read(self) -> int:
         """Read one piece of the prompt; the number of its tokens, 0 where all were read."""
-        state, size = self.start(), prefill_tokens(self._model)
+        state = self.start()
+        if not len(self._prompt):
+            return 0
+        size = prefill_tokens(self._model)
         if self.exact:
             size -= self._position % size
         piece = self.piece(size)
-        if len(piece):
-            with torch.inference_mode():
-                features, state = self._model.features(piece[None].to(self._logits.device), state)
-                self.took(len(piece), state, features[:, -1:])
+        with torch.inference_mode():
+            features, state = self._model.features(piece[None].to(self._logits.device), state)
+            self.took(len(piece), state, features[:, -1:])
         return len(piece)
 
     def took(self, tokens: int, state: State, features: Tensor) -> None:

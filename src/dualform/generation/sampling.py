@@ -167,6 +167,15 @@ def likeliest(logits: Float[Tensor, "B V"], found: Int[Tensor, "2 B"]) -> None:
         found[1].copy_(top.isfinite())
 
 
+def scored(logits: Float[Tensor, "B V"], tokens: Int[Tensor, " B"], top: int) -> Float[Tensor, "B S"]:
+    """The log-probabilities of tokens, then those of the ``top`` most likely ones, then these; float64."""
+    told = logits.log_softmax(-1)
+    best = told.topk(top)
+    home = _home(logits)
+    parts = told.gather(1, tokens[:, None]), best.values, best.indices
+    return torch.cat([part.to(home, torch.float64) for part in parts], 1)
+
+
 def _home(logits: Tensor) -> torch.device:
     """Where float64 is, for logits that may be where it is not."""
     return torch.device("cpu") if logits.device.type == "mps" else logits.device

@@ -1,28 +1,12 @@
 """The functions between the matrices of a feed-forward, by the names that configs use."""
 
 from collections.abc import Callable
-from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dualform.core.errors import ConfigError
 from dualform.core.options import suggestion
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": _relu2,
-}
-"""``silu`` is ``x s(x)`` with the logistic function s; ``gelu_tanh`` the approximation of ``gelu`` by a tanh; ``relu2``
-the square of ``relu``: So et al. (2021), arXiv:2109.08668."""
+from dualform.ops.mlp_step import ACTIVATIONS
 
 
 def activation(where: str, name: str) -> Callable[[Tensor], Tensor]:

@@ -12,11 +12,14 @@ from dualform.core.options import options
 from dualform.core.packing import Borders, Packing
 from dualform.core.shapes import check_features, wide
 from dualform.core.tree import state_class
-from dualform.layers.cached import CachedAttention
+from dualform.layers.cached import CachedAttention, CachedStep
 from dualform.layers.mixer import check_kind
 from dualform.layers.norms import check_norm_kind, make_norm
 from dualform.layers.projection import project
+from dualform.layers.quantized import group_of
 from dualform.layers.rotary import RotaryConfig, rotate
+from dualform.layers.stream_step import StreamStep, runs_as_stream_step, size_of, weights_of, wide_of
+from dualform.ops.attention_step import AttentionStep, attention_step_op
 from dualform.ops.causal_conv1d import causal_conv1d
 
 
@@ -166,6 +169,24 @@ class Attention(CachedAttention):
         )
         y, cache = self._attend(torch.cat([mixed, qkv[..., width:]], -1) if self.gate else mixed, state, packing)
         return y, ConvAttentionState(conv, cache)
+
+    def prepare_residual(self, norm: Any) -> StreamStep | None:
+        """By :func:`dualform.ops.attention_step.attention_step`, on a CPU: without a convolution, norms and a gate."""
+        simple = not self.d_conv and not self.gate and self.q_norm is None and self.k_norm is None
+        maps = self.qkv_proj, self.out_proj
+        if not simple or type(self) is not Attention or not runs_as_stream_step(norm, self, *maps, devices=("cpu",)):
+            return None
+        if self.out_proj.weight.shape[0] != self.d_model:
+            return None
+        rope = self.rope or RotaryConfig()
+        turning = rope.frequencies(0 if self.rope is None else self.d_rope // 2, norm.weight.device, torch.float64)
+        into, in_bias, *rest = weights_of(*maps)
+        weights = [wide_of(norm.weight), into, in_bias, turning, *rest]
+        factor = self.scale / math.sqrt(self.d_head)
+        turns = rope.interleaved, factor, self.softcap or 0.0, float(rope.size())
+        options = self.heads, self.window is not None, *turns, norm.eps, group_of(self.qkv_proj)
+        record = lambda *given: AttentionStep._make([*given, *weights, *options, False])  # noqa: E731
+        return CachedStep(attention_step_op, record, AttentionState, wide(norm.weight), size_of(self))
 
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
         return (self.kv_heads, self.d_head), (self.kv_heads, self.d_sum)

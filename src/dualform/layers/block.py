@@ -17,7 +17,7 @@ from dualform.layers.drop import Drop, check_rates, left
 from dualform.layers.low_rank import adapt
 from dualform.layers.mixer import Mixer, PartConfig, Prepared, Step
 from dualform.layers.norms import check_norm_kind, counting, make_norm
-from dualform.layers.part import ELSEWHERE, as_weights, check_parts
+from dualform.layers.part import ELSEWHERE, Part, as_weights, check_parts
 from dualform.layers.stream_step import StreamStep
 
 Call = Callable[[Any, Tensor], Tensor]  # (part, y) -> what it makes of y; (how it stands, that) -> what is left of it
@@ -243,7 +243,7 @@ class Block(nn.Module):
         found = {}
         for s, norm, part, _ in self._sublayers():
             usual = SublayerConfig(s.part, eps=s.eps, dropout=s.dropout, drop_path=s.drop_path)  # steps drop nothing
-            plain = s == usual and not self.parallel and isinstance(part, Mixer)
+            plain = s == usual and not self.parallel and isinstance(part, Part)
             if plain and (step := part.prepare_residual(norm)) is not None:
                 found[part] = step
         return found
@@ -271,9 +271,10 @@ class Block(nn.Module):
             return made
 
         def residual(part: Any, x: Tensor) -> Tensor | None:
-            if part not in residuals or timing or (made := residuals[part](x, old[len(new)])) is None:
+            state = old[len(new)] if _mixes(part) else ()
+            if part not in residuals or timing or (made := residuals[part](x, state)) is None:
                 return None
-            new.append(made[1])
+            new.extend([made[1]] if _mixes(part) else [])
             return made[0]
 
         return self._run(x, call, context, residual=residual if residuals else None), tuple(new)

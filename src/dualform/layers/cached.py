@@ -11,6 +11,7 @@ from dualform.core.packing import Packing, readable
 from dualform.core.ring import blank_where_full, held, write
 from dualform.core.shapes import check_tensors, larger, once_per_shape
 from dualform.layers.mixer import Mixer, check_kind
+from dualform.layers.stream_step import StreamStep
 from dualform.ops.attention import Past, attention, causal, over
 
 
@@ -173,6 +174,25 @@ def _check_caches(
     for name, cache, shape in zip(names, state[:-1], shapes, strict=False):
         leaves[f"state.{name}"] = cache, f"R {window or 'S'} {' '.join(map(str, shape))}"
     check_tensors(where, **leaves)
+
+
+class CachedStep(StreamStep):
+    """A step of a layer whose state is caches, of 16 bits too, and the lengths of rows.
+
+    Caches that grow get room where a row needs it.
+    """
+
+    def fits(self, x: Tensor, state: Any) -> bool:
+        """Whether the caches have dtypes that kernels read beside that of x."""
+        if not isinstance(state, self.kind) or state.length.dtype != torch.int64 or not x.is_cpu:
+            return False
+        return all(m.dtype in (self.dtype, torch.bfloat16, torch.float16) for m in state[:-1])
+
+    def roomy(self, record: Any, state: Any) -> Any:
+        """The state with a slot for one more token in each row."""
+        if record.ring or not state.length.numel():
+            return state
+        return _grow(state, int(state.length.max()) + 1)
 
 
 class _Layout(NamedTuple):

@@ -102,13 +102,6 @@ class Mixer(Part):
         """
         return Prepared(self.step)
 
-    def prepare_residual(self, norm: Any) -> Any:
-        """Steps of ``x + layer(norm(x))``, a :class:`~dualform.layers.stream_step.StreamStep`; None without a kernel.
-
-        What depends on the weights alone is computed in advance, as in :meth:`prepare`.
-        """
-        return None
-
 
 _ORIGIN = "a state comes from init_state, forward or step of the same layer"
 

@@ -1,15 +1,19 @@
 """The feed-forward layers of language models. They map every step by itself, and so have no state."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
+from dualform.core.shapes import wide
 from dualform.layers.activation import activation
 from dualform.layers.part import Part
-from dualform.layers.projection import project
+from dualform.layers.projection import plain, project
+from dualform.layers.quantized import group_of
+from dualform.layers.stream_step import StreamStep, runs_as_stream_step, size_of, weights_of, wide_of
+from dualform.ops.mlp_step import ACTIVATIONS, MLPStep, mlp_step_op
 
 
 @options
@@ -54,7 +58,11 @@ class MLP(Part):
     def __init__(self, config: MLPConfig, d_model: int):
         super().__init__()
         d_hidden = hidden_width("mlp", config.d_hidden, d_model, gated=config.gated)
-        self.gated, self.activation = config.gated, activation("mlp", config.activation)
+        self.gated, self.function, self.activation = (
+            config.gated,
+            config.activation,
+            activation("mlp", config.activation),
+        )
         self.gate_scale = config.gate_scale
         if config.gated:
             self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=config.bias)
@@ -68,6 +76,16 @@ class MLP(Part):
             return project(self.down_proj, self.activation(self._scaled(project(self.up_proj, x))))
         gate, up = project(self.gate_up_proj, x).chunk(2, -1)
         return project(self.down_proj, self.activation(self._scaled(gate)) * up)
+
+    def prepare_residual(self, norm: Any) -> StreamStep | None:
+        """By :func:`dualform.ops.mlp_step.mlp_step`, on a CPU."""
+        up: Any = self.gate_up_proj if self.gated else self.up_proj
+        if not plain(self, kind=MLP) or not runs_as_stream_step(norm, self, up, self.down_proj, devices=("cpu",)):
+            return None
+        weights = wide_of(norm.weight), *weights_of(up, self.down_proj)
+        options = self.gated, list(ACTIVATIONS).index(self.function), float(self.gate_scale), norm.eps, group_of(up)
+        record = lambda x: MLPStep(x, *weights, *options)  # noqa: E731
+        return StreamStep(mlp_step_op, record, tuple, wide(norm.weight), size_of(self))
 
     def _scaled(self, gate: Tensor) -> Tensor:
         return gate if self.gate_scale == 1 else self.gate_scale * gate

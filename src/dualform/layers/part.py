@@ -71,6 +71,13 @@ class Part(nn.Module, metaclass=PartClass):
     in_context: bool = False
     idle: int = 0
 
+    def prepare_residual(self, norm: Any) -> Any:
+        """Steps of ``x + layer(norm(x))``, a :class:`~dualform.layers.stream_step.StreamStep`; None without a kernel.
+
+        What depends on the weights alone is computed in advance, as in ``prepare``.
+        """
+        return None
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name in ("forward", "step"):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dualform.core.errors import ConfigError
 from dualform.core.options import options
-from dualform.core.shapes import wide, widest
+from dualform.core.shapes import widest
+from dualform.ops.turned import turned
 
 
 @options
@@ -118,14 +119,5 @@ def rotate(
         Su et al. (2021), arXiv:2104.09864, section 3.2.2, with the pairing of GPT-NeoX and Llama.
     """
     options = RotaryConfig(rope) if isinstance(rope, int | float) else rope
-    half, size = x.shape[-1] // 2, options.size()
-    exact, dtype = widest(x), wide(x)
-    angle = positions[..., None, None] * options.frequencies(half, x.device, exact)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    if size != 1:
-        cos, sin = size * cos, size * sin
-    pairs = x[..., : 2 * half].to(dtype).unflatten(-1, (half, 2) if options.interleaved else (2, half))
-    axis = -1 if options.interleaved else -2
-    a, b = pairs.unbind(axis)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], axis).flatten(-2)
-    return torch.cat([turned, x[..., 2 * half :].to(dtype)], -1).to(x.dtype)
+    frequencies = options.frequencies(x.shape[-1] // 2, x.device, widest(x))
+    return turned(x, positions[..., None, None] * frequencies, options.size(), options.interleaved)

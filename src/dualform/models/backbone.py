@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +18,7 @@ from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import brief
 from dualform.core.packing import Borders, Packing
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_floating, check_indices, check_tensors, once_per_shape, wide
+from dualform.core.shapes import check_indices, check_tensors, wide
 from dualform.layers.block import Block
 from dualform.layers.context import EMBEDDING, Context, Told
 from dualform.layers.drop import Drop, depth_rates, dropout
@@ -30,8 +30,9 @@ from dualform.layers.quantized import TRAINS, quantized_within
 from dualform.models.adapters import Adaptation
 from dualform.models.block_steps import Steps, stream_runs
 from dualform.models.config import ModelConfig
-from dualform.models.entrance import Entrance
+from dualform.models.entrance import Entrance, check_features
 from dualform.models.padding import lay_out
+from dualform.ops.head_step import HeadStep
 from dualform.ops.op import backend, forced
 
 EMBEDDING_STD = 0.02  # of the embedding of a new model
@@ -244,9 +245,13 @@ class Backbone(nn.Module):
         """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
         self._check_timing(rate=rate)
         steps = {block: block.prepare(rate=rate).step for block in self._stack()}  # a shared block once
-        runs = stream_runs(self._stack()) if rate == 1 else {}
+        runs = stream_runs(self._stack(), self._head_step()) if rate == 1 else {}
         found = Steps([steps[block] for block in self._stack()], runs, rate)
         return Prepared(partial(self._step, found))
+
+    def _head_step(self) -> Callable[[Tensor], HeadStep] | None:
+        """What follows the last block in a step, given the stream; None where there is no kernel for it."""
+        return None
 
     @abstractmethod
     def _step(self, steps: Steps, x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
@@ -256,7 +261,15 @@ class Backbone(nn.Module):
         self._check_timing(rate=rate)
         return Steps([partial(block.step, rate=rate) for block in self._stack()], {}, rate)
 
-    def _step_features(self, steps: Steps, x: Tensor, state: State, interval: Tensor | None) -> tuple[Tensor, State]:
+    def _step_features(
+        self,
+        steps: Steps,
+        x: Tensor,
+        state: State,
+        interval: Tensor | None,
+        read: Callable[[Tensor], Tensor] = lambda h: h,
+    ) -> tuple[Tensor, State]:
+        """One element: the features, or what ``read``, the head of :meth:`_head_step`, makes of them; and the state."""
         self._check_inputs(x, "B")
         if interval is not None:
             self._check_timing(interval=interval)
@@ -264,21 +277,24 @@ class Backbone(nn.Module):
         elapsed = steps.rate if interval is None else steps.rate * interval[:, None]
         x, state, held = self._enter(x, state, None, elapsed)
         h, new = self._embed(x), []
-        if interval is None and steps.whole is not None and (behind := steps.whole.continued(h, state)) is not None:
+        whole = steps.whole if interval is None else None
+        if whole is not None and (y := whole.continued(h, state)) is not None:
             assert isinstance(state, tuple)
-            return self.norm(behind), (*state, *held) if held else state
+            return y if whole.head is not None else read(self.norm(y)), (*state, *held) if held else state
         old = self._states(state, x.shape[0])
         context = Context({EMBEDDING: h[:, None]})
         while len(new) < len(old):
             at = len(new)
             run = steps.runs.get(at) if interval is None else None
-            if run is not None and (made := run(h, old[at : at + len(run.steps)])) is not None:
+            if run is not None and (made := run(h, old[at : at + len(run.blocks)])) is not None:
                 h, left = made
                 new.extend(left)
+                if run.head is not None:
+                    return h, (*new, *held)
             else:
                 h, left = steps.alone[at](h, old[at], interval=interval, context=context)
                 new.append(left)
-        return self.norm(h), (*new, *held)
+        return read(self.norm(h)), (*new, *held)
 
     def _enter(
         self, x: Tensor, state: State | None, packing: Packing | None, elapsed: Tensor | float
@@ -365,7 +381,7 @@ class Backbone(nn.Module):
         if self.inputs is None:
             self._check_tokens("tokens", x, axes)
         else:
-            _check_features(self._name, axes, self.inputs, x, self.norm.weight)
+            check_features(self._name, axes, self.inputs, x, self.norm.weight)
 
     def _check_device(self, **given: Tensor) -> None:
         if wrong := other_device(self._name, "model", self.norm.weight.device, given):
@@ -382,12 +398,3 @@ class Backbone(nn.Module):
     @property
     def _name(self) -> str:
         return type(self).__name__
-
-
-@once_per_shape
-def _check_features(where: str, axes: str, inputs: int, x: Tensor, weight: Tensor) -> None:
-    """Features by their shape, dtype and device; the weight is one of the model's."""
-    if wrong := other_device(where, "model", weight.device, {"x": x}):
-        raise wrong
-    check_tensors(where, x=(x, f"{axes} {inputs}"))
-    check_floating(where, x=x)

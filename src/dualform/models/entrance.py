@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualform.core.door import other_device
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import Packing
-from dualform.core.shapes import check_tensors, known, wide
+from dualform.core.shapes import check_floating, check_tensors, known, once_per_shape, wide
 
 MISSING = ("refused", "passed", "marked", "carried")
 DIFFERENCES = "differences"
@@ -210,3 +211,16 @@ class Entrance(nn.Module):
         if isinstance(elapsed, Tensor):
             elapsed = elapsed[..., None].to(steps.dtype)
         return steps / (self.slope.to(steps.dtype) * elapsed)
+
+
+@once_per_shape
+def check_features(where: str, axes: str, inputs: int, x: Tensor, weight: Tensor) -> None:
+    """Features by their shape, dtype and device; the weight is one of the model's.
+
+    Raises:
+        ArgumentError: names what came and what was expected.
+    """
+    if wrong := other_device(where, "model", weight.device, {"x": x}):
+        raise wrong
+    check_tensors(where, x=(x, f"{axes} {inputs}"))
+    check_floating(where, x=x)

@@ -1,7 +1,7 @@
 """The language model: a Recurrence from tokens to logits, made of Recurrences."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,16 @@ from dualform.core.calls import explained
 from dualform.core.errors import ConfigError
 from dualform.core.packing import Borders
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors
-from dualform.layers.projection import project, project_by
-from dualform.layers.quantized import QuantizedEmbedding
+from dualform.core.shapes import check_tensors, wide
+from dualform.layers.norm import RMSNorm
+from dualform.layers.projection import kernels_run, plain, project, project_by
+from dualform.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from dualform.layers.stream_step import wide_of
 from dualform.models.backbone import ELSEWHERE, Backbone, Steps
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED, counted, linear_cross_entropy, mean_cross_entropy
 from dualform.models.padding import Line, lay_out
+from dualform.ops.head_step import HeadStep
 
 
 @explained(elsewhere=ELSEWHERE)
@@ -97,9 +100,24 @@ class LanguageModel(Backbone):
         return self._step(self._block_steps(rate), tokens, state, interval=interval)
 
     def _step(self, steps: Steps, x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
-        h, state = self._step_features(steps, x, state, interval)
-        logits = self._tied(h, project_by) if self.head is None else project(self.head, h)
-        return self._bounded(logits), state
+        return self._step_features(steps, x, state, interval, self._step_logits)
+
+    def _step_logits(self, h: Tensor) -> Tensor:
+        return self._bounded(self._tied(h, project_by) if self.head is None else project(self.head, h))
+
+    def _head_step(self) -> Callable[[Tensor], HeadStep] | None:
+        config, head, norm = self.config, cast("Any", self.embed if self.head is None else self.head), self.norm
+        whole = any(plain(head, kind=kind) for kind in (nn.Linear, nn.Embedding, QuantizedLinear, QuantizedEmbedding))
+        if not whole or not plain(norm, kind=RMSNorm) or not norm.weight.is_cpu or not kernels_run("cpu"):
+            return None
+        weight, scales, bias = head.weight, getattr(head, "scales", None), getattr(head, "bias", None)
+        if type(weight) not in (Tensor, nn.Parameter) or (scales is None and weight.dtype != norm.weight.dtype):
+            return None
+        if scales is not None and wide(norm.weight) != torch.float32:
+            return None
+        options = config.logit_scale, config.logit_cap or 0.0, norm.eps, norm.weight.dtype, getattr(head, "group", 0)
+        weights = wide_of(norm.weight), weight, wide_of(bias), scales
+        return lambda x: HeadStep(x, *weights, *options)
 
     def loss(
         self,

@@ -6,6 +6,7 @@ import torch
 
 from dualform.ops.add_norm import add_norm
 from dualform.ops.attention import attention
+from dualform.ops.attention_step import attention_step
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from dualform.ops.diagonal_ssm import diagonal_ssm
@@ -16,6 +17,7 @@ from dualform.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_upd
 from dualform.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from dualform.ops.gated_norm import gated_norm
 from dualform.ops.grouped_linear import grouped_linear
+from dualform.ops.head_step import head_step
 from dualform.ops.irregular_scan import irregular_scan
 from dualform.ops.irregular_ssm import irregular_ssm
 from dualform.ops.kalman_filter import kalman_filter
@@ -28,6 +30,7 @@ from dualform.ops.lti_step import lti_step
 from dualform.ops.mamba2_step import mamba2_step
 from dualform.ops.mamba_step import mamba_step
 from dualform.ops.mimo_ssm import mimo_ssm
+from dualform.ops.mlp_step import mlp_step
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
 from dualform.ops.quantized_linear import quantized_linear
 from dualform.ops.selective_scan import selective_scan, selective_state_update
@@ -88,6 +91,7 @@ __all__ = [
     "SlowBackendWarning",
     "add_norm",
     "attention",
+    "attention_step",
     "backend",
     "cauchy_kernel",
     "causal_conv1d",
@@ -103,6 +107,7 @@ __all__ = [
     "gated_linear_attention_update",
     "gated_norm",
     "grouped_linear",
+    "head_step",
     "irregular_scan",
     "irregular_ssm",
     "kalman_filter",
@@ -115,6 +120,7 @@ __all__ = [
     "mamba2_step",
     "mamba_step",
     "mimo_ssm",
+    "mlp_step",
     "quantized_linear",
     "selective_scan",
     "selective_state_update",

@@ -109,10 +109,12 @@ class MambaStep(NamedTuple):
 
 
 MATRICES = {"in_weight": "in_scales", "maps": "maps_scales", "steps": "steps_scales", "out_weight": "out_scales"}
-_STATES = ("conv", "h")
+_STATES = ("conv", "h", "k", "v")
 
 
-def check_step_dtypes(where: str, a: Any, matrices: dict[str, str], complex: tuple[str, ...] = ()) -> None:
+def check_step_dtypes(
+    where: str, a: Any, matrices: dict[str, str], complex: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+) -> None:
     """Matrices are of one dtype: that of x, 16 bits beside float32, or 8 with scales; states of that of x, or 16 bits.
 
     Everything else that is real has the dtype of x.
@@ -122,11 +124,12 @@ def check_step_dtypes(where: str, a: Any, matrices: dict[str, str], complex: tup
         a: the record.
         matrices: their names, and those of their scales; "" for one that has none.
         complex: names of what is complex.
+        beside: names of what has a dtype of its own, which is not looked at.
 
     Raises:
         ArgumentError: names the tensor, its dtype and the one that was expected.
     """
-    named = {name: m for name, m in a._asdict().items() if isinstance(m, Tensor) and name not in complex}
+    named = {name: m for name, m in a._asdict().items() if isinstance(m, Tensor) and name not in (*complex, *beside)}
     first, scales = next(iter(matrices)), {of for of in matrices.values() if of}
     x, matrix = named["x"].dtype, named[first].dtype
     if matrix == torch.int8 and scales:
@@ -142,11 +145,12 @@ def check_step_dtypes(where: str, a: Any, matrices: dict[str, str], complex: tup
     fewer = "8 or 16 bits" if scales else "16 bits"
     if matrix != x and (x != torch.float32 or matrix.itemsize > 2):
         raise ArgumentError(f"{where}: {first} is {matrix}, expected {x}, or {fewer} beside float32")
-    for name in (name for name in _STATES if name in named):
+    states = [name for name in _STATES if name in named]
+    for name in states:
         if named[name].dtype != x and (x != torch.float32 or named[name].dtype.itemsize > 2):
             raise ArgumentError(f"{where}: {name} is {named[name].dtype}, expected {x}, or 16 bits beside float32")
     for name, m in named.items():
-        want = matrix if name in matrices else named["conv"].dtype if name in _STATES else x
+        want = matrix if name in matrices else named[states[0]].dtype if name in states else x
         if m.dtype != want:
             raise ArgumentError(f"{where}: {name} is {m.dtype}, expected {want}")
     for name in complex:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.ops.layout import flat_stride, inner_contiguous
-from dualform.ops.native.structs import DTYPES, NO_MEMORY, REFUSED, VERSION
+from dualform.ops.native.structs import DTYPES, FULL, NO_MEMORY, REFUSED, VERSION
 from dualform.ops.structs import Structure
 
 _LARGE = 2**22  # bytes: below, memory that was used before is found again
@@ -62,15 +62,25 @@ def choose(name: str = "") -> str:
     return "" if found is None else found.decode()
 
 
-def call(name: str, structure: Structure, **fields: Any) -> None:
+def call(name: str, structure: Structure | bytes, **fields: Any) -> bool:
     """Run the function ``dualform_<name>`` on a structure with these fields; the call keeps their tensors alive.
+
+    Args:
+        name: of the function.
+        structure: of its argument, or that in memory, whose tensors the caller keeps alive.
+        fields: of the structure.
+
+    Returns:
+        False where a cache has no slot for one more token, so that nothing was done; else True.
 
     Raises:
         ArgumentError: for what no kernel can run; a last guard behind the checks of the ops.
         MemoryError: when the kernel found no memory.
     """
     assert _library is not None
-    found = getattr(_library, f"dualform_{name}")(structure.pack(threads=torch.get_num_threads(), **fields))
+    if not isinstance(structure, bytes):
+        structure = structure.pack(threads=torch.get_num_threads(), **fields)
+    found = getattr(_library, f"dualform_{name}")(structure)
     if found == NO_MEMORY:
         raise MemoryError(f"{name}: the kernel found no memory for its intermediate results")
     if found == REFUSED:
@@ -78,6 +88,7 @@ def call(name: str, structure: Structure, **fields: Any) -> None:
             f"{name}: the CPU kernel refuses its sizes, dtypes or cu_seqlens",
             hint="no size is negative, groups divide the channels, and cu_seqlens rise from 0 to the length",
         )
+    return found != FULL
 
 
 def saved_states(name: str, kept: list[Tensor], h0: Tensor, *shape: int) -> Tensor:

@@ -7,10 +7,10 @@ from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
 from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 17  # DUALFORM_VERSION
+VERSION = 18  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 MATRICES = {**DTYPES, torch.int8: 4}  # of matrices
-NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
+NO_MEMORY, REFUSED, FULL = 1, 2, 3  # what a function returns; 0 when it is done
 SELECTIVE_SCAN_TILE = 32  # steps between the states that the backward of selective_scan starts from
 SSD_SPAN = 256  # the same for ssd
 
@@ -233,6 +233,45 @@ LTI_STEP = Structure(
     (DOUBLE, "eps"),
     (POINTER, "x h norm a b c d out_weight out_bias"),
     (POINTER, "y next_h"),
+)
+
+ATTENTION_STEP = Structure(
+    "AttentionStep",
+    (INT64, "threads"),
+    (DTYPE, "dtype matrices caches"),
+    (INT64, "rows features heads groups width values slots turned group"),
+    (FLAG, "ring interleaved"),
+    (DOUBLE, "eps scale softcap magnitude"),
+    (POINTER, "x length norm in_weight in_bias frequencies out_weight out_bias in_scales out_scales"),
+    (POINTER, "y k v next_length"),
+)
+
+MLP_STEP = Structure(
+    "MlpStep",
+    (INT64, "threads"),
+    (DTYPE, "dtype matrices"),
+    (INT64, "rows features hidden group"),
+    (FLAG, "gated"),
+    (INT64, "activation"),
+    (DOUBLE, "eps factor"),
+    (POINTER, "x norm in_weight in_bias out_weight out_bias in_scales out_scales y"),
+)
+
+HEAD_STEP = Structure(
+    "HeadStep",
+    (INT64, "threads"),
+    (DTYPE, "dtype matrices"),
+    (INT64, "rows features outputs group"),
+    (DOUBLE, "eps factor cap"),
+    (POINTER, "x norm out_weight out_bias out_scales"),
+    (STEP, "y"),
+)
+
+DRAW = Structure(
+    "Draw",
+    (INT64, "threads rows tokens remembered"),
+    (STEP, "logits"),
+    (POINTER, "options draws history token finite"),
 )
 
 STEPS_OF_BLOCKS = Structure("Steps", (INT64, "threads count"), (POINTER, "kinds steps"))
