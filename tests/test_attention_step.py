@@ -99,7 +99,7 @@ def attention_arguments(rows: int = 3, slots: int = 5, dtype: torch.dtype = floa
 @pytest.mark.parametrize("held", [bfloat16, float16], ids=str)
 @torch.no_grad()
 def test_caches_of_16_bits_stay_what_they_are(held, instructions):
-    given: dict[str, Any] = attention_arguments()
+    given: Any = attention_arguments()
     given.update(k=given["k"].to(held), v=given["v"].to(held), length=torch.tensor([0, 4, 2]))
     with backend("native"):
         got = attention_step(**given)
@@ -113,7 +113,7 @@ def test_caches_of_16_bits_stay_what_they_are(held, instructions):
 @torch.no_grad()
 def test_what_a_slot_held_before_it_is_taken_is_not_seen(instructions):
     """Nor does a row that is not finite reach another."""
-    given = attention_arguments(slots=70)
+    given: Any = attention_arguments(slots=70)
     given["length"] = torch.tensor([3, 66, 0])
     want = attention_step(**given)
     for row, length in enumerate(given["length"].tolist()):
@@ -126,7 +126,7 @@ def test_what_a_slot_held_before_it_is_taken_is_not_seen(instructions):
 
 
 def test_without_a_free_slot_there_is_an_error():
-    given = attention_arguments()
+    given: Any = attention_arguments()
     with pytest.raises(
         ArgumentError, match="length goes from 0 to 5, expected 0 or more, and a slot for one more of 5"
     ):
@@ -137,7 +137,7 @@ def test_without_a_free_slot_there_is_an_error():
 
 
 def test_errors_name_the_tensor():
-    given = attention_arguments()
+    given: Any = attention_arguments()
     weights = given["weights"]
     wrong = {
         "heads is 3, expected a multiple of the 2": {"heads": 3},
