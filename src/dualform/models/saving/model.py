@@ -22,6 +22,7 @@ from dualform.layers.quantized import quantized_within
 from dualform.models.adapters import adapter_tensors, stored_name
 from dualform.models.backbone import Backbone
 from dualform.models.heads import HEADS
+from dualform.models.gguf.layout import GGUF
 from dualform.models.lm import LanguageModel
 from dualform.models.quantized import check_kind
 from dualform.models.quantized import quantize as quantized
@@ -242,6 +243,8 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, kind: t
             raise CheckpointError(f"{folder}: a {type(model).__name__}, expected a {kind.__name__}")
         return model
     found = described(folder)
+    if dtype is None and isinstance(found.layout, GGUF):
+        dtype = found.layout.dtype
     if kind is not None and not issubclass(found.kind, kind):
         raise CheckpointError(f"{folder}: a {found.kind.__name__}, expected a {kind.__name__}")
     if verify and manifest_of(folder) is None:
@@ -272,7 +275,7 @@ def read_tensors(
     folder: Folder,
     model: nn.Module,
     *,
-    layout: Readable | None = None,
+    layout: Readable | GGUF | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
@@ -332,7 +335,7 @@ def check_tensors(folder: Folder) -> None:
         _places(folder, model, found.layout)
 
 
-def _places(folder: Folder, model: nn.Module, layout: Readable | None) -> dict[str, tuple[Stored, str, Piece]]:
+def _places(folder: Folder, model: nn.Module, layout: Readable | GGUF | None) -> dict[str, tuple[Stored, str, Piece]]:
     """By the names in the files: where a tensor is stored, what it is a piece of, and how; once all is known to fit."""
     if isinstance(model, Backbone) and model.adaptation is not None:
         expected, path = adapter_tensors(model), current(folder, ADAPTER_FILE)
