@@ -77,7 +77,7 @@ class Keys:
         """
         layers = self.layers
         value = self.header.about.get(f"{self.architecture}.{key}")
-        found = value if isinstance(value, list) else [value] * layers
+        found: list[Any] = value if isinstance(value, list) else [value] * layers
         if len(found) != layers or not all(type(one) is int and 0 <= one < 2**31 for one in found):
             came = f"{self.where}{self.architecture}.{key} is {brief(value)}"
             raise ConfigError(f"{came}, expected a number, or one for each of {layers} layers")
@@ -95,7 +95,9 @@ class Keys:
         """How many blocks there are."""
         layers = self.size("block_count")
         if layers > DEEPEST:
-            raise ConfigError(f"{self.where}{self.architecture}.block_count is {layers:,}, expected at most {DEEPEST:,}")
+            raise ConfigError(
+                f"{self.where}{self.architecture}.block_count is {layers:,}, expected at most {DEEPEST:,}"
+            )
         return layers
 
     def has(self, name: str) -> bool:
@@ -217,7 +219,7 @@ def _falcon_h1(keys: Keys) -> tuple[ModelConfig, dict[str, Any]]:
         "intermediate_size": keys.shape("blk.{}.ffn_gate.weight", 2)[0],
         "mlp_bias": keys.has("blk.{}.ffn_gate.bias"),
     }
-    return FALCON_H1.read(table, keys.where), {}
+    return FALCON_H1.read(table, keys.where), {"norms": ("attn_norm.", "ffn_norm")}
 
 
 def _granite(keys: Keys) -> tuple[ModelConfig, dict[str, Any]]:
@@ -274,7 +276,7 @@ def _rwkv7(keys: Keys) -> tuple[ModelConfig, dict[str, Any]]:
     shapes: dict[str, tuple[int, ...]] = {"emb.weight": keys.shape("token_embd.weight", 2)}
     for i in range(keys.layers):
         att = f"blocks.{i}.att."
-        for letter in "wagv":
+        for letter in "wagv" if i else "wag":
             shapes[f"{att}{letter}1"] = keys.shape(f"blk.{i}.time_mix_{letter}1.weight", 2)[::-1]
         shapes[f"{att}r_k"] = (width // head, head)
         shapes[f"blocks.{i}.ffn.key.weight"] = keys.shape(f"blk.{i}.channel_mix_key.weight", 2)

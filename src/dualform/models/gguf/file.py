@@ -261,7 +261,7 @@ _NAMED = {
 
 def _unpacked(raw: Tensor, found: Packed, where: str) -> Tensor:
     """Blocks of fewer bits as float32."""
-    name, _, size = block_types()[found.kind]
+    name = block_types()[found.kind][0]
     try:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize

@@ -48,7 +48,6 @@ _RATE = Change(_decay, _rate)
 """The rate of decay: its logarithm here, the negative number itself there."""
 _COLUMN = Change(lambda t: t.flatten(), lambda t: t[:, None])
 _RATE_COLUMN = Change(lambda t: _decay(t).flatten(), lambda t: _rate(t)[:, None])
-_FLAT = Change(lambda t: t, lambda t: t.flatten())
 
 
 def _plain(**names: str) -> dict[str, tuple[Piece, ...]]:
@@ -185,7 +184,7 @@ class GGUF:
         architecture: as the file calls it.
         tensors: of the file.
         outside: the embedding, norms and head there, by their names here.
-        norms: of a block, first to last.
+        norms: of a block, first to last; one whose name ends without a dot is called so and no more.
         names: of parts whose tensors lie otherwise than usual.
         unused: names of tensors that the file may have beside those of the model.
         whole: the modules here whose matrices stay whole numbers of 8 bits; :meth:`fitted` finds them.
@@ -242,7 +241,8 @@ class GGUF:
         part, tail = part_within(config, config.pattern[int(number)], rest)
         if tail is None:
             _, index, kind = rest.split(".")
-            return (Piece(begin + self.norms[int(index)] + kind),)
+            norm = self.norms[int(index)]
+            return (Piece(begin + norm + (kind if norm.endswith(".") else "")),)
         pieces = {**_NAMES, **self.names}[type(part)](part, config.d_model).get(tail, (Piece(tail),))
         return tuple(piece._replace(name=begin + piece.name) for piece in pieces)
 

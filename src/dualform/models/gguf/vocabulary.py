@@ -34,14 +34,14 @@ _FALCON = [
     {"type": "Digits", "individual_digits": False},
     _split("[0-9][0-9][0-9]"),
 ]
-_CUTS: Mapping[str, Sequence[dict[str, Any]]] = {
-    **dict.fromkeys(("gpt-2", "olmo", "mpt", "jais", "phi-2", "granite-docling", "gigachat", "mellum"), [_bytes(True)]),
-    **dict.fromkeys(("refact", "starcoder", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"), _DIGITS),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"), _THREES),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _THREES),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _ONES),
-    "falcon": _FALCON,
-}
+_SAME: tuple[tuple[str, Sequence[dict[str, Any]]], ...] = (
+    ("gpt-2 olmo mpt jais phi-2 granite-docling gigachat mellum", [_bytes(True)]),
+    ("refact starcoder command-r smollm codeshell exaone minerva-7b", _DIGITS),
+    ("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral lfm2 dbrx smaug-bpe chatglm-bpe", _THREES),
+    ("qwen2 stablelm2 deepseek-r1-qwen", _ONES),
+    ("falcon", _FALCON),
+)
+_CUTS = {name: cut for names, cut in _SAME for name in names.split()}
 """How a text is cut before its pieces are encoded, by the names of ``tokenizer.ggml.pre``."""
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2")
 """Those that take a piece which is a token as it is, and begin with a token."""
@@ -64,10 +64,14 @@ def vocabulary(header: Header, where: str) -> str | None:
     if kind == "rwkv":
         return json.dumps({"rwkv_vocab": _world(tokens, where)}, ensure_ascii=False)
     if kind not in ("gpt2", "llama"):
-        raise CheckpointError(f"{where}a tokenizer of the kind {brief(kind)}, expected gpt2, llama or rwkv", hint=_BESIDE)
+        raise CheckpointError(
+            f"{where}a tokenizer of the kind {brief(kind)}, expected gpt2, llama or rwkv", hint=_BESIDE
+        )
     types = header.about.get(f"{_BEFORE}token_type", [_NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
-        raise CheckpointError(f"{where}{_BEFORE}token_type is {brief(types)}, expected one for each token", hint=_BESIDE)
+        raise CheckpointError(
+            f"{where}{_BEFORE}token_type is {brief(types)}, expected one for each token", hint=_BESIDE
+        )
     made = {token: i for i, (token, of) in enumerate(zip(tokens, types, strict=True)) if of != _UNUSED}
     table = _pairs(header, made, where) if kind == "gpt2" else _pieces(header, made, types, where)
     added = [
@@ -115,7 +119,9 @@ def _pairs(header: Header, made: Mapping[str, int], where: str) -> dict[str, Any
         raise CheckpointError(f"{where}{_BEFORE}pre is {brief(pre)}, expected one of {', '.join(_CUTS)}", hint=_BESIDE)
     merges = [merge.split(" ") for merge in _texts(header, "merges", where)]
     if wrong := next((merge for merge in merges if len(merge) != 2 or "".join(merge) not in made), None):
-        raise CheckpointError(f"{where}{_BEFORE}merges has {brief(' '.join(wrong))}, which makes no token", hint=_BESIDE)
+        raise CheckpointError(
+            f"{where}{_BEFORE}merges has {brief(' '.join(wrong))}, which makes no token", hint=_BESIDE
+        )
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _CUTS[pre]},
@@ -147,7 +153,9 @@ def _pieces(header: Header, made: Mapping[str, int], types: Sequence[int], where
         "normalizer": {"type": "Sequence", "normalizers": [*first, swapped]},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *last]},
-        "model": _model(made, [[a, b] for *_, a, b in sorted(merges)], unk_token=name, byte_fallback=True, fuse_unk=True),
+        "model": _model(
+            made, [[a, b] for *_, a, b in sorted(merges)], unk_token=name, byte_fallback=True, fuse_unk=True
+        ),
     }
 
 
@@ -210,8 +218,8 @@ def keys_of(text: str | None, vocab_size: int, ends: Sequence[int]) -> dict[str,
     pre = next((name for name, cut in _CUTS.items() if _cuts(table) == list(cut)), None)
     if model.get("type") != "BPE" or pre is None or table.get("normalizer") or model.get("unk_token"):
         return {f"{_BEFORE}model": "none"}
-    if model.get("ignore_merges"):
-        pre = "llama-bpe" if pre == "llama3" else pre
+    if pre in _WHOLE_WORDS and not model.get("ignore_merges"):
+        pre = "dbrx"
     texts, types = [f"[PAD{i}]" for i in range(vocab_size)], [_UNUSED] * vocab_size
     for token, i in model["vocab"].items():
         texts[i], types[i] = token, _NORMAL

@@ -1,6 +1,5 @@
 """Models of this library as files of GGUF, for llama.cpp and what is built on it: Mamba, Falcon-Mamba and Mamba-2."""
 
-import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualform.core.errors import ArgumentError, ConfigError
+from dualform.core.errors import ConfigError
 from dualform.layers.quantized import quantized_within
 from dualform.models.backbone import Backbone
 from dualform.models.config import ModelConfig
-from dualform.models.gguf.file import ALIGNMENT, GROUP, MAGIC, Q8_0, SUFFIX
+from dualform.models.gguf.file import ALIGNMENT, GROUP, MAGIC, Q8_0
 from dualform.models.gguf.layout import GGUF
 from dualform.models.gguf.vocabulary import keys_of
 from dualform.models.tables.mamba import FALCON_MAMBA, MAMBA, MAMBA2
@@ -28,7 +27,6 @@ _SHARED = {
     "num_hidden_layers": "block_count",
     "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
 }
-_STORED_AS = {0: "F32", 1: "F16", Q8_0: "Q8_0", 30: "BF16"}
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32, torch.int8: 7}
 
 
@@ -73,7 +71,9 @@ def _keys(table: Mapping[str, Any], config: ModelConfig) -> tuple[str, dict[str,
             )
         keys |= {"ssm.time_step_rank": table["time_step_rank"], "ssm.dt_b_c_rms": inner}
     if channels != 2 * config.d_model:
-        raise ConfigError(f"model: {channels} channels beside a width of {config.d_model}, where llama.cpp has twice it")
+        raise ConfigError(
+            f"model: {channels} channels beside a width of {config.d_model}, where llama.cpp has twice it"
+        )
     keys["ssm.inner_size"] = channels
     return architecture, {f"{architecture}.{key}": value for key, value in keys.items()}
 
@@ -96,8 +96,10 @@ def write_gguf(model: Backbone, path: Path, tokenizer: str | None, ends: Sequenc
         OSError: from the operating system.
     """
     architecture, keys = described_as_gguf(model.config)
+    if (dtype := _of_matrices(model)) not in _FILE_TYPES:
+        raise ConfigError(f"model: weights of {dtype}, which llama.cpp does not have", hint="--dtype float32")
     about: dict[str, Any] = {"general.architecture": architecture, "general.name": name, **keys}
-    about["general.file_type"] = _FILE_TYPES[_of_matrices(model)]
+    about["general.file_type"] = _FILE_TYPES[dtype]
     about |= keys_of(tokenizer, model.config.vocab_size, ends)
     parts: dict[str, tuple[int, tuple[int, ...], Any]] = {}
     layout = GGUF(architecture, {})
@@ -114,8 +116,8 @@ def write_gguf(model: Backbone, path: Path, tokenizer: str | None, ends: Sequenc
                 rows = _blocks(name_here, eight[module].weight, eight[module].scales, eight[module].group)
                 parts[piece.name] = (Q8_0, tuple(tensor.shape), rows)
             else:
-                stored = piece.of(tensor.detach()).cpu()
-                stored = stored if module in linear and kind == "weight" else stored.float()
+                matrix = module in linear and kind == "weight"
+                stored = piece.of(tensor.detach() if matrix else tensor.detach().float()).cpu()
                 parts[piece.name] = (_KINDS[stored.dtype], tuple(stored.shape), stored.contiguous())
     write_file(path, about, parts)
 
@@ -152,13 +154,17 @@ def write_file(path: Path, about: Mapping[str, Any], parts: Mapping[str, tuple[i
         head += [_text(key), *_value(value)]
     offset = 0
     for name, (kind, shape, data) in parts.items():
-        head += [_text(name), struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1]), struct.pack("<IQ", kind, offset)]
+        head += [
+            _text(name),
+            struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1]),
+            struct.pack("<IQ", kind, offset),
+        ]
         offset += _up(data.nbytes)
     first = b"".join(head)
     with open(path, "wb") as file:
         file.write(first.ljust(_up(len(first)), b"\0"))
         for _, _, data in parts.values():
-            file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            data.reshape(-1).view(torch.uint8).numpy().tofile(file)
             file.write(bytes(_up(data.nbytes) - data.nbytes))
         file.flush()
         os.fsync(file.fileno())
