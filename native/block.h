@@ -52,10 +52,10 @@ INLINE void product(const Matrix& matrix, Lines<T> x, int64_t depth, int64_t row
   dense::rows_of<T>(matrix, depth, [&](auto weight) { dense::outputs(weight, x, depth, rows, first, end, give); });
 }
 
-// A matrix of a step, whose rows have `depth` numbers.
+// A matrix of a step, whose rows have `depth` numbers; beside those of 8 bits one without scales is of floats.
 template <class S>
 INLINE Matrix matrix(const S& s, const void* data, const void* scales, int64_t depth) {
-  return {data, s.matrices, depth, scales, s.group};
+  return {data, s.matrices == INT8 && !scales ? int64_t(FLOAT32) : s.matrices, depth, scales, s.group};
 }
 
 // The convolution of channel d, of `channels`, given its new input.

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 17  // of this interface
+#define DUALFORM_VERSION 19  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.

@@ -26,15 +26,19 @@ def runs_as_stream_step(norm: Any, part: nn.Module, *maps: Any) -> bool:
     """Whether a kernel may run a layer with its norm.
 
     It may where the norm is an RMS norm, the maps are linear ones, nothing wraps or hooks them, and the parameters are
-    plain tensors of one dtype and device. On a CPU all of the maps may be quantised, in groups of one size.
+    plain tensors of one dtype and device. On a CPU the maps may be quantised, in groups of one size: the first one, and
+    of the others those that are not are float32.
     """
-    quantized = plain(*maps, kind=QuantizedLinear)
-    if not plain(norm, kind=RMSNorm) or not (quantized or plain(*maps)):
+    eight = [m for m in maps if plain(m, kind=QuantizedLinear)]
+    quantized = bool(eight) and eight[0] is maps[0]
+    others = [m for m in maps if m not in eight]
+    if not plain(norm, kind=RMSNorm) or not plain(*others) or (eight and not quantized):
         return False
     dtype, weight = plain_parameters(part), norm.weight
     same = dtype == weight.dtype and maps[0].weight.device == weight.device
     if quantized:
-        same = same and weight.is_cpu and wide(weight) == torch.float32 and len({m.group for m in maps}) == 1
+        same = same and weight.is_cpu and wide(weight) == torch.float32 and len({m.group for m in eight}) == 1
+        same = same and all(m.weight.dtype == torch.float32 for m in others)
     return same and kernels_run(weight.device.type)
 
 
