@@ -186,7 +186,7 @@ def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
     """The path of ``config.json`` and what it holds."""
     path = current(_existing(folder), CONFIG_FILE)
     if not path.exists():
-        alone = sorted(found for found in path.parent.glob("*.pth") if found.is_file())
+        alone = sorted(found for end in ("pth", "gguf") for found in path.parent.glob(f"*.{end}") if found.is_file())
         hint = f"give the file: {alone[0]}" if alone else "give a folder written by save, or that of a training run"
         raise CheckpointError(f"{folder}: no {CONFIG_FILE}", hint=hint)
     hint = "copy the folder again, or save the model again"
@@ -211,7 +211,7 @@ def _existing(folder: Folder) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        hint = f"try {path.parent}; or a file of RWKV-7, which ends in {', '.join(FILES)}"
+        hint = f"try {path.parent}; or a file of RWKV-7 or GGUF, which ends in {', '.join(FILES)}"
         raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=hint)
     raise CheckpointError(
         f"{folder}: no such folder",
