@@ -19,6 +19,8 @@ from dualform.layers.quantized import QuantizedLinear, quantized_within
 from dualform.models.gguf.write import write_gguf
 from dualform.models.saving.model import check_tensors
 from dualform.models.tokenizer import load_tokenizer
+from dualform.ops import backend
+from dualform.ops.native import library
 from test_rwkv7_file import BLOCKS, D, N, V
 from test_rwkv7_file import file as rwkv7
 
@@ -134,6 +136,22 @@ def test_matrices_of_8_bits_stay_as_they_are(name, tmp_path):
     finish(copy)
     tokens = torch.randint(97, (1, 20))
     assert apart(logits(model, tokens), logits(df.load(plain), tokens)) <= 1e-5
+
+
+@pytest.mark.skipif(bool(library.missing), reason=library.missing)
+@torch.inference_mode()
+def test_a_token_is_one_call_where_a_map_of_few_columns_has_floats(tmp_path, monkeypatch):
+    convert(GOLDEN / "lm_mamba", tmp_path / "model.gguf", Q8_0)
+    model, tokens, made, call = df.load(tmp_path / "model.gguf"), torch.randint(97, (5,)), list[str](), library.call
+    with backend("torch"):
+        want = model(tokens[None])[0][0]
+    monkeypatch.setattr(library, "call", lambda name, *args, **fields: (made.append(name), call(name, *args, **fields)))
+    prepared, state = model.prepare(), model.init_state(1)
+    for i, token in enumerate(tokens):
+        made.clear()
+        logits, state = prepared.step(token[None], state)
+        torch.testing.assert_close(logits[0], want[i], rtol=1e-4, atol=1e-5)
+    assert made == ["steps", "linear"]
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "BF16"])

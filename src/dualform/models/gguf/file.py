@@ -189,7 +189,7 @@ class _Reader:
         if kind == _LIST:
             inner, count = self._one("I"), self._one("Q")
             if inner == _TEXT:
-                return [self._text(name) for _ in range(self._checked(count, 8, name))]
+                return self._texts(self._checked(count, 8, name))
             code = self._scalar(inner, name)
             count = self._checked(count, struct.calcsize(code), name)
             return list(struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(code))))
@@ -210,6 +210,17 @@ class _Reader:
             raise self._wrong(f"{what} of {length:,} bytes")
         return self._take(length).decode("utf-8", "surrogateescape")
 
+    def _texts(self, count: int) -> list[str]:
+        """So many texts, of which a vocabulary has some hundred thousand."""
+        read, found = self._file.read, list[str]()
+        for _ in range(count):
+            length = int.from_bytes(read(8), "little")
+            self._left -= 8 + length
+            if self._left < 0:
+                raise self._short()
+            found.append(read(length).decode("utf-8", "surrogateescape"))
+        return found
+
     def _one(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self._take(struct.calcsize(code)))[0]
 
@@ -221,12 +232,15 @@ class _Reader:
 
     def _take(self, count: int) -> bytes:
         if count > self._left:
-            raise self._wrong(f"it ends after {self._size:,} bytes, in the middle of its header")
+            raise self._short()
         self._left -= count
         found = self._file.read(count)
         if len(found) < count:
             raise self._wrong("it became shorter while it was read")
         return found
+
+    def _short(self) -> CheckpointError:
+        return self._wrong(f"it ends after {self._size:,} bytes, in the middle of its header")
 
     def _wrong(self, what: str, hint: str = _COPY) -> CheckpointError:
         return CheckpointError(f"{self._path}: {what}", hint=hint)
