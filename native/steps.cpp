@@ -16,7 +16,8 @@ void check_matrices(int64_t dtype, int64_t matrices, std::initializer_list<const
                     int64_t widest) {
   check_state_dtype(dtype);
   require(matrices == dtype || (dtype == FLOAT32 && (is_narrow(matrices) || matrices == INT8)));
-  if (matrices == INT8) check_pointers({*scales.begin()}), require(group > 0 && (group % INT8_CHUNK == 0 || group >= widest));
+  if (matrices == INT8)
+    check_pointers({*scales.begin()}), require(group > 0 && (group % INT8_CHUNK == 0 || group >= widest));
 }
 
 // Run kernel(first, end) over parts of `size` units, of which `together` stay together.
