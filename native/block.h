@@ -52,9 +52,10 @@ struct Map {
   T* turned;
 };
 
+// A matrix of a step, whose rows have `depth` numbers; beside those of 8 bits one without scales is of floats.
 template <class S>
 INLINE Matrix matrix(const S& s, const void* data, const void* scales, int64_t depth) {
-  return {data, s.matrices, depth, scales, s.group};
+  return {data, s.matrices == INT8 && !scales ? int64_t(FLOAT32) : s.matrices, depth, scales, s.group};
 }
 template <class T, class S>
 INLINE Map<T> map(const S& s, const Matrix& matrix, int64_t outputs, Arena& arena) {

@@ -10,13 +10,14 @@ constexpr int64_t TOGETHER = 4;  // outputs that a kernel sums at once
 
 bool is_narrow(int64_t dtype) { return dtype == BFLOAT16 || dtype == FLOAT16; }
 
-// Matrices are of the dtype that is computed in, or narrow beside float; those of 8 bits have scales, and rows of at
-// most `widest` numbers.
+// Matrices are of the dtype that is computed in, or narrow beside float; those of 8 bits have scales, the first one at
+// least, and rows of at most `widest` numbers.
 void check_matrices(int64_t dtype, int64_t matrices, std::initializer_list<const void*> scales, int64_t group,
                     int64_t widest) {
   check_state_dtype(dtype);
   require(matrices == dtype || (dtype == FLOAT32 && (is_narrow(matrices) || matrices == INT8)));
-  if (matrices == INT8) check_pointers(scales), require(group > 0 && (group % INT8_CHUNK == 0 || group >= widest));
+  if (matrices == INT8)
+    check_pointers({*scales.begin()}), require(group > 0 && (group % INT8_CHUNK == 0 || group >= widest));
 }
 
 // Run kernel(first, end) over parts of `size` units, of which `together` stay together.

@@ -561,8 +561,9 @@ def block(
     kept = {k: m for k, m in tensors.items() if k not in optional or draw.chance(0.5)}
     group = group_of(draw) if narrow == torch.float32 and draw.chance(0.5) else 0
     if group:
-        for name in kept.keys() & MATRICES.keys():
-            kept[name], kept[MATRICES[name]] = quantize(kept[name], group)
+        for name in sorted(kept.keys() & MATRICES.keys()):
+            if name == next(iter(MATRICES)) or draw.chance(0.8):  # others may be floats
+                kept[name], kept[MATRICES[name]] = quantize(kept[name], group)
     whole = {k for k in kept if kept[k].dtype == torch.int8}
     cast = {k: m if k in whole else m.to(narrow if k in MATRICES else draw.real) for k, m in kept.items()}
     cast = {k: laid_out(m, draw) for k, m in cast.items()}

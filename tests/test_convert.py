@@ -45,6 +45,25 @@ def test_there_and_back(dualform, folder, tmp_path):
     assert dualform("verify", tmp_path / "hf")[0] == 0
 
 
+def test_a_file_of_gguf_there_and_back(dualform, tmp_path):
+    config = ModelConfig(256, 16, {"M": (MambaConfig(d_state=4),)}, "MM")
+    LanguageModel(config).save(tmp_path / "own")
+    code, out, err = dualform("convert", tmp_path / "own", tmp_path / "a.gguf", "--to", "gguf", "--dtype", "bfloat16")
+    assert (code, err) == (0, "") and "layout of gguf" in out
+    assert "gguf" in dualform("info", tmp_path / "a.gguf")[1]
+    assert dualform("generate", tmp_path / "a.gguf", "ab", "--max-tokens", "3", "--seed", "1")[0] == 0
+    assert dualform("convert", tmp_path / "a.gguf", tmp_path / "back", "--dtype", "float32")[0] == 0
+    assert load(tmp_path / "back").config == config
+    vocabulary = json.loads((tmp_path / "back" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert len(vocabulary) == 256
+    for args, words in (
+        ((tmp_path / "own", tmp_path / "b", "--to", "gguf"), "ends in .gguf"),
+        ((tmp_path / "own", tmp_path / "b.gguf", "--to", "gguf", "--dtype", "float64"), "weights of torch.float64"),
+    ):
+        code, out, err = dualform("convert", *args)
+        assert code == 2 and words in err and sorted(path.name for path in tmp_path.glob("b*")) == ["back"], err
+
+
 def test_another_dtype(dualform, folder, tmp_path):
     assert dualform("convert", folder, tmp_path / "half", "--to", "hf", "--dtype", "bfloat16")[0] == 0
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -119,7 +138,7 @@ def test_quantising_says_what_it_costs(dualform, tmp_path):
     text.write_text("some words to read\n" * 40)
     code, out, err = dualform("convert", tmp_path / "a", tmp_path / "b", "--quantize", "int8", "--text", text)
     assert (code, err) == (0, "") and f"bits per byte of {text}" in out and "over 760 tokens" in out
-    assert "logits moved by" in out and load(tmp_path / "b").quantization == (64,)
+    assert "logits moved by" in out and load(tmp_path / "b").quantization.group == 64
     assert dualform("verify", tmp_path / "b")[0] == 0 and "int8" in dualform("info", tmp_path / "b")[1]
     a, b, c = (tmp_path / name for name in "abc")
     for args, words in (
@@ -136,4 +155,4 @@ def test_quantising_says_what_it_costs(dualform, tmp_path):
 def test_quantising_without_a_tokenizer_says_that_nothing_was_measured(dualform, tmp_path):
     LanguageModel(ModelConfig(50, 24, {"M": (MambaConfig(d_state=4),)}, "MM")).save(tmp_path / "a")
     code, out, _ = dualform("convert", tmp_path / "a", tmp_path / "b", "--quantize", "int8")
-    assert code == 0 and "the loss is not measured: " in out and load(tmp_path / "b").quantization == (64,)
+    assert code == 0 and "the loss is not measured: " in out and load(tmp_path / "b").quantization.group == 64

@@ -350,7 +350,7 @@ def test_without_a_digest_it_is_refused_or_taken_as_it_is(made, tmp_path, file, 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     """A small Mamba in the layout of transformers, in one file, in two with an index and as PyTorch writes it; and in
-    that of mamba-ssm; and what ``dualform convert`` makes of both."""
+    that of mamba-ssm; what ``dualform convert`` makes of both; and a file of GGUF."""
     root = tmp_path_factory.mktemp("foreign")
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(16, 4, {"M": (MambaConfig(d_state=2, dt_rank=1),)}, "MM"))
@@ -369,6 +369,7 @@ def foreign(tmp_path_factory):
         if len(parts) == 2:
             places = {key: file for file, part in parts.items() for key in part}
             (root / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save(model, root / "gguf" / "model.gguf", layout="gguf")
     for path in (root / "hf", root / "ssm"):
         (path / "manifest.json").unlink()
     return root
@@ -376,7 +377,7 @@ def foreign(tmp_path_factory):
 
 FOREIGN = ["hf/config.json", "hf/model.safetensors", "ssm/config.json", "ssm/model.safetensors"]
 FOREIGN += ["shards/model.safetensors.index.json", "shards/1.safetensors", "pickle/pytorch_model.bin"]
-FOREIGN += ["of_hf/config.json", "of_hf/model.safetensors", "of_ssm/manifest.json"]
+FOREIGN += ["gguf/model.gguf", "of_hf/config.json", "of_hf/model.safetensors", "of_ssm/manifest.json"]
 
 
 @pytest.mark.parametrize("file", FOREIGN)
@@ -385,7 +386,8 @@ def test_a_damaged_file_of_another_library_is_refused_or_taken_as_it_is(foreign,
     whole = (folder / "manifest.json").exists()
 
     def read():
-        model = load(folder, verify=(folder / "manifest.json").exists())
+        place = folder if file != "gguf/model.gguf" else foreign / file
+        model = load(place, verify=(folder / "manifest.json").exists())
         return [model.config.to_dict(), *model.state_dict().values()]
 
     counts = damage(foreign / file, read, seed=len(file), trusted=not whole)

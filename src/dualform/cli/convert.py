@@ -17,6 +17,8 @@ EPILOG = """[bold]Examples[/bold]
   dualform convert runs/notes notes-hf --to hf              for transformers
   dualform convert runs/tuned merged                        a run with adapters, merged into its model
   dualform convert RWKV-x070-World-0.1B.pth world           a file of RWKV-7
+  dualform convert mamba-130m.Q8_0.gguf mamba-130m          a file of GGUF
+  dualform convert runs/notes notes.gguf --to gguf          for llama.cpp: Mamba and Mamba-2
   dualform convert runs/notes notes.onnx --to onnx          one step, for devices without Python
   dualform convert mamba-130m half --dtype bfloat16         in half the bytes
   dualform convert mamba-130m small --quantize int8         in a quarter of them, and what that costs"""
@@ -38,6 +40,7 @@ class To(StrEnum):
     hf = "hf"
     mamba_ssm = "mamba_ssm"
     rwkv7 = "rwkv7"
+    gguf = "gguf"
     onnx = "onnx"
 
 
@@ -45,18 +48,21 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="Folder of a model or a training run, a file of RWKV-7, or a name of the Hub."
+            metavar="SOURCE",
+            help="Folder of a model or a training run, a file of RWKV-7 or GGUF, or a name of the Hub.",
         ),
     ],
     target: Annotated[
         Path,
-        typer.Argument(metavar="TARGET", help="A folder that is not there yet, or with --to rwkv7 or onnx a file."),
+        typer.Argument(
+            metavar="TARGET", help="A folder that is not there yet, or with --to rwkv7, gguf or onnx a file."
+        ),
     ],
     to: Annotated[
         To,
         typer.Option(
-            help="Whose layout: this library's, that of transformers, of mamba-ssm, or of RWKV-7's authors; or onnx, "
-            "one step of the model."
+            help="Whose layout: this library's, that of transformers, of mamba-ssm, of RWKV-7's authors, or of "
+            "llama.cpp; or onnx, one step of the model."
         ),
     ] = (To.dualform),
     dtype: Annotated[
@@ -109,14 +115,19 @@ def _written(
     """Read a model, and write it in the layout of a library."""
     from dualform.cli.folders import model_folder
     from dualform.core.json_file import to_json
+    from dualform.models.gguf.write import described_as_gguf
     from dualform.models.saving.described import described_as
-    from dualform.models.saving.files import GENERATION_FILE, creating
-    from dualform.models.saving.model import load, shape, write, write_file
+    from dualform.models.saving.files import GENERATION_FILE, TOKENIZER_FILE, creating
+    from dualform.models.saving.model import load, shape, write
+    from dualform.models.saving.one_file import save_gguf, write_file
     from dualform.models.saving.undisturbed import undisturbed
     from dualform.models.tables.rwkv7 import RWKV7File
     from dualform.models.usage import read_ends, usage_files
 
-    _, table = described_as(shape(model_folder(source)), to)  # refused before anything is read
+    if to == To.gguf:  # what cannot be written is refused before anything is read
+        table = described_as_gguf(shape(model_folder(source)).config)
+    else:
+        _, table = described_as(shape(model_folder(source)), to)
 
     def read(folder: Path) -> "tuple[LanguageModel, dict[str, bytes]]":
         model, beside = load(folder, dtype=dtype), usage_files(folder)
@@ -131,6 +142,10 @@ def _written(
     with _told(f"writing {target}"):
         if isinstance(table, RWKV7File):
             write_file(model, target, table)
+        elif to == To.gguf:
+            tokenizer = beside.get(TOKENIZER_FILE)
+            ends = read_ends(model_folder(source), model.config.vocab_size)
+            save_gguf(model, target, None if tokenizer is None else tokenizer.decode(), ends)
         else:
             with creating(target) as new:
                 write(model, new, layout=to)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 EPILOG = """[bold]Examples[/bold]
   dualform info mamba2-130m     a preset: no weights needed
   dualform info runs/demo       a trained model
+  dualform info model.gguf      a file of GGUF
   dualform info runs/demo --json | jq .parameters"""
 
 _SUMMARY = {"tokens": int, "steps": int, "bits_per_byte": float}  # what is shown of a run, and its types

@@ -27,17 +27,22 @@ def runs_as_stream_step(norm: Any, part: nn.Module, *maps: Any, devices: Sequenc
     """Whether a kernel may run a layer with its norm.
 
     It may where the norm is an RMS norm, the maps are linear ones, nothing wraps or hooks them, and the parameters are
-    plain tensors of one dtype and device, of those that have the kernel. On a CPU all of the maps may be quantised, in
-    groups of one size.
+    plain tensors of one dtype and device, of those that have the kernel. On a CPU the maps may be quantised, in groups of
+    one size: the first one, and of the others those that are not are float32.
     """
-    quantized = plain(*maps, kind=QuantizedLinear)
-    if not plain(norm, kind=RMSNorm) or not (quantized or plain(*maps)) or norm.weight.device.type not in devices:
+    eight = [m for m in maps if plain(m, kind=QuantizedLinear)]
+    quantized = bool(eight) and eight[0] is maps[0]
+    others = [m for m in maps if m not in eight]
+    if not plain(norm, kind=RMSNorm) or not plain(*others) or (eight and not quantized):
+        return False
+    if norm.weight.device.type not in devices:
         return False
     weight = norm.weight
     bare = quantized and next(part.parameters(), None) is None
     same = (bare or plain_parameters(part) == weight.dtype) and maps[0].weight.device == weight.device
     if quantized:
-        same = same and weight.is_cpu and wide(weight) == torch.float32 and len({m.group for m in maps}) == 1
+        same = same and weight.is_cpu and wide(weight) == torch.float32 and len({m.group for m in eight}) == 1
+        same = same and all(m.weight.dtype == torch.float32 for m in others)
     return same and kernels_run(weight.device.type)
 
 

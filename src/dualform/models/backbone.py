@@ -49,9 +49,15 @@ ELSEWHERE = {
 
 
 class Quantization(NamedTuple):
-    """How the matrices of a model are quantised: to 8 bits, with a scale for ``group`` neighbours in a row."""
+    """How the matrices of a model are quantised: to 8 bits, with a scale for ``group`` neighbours in a row.
+
+    Attributes:
+        group: neighbours.
+        kept: names of the linear maps and embeddings that are not.
+    """
 
     group: int
+    kept: tuple[str, ...] = ()
 
 
 @explained(elsewhere=ELSEWHERE)

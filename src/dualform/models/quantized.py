@@ -55,13 +55,14 @@ def quantize(model: Model, *, group: int = GROUP) -> Model:
             _check(name, module)
     _replace(model, group, values=True)
     model.float()
-    return _marked(model, group)
+    return _marked(model, Quantization(group))
 
 
-def quantized_shape(model: Model, group: int) -> Model:
+def quantized_shape(model: Model, how: Quantization) -> Model:
     """:func:`quantize` of the modules alone, whose weights are empty: a saved model is about to fill them."""
-    _replace(model, group, values=False)
-    return _marked(model, group)
+    kept = {model.get_submodule(name) for name in how.kept}
+    _replace(model, how.group, values=False, made=dict(zip(kept, kept, strict=True)))
+    return _marked(model, how)
 
 
 def check_kind(where: str, kind: str) -> None:
@@ -82,8 +83,8 @@ def _check(name: str, module: Any) -> None:
         raise ArgumentError(f"{_WHERE}: {name}.weight holds NaN or infinity, which 8 bits do not have")
 
 
-def _marked(model: Model, group: int) -> Model:
-    model.quantization = Quantization(group)
+def _marked(model: Model, how: Quantization) -> Model:
+    model.quantization = how
     model.requires_grad_(False)
     return model.eval()
 

@@ -17,6 +17,8 @@ import tokenizers
 from dualform.core.errors import ArgumentError, CheckpointError
 from dualform.core.json_file import read_text
 from dualform.models.careful import AGAIN, carefully
+from dualform.models.gguf.file import SUFFIX, read_header
+from dualform.models.gguf.vocabulary import vocabulary
 from dualform.models.saving.files import TOKENIZER_FILE, current
 from dualform.models.special_tokens import opening, text_only, unlimited
 from dualform.models.text_bytes import ByteStream, surrogate, utf8
@@ -133,6 +135,19 @@ class SubwordTokenizer:
             raise CheckpointError(f"{path}: no such file") from error
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not a tokenizer: {error}", hint=AGAIN) from error
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "SubwordTokenizer":
+        """The tokenizer that the content of a ``tokenizer.json`` describes.
+
+        Args:
+            text: the content.
+            where: what errors begin with.
+
+        Raises:
+            CheckpointError: where it does not describe a tokenizer that works.
+        """
 
         def tried() -> SubwordTokenizer:
             made = cls(tokenizers.Tokenizer.from_str(text))
@@ -141,7 +156,7 @@ class SubwordTokenizer:
             made._tokenizer.decode(made._text.encode("").ids)  # some faults show only in use
             return made
 
-        return carefully(tried, f"{path}: not a tokenizer", CheckpointError)
+        return carefully(tried, f"{where}: not a tokenizer", CheckpointError)
 
     @property
     def vocab_size(self) -> int:
@@ -205,15 +220,20 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a saved model: its ``tokenizer.json``, or bytes where there is none and 256 tokens.
 
-    That of a file of weights is the vocabulary of RWKV's World models beside it.
+    A file of GGUF has its own, unless it is of a kind that is not known: then it is the ``tokenizer.json`` beside it.
+    That of another file of weights is the vocabulary of RWKV's World models beside it.
 
     Raises:
         CheckpointError: when neither fits a model of ``vocab_size`` tokens.
     """
-    file = Path(folder).is_file()
-    path = Path(folder).with_name(VOCABULARY_FILE) if file else current(folder, TOKENIZER_FILE)
-    if path.exists():
+    file, within = Path(folder).is_file(), Path(folder).suffix == SUFFIX
+    path = current(folder, TOKENIZER_FILE)
+    if file:
+        path = Path(folder).with_name(TOKENIZER_FILE if within else VOCABULARY_FILE)
+    tokenizer = _within(Path(folder), path) if file and within else None
+    if tokenizer is None and path.exists():
         tokenizer = read_tokenizer(path)
+    if tokenizer is not None:
         if tokenizer.vocab_size > vocab_size:
             raise CheckpointError(f"{path} has {tokenizer.vocab_size} tokens, but the model only {vocab_size}")
         return tokenizer
@@ -223,6 +243,19 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
             hint=f"put the model's {path.name} beside its weights",
         )
     return ByteTokenizer()
+
+
+def _within(file: Path, beside: Path) -> Tokenizer | None:
+    """The tokenizer in a file of GGUF; None where it has none, or none that is known while there is one beside it."""
+    try:
+        found = vocabulary(read_header(file), f"{file}: ")
+        if found is None:
+            return None
+        return WorldTokenizer.from_text(found, str(file)) or SubwordTokenizer.from_json(found, str(file))
+    except CheckpointError:
+        if beside.exists():
+            return None
+        raise
 
 
 class _SubwordStream:

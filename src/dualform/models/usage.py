@@ -9,6 +9,8 @@ from dualform.core.errors import CheckpointError
 from dualform.core.json_file import read_table, read_text, to_json
 from dualform.core.options import brief
 from dualform.models.chat import ChatTemplate
+from dualform.models.gguf.file import SUFFIX, read_header
+from dualform.models.gguf.vocabulary import ends_of, template_of, vocabulary
 from dualform.models.saving.files import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
@@ -50,6 +52,11 @@ def read_usage(folder: str | os.PathLike[str], tokenizer: Tokenizer, vocab_size:
         CheckpointError: for a file that cannot be read, a token outside of the vocabulary, or what is no template;
             names the file and the key.
     """
+    if _of_gguf(folder):
+        header = read_header(folder)
+        found = template_of(header)
+        template = None if found is None else ChatTemplate(*found, f"{folder}: tokenizer.chat_template")
+        return Usage(tuple(ends_of(header, vocab_size)), template)
     about = _table(folder, TOKENIZER_CONFIG_FILE)
     special = {name: text for name in _SPECIAL if (text := _text(about, name)) is not None}
     ends = dict.fromkeys(read_ends(folder, vocab_size))
@@ -70,11 +77,14 @@ def usage_of(model: str | os.PathLike[str], tokenizer: Tokenizer, vocab_size: in
 def usage_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     """The files beside a model's weights that say how it is used, by their names; they are copied as they are.
 
-    Beside a file of weights that is the vocabulary of RWKV's World models, given as the files of a folder.
+    Beside a file of weights that is the vocabulary of RWKV's World models, given as the files of a folder; so is what a
+    file of GGUF says.
 
     Raises:
         CheckpointError: for a vocabulary that is damaged.
     """
+    if _of_gguf(folder):
+        return _within(Path(folder))
     if Path(folder).is_file():
         path = Path(folder).with_name(VOCABULARY_FILE)
         if not path.exists():
@@ -90,6 +100,8 @@ def read_ends(folder: str | os.PathLike[str], vocab_size: int) -> list[int]:
     Raises:
         CheckpointError: for a file that cannot be read, or a token outside of the vocabulary; names the file and key.
     """
+    if _of_gguf(folder):
+        return ends_of(read_header(folder), vocab_size)
     if Path(folder).is_file():
         return [BETWEEN] if Path(folder).with_name(VOCABULARY_FILE).exists() else []
     for file in (GENERATION_FILE, CONFIG_FILE):
@@ -103,6 +115,27 @@ def read_ends(folder: str | os.PathLike[str], vocab_size: int) -> list[int]:
                 raise CheckpointError(told, hint=_HINT)
         return ids
     return []
+
+
+def _of_gguf(folder: str | os.PathLike[str]) -> bool:
+    return Path(folder).suffix == SUFFIX and Path(folder).is_file()
+
+
+def _within(file: Path) -> dict[str, bytes]:
+    """What a file of GGUF says on its use, as the files of a folder."""
+    header = read_header(file)
+    found: dict[str, bytes] = {}
+    try:
+        if (tokenizer := vocabulary(header, f"{file}: ")) is not None:
+            found[TOKENIZER_FILE] = tokenizer.encode()
+    except CheckpointError:
+        if not (beside := file.with_name(TOKENIZER_FILE)).exists():
+            raise
+        found[TOKENIZER_FILE] = beside.read_bytes()
+    if (template := template_of(header)) is not None:
+        found[CHAT_TEMPLATE_FILE] = template[0].encode()
+        found[TOKENIZER_CONFIG_FILE] = to_json(template[1]).encode()
+    return found
 
 
 def _template(folder: str | os.PathLike[str], about: Mapping[str, Any], special: dict[str, str]) -> ChatTemplate | None:

@@ -80,6 +80,15 @@ class WorldTokenizer:
         table = read_table(path, hint=_AGAIN)
         return cls(entry(table, _KEY, str, path), str(path))
 
+    @classmethod
+    def from_text(cls, text: str, where: str) -> "WorldTokenizer | None":
+        """The tokenizer of what :meth:`to_json` gave; None for a text that does not begin so.
+
+        Raises:
+            CheckpointError: for a damaged one.
+        """
+        return cls(json.loads(text)[_KEY], where) if text.startswith(_START.decode()) else None
+
     @property
     def vocab_size(self) -> int:
         """The largest token plus one."""

@@ -32,8 +32,9 @@ def mamba_step(
     ``u = silu(conv(u))``; ``dt, B, C = maps(u)``; ``h = exp(dt A) h + dt B u``; ``y = C h + D u``, where dt has been
     through its own map and softplus, and ``norm(x) = x / sqrt(mean(x^2) + eps)`` times a weight.
 
-    The matrices may have 16 bits beside a float32 stream, or 8 with scales, and the states may have 16, which they
-    keep; everything else has the dtype of x, in which all of it is computed, and nothing is rounded in between.
+    The matrices may have 16 bits beside a float32 stream, or 8 with scales: then ``in_weight`` has, and one without
+    scales is float32. The states may have 16 bits, which they keep; everything else has the dtype of x, in which all of
+    it is computed, and nothing is rounded in between.
 
     Args:
         x: ``(B, M)``, the residual stream, float32 or float64.
@@ -117,6 +118,7 @@ def check_step_dtypes(
 ) -> None:
     """Matrices are of one dtype: that of x, 16 bits beside float32, or 8 with scales; states of that of x, or 16 bits.
 
+    Where the first matrix has 8 bits, others may be float32, without scales.
     Everything else that is real has the dtype of x.
 
     Args:
@@ -135,7 +137,9 @@ def check_step_dtypes(
     if matrix == torch.int8 and scales:
         named = {name: m for name, m in named.items() if name not in scales}
         check_real(where, **{name: m for name, m in named.items() if name not in matrices})
-        check_quantized(where, a.group, **{name: (named[name], getattr(a, of)) for name, of in matrices.items()})
+        whole = {name: of for name, of in matrices.items() if named[name].dtype != x or getattr(a, of) is not None}
+        check_quantized(where, a.group, **{name: (named[name], getattr(a, of)) for name, of in whole.items()})
+        matrices = whole
     else:
         check_real(where, **named)
         if given := next((of for of in scales if of in named), None):

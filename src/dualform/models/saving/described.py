@@ -9,8 +9,11 @@ from dualform.core.errors import ArgumentError, CheckpointError, ConfigError
 from dualform.core.int8 import check_group
 from dualform.core.json_file import entry, kind_of, read_json
 from dualform.core.options import brief, suggestion
-from dualform.models.backbone import Backbone
+from dualform.models.backbone import Backbone, Quantization
 from dualform.models.config import ModelConfig
+from dualform.models.gguf.architectures import layout_of_gguf
+from dualform.models.gguf.file import GROUP, SUFFIX, read_header
+from dualform.models.gguf.layout import GGUF
 from dualform.models.heads import HEADS, PooledModel, Readout
 from dualform.models.lm import LanguageModel
 from dualform.models.quantized import INT8, quantized_shape
@@ -40,8 +43,8 @@ class Described(NamedTuple):
     kind: type[Any]
     config: ModelConfig
     head: dict[str, Any]  # options of a classifier or regressor
-    layout: Readable | None  # of another library; None for this one's
-    group: int = 0  # of scales, where matrices have 8 bits
+    layout: Readable | GGUF | None  # of another library; None for this one's
+    quantization: Quantization | None = None  # where matrices have 8 bits
 
     def build(self) -> Backbone:
         """The model.
@@ -50,7 +53,12 @@ class Described(NamedTuple):
             ConfigError: for options that cannot be; names the file.
         """
         model = self._built()
-        return quantized_shape(model, self.group) if self.group else model
+        if self.quantization is None:
+            return model
+        try:
+            return quantized_shape(model, self.quantization)
+        except AttributeError as error:
+            raise CheckpointError(f"{self.path}: quantization: {error}") from error
 
     def _built(self) -> Backbone:
         try:
@@ -90,37 +98,43 @@ def described(folder: Folder) -> Described:
         config = ModelConfig.from_dict(about["model"]) if layout is None else layout.read(about, "")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    head, group = (about.get("head"), _group(about, path)) if own else (None, 0)
+    head, how = (about.get("head"), _quantization(about, path)) if own else (None, None)
     if head is None:
-        return Described(path, LanguageModel, config, {}, layout, group)
+        return Described(path, LanguageModel, config, {}, layout, how)
     if not isinstance(head, dict):
         raise CheckpointError(f"{path}: head is {brief(head)}, expected a table of options")
     name = head.pop("kind", None)
     if not isinstance(name, str) or name not in HEADS:
         raise CheckpointError(f"{folder}: unknown kind of model {brief(name)}", hint=f"known: {', '.join(HEADS)}")
-    return Described(path, HEADS[name], config, head, None, group)
+    return Described(path, HEADS[name], config, head, None, how)
 
 
-def _group(about: dict[str, Any], path: Path) -> int:
-    """How many neighbours share a scale, where the matrices of a model of this library have 8 bits; else 0."""
+def _quantization(about: dict[str, Any], path: Path) -> Quantization | None:
+    """How a model of this library is quantised, if it is."""
     given = about.get("quantization")
     if given is None:
-        return 0
-    expected = {"kind": INT8, "group": given.get("group") if isinstance(given, dict) else None}
-    if given != expected:
+        return None
+    table = given if isinstance(given, dict) else {}
+    group, kept = table.get("group"), table.get("kept", [])
+    named = isinstance(kept, list) and all(isinstance(name, str) and name for name in kept)
+    if not named or table not in ({"kind": INT8, "group": group}, {"kind": INT8, "group": group, "kept": kept}):
         raise CheckpointError(
             f"{path}: quantization is {brief(given)}, expected {{'kind': {INT8!r}, 'group': a whole number}}",
             hint=f"this is dualform {__version__}; a newer one may read it",
         )
     try:
-        check_group("quantization", given["group"])
+        check_group("quantization", group)
     except ArgumentError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return given["group"]
+    return Quantization(table["group"], tuple(kept))
 
 
 def _of_file(path: Path) -> Described:
-    """The model of a file of tensors, by their names and shapes."""
+    """The model of a file: by its keys where it has some, else by the names and shapes of its tensors."""
+    if path.suffix == SUFFIX:
+        table, config = layout_of_gguf(read_header(path), f"{path}: ")
+        how = Quantization(GROUP, tuple(sorted(table.kept))) if table.whole else None
+        return Described(path, LanguageModel, config, {}, table, how)
     shapes = {name: stored.shape for name, stored in stored_tensors(Files([path])).items()}
     layout = layout_of_file(shapes, str(path))
     return Described(path, LanguageModel, layout.read(shapes, f"{path}: "), {}, layout)
@@ -149,7 +163,8 @@ def described_as(model: Backbone, layout: str) -> tuple[dict[str, Any], Readable
     if isinstance(model, Readout):
         about["head"] = model.head_options()
     if model.quantization is not None:
-        about["quantization"] = {"kind": INT8, "group": model.quantization.group}
+        group, kept = model.quantization
+        about["quantization"] = {"kind": INT8, "group": group, **({"kept": list(kept)} if kept else {})}
     return about, None
 
 
@@ -171,7 +186,7 @@ def _read_about(folder: Folder) -> tuple[Path, dict[str, Any]]:
     """The path of ``config.json`` and what it holds."""
     path = current(_existing(folder), CONFIG_FILE)
     if not path.exists():
-        alone = sorted(found for found in path.parent.glob("*.pth") if found.is_file())
+        alone = sorted(found for end in ("pth", "gguf") for found in path.parent.glob(f"*.{end}") if found.is_file())
         hint = f"give the file: {alone[0]}" if alone else "give a folder written by save, or that of a training run"
         raise CheckpointError(f"{folder}: no {CONFIG_FILE}", hint=hint)
     hint = "copy the folder again, or save the model again"
@@ -196,7 +211,7 @@ def _existing(folder: Folder) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        hint = f"try {path.parent}; or a file of RWKV-7, which ends in {', '.join(FILES)}"
+        hint = f"try {path.parent}; or a file of RWKV-7 or GGUF, which ends in {', '.join(FILES)}"
         raise CheckpointError(f"{folder}: a file, expected the folder of a saved model", hint=hint)
     raise CheckpointError(
         f"{folder}: no such folder",

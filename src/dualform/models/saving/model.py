@@ -21,6 +21,7 @@ from dualform.gaussian.built import Built
 from dualform.layers.quantized import quantized_within
 from dualform.models.adapters import adapter_tensors, stored_name
 from dualform.models.backbone import Backbone
+from dualform.models.gguf.layout import GGUF
 from dualform.models.heads import HEADS
 from dualform.models.lm import LanguageModel
 from dualform.models.quantized import check_kind
@@ -35,11 +36,11 @@ from dualform.models.saving.files import (
     WEIGHTS_FILE,
     current,
     replacing,
-    replacing_file,
 )
 from dualform.models.saving.folder import model_folder
 from dualform.models.saving.gaussian import KINDS, gaussian_of, read_gaussian, write_gaussian
 from dualform.models.saving.manifest import MANIFEST_FILE
+from dualform.models.saving.one_file import save_gguf, unique_tensors, write_file, written_tensors
 from dualform.models.saving.undisturbed import undisturbed
 from dualform.models.saving.verify import check_files, manifest_of
 from dualform.models.saving.weights import (
@@ -49,7 +50,6 @@ from dualform.models.saving.weights import (
     found_files,
     own_files,
     stored_tensors,
-    write_tensors,
 )
 from dualform.models.tables.layout import Piece
 from dualform.models.tables.registry import Readable
@@ -91,6 +91,8 @@ def save(model: Any, folder: Folder, tokenizer: SavedTokenizer | None = None, *,
         layout: how the files are written: ``"dualform"``, ``"hf"`` for transformers, or ``"mamba_ssm"``. The last two
             take language models that those libraries have; :func:`load` reads all three. With ``"rwkv7"`` ``folder``
             is one file that ends in ``.pth`` or ``.safetensors``, as RWKV's authors have it, without the tokenizer.
+            With ``"gguf"`` it is one that ends in ``.gguf``, of a Mamba or a Mamba-2, with the tokenizer where
+            llama.cpp has its kind.
 
     Raises:
         ArgumentError: for what is none of the library's models, such as a layer; says how to save that. Also for a
@@ -109,6 +111,9 @@ def save(model: Any, folder: Folder, tokenizer: SavedTokenizer | None = None, *,
         kinds = ", ".join(kind.__name__ for kind in (LanguageModel, *HEADS.values(), *KINDS.values()))
         hint = "save(model.build(), folder) keeps its matrices" if isinstance(model, Built) else _OF_A_LAYER
         raise ArgumentError(f"save: model is {type(model).__name__}, expected one of {kinds}", hint=hint)
+    if layout == "gguf":
+        save_gguf(model, Path(folder), tokenizer.to_json() if tokenizer is not None else None)
+        return
     _, table = described_as(model, layout)
     if isinstance(table, RWKV7File):
         write_file(model, Path(folder), table)
@@ -130,32 +135,7 @@ def write(model: Backbone, folder: Path, tokenizer: SavedTokenizer | None = None
         raise ArgumentError(f"save: the model has adapters of PEFT, such as {laid!r}", hint=hint)
     about, table = described_as(model, layout)
     (folder / CONFIG_FILE).write_text(to_json(about), encoding="utf-8")
-    save_file(_written(model, table), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def write_file(model: Backbone, path: Path, table: RWKV7File) -> None:
-    """Write the tensors of a model to one file, in the layout of a table.
-
-    Raises:
-        ArgumentError: for a name that ends otherwise than in ``.pth`` or ``.safetensors``.
-        CheckpointError: when the disk refuses.
-    """
-    if path.suffix not in (".pth", ".safetensors"):
-        hint = "RWKV's own programs read .pth, others .safetensors"
-        raise ArgumentError(f"{path}: a file in the layout {table.name!r} ends in .pth or .safetensors", hint=hint)
-    tensors = _written(model, table)
-    with replacing_file(path) as new:
-        write_tensors(tensors, new, pickled=path.suffix == ".pth")
-
-
-def _written(model: Backbone, table: Readable | None) -> dict[str, Tensor]:
-    """The tensors of a model by their names in a file."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in unique_tensors(model).items():
-        for piece in (Piece(name),) if table is None else table.pieces(model.config, name):
-            stored = piece.of(tensor.detach()).cpu()
-            tensors[piece.name] = stored.contiguous() if piece.alone else stored.clone()
-    return tensors
+    save_file(written_tensors(model, table), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 @overload
@@ -242,6 +222,8 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype | None, kind: t
             raise CheckpointError(f"{folder}: a {type(model).__name__}, expected a {kind.__name__}")
         return model
     found = described(folder)
+    if dtype is None and isinstance(found.layout, GGUF):
+        dtype = found.layout.dtype
     if kind is not None and not issubclass(found.kind, kind):
         raise CheckpointError(f"{folder}: a {found.kind.__name__}, expected a {kind.__name__}")
     if verify and manifest_of(folder) is None:
@@ -272,7 +254,7 @@ def read_tensors(
     folder: Folder,
     model: nn.Module,
     *,
-    layout: Readable | None = None,
+    layout: Readable | GGUF | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
@@ -332,7 +314,7 @@ def check_tensors(folder: Folder) -> None:
         _places(folder, model, found.layout)
 
 
-def _places(folder: Folder, model: nn.Module, layout: Readable | None) -> dict[str, tuple[Stored, str, Piece]]:
+def _places(folder: Folder, model: nn.Module, layout: Readable | GGUF | None) -> dict[str, tuple[Stored, str, Piece]]:
     """By the names in the files: where a tensor is stored, what it is a piece of, and how; once all is known to fit."""
     if isinstance(model, Backbone) and model.adaptation is not None:
         expected, path = adapter_tensors(model), current(folder, ADAPTER_FILE)
@@ -370,13 +352,6 @@ def _fitting(
         like = piece.of(torch.empty_like(expected[name], device="meta"))
         _check_tensor(there, like, stored[there])
     return {there: (stored[there], name, piece) for there, (name, piece) in places.items()}
-
-
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each once, under the first of its names."""
-    seen: set[int] = set()
-    tensors = model.state_dict(keep_vars=True).items()
-    return {name: t for name, t in tensors if not (id(t) in seen or seen.add(id(t)))}
 
 
 def _check_names(path: Path, expected: list[str], found: set[str]) -> None:

@@ -20,7 +20,7 @@ from dualform.models.readout import Readout
 from dualform.models.saving.digest import ALGORITHM, tensors_digest
 from dualform.models.saving.files import replacing_file
 from dualform.models.saving.gaussian import gaussian_options
-from dualform.models.saving.model import unique_tensors
+from dualform.models.saving.one_file import unique_tensors
 from dualform.models.saving.undisturbed import undisturbed
 
 FORMAT, _WITHOUT_DIGEST = "2", "1"

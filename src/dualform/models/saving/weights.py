@@ -19,6 +19,7 @@ from torch import Tensor
 from dualform.core.errors import CheckpointError
 from dualform.core.json_file import entry, read_table
 from dualform.core.options import brief
+from dualform.models.gguf.file import SUFFIX, GGUFTensors
 from dualform.models.saving.files import ADAPTER_FILE, WEIGHTS_FILE, current
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,7 +49,7 @@ class Files(NamedTuple):
     listing: Path | None = None
 
 
-FILES = (".safetensors", ".pth", ".pt", ".bin")
+FILES = (".safetensors", ".pth", ".pt", ".bin", SUFFIX)
 """How the names of files of weights end."""
 
 
@@ -212,6 +213,9 @@ def _opened(path: Path) -> Iterator[Any]:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}", hint=_AGAIN.format("safetensors")) from error
         return
+    if path.suffix == SUFFIX:
+        yield GGUFTensors(path)
+        return
     try:
         file = _Pickled(path)
     except Exception as error:  # of unpickling, which has no class of errors of its own
@@ -227,6 +231,9 @@ def _stored(path: Path, file: Any, name: str) -> Stored:
     if isinstance(file, _Pickled):
         t = file.get_tensor(name)
         return Stored(path, tuple(t.shape), str(t.dtype), t.is_floating_point(), t.is_complex())
+    if isinstance(file, GGUFTensors):
+        shape, of = file.stored(name)
+        return Stored(path, shape, str(of), of.is_floating_point, False)
     there = file.get_slice(name)
     dtype = there.get_dtype()
     return Stored(path, tuple(there.get_shape()), dtype, dtype.startswith(("F", "BF")), dtype.startswith("C"))

@@ -146,7 +146,7 @@ class Family:
         here = max((key for key in table if rest.startswith(key)), key=len, default=None)
         if here is None:
             raise ConfigError(f"{self.name}: no name for {name}")
-        part, tail = _part(config, letter, rest)
+        part, tail = part_within(config, letter, rest)
         of_part = {**NAMES, **self.names}.get(type(part))
         known = {} if of_part is None or tail is None else of_part(part, config.d_model)
         inner = rest.removeprefix(here)
@@ -214,7 +214,7 @@ def _explicit(part: Any, width: int) -> Any:
     return part
 
 
-def _part(config: ModelConfig, letter: str, rest: str) -> tuple[Any, str | None]:
+def part_within(config: ModelConfig, letter: str, rest: str) -> tuple[Any, str | None]:
     """The part that a name inside of a block leads to, and what is left of the name there."""
     parts = config.parts[letter]
     while True:

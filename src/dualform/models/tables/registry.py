@@ -65,8 +65,8 @@ HF = {family.model_type: family for family in _FAMILIES}
 """The families of transformers by their ``model_type``."""
 
 SUPPORTED = f"folders of dualform, of transformers ({', '.join(HF)}) and of mamba-ssm can be read"
-LAYOUTS = ("dualform", "hf", "mamba_ssm", "rwkv7")
-"""What a model can be written as; the last is a file, the others are folders."""
+LAYOUTS = ("dualform", "hf", "mamba_ssm", "rwkv7", "gguf")
+"""What a model can be written as; the last two are files, the others are folders."""
 
 
 def layout_of(about: Mapping[str, Any], where: str) -> Readable:

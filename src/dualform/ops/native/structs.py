@@ -7,7 +7,7 @@ from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
 from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 18  # DUALFORM_VERSION
+VERSION = 23  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 MATRICES = {**DTYPES, torch.int8: 4}  # of matrices
 NO_MEMORY, REFUSED, FULL = 1, 2, 3  # what a function returns; 0 when it is done

@@ -1,0 +1,1 @@
+"""Files of GGUF, the format of llama.cpp, as models and tokenizers."""
