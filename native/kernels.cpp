@@ -10,6 +10,7 @@
 #include "kalman_smoother.h"
 #include "linear_scan.h"
 #include "lti_step.h"
+#include "markov.h"
 #include "norm.h"
 #include "selective_scan.h"
 #include "ssd.h"
@@ -46,6 +47,9 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::kalman::forward<float>, isa::kalman::forward<double>},
     {isa::kalman::backward<float>, isa::kalman::backward<double>},
     isa::kalman::smooth,
+    {isa::markov::filter<float>, isa::markov::filter<double>},
+    {isa::markov::smooth<float>, isa::markov::smooth<double>},
+    {isa::markov::path<float>, isa::markov::path<double>},
     {isa::block::mamba<float>, isa::block::mamba<double>},
     {isa::block::mamba2<float>, isa::block::mamba2<double>},
     {isa::block::lti<float>, isa::block::lti<double>},

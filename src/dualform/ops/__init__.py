@@ -27,6 +27,9 @@ from dualform.ops.lstm import lstm
 from dualform.ops.lti_step import lti_step
 from dualform.ops.mamba2_step import mamba2_step
 from dualform.ops.mamba_step import mamba_step
+from dualform.ops.markov_filter import markov_filter
+from dualform.ops.markov_path import markov_path
+from dualform.ops.markov_smoother import markov_smoother
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
 from dualform.ops.quantized_linear import quantized_linear
@@ -68,6 +71,7 @@ for _name in (
     "kalman_smoother",
     "linear",
     "linear_scan",
+    "markov",
     "norm",
     "quantized_linear",
     "selective_scan",
@@ -114,6 +118,9 @@ __all__ = [
     "lti_step",
     "mamba2_step",
     "mamba_step",
+    "markov_filter",
+    "markov_path",
+    "markov_smoother",
     "mimo_ssm",
     "quantized_linear",
     "selective_scan",
