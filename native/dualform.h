@@ -295,8 +295,8 @@ typedef struct {
 
 // A Markov chain of K states that is seen through log-likelihoods b of its states: p_t = v_t e_t / c_t with
 // e_t = exp(b_t - top_t), and v_{t+1} = p_t A_t, where top_t is the largest of b_t, or 0 if that is not finite, and c_t
-// the sum of v_t e_t. Rows and columns of A lie like one contiguous axis; a view that is constant in time has the stride
-// 0 there. Everything but the path has the dtype of b.
+// the sum of v_t e_t. Rows and columns of A lie like one contiguous axis; a view that is constant in time has the
+// stride 0 there. Everything but the path has the dtype of b.
 typedef struct {
   int64_t threads;
   int64_t dtype;

@@ -329,9 +329,8 @@ template <class K>
 void by_rows(const MarkovChain& s, const K& kernel) {
   const int64_t threads = threads_for(s.threads, s.rows * s.length * s.states * s.states);
   const int64_t tasks = std::min(s.rows, threads == 1 ? 1 : 4 * threads);
-  in_scratch(threads, tasks, [&](int64_t i, void* memory) {
-    return kernel(s, s.rows * i / tasks, s.rows * (i + 1) / tasks, memory);
-  });
+  in_scratch(threads, tasks,
+             [&](int64_t i, void* memory) { return kernel(s, s.rows * i / tasks, s.rows * (i + 1) / tasks, memory); });
 }
 
 }  // namespace

@@ -99,9 +99,9 @@ struct Maxima {
   }
 };
 
-// Numbers [j, j + R vectors) of the product of x (K) with rows of `a`, which lie `stride` apart.
+// Numbers [j, j + R vectors) of the product of x with `count` rows of `a`, which lie `stride` apart.
 template <class By, int R, class T>
-INLINE void block(const T* x, const T* a, int64_t stride, int64_t states, T* to) {
+INLINE void block(const T* x, const T* a, int64_t stride, int64_t count, T* to) {
   constexpr int L = LANES<T>;
   vec<T> sum[WAYS][R];
 #pragma GCC unroll 4
@@ -109,7 +109,7 @@ INLINE void block(const T* x, const T* a, int64_t stride, int64_t states, T* to)
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) sum[w][r] = By::template first<T>();
   int64_t i = 0;
-  for (; i + WAYS <= states; i += WAYS) {
+  for (; i + WAYS <= count; i += WAYS) {
 #pragma GCC unroll 4
     for (int w = 0; w < WAYS; w++) {
       const vec<T> each = splat(x[i + w]);
@@ -117,7 +117,7 @@ INLINE void block(const T* x, const T* a, int64_t stride, int64_t states, T* to)
       for (int r = 0; r < R; r++) sum[w][r] = By::step(sum[w][r], each, load(a + (i + w) * stride + r * L));
     }
   }
-  for (; i < states; i++) {
+  for (; i < count; i++) {
     const vec<T> each = splat(x[i]);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) sum[0][r] = By::step(sum[0][r], each, load(a + i * stride + r * L));
@@ -130,69 +130,119 @@ INLINE void block(const T* x, const T* a, int64_t stride, int64_t states, T* to)
   }
 }
 
-// x (K) times a (K, K), by sums of products or by maxima of sums.
+// x times `count` rows of `a`, each of whole vectors, by sums of products or by maxima of sums.
 template <class By, class T>
-INLINE void product(const T* x, const T* a, int64_t stride, int64_t states, T* to) {
-  constexpr int L = LANES<T>, MOST = WIDTH == 64 ? 4 : 2;
-  int64_t j = 0;
-  if constexpr (MOST == 4) {
-    for (; j + 3 * L < states; j += 4 * L) block<By, 4>(x, a + j, stride, states, to + j);
-    if (j + 2 * L < states) block<By, 3>(x, a + j, stride, states, to + j), j += 3 * L;
-  }
-  for (; j + L < states; j += 2 * L) block<By, 2>(x, a + j, stride, states, to + j);
-  for (; j < states; j += L) block<By, 1>(x, a + j, stride, states, to + j);
-}
-
-// a (K, K) times x: the sums over the rows of a.
-template <class T>
-INLINE void reached_by(const T* x, const T* a, int64_t stride, int64_t states, T* to) {
+INLINE void product(const T* x, const T* a, int64_t stride, int64_t count, T* to) {
   constexpr int L = LANES<T>;
-  for (int64_t i = 0; i < states; i++) {
-    vec<T> sum{};
-    for (int64_t j = 0; j < states; j += L) sum = fma(load(x + j), load(a + i * stride + j), sum);
-    to[i] = total(sum);
-  }
+  int64_t j = 0;
+  for (; j + 4 * L <= stride; j += 4 * L) block<By, 4>(x, a + j, stride, count, to + j);
+  if (j + 2 * L <= stride) block<By, 2>(x, a + j, stride, count, to + j), j += 2 * L;
+  if (j < stride) block<By, 1>(x, a + j, stride, count, to + j);
 }
 
-// The transition after a step, with rows of whole vectors, which end in `rest`. A constant one is laid out once, its
-// columns as rows if `turned`.
+// The sum of the products of x and a, whole vectors both.
+template <class T>
+INLINE T dot(const T* x, const T* a, int64_t padded) {
+  vec<T> sum{};
+  for (int64_t j = 0; j < padded; j += LANES<T>) sum = fma(load(x + j), load(a + j), sum);
+  return total(sum);
+}
+
+// The transition after a step, with rows of whole vectors, which end in `nothing`. A constant one is laid out once. If
+// most of its states lead to one other state alone, as those of a chain of durations do, only the other rows are.
 template <class T>
 class Moves {
  public:
-  Moves(const MarkovChain& s, Arena& arena, T rest, bool turned)
-      : s_(s), turned_(turned), stride_(up(s.states, LANES<T>)), laid_(arena.take<T>(s.states * stride_)) {
+  // `turned` lays columns out as rows.
+  Moves(const MarkovChain& s, Arena& arena, T nothing, bool turned)
+      : s_(s), nothing_(nothing), turned_(turned), stride_(up(s.states, LANES<T>)) {
+    laid_ = arena.take<T>(s.states * stride_);
+    some_ = arena.take<T>(s.states), only_ = arena.take<T>(s.states);
+    which_ = arena.take<int64_t>(s.states), leads_ = arena.take<int64_t>(s.states);
     if (laid_)
-      for (int64_t i = 0; i < s.states * stride_; i++) laid_[i] = rest;
+      for (int64_t i = 0; i < s.states * stride_; i++) laid_[i] = nothing;
   }
 
   bool constant() const { return s_.a.time == 0; }
-  int64_t stride() const { return stride_; }
 
   // Before the first step of a row.
   void begin(int64_t row) {
-    if (constant() && s_.length > 1 && row != row_ && (row_ < 0 || s_.a.row != 0)) lay(row, 0);
+    if (constant() && s_.length > 1 && row != row_ && (row_ < 0 || s_.a.row != 0)) {
+      const T* a = at<T>(s_.a, row, 0);
+      choose(a);
+      lay(a, turned_ && !sparse());
+    }
     row_ = row;
   }
-  const T* after(int64_t t) {
+
+  // x times the transition after step t.
+  template <class By>
+  void forward(int64_t t, const T* x, T* to) {
+    const T* a = rows(t);
+    if (!sparse()) return product<By>(x, a, stride_, s_.states, to);
+    for (int64_t k = 0; k < count_; k++) some_[k] = x[which_[k]];
+    product<By>(some_, a, stride_, count_, to);
+    for (int64_t k = count_; k < s_.states; k++) {
+      const int64_t i = which_[k], j = leads_[k];
+      to[j] = By::step(to[j], x[i], only_[k]);
+    }
+  }
+
+  // The transition after step t times x; turned.
+  void backward(int64_t t, const T* x, T* to) {
+    const T* a = rows(t);
+    if (constant() && !sparse()) return product<Products>(x, a, stride_, s_.states, to);
+    for (int64_t k = 0; k < count_; k++) to[which_[k]] = dot(x, a + k * stride_, stride_);
+    for (int64_t k = count_; k < s_.states; k++) to[which_[k]] = x[leads_[k]] * only_[k];
+  }
+
+  const T* column(int64_t j) const { return laid_ + j * stride_; }  // of a constant one, turned, for maxima
+
+ private:
+  bool sparse() const { return count_ < s_.states; }
+
+  // The rows that are laid out come first: all, or those that lead to several states.
+  void choose(const T* a) {
+    const int64_t n = s_.states;
+    int64_t last = n;
+    count_ = 0;
+    for (int64_t i = 0; i < n; i++) {
+      int64_t found = 0, to = 0;
+      for (int64_t j = 0; j < n; j++)
+        if (!(a[i * n + j] == nothing_)) found++, to = j;
+      if (found == 1)
+        which_[--last] = i, leads_[last] = to, only_[last] = a[i * n + to];
+      else
+        which_[count_++] = i;
+    }
+    if (2 * count_ > n || (turned_ && nothing_ != 0)) every();
+  }
+  void every() {
+    count_ = s_.states;
+    for (int64_t i = 0; i < count_; i++) which_[i] = i;
+  }
+
+  void lay(const T* a, bool turned) {
+    const int64_t n = s_.states;
+    for (int64_t k = 0; k < count_; k++)
+      for (int64_t j = 0; j < n; j++) laid_[k * stride_ + j] = turned ? a[j * n + k] : a[which_[k] * n + j];
+  }
+
+  const T* rows(int64_t t) {
     if (constant()) return laid_;
-    if (s_.states == stride_) return at<T>(s_.a, row_, t);
-    lay(row_, t);
+    if (count_ != s_.states) every();
+    const T* a = at<T>(s_.a, row_, t);
+    if (s_.states == stride_) return a;
+    lay(a, false);
     return laid_;
   }
 
- private:
-  void lay(int64_t row, int64_t t) {
-    const T* a = at<T>(s_.a, row, t);
-    const bool turned = turned_ && constant();
-    for (int64_t i = 0; i < s_.states; i++)
-      for (int64_t j = 0; j < s_.states; j++) laid_[i * stride_ + j] = turned ? a[j * s_.states + i] : a[i * s_.states + j];
-  }
-
   const MarkovChain& s_;
+  const T nothing_;
   const bool turned_;
   const int64_t stride_;
-  T* laid_;
-  int64_t row_ = -1;
+  T *laid_, *some_, *only_;
+  int64_t *which_, *leads_, count_ = 0, row_ = -1;
 };
 
 // exp(b - top) of a step, 0 behind the last state, and top, the largest of b, or 0 where that is not finite.
@@ -271,10 +321,9 @@ int64_t filter(const MarkovChain& s, int64_t first, int64_t end, void* memory) {
       const T top = likelihoods(at<T>(s.b, row, t), states, e), sum = multiply(now, e, padded, joint);
       T factor = T(1) / sum;
       if (t + 1 < s.length) {
-        const T* a = moves.after(t);
-        factor = divided(sum, joint, padded, [&](const T* x, T* to) __attribute__((always_inline)) {
-          product<Products>(x, a, moves.stride(), states, to);
-        }, now);
+        auto lift = [&](const T* x, T* to)
+                        __attribute__((always_inline)) { moves.template forward<Products>(t, x, to); };
+        factor = divided(sum, joint, padded, lift, now);
       }
       give(joint, factor, states, static_cast<T*>(s.p) + step * states);
       static_cast<T*>(s.sum)[step] = sum;
@@ -309,11 +358,8 @@ int64_t smooth(const MarkovChain& s, int64_t first, int64_t end, void* memory) {
       const T sum = multiply(reached, e, padded, joint);
       T factor = T(1) / sum;
       if (t) {
-        const T* a = moves.after(t - 1);
-        factor = divided(sum, joint, padded, [&](const T* x, T* to) __attribute__((always_inline)) {
-          if (moves.constant()) product<Products>(x, a, moves.stride(), states, to);
-          else reached_by(x, a, moves.stride(), states, to);
-        }, reached);
+        auto lift = [&](const T* x, T* to) __attribute__((always_inline)) { moves.backward(t - 1, x, to); };
+        factor = divided(sum, joint, padded, lift, reached);
       }
       if (s.after) give(joint, factor, states, static_cast<T*>(s.after) + step * states);
     }
@@ -344,8 +390,10 @@ INLINE void best_scores(const MarkovChain& s, Moves<T>& moves, int64_t row, int6
   const int64_t states = s.states, padded = up(states, L);
   for (int64_t t = begin; t < end; t++) {
     const T* b = at<T>(s.b, row, t);
-    if (t) product<Maxima>(before, moves.after(t - 1), moves.stride(), states, now);
-    else memcpy(now, static_cast<const T*>(s.start) + row * states, states * sizeof(T));
+    if (t)
+      moves.template forward<Maxima>(t - 1, before, now);
+    else
+      memcpy(now, static_cast<const T*>(s.start) + row * states, states * sizeof(T));
     int64_t i = 0;
     for (; i + L <= states; i += L) store(scores + i, load(now + i) + load(b + i));
     for (; i < padded; i++) scores[i] = i < states ? now[i] + b[i] : T(-INFINITY);
@@ -359,9 +407,9 @@ INLINE void best_scores(const MarkovChain& s, Moves<T>& moves, int64_t row, int6
   }
 }
 
-// The path of the greatest probability, of rows [first, end). The way back asks of one state at each step where its best
-// path came from, by the scores of a span of steps, which are computed again from what the span before it ended in.
-// `a` and `start` are logarithms.
+// The path of the greatest probability, of rows [first, end). The way back asks of one state at each step where its
+// best path came from, by the scores of a span of steps, which are computed again from what the span before it ended
+// in. `a` and `start` are logarithms.
 template <class T>
 int64_t path(const MarkovChain& s, int64_t first, int64_t end, void* memory) {
   constexpr int L = LANES<T>;
@@ -394,7 +442,7 @@ int64_t path(const MarkovChain& s, int64_t first, int64_t end, void* memory) {
         state = best_of(from, padded, states);
       } else {
         const int64_t after = state;
-        const T* column = columns.constant() ? columns.after(t) + after * columns.stride() : at<T>(s.a, row, t) + after;
+        const T* column = columns.constant() ? columns.column(after) : at<T>(s.a, row, t) + after;
         if (columns.constant())
           for (int64_t i = 0; i < padded; i += L) store(now + i, load(from + i) + load(column + i));
         else
