@@ -47,7 +47,7 @@ def log_prob(emission: Emission, x: Tensor, lags: Tensor, seen: Tensor) -> Tenso
 def run(
     where: str, model: Any, x: Tensor, u: Tensor | None, state: HiddenState, keep: Tensor | None = None
 ) -> tuple[Filtered, HiddenState]:
-    """The filter over rows ``(B, T, M)`` with inputs ``(B, T, U)``, of which steps are kept ``(B, T)`` from the first."""
+    """The filter over rows ``(B, T, M)`` with inputs ``(B, T, U)``; ``keep`` ``(B, T)``: steps from the first on."""
     (rows, length, _), (start, lags, seen) = x.shape, state
     if not length or not rows:
         empty = model.fold(start.new_zeros(rows, length, start.shape[-1]) * start[:, None])

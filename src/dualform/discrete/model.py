@@ -268,7 +268,7 @@ class HiddenMarkov(ChainFilter):
     ) -> Fit:
         """Maximise the likelihood, times the priors, by expectation and maximisation (Baum-Welch), in place.
 
-        Weights of inputs are found by Newton's method; those of staying in a state become 0, as only differences matter.
+        Weights of inputs are found by Newton's method. Only their differences matter: those of staying become 0.
 
         Args:
             X: as :meth:`predict_proba`.

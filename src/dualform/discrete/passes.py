@@ -1,5 +1,7 @@
-"""One pass over the time of a Markov chain: a loop or a scan. :mod:`dualform.discrete.chunks` has a third form, and
-the scaled loop is an operator, :mod:`dualform.ops.markov_filter`.
+"""One pass over the time of a Markov chain: a loop or a scan.
+
+:mod:`dualform.discrete.chunks` has a third form, and the scaled loop is an operator,
+:func:`~dualform.ops.markov_filter.markov_filter`.
 
 A pass starts from a vector ``v_1`` and makes, for every step, ``p_t = v_t e_t / c_t`` with ``c_t = sum(v_t e_t)`` and
 ``v_{t+1} = p_t A``. From the distribution of the first state it is the filter; over the reversed sequence with ``A^T``
@@ -46,7 +48,7 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def log_loop(start: Tensor, A: Tensor, log_b: Tensor) -> Pass:
-    """One step after the other, on logarithms; A is ``(K, K)``, or ``(B, T - 1, K, K)`` with the one after each step."""
+    """One step after the other, on logarithms; A is ``(K, K)``, or ``(B, T - 1, K, K)``, one after each step."""
     log_A, now, probs, scales = safe_log(A), safe_log(start), [], []
     moves = None if A.dim() == 2 else log_A.unbind(1)
     for t, b_t in enumerate(log_b.unbind(1)):

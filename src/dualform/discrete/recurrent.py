@@ -138,7 +138,10 @@ class ChainFilter(nn.Module):
         if state is None:
             return self.init_state(rows)
         e, like = self.emission, self.transition_logits
-        sizes = {"probs": (state.probs, f"{rows} {self.start().shape[-1]}"), "lags": (state.lags, f"{rows} {e.lags} {e.width}")}
+        sizes = {
+            "probs": (state.probs, f"{rows} {self.start().shape[-1]}"),
+            "lags": (state.lags, f"{rows} {e.lags} {e.width}"),
+        }
         check_tensors(f"{where}: state", model=(like, "* *"), seen=(state.seen, f"{rows}"), **sizes)
         check_finite(where, {"state.probs": state.probs, "state.lags": state.lags})
         return HiddenState(state.probs.to(wide(like)), state.lags.to(wide(like)), state.seen)

@@ -72,7 +72,9 @@ class HiddenSemiMarkov(HiddenMarkov):
             raise ArgumentError(f"HiddenSemiMarkov: durations is {type(durations).__name__}", hint=hint)
         k, like = emission.states, self.transition_logits
         if k < 2 or durations.states != k:
-            raise ArgumentError(f"HiddenSemiMarkov: {k} states and durations of {durations.states}, expected as many, 2 or more")
+            raise ArgumentError(
+                f"HiddenSemiMarkov: {k} states and durations of {durations.states}, expected as many, 2 or more"
+            )
         self.durations = durations
         others = 1 - torch.eye(k, dtype=like.dtype)
         moves = others / (k - 1) if transition is None else given("HiddenSemiMarkov", t=transition)["t"]
@@ -119,7 +121,10 @@ class HiddenSemiMarkov(HiddenMarkov):
         sizes = (self.states, self.durations.longest)
         moves = A.unflatten(0, sizes).unflatten(-1, sizes)
         return torch.stack(
-            [(before.unflatten(-1, sizes)[..., k, :] @ moves[k].flatten(1) * after).unflatten(-1, sizes).sum(-1) for k in range(sizes[0])],
+            [
+                (before.unflatten(-1, sizes)[..., k, :] @ moves[k].flatten(1) * after).unflatten(-1, sizes).sum(-1)
+                for k in range(sizes[0])
+            ],
             -2,
         )
 

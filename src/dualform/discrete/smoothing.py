@@ -134,14 +134,10 @@ def _refuse_lost(where: str, weight: Tensor) -> None:
         raise ArgumentError(f"{where}: probabilities are too small for a scaled form", hint="leave scaled at None")
 
 
-def both_passes(
-    where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form, *, messages: bool = True
-) -> Both:
+def both_passes(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form, *, messages: bool = True) -> Both:
     """Forward and backward over ``log_b`` ``(B, T, K)``, T above 0; ``after`` may be left out."""
     forward, log = one_pass(where, start, A, log_b, form)
-    by_op = not _parallel(log_b, form) and (
-        _has_kernel(start, A, log_b) or not _chunk_size(start, A, log_b, form)
-    )
+    by_op = not _parallel(log_b, form) and (_has_kernel(start, A, log_b) or not _chunk_size(start, A, log_b, form))
     if by_op and not log:
         probs, weight, after = markov_smoother(forward.p, each_step(A, log_b), log_b, messages=messages)
         return _unless_lost(where, start, A, log_b, form, Both(forward.p, after, probs, weight, forward.log_c, log))

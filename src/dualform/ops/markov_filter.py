@@ -72,9 +72,7 @@ def check_chain(where: str, vector: Tensor, A: Tensor, log_b: Tensor) -> None:
         ArgumentError: names the argument that does not.
     """
     first = ("start", "B K") if vector.dim() == 2 else ("p", "B T K")
-    sizes = check_tensors(
-        where, log_b=(log_b, "B T K"), A=(A, "B S K K"), **{first[0]: (vector, first[1])}
-    )
+    sizes = check_tensors(where, log_b=(log_b, "B T K"), A=(A, "B S K K"), **{first[0]: (vector, first[1])})
     if sizes["S"] != max(sizes["T"] - 1, 0):
         hint = "a transition leads from each step to the next; a constant one is A.expand(B, T - 1, K, K)"
         raise ArgumentError(f"{where}: A has {sizes['S']} steps, but log_b has {sizes['T']}", hint=hint)

@@ -25,9 +25,9 @@ def markov_path(start: Tensor, A: Tensor, log_b: Tensor, lengths: Tensor | None 
 
         s_1 = start + log_b_1,     s_{t+1,j} = max_i (s_ti + A_tij) + log_b_{t+1,j}
 
-    The best state at the end is that of the greatest score; from there, each state is followed by the one before it that
-    had the maximum, the first one where several have. What is constant in time, or the same in all rows, may be an
-    expanded view, which is not copied.
+    The best state at the end is that of the greatest score; from there, each state leads to the one before it that had
+    the maximum, the first one where several have. What is constant in time, or the same in all rows, may be an expanded
+    view, which is not copied.
 
     Args:
         start: log-probabilities of the first state ``(B, K)``.
@@ -85,7 +85,7 @@ def _reference(a: MarkovPath) -> tuple[Tensor, ...]:
 
 
 def path_score(start: Tensor, A: Tensor, log_b: Tensor, path: Tensor) -> Tensor:
-    """``log p(z, y)`` ``(B,)`` of a path ``(B, T)``, -1 where there is no step; A is ``(K, K)``, or one for each step."""
+    """``log p(z, y)`` ``(B,)`` of a path ``(B, T)``, -1 where there is no step; A may be one matrix ``(K, K)``."""
     keep, path = path >= 0, path.clamp_min(0)
     seen = log_b.gather(-1, path.unsqueeze(-1)).squeeze(-1)
     before, after = path[:, :-1], path[:, 1:]
