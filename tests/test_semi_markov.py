@@ -194,7 +194,7 @@ def test_parameters_train_by_gradient():
 
 
 def test_the_number_of_states_is_chosen_with_durations():
-    _, y, _ = regular(500)
+    _, y, _ = regular(200)
     found = select(y, emission=PoissonEmission, durations=lambda k: PoissonDurations(k, 20), states=(2, 3), restarts=1)
     assert found.best.states == 2 and isinstance(found.best.model, HiddenSemiMarkov)
 
