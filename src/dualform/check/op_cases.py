@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualform.check.block_steps import block_cases
+from dualform.check.markov_passes import markov_cases
 from dualform.core.dplr import DiscreteDPLR
 from dualform.core.int8 import quantize
 from dualform.core.packing import from_lengths
@@ -30,9 +31,6 @@ from dualform.ops.linear import linear
 from dualform.ops.linear_scan import linear_scan
 from dualform.ops.long_conv import long_conv
 from dualform.ops.lstm import lstm
-from dualform.ops.markov_filter import markov_filter
-from dualform.ops.markov_path import markov_path
-from dualform.ops.markov_smoother import markov_smoother
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.quantized_linear import quantized_linear
 from dualform.ops.selective_scan import selective_scan, selective_state_update
@@ -303,13 +301,6 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         found["beta"] = 2 * torch.rand(*first, 4, generator=generator, dtype=torch.float64)
         return found if decays is None else {**found, "log_decay": decay(*first, 4, *(5,) * decays)}
 
-    def chain(first: str, *, states: int, constant: bool = False) -> dict[str, Tensor]:
-        """Of three rows: ``start`` of the first step or ``p`` of all, ``A`` and ``log_b``."""
-        moves = normal(states, states) if constant else normal(3, max(length - 1, 0), states, states)
-        moves = moves.softmax(-1).expand(3, max(length - 1, 0), states, states)
-        vectors = normal(*((3, states) if first == "start" else (3, length, states))).softmax(-1)
-        return {first: vectors, "A": moves, "log_b": normal(3, length, states)}
-
     groups = {"x": normal(length, 5), "weight": normal(4, 7, 5)}
     window = {"x": normal(3, 5), "state": normal(3, 5, 3), "weight": normal(5, 4), "bias": normal(5)}
     by_state, by_head = update((24,), (24,), 5), update((6, 7), (6, 1), 1)
@@ -402,11 +393,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("kalman_filter level", "kalman_filter", kalman_filter, gaussian(9, 1, 1), missing(9, 1)),
         OpCase("kalman_smoother", "kalman_smoother", kalman_smoother, gaussian(3, 5, 2), missing(3, 2)),
         OpCase("kalman_smoother level", "kalman_smoother", kalman_smoother, gaussian(9, 1, 1), missing(9, 1)),
-        OpCase("markov_filter", "markov_filter", markov_filter, chain("start", states=5)),
-        OpCase("markov_filter wide", "markov_filter", markov_filter, chain("start", states=17, constant=True)),
-        OpCase("markov_smoother", "markov_smoother", markov_smoother, chain("p", states=5)),
-        OpCase("markov_smoother wide", "markov_smoother", markov_smoother, chain("p", states=17, constant=True)),
-        OpCase("markov_path", "markov_path", markov_path, chain("start", states=5)),
+        *(OpCase(*case) for case in markov_cases(normal, length)),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
         OpCase("quantized_linear", "quantized_linear", quantized_linear, {"x": normal(3, 70)}, eight_bits),
         *(OpCase(*case) for case in block_cases(normal)),

@@ -75,20 +75,15 @@ class Durations(nn.Module):
             information = information + torch.diag_embed(ridge[:, None].expand_as(gradient))
             step = torch.linalg.solve_ex(information, gradient).result
             step = (step / step.abs().amax(-1, keepdim=True).clamp_min(1)).nan_to_num(0)
-            kept = [m.clone() for m in parameters]
-            for _ in range(_HALVINGS):
+            kept, now = [m.clone() for m in parameters], value
+            for i in range(_HALVINGS):
                 for m, old, by in zip(parameters, kept, step.unbind(-1), strict=True):
                     m.copy_(old + by)
                 now = self._value(counts)
                 worse = ~(now >= value)
                 if not worse.any():
                     break
-                step = torch.where(worse[:, None], step / 4, step)
-            else:
-                step = torch.where(worse[:, None], 0, step)
-                for m, old, by in zip(parameters, kept, step.unbind(-1), strict=True):
-                    m.copy_(old + by)
-                now = self._value(counts)
+                step = torch.where(worse[:, None], step / 4 if i < _HALVINGS - 2 else 0, step)
             gained, value = (now - value).max(), now
             if gained <= _ENOUGH * total.sum():
                 return

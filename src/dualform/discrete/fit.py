@@ -113,13 +113,13 @@ def _climb(model: Any, series: Series, iterations: int, gain: float) -> tuple[St
 
 
 def _expect(model: Any, series: Series) -> Statistics:
-    total, first, counts, each, inputs = 0.0, 0.0, [], [], []
+    total, firsts, counts, each, inputs = 0.0, [], [], [], []
     for part in series.parts:
         start, A, log_b = model.chain(part)
         found = expect(_WHERE, start, A, log_b, model.form, part.keep)
         total += float(part.masked(found.log_c).sum())
         begun = start * found.by_start
-        first = first + (begun if part.keep is None else begun * part.keep[:, :1]).sum(0)
+        firsts.append((begun if part.keep is None else begun * part.keep[:, :1]).sum(0))
         counts.append((A * found.by_A).flatten(0, -3) if A.dim() > 2 else (A * found.by_A)[None])
         if part.u is not None:
             inputs.append(part.u[:, :-1].flatten(0, 1))
@@ -127,6 +127,7 @@ def _expect(model: Any, series: Series) -> Statistics:
     together = torch.cat(counts) if inputs else torch.cat(counts).sum(0)
     objective = total + float(model.emission.log_prior())
     weights = series.on_line(each)
+    first = torch.stack(firsts).sum(0)
     return Statistics(total, objective, weights, together, first, torch.cat(inputs) if inputs else None)
 
 

@@ -145,6 +145,10 @@ class HiddenMarkov(ChainFilter):
         """What ``print`` shows beside the emission."""
         return f"states={self.states}{', stationary' if self.stationary else ''}"
 
+    def start(self) -> Tensor:
+        """The distribution of the first state of the chain that a pass runs over."""
+        return self.initial
+
     def free_parameters(self) -> int:
         """How many numbers describe the model."""
         k = self.states

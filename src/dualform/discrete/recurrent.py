@@ -28,7 +28,6 @@ class ChainFilter(nn.Module):
     emission: Emission
     form: Form
     inputs: int
-    initial: Tensor
     transition_logits: nn.Parameter
 
     @property
@@ -58,7 +57,7 @@ class ChainFilter(nn.Module):
 
     def start(self) -> Tensor:
         """The distribution of the first state of the chain ``(K,)``."""
-        return self.initial
+        raise NotImplementedError
 
     def init_state(self, batch: int, *, max_len: int = 0) -> HiddenState:
         """The same start for each row; ``max_len`` is ignored, the state has a constant size."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.linalg import refuse
 from dualform.core.shapes import check_tensors
 from dualform.ops.markov_filter import check_record, taken
 from dualform.ops.op import Op
@@ -47,9 +48,9 @@ def markov_path(start: Tensor, A: Tensor, log_b: Tensor, lengths: Tensor | None 
     """
     a = MarkovPath(*taken(_WHERE, start, A, log_b), lengths)
     _check(a)
-    known = lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-    if known and bool(((lengths < 0) | (lengths > log_b.shape[1])).any()):
-        raise ArgumentError(f"{_WHERE}: lengths go from {int(lengths.min())} to {int(lengths.max())}, expected 0 to T")
+    if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (lengths < 0) | (lengths > log_b.shape[1])
+        refuse(_WHERE, "lengths", lengths, wrong, f"has values that are not from 0 to {log_b.shape[1]}")
     return Path(*markov_path_op(a))
 
 

@@ -54,5 +54,7 @@ def _refuses(a: Any) -> str | None:
     return f"it takes {_MOST} states" if a.A.shape[-1] > _MOST else None
 
 
-for _op, _run in ((markov_filter_op, _filter), (markov_smoother_op, _smooth), (markov_path_op, _path)):
-    _op.add(Backend("native", _run, devices=("cpu",), refuses=_refuses, missing=library.why_missing))
+_ABLE = {"devices": ("cpu",), "refuses": _refuses, "missing": library.why_missing}
+markov_filter_op.add(Backend("native", _filter, **_ABLE))
+markov_smoother_op.add(Backend("native", _smooth, **_ABLE))
+markov_path_op.add(Backend("native", _path, **_ABLE))
