@@ -15,15 +15,15 @@ def markov_cases(normal: Callable[..., Tensor], length: int) -> list[tuple[str, 
 
     Args:
         normal: draws numbers of a shape.
-        length: steps.
+        length: transitions, one less than steps.
     """
 
     def chain(first: str, states: int, constant: bool = False) -> dict[str, Tensor]:
         """With ``start`` of the first step or ``p`` of all."""
-        moves = normal(states, states) if constant else normal(3, max(length - 1, 0), states, states)
-        moves = moves.softmax(-1).expand(3, max(length - 1, 0), states, states)
-        vectors = normal(*((3, states) if first == "start" else (3, length, states))).softmax(-1)
-        return {first: vectors, "A": moves, "log_b": normal(3, length, states)}
+        moves = normal(states, states) if constant else normal(3, length, states, states)
+        vectors = normal(*((3, states) if first == "start" else (3, length + 1, states))).softmax(-1)
+        moves = moves.softmax(-1).expand(3, length, states, states)
+        return {first: vectors, "A": moves, "log_b": normal(3, length + 1, states)}
 
     return [
         ("markov_filter", "markov_filter", markov_filter, chain("start", 5)),

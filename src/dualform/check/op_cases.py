@@ -393,9 +393,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("kalman_filter level", "kalman_filter", kalman_filter, gaussian(9, 1, 1), missing(9, 1)),
         OpCase("kalman_smoother", "kalman_smoother", kalman_smoother, gaussian(3, 5, 2), missing(3, 2)),
         OpCase("kalman_smoother level", "kalman_smoother", kalman_smoother, gaussian(9, 1, 1), missing(9, 1)),
-        *(OpCase(*case) for case in markov_cases(normal, length)),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
         OpCase("quantized_linear", "quantized_linear", quantized_linear, {"x": normal(3, 70)}, eight_bits),
-        *(OpCase(*case) for case in block_cases(normal)),
+        *(OpCase(*case) for case in (*block_cases(normal), *markov_cases(normal, length))),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]
