@@ -141,7 +141,7 @@ def test_durations_have_their_distributions_cut_off(durations, by):
 
 @pytest.mark.parametrize("kind", [FreeDurations, PoissonDurations, NegativeBinomialDurations])
 def test_durations_go_to_their_maximum(kind):
-    counts = torch.tensor([[1.0, 4.0, 6.0, 3.0, 1.0, 0.5], [8.0, 4.0, 2.0, 1.0, 0.5, 0.2]], dtype=torch.float64)
+    counts = torch.tensor([[9.0, 3.0, 2.0, 1.5, 1.0, 0.8], [8.0, 4.0, 2.0, 1.0, 0.5, 0.2]], dtype=torch.float64)
     durations = kind(2, 6)
     durations.maximise(counts)
     if kind is FreeDurations:

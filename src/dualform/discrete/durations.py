@@ -15,6 +15,7 @@ from dualform.discrete.passes import safe_log
 
 _STEPS, _HALVINGS = 50, 12  # of Fisher's scoring, in one step of a fit
 _RIDGE = 1e-12  # of the information, relative to its largest
+_FAR = 11.5  # that a parameter goes from 0: rates and sizes stay within a factor of 1e5 of 1
 _ENOUGH = 1e-13  # of the objective, for each duration: less is no gain
 
 
@@ -62,7 +63,8 @@ class Durations(nn.Module):
     def maximise(self, counts: Tensor) -> None:
         """Move the parameters to the maximum of ``sum_kd counts_kd log p(d | z = k)``, of counts ``(K, D)``.
 
-        By Fisher's scoring, in steps that are halved for each state until they gain.
+        By Fisher's scoring, in steps that are shortened for each state until they gain. Rates and sizes stay between
+        1e-5 and 1e5, beyond which nothing changes but rounding.
         """
         parameters, total = list(self.parameters()), counts.sum(-1)
         value = self._value(counts)
@@ -78,7 +80,7 @@ class Durations(nn.Module):
             kept, now = [m.clone() for m in parameters], value
             for i in range(_HALVINGS):
                 for m, old, by in zip(parameters, kept, step.unbind(-1), strict=True):
-                    m.copy_(old + by)
+                    m.copy_((old + by).clamp(-_FAR, _FAR))
                 now = self._value(counts)
                 worse = ~(now >= value)
                 if not worse.any():
