@@ -294,6 +294,31 @@ typedef struct {
   void *da, *dshift, *dq, *dc, *dr, *dy, *dmean, *dcov;  // contiguous, of every step; or null where not wanted
 } KalmanFilter;
 
+// A Markov chain of K states that is seen through log-likelihoods b of its states: p_t = v_t e_t / c_t with
+// e_t = exp(b_t - top_t), and v_{t+1} = p_t A_t, where top_t is the largest of b_t, or 0 if that is not finite, and c_t
+// the sum of v_t e_t. Rows and columns of A lie like one contiguous axis; a view that is constant in time has the
+// stride 0 there. Everything but the path has the dtype of b.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;
+  int64_t rows, length, states;
+  View a;             // (rows, T - 1, K, K), from each step to the next
+  View b;             // (rows, T, K)
+  const void* start;  // (rows, K), v_1; the smoother does not read it
+  void* p;            // (rows, T, K); the smoother reads it
+  // Filter only.
+  void *sum, *top;  // (rows, T)
+  // Smoother only: r_t = A_t after_{t+1}, 1 at the end, weight_t is the sum of p_t r_t, and after_t that of e_t r_t
+  // divided by its sum.
+  void* after;   // (rows, T, K), or null
+  void* probs;   // (rows, T, K): p_t r_t / weight_t
+  void* weight;  // (rows, T)
+  // Most likely path only, where A and start are logarithms.
+  const int64_t* lengths;  // (rows), steps that there are; or null
+  int64_t* path;           // (rows, T), -1 where there is no step
+  void* score;             // (rows), of its logarithm; 0 without steps
+} MarkovChain;
+
 // One step of a block: x + out(mixer(norm(x))) with a Mamba as the mixer, of M features, D channels, N states, rank R
 // and W taps. All tensors are contiguous. The next states may be where the states are.
 typedef struct {

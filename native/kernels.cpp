@@ -7,6 +7,7 @@
 #include "kalman_reverse.h"
 #include "kalman_smoother.h"
 #include "linear_scan.h"
+#include "markov.h"
 #include "norm.h"
 #include "selective_scan.h"
 #include "ssd.h"
@@ -42,5 +43,8 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::kalman::forward<float>, isa::kalman::forward<double>},
     {isa::kalman::backward<float>, isa::kalman::backward<double>},
     isa::kalman::smooth,
+    {isa::markov::filter<float>, isa::markov::filter<double>},
+    {isa::markov::smooth<float>, isa::markov::smooth<double>},
+    {isa::markov::path<float>, isa::markov::path<double>},
     {isa::add_groups<float>, isa::add_groups<double>},
 };

@@ -38,6 +38,9 @@ struct Kernels {
   int64_t (*kalman_filter[2])(const KalmanFilter&, int64_t first, int64_t end, void* memory);
   int64_t (*kalman_filter_backward[2])(const KalmanFilter&, int64_t first, int64_t end, void* memory);
   int64_t (*kalman_smoother)(const KalmanFilter&, int64_t first, int64_t end, void* memory);
+  int64_t (*markov_filter[2])(const MarkovChain&, int64_t first, int64_t end, void* memory);
+  int64_t (*markov_smoother[2])(const MarkovChain&, int64_t first, int64_t end, void* memory);
+  int64_t (*markov_path[2])(const MarkovChain&, int64_t first, int64_t end, void* memory);
   void (*add_groups[2])(const Groups&, int64_t row);
 };
 

@@ -317,6 +317,22 @@ void by_series(const KalmanFilter& s, const K& kernel) {
   });
 }
 
+bool check(const MarkovChain& s) {
+  check_state_dtype(s.dtype);
+  if (!check_sizes({s.rows, s.length, s.states})) return false;
+  check_view(s.b, s.b.dtype == s.dtype);
+  if (s.length > 1) check_view(s.a, s.a.dtype == s.dtype);
+  return true;
+}
+
+template <class K>
+void by_rows(const MarkovChain& s, const K& kernel) {
+  const int64_t threads = threads_for(s.threads, s.rows * s.length * s.states * s.states);
+  const int64_t tasks = std::min(s.rows, threads == 1 ? 1 : 4 * threads);
+  in_scratch(threads, tasks,
+             [&](int64_t i, void* memory) { return kernel(s, s.rows * i / tasks, s.rows * (i + 1) / tasks, memory); });
+}
+
 }  // namespace
 
 EXPORT int64_t dualform_version() { return DUALFORM_VERSION; }
@@ -571,5 +587,31 @@ EXPORT int dualform_kalman_smoother(const KalmanFilter* s) {
     if (!check(*s)) return;
     require(s->dtype == FLOAT64), check_pointers({s->means, s->first_mean, s->first_cov});
     by_series(*s, kernels->kalman_smoother);
+  });
+}
+
+EXPORT int dualform_markov_filter(const MarkovChain* s) {
+  return guarded([&] {
+    if (!check(*s)) return;
+    check_pointers({s->start, s->p, s->sum, s->top});
+    by_rows(*s, kernels->markov_filter[s->dtype]);
+  });
+}
+
+EXPORT int dualform_markov_smoother(const MarkovChain* s) {
+  return guarded([&] {
+    if (!check(*s)) return;
+    check_pointers({s->p, s->probs, s->weight});
+    by_rows(*s, kernels->markov_smoother[s->dtype]);
+  });
+}
+
+EXPORT int dualform_markov_path(const MarkovChain* s) {
+  return guarded([&] {
+    if (!check(*s)) return;
+    check_pointers({s->start, s->path, s->score});
+    for (int64_t row = 0; s->lengths && row < s->rows; row++)
+      require(s->lengths[row] >= 0 && s->lengths[row] <= s->length);
+    by_rows(*s, kernels->markov_path[s->dtype]);
   });
 }

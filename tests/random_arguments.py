@@ -522,6 +522,30 @@ def kalman_smoother(draw: Draw) -> Arguments:
     return {name: value for name, value in kalman_filter(draw).items() if name != "moments"}
 
 
+def markov_filter(draw: Draw) -> Arguments:
+    rows, length, states = draw.one(0, 1, 2, 3, 9), draw.one(0, 1, 2, 5, 33), draw.one(1, 1, 2, 3, 8, 17, 33, 70)
+    steps = (rows if draw.chance(0.5) else 1, max(length - 1, 0) if draw.chance(0.5) else 1)
+    moves = draw.normal(*steps, states, states).softmax(-1)
+    return {
+        "start": draw.normal(rows, states).softmax(-1),
+        "A": moves.expand(rows, max(length - 1, 0), states, states),
+        "log_b": draw.normal(rows, length, states) * draw.one(1.0, 5.0),
+    }
+
+
+def markov_smoother(draw: Draw) -> Arguments:
+    given = markov_filter(draw)
+    p = draw.normal(*given["log_b"].shape).softmax(-1)
+    return {"p": p, "A": given["A"], "log_b": given["log_b"], "messages": draw.chance(0.5)}
+
+
+def markov_path(draw: Draw) -> Arguments:
+    given = markov_filter(draw)
+    rows, length, _ = given["log_b"].shape
+    lengths = draw.maybe(lambda: torch.randint(length + 1, (rows,), generator=draw.generator))
+    return {**given, "start": given["start"].log(), "A": given["A"].log(), "lengths": lengths}
+
+
 def linear(draw: Draw) -> Arguments:
     batch, width, outputs = draw.one(0, 1, 3, 16, 17), draw.one(0, 1, 3, 17, 64, 100), draw.one(1, 3, 4, 33)
     return {
@@ -706,6 +730,9 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         grouped_linear,
         kalman_filter,
         kalman_smoother,
+        markov_filter,
+        markov_smoother,
+        markov_path,
         linear,
         quantized_linear,
         mamba_step,

@@ -353,7 +353,7 @@ def test_pairs_of_padded_rows_are_those_of_each_row_alone():
 def test_one_long_series_does_not_pad_the_short_ones():
     lengths = [5000, *[3] * 1000, *range(1, 40)]
     line = torch.zeros(sum(lengths), dtype=torch.float64)
-    series = Series.of("test", PoissonEmission(2), line, lengths)
+    series = Series.of("test", df.HiddenMarkov(PoissonEmission(2)), line, lengths)
     assert sum(part.x.shape[:2].numel() for part in series.parts) < 1.5 * len(line)
 
 

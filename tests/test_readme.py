@@ -184,6 +184,7 @@ SHARED = {
     **STEPS,
     **BLOCKS,
     **dict.fromkeys(("add_norm", "gated_norm"), "norm.py"),
+    **dict.fromkeys(("markov_filter", "markov_smoother", "markov_path"), "markov.py"),
 }  # ops that have their kernels in one file
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dualform.check.block_steps import block_cases
+from dualform.check.markov_passes import markov_cases
 from dualform.core.dplr import DiscreteDPLR
 from dualform.core.int8 import quantize
 from dualform.core.packing import from_lengths
@@ -394,6 +395,6 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("kalman_smoother level", "kalman_smoother", kalman_smoother, gaussian(9, 1, 1), missing(9, 1)),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
         OpCase("quantized_linear", "quantized_linear", quantized_linear, {"x": normal(3, 70)}, eight_bits),
-        *(OpCase(*case) for case in block_cases(normal)),
+        *(OpCase(*case) for case in (*block_cases(normal), *markov_cases(normal, length))),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]

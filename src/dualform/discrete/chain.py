@@ -22,3 +22,16 @@ def stationary_distribution(A: Tensor) -> Tensor:
         hint = "let every state be reached from every other"
         raise ArgumentError("HiddenMarkov: transition has several stationary distributions", hint=hint)
     return solution
+
+
+def draw_path(start: Tensor, A: Tensor, length: int, generator: torch.Generator | None) -> Tensor:
+    """Paths ``(B, T)``, int64, drawn from a start ``(B, K)`` and transitions ``(K, K)``, or ``(B, T, K, K)``."""
+    batch, states = start.shape
+    drawn = torch.rand(length, batch, 1, generator=generator, dtype=start.dtype, device=start.device)
+    until, moves, row = start.cumsum(-1), A.cumsum(-1), torch.arange(batch, device=start.device)
+    path = start.new_empty(batch, length, dtype=torch.int64)
+    for t, part in enumerate(drawn):
+        now = torch.searchsorted(until.contiguous(), part * until[:, -1:]).squeeze(-1).clamp(max=states - 1)
+        path[:, t] = now
+        until = moves[now] if moves.dim() == 2 else moves[row, t, now]
+    return path

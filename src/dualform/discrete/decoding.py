@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dualform.discrete.chunks import by_itself, chunk_size, in_chunks, in_rows
-from dualform.discrete.passes import safe_log
+from dualform.discrete.passes import each_step, safe_log
+from dualform.ops.markov_path import MarkovPath, markov_path, markov_path_op, path_score
 
 _WARM = 64  # steps that a chunk looks back, and ahead, to guess how it begins and ends
 _ROUNDS = 4
@@ -26,49 +27,15 @@ def viterbi(start: Tensor, A: Tensor, log_b: Tensor, keep: Tensor | None = None)
     """
     rows, length = log_b.shape[:2]
     size, log_A, first = chunk_size(rows, length), safe_log(A), safe_log(start)
-    path = None
-    if A.dim() == 2 and size < length:
+    lengths = None if keep is None else keep.sum(1)
+    a = MarkovPath(first, each_step(log_A, log_b), log_b, lengths)
+    if A.dim() == 2 and size < length and not markov_path_op.has_kernel(a, False):
         with by_itself(rows * -(-length // size) * A.numel()):
             path = _chunks(first, log_A, log_b, size, keep)
-    path = _loop(first, log_A, log_b, keep) if path is None else path
-    score = path_score(first, log_A, log_b, path, keep)
-    return (path if keep is None else torch.where(keep, path, -1)), score
-
-
-def path_score(first: Tensor, log_A: Tensor, log_b: Tensor, path: Tensor, keep: Tensor | None) -> Tensor:
-    """``log p(z, y)`` ``(B,)`` of a path ``(B, T)``."""
-    seen = log_b.gather(-1, path.unsqueeze(-1)).squeeze(-1)
-    before, after = path[:, :-1], path[:, 1:]
-    if log_A.dim() == 2:
-        moved = log_A[before, after]
-    else:
-        of_source = log_A.gather(-2, before[..., None, None].expand(*before.shape, 1, log_A.shape[-1])).squeeze(-2)
-        moved = of_source.gather(-1, after.unsqueeze(-1)).squeeze(-1)
-    if keep is not None:
-        seen, moved = torch.where(keep, seen, 0), torch.where(keep[:, 1:], moved, 0)
-    begin = first.gather(-1, path[:, :1]).squeeze(-1)
-    begin = begin if keep is None else torch.where(keep[:, 0], begin, 0)
-    return begin + seen.sum(-1) + moved.sum(-1)
-
-
-def _loop(first: Tensor, log_A: Tensor, log_b: Tensor, keep: Tensor | None) -> Tensor:
-    best, steps = first + log_b[:, 0], []
-    stay = torch.arange(best.shape[-1], device=best.device).expand_as(best)
-    for t in range(1, log_b.shape[1]):
-        move = log_A if log_A.dim() == 2 else log_A[:, t - 1]
-        top, source = (best.unsqueeze(-1) + move).max(-2)
-        now = top + log_b[:, t]
-        if keep is not None:
-            here = keep[:, t, None]
-            now, source = torch.where(here, now, best), torch.where(here, source, stay)
-        best = now
-        steps.append(source)
-    state = best.argmax(-1)
-    path = [state]
-    for source in reversed(steps):
-        state = source.gather(-1, state.unsqueeze(-1)).squeeze(-1)
-        path.append(state)
-    return torch.stack(path[::-1], 1)
+        if path is not None:
+            path = path if keep is None else torch.where(keep, path, -1)
+            return path, path_score(first, log_A, log_b, path)
+    return markov_path(*a)
 
 
 def _chunks(first: Tensor, log_A: Tensor, log_b: Tensor, size: int, keep: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """What a filter gives, and what it keeps."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from dualform.core.tree import state_class
 from dualform.discrete.chunks import by_itself
 from dualform.discrete.emission import Emission
-from dualform.discrete.smoothing import Form, one_pass, records
+from dualform.discrete.smoothing import one_pass, records
 
 _SPAN = 1 << 15  # numbers of an emission that are computed at a time
 
@@ -45,20 +45,33 @@ def log_prob(emission: Emission, x: Tensor, lags: Tensor, seen: Tensor) -> Tenso
 
 
 def run(
-    where: str, emission: Emission, A: Tensor, x: Tensor, state: HiddenState, form: Form, keep: Tensor | None = None
+    where: str, model: Any, x: Tensor, u: Tensor | None, state: HiddenState, keep: Tensor | None = None
 ) -> tuple[Filtered, HiddenState]:
-    """The filter over rows ``(B, T, M)``, of which steps are kept ``(B, T)`` from the first on."""
+    """The filter over rows ``(B, T, M)`` with inputs ``(B, T, U)``; ``keep`` ``(B, T)``: steps from the first on."""
     (rows, length, _), (start, lags, seen) = x.shape, state
     if not length or not rows:
-        empty = start.new_zeros(rows, length, emission.states) * start[:, None]
+        empty = model.fold(start.new_zeros(rows, length, start.shape[-1]) * start[:, None])
         return Filtered(empty, empty.sum(-1)), state
-    log_b = log_prob(emission, x, lags, seen)
+    log_b = model.spread(log_prob(model.emission, x, lags, seen))
     log_b = log_b if keep is None else torch.where(keep.unsqueeze(-1), log_b, 0)
-    found, log = one_pass(where, start, A, log_b, form)
-    out = Filtered(found.p.exp() if log else found.p, found.log_c)
-    line = torch.cat([lags, x.to(lags.dtype)], 1)
+    A = model.moves(u)
+    found, log = one_pass(where, start, between(A), log_b, model.form)
+    probs = found.p.exp() if log else found.p
+    line, row = torch.cat([lags, x.to(lags.dtype)], 1), torch.arange(rows, device=x.device)
     if keep is None:
-        return out, HiddenState(out.probs[:, -1] @ A, line[:, length:], (seen + length).clamp(max=lags.shape[1]))
-    row, ends = torch.arange(rows, device=x.device), keep.sum(1)
-    latest = line[row[:, None], ends[:, None] + torch.arange(lags.shape[1], device=x.device)]
-    return out, HiddenState(out.probs[row, ends - 1] @ A, latest, (seen + ends).clamp(max=lags.shape[1]))
+        ends, latest = torch.full_like(row, length), line[:, length:]
+    else:
+        ends = keep.sum(1)
+        latest = line[row[:, None], ends[:, None] + torch.arange(lags.shape[1], device=x.device)]
+    last = probs[row, ends - 1] if keep is not None else probs[:, -1]
+    if A.dim() == 2:
+        following = last @ A
+    else:
+        following = (last.unsqueeze(-2) @ (A[:, -1] if keep is None else A[row, ends - 1])).squeeze(-2)
+    seen = (seen + ends).clamp(max=lags.shape[1])
+    return Filtered(model.fold(probs), found.log_c), HiddenState(following, latest, seen)
+
+
+def between(A: Tensor) -> Tensor:
+    """The transitions between the steps, of those after every step ``(B, T, K, K)``; a constant one as it is."""
+    return A if A.dim() == 2 else A[:, :-1]

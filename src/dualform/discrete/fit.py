@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.discrete.chain import stationary_distribution
+from dualform.discrete.logit import multinomial_logit
 from dualform.discrete.passes import safe_log
 from dualform.discrete.series import Series
 from dualform.discrete.smoothing import expect
@@ -29,14 +30,15 @@ class Fit(NamedTuple):
     restarts: tuple[float, ...]  # the objective of each starting point when the best was chosen
 
 
-class _Expected(NamedTuple):
+class Statistics(NamedTuple):
     """What a model thinks of the data."""
 
     log_likelihood: float
     objective: float
     weights: Tensor  # (N, K), of the steps of all series end to end
-    counts: Tensor  # (K, K)
-    first: Tensor  # (K,)
+    counts: Tensor  # expected transitions of the chain (S, S); with inputs each one by itself, (n, S, S)
+    first: Tensor  # (S,), of the first states
+    u: Tensor | None  # (n, U), the inputs of those transitions
 
 
 @torch.no_grad()
@@ -82,15 +84,22 @@ def _begin(model: Any, series: Series, generator: torch.Generator, attempt: int)
     """Parameters from a first guess of the states."""
     weights = model.emission.guess(series.line, generator, attempt).to(model.transition.dtype)
     model.emission.maximise(series.line, weights, series.place)
+    model.begin_chain(series, weights)
+
+
+def begin_chain(model: Any, series: Series, weights: Tensor) -> None:
+    """Transitions and the first state as often as in a guess of the states ``(N, K)``; weights of inputs are 0."""
     later, begins = series.place[1:] > 0, series.place == 0
     counts = 1 + weights[:-1][later].mT @ weights[1:][later]
     model.transition_logits.copy_((counts / counts.sum(-1, keepdim=True)).log())
     if model.initial_logits is not None:
         first = weights[begins].sum(0) + 1
         model.initial_logits.copy_((first / first.sum()).log())
+    if model.input_weights is not None:
+        model.input_weights.zero_()
 
 
-def _climb(model: Any, series: Series, iterations: int, gain: float) -> tuple[_Expected, list[float], bool]:
+def _climb(model: Any, series: Series, iterations: int, gain: float) -> tuple[Statistics, list[float], bool]:
     """Iterations until one gains less: what the last parameters think, the history, and whether one has."""
     expected = _expect(model, series)
     history = [expected.objective]
@@ -103,32 +112,51 @@ def _climb(model: Any, series: Series, iterations: int, gain: float) -> tuple[_E
     return expected, history, False
 
 
-def _expect(model: Any, series: Series) -> _Expected:
-    total, counts, each = 0.0, torch.zeros_like(model.transition), []
+def _expect(model: Any, series: Series) -> Statistics:
+    total, firsts, counts, each, inputs = 0.0, [], [], [], []
     for part in series.parts:
         start, A, log_b = model.chain(part)
         found = expect(_WHERE, start, A, log_b, model.form, part.keep)
         total += float(part.masked(found.log_c).sum())
-        counts += A * found.by_A
-        each.append(found.probs)
+        begun = start * found.by_start
+        firsts.append((begun if part.keep is None else begun * part.keep[:, :1]).sum(0))
+        counts.append((A * found.by_A).flatten(0, -3) if A.dim() > 2 else (A * found.by_A)[None])
+        if part.u is not None:
+            inputs.append(part.u[:, :-1].flatten(0, 1))
+        each.append(model.fold(found.probs))
+    together = torch.cat(counts) if inputs else torch.cat(counts).sum(0)
+    objective = total + float(model.emission.log_prior())
     weights = series.on_line(each)
-    first = weights[series.place == 0].sum(0)
-    return _Expected(total, total + float(model.emission.log_prior()), weights, counts, first)
+    first = torch.stack(firsts).sum(0)
+    return Statistics(total, objective, weights, together, first, torch.cat(inputs) if inputs else None)
 
 
-def _maximise(model: Any, series: Series, expected: _Expected) -> None:
-    model.emission.maximise(series.line, expected.weights, series.place)
+def _maximise(model: Any, series: Series, found: Statistics) -> None:
+    model.emission.maximise(series.line, found.weights, series.place)
+    model.take_chain(found)
+
+
+def take_chain(model: Any, found: Statistics) -> None:
+    """Move transitions and the first state to the maximum of what is expected of them."""
     if model.initial_logits is None:
-        _maximise_stationary(model, expected)
+        _maximise_stationary(model, found)
         return
-    total = expected.counts.sum(-1, keepdim=True)
-    moved = safe_log(expected.counts / torch.where(total > 0, total, 1))
-    model.transition_logits.copy_(torch.where(total > 0, moved, model.transition_logits))
-    first = expected.first / expected.first.sum()
-    model.initial_logits.copy_(safe_log(first))
+    if found.u is None:
+        model.transition_logits.copy_(likeliest(found.counts, model.transition_logits))
+    else:
+        logits, weights = multinomial_logit(model.transition_logits, model.input_weights, found.counts, found.u)
+        model.transition_logits.copy_(logits)
+        model.input_weights.copy_(weights)
+    model.initial_logits.copy_(likeliest(found.first, model.initial_logits))
 
 
-def _maximise_stationary(model: Any, expected: _Expected) -> None:
+def likeliest(counts: Tensor, otherwise: Tensor) -> Tensor:
+    """Logarithms of the distributions of greatest likelihood over the last axis; others where nothing was counted."""
+    total = counts.sum(-1, keepdim=True)
+    return torch.where(total > 0, safe_log(counts / torch.where(total > 0, total, 1)), otherwise)
+
+
+def _maximise_stationary(model: Any, expected: Statistics) -> None:
     """Maximise ``sum_ij n_ij log A_ij + sum_i f_i log pi_i(A)``, of expected transitions n and first states f.
 
     With ``Z = (I - A + 1 pi)^-1``, the second term has the derivative ``g_ij = pi_i (Z (f / pi))_j``. A maximum has

@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import check_finite
-from dualform.core.packing import Borders, Packing
-from dualform.core.shapes import check_tensors, wide
-from dualform.core.tree import take, tree_map
-from dualform.discrete.chain import stationary_distribution
+from dualform.core.linalg import as_tensors, check_finite
+from dualform.core.packing import Borders
+from dualform.core.shapes import check_tensors
+from dualform.discrete.chain import draw_path, stationary_distribution
 from dualform.discrete.decoding import viterbi
 from dualform.discrete.emission import Emission, check_distribution, given, widened
-from dualform.discrete.filtering import Filtered, HiddenState, log_prob, run
-from dualform.discrete.fit import Fit, baum_welch
+from dualform.discrete.filtering import Filtered, run
+from dualform.discrete.fit import Fit, Statistics, baum_welch, begin_chain, take_chain
 from dualform.discrete.passes import safe_log
-from dualform.discrete.series import Part, Series
-from dualform.discrete.smoothing import Form, both_passes, log_likelihood, pair_probs, posterior
+from dualform.discrete.recurrent import ChainFilter
+from dualform.discrete.series import Part, Series, inputs_of
+from dualform.discrete.smoothing import Form, both_passes, log_likelihood, posterior
 
 
 class Smoothed(NamedTuple):
@@ -29,7 +29,7 @@ class Smoothed(NamedTuple):
 
 
 @explained
-class HiddenMarkov(nn.Module):
+class HiddenMarkov(ChainFilter):
     """A hidden Markov model, whose filter is a :class:`~dualform.core.recurrence.Recurrence`.
 
         p(z_1 = i) = initial_i,   p(z_{t+1} = j | z_t = i) = transition_ij,   y_t ~ emission(z_t)
@@ -44,14 +44,22 @@ class HiddenMarkov(nn.Module):
     Probabilities are multiplied, divided at each step by their sum; where that may lose what matters, in a chain with
     transitions that are almost impossible, everything is computed again with logarithms.
 
+    With ``inputs``, the transition after step t depends on what is known of that step, ``u_t``, as a multinomial logit:
+
+        p(z_{t+1} = j | z_t = i, u_t) = softmax_j(transition_logits_ij + sum_k u_tk input_weights_kij)
+
+    Every method then takes ``u``, with U numbers at each step of X; what acts on the way *into* a step is given one
+    step earlier.
+
     Args:
         emission: what a state emits, such as :class:`~dualform.discrete.poisson.PoissonEmission`.
         initial: distribution of the first state ``(K,)``; None is uniform.
         transition: ``(K, K)``, rows are the states moved from; None is uniform.
         stationary: the first state has the stationary distribution of ``transition``, instead of one of its own.
+        inputs: U, how many numbers transitions depend on; their weights begin at 0.
         parallel: the form of passes over time: True is an associative scan of depth ``O(log T)``, False a loop. None
-            is a loop where gradients are recorded on a CPU, the scan on other devices, and without gradients a loop
-            over chunks of the sequence that stand side by side.
+            is a loop on a CPU, and the scan on other devices. Without gradients the loop is compiled; where it cannot
+            be, it runs over chunks of the sequence that stand side by side.
         scaled: True multiplies probabilities, False adds logarithms; None as described above.
 
     Raises:
@@ -77,6 +85,7 @@ class HiddenMarkov(nn.Module):
         initial: Any = None,
         transition: Any = None,
         stationary: bool = False,
+        inputs: int = 0,
         parallel: bool | None = None,
         scaled: bool | None = None,
     ):
@@ -86,6 +95,10 @@ class HiddenMarkov(nn.Module):
             raise ArgumentError(f"HiddenMarkov: emission is {type(emission).__name__}, expected an Emission", hint=hint)
         if stationary and initial is not None:
             raise ArgumentError("HiddenMarkov: initial is given, but stationary takes it from transition")
+        if isinstance(inputs, bool) or not isinstance(inputs, int) or inputs < 0:
+            raise ArgumentError(f"HiddenMarkov: inputs is {inputs!r}, expected a whole number from 0")
+        if stationary and inputs:
+            raise ArgumentError("HiddenMarkov: stationary, but with inputs a chain has no stationary distribution")
         self.emission, self.stationary, self.form = emission, stationary, Form(parallel, scaled)
         k, like = emission.states, next(emission.parameters())
         start = torch.full((k,), 1 / k) if initial is None else given("HiddenMarkov", initial=initial)["initial"]
@@ -96,16 +109,30 @@ class HiddenMarkov(nn.Module):
         check_distribution("HiddenMarkov", "transition", moves)
         self.transition_logits = nn.Parameter(safe_log(moves).to(like))
         self.initial_logits = None if stationary else nn.Parameter(safe_log(start).to(like))
-
-    @property
-    def states(self) -> int:
-        """K."""
-        return self.emission.states
+        self.inputs = inputs
+        self.input_weights = nn.Parameter(like.new_zeros(inputs, k, k)) if inputs else None
 
     @property
     def transition(self) -> Tensor:
-        """``(K, K)``; row i is the distribution of the state after state i."""
+        """``(K, K)``; row i is the distribution of the state after state i, where inputs are 0."""
         return widened(self.transition_logits).softmax(-1)
+
+    def transitions(self, u: Any) -> Tensor:
+        """The transition after a step with inputs u: ``(..., U)`` -> ``(..., K, K)``.
+
+        Raises:
+            ArgumentError: for inputs that do not fit, or of a model without.
+        """
+        u = as_tensors("HiddenMarkov.transitions", model=self.transition_logits, u=u)["u"]
+        u = inputs_of("HiddenMarkov.transitions", self.inputs, self.transition_logits, u, tuple(u.shape[:-1]))
+        return self.moves(u)
+
+    def moves(self, u: Tensor | None) -> Tensor:
+        """The transition of the chain that a pass runs over ``(K, K)``, or those after each step ``(B, T, K, K)``."""
+        if u is None or self.input_weights is None:
+            return self.transition
+        logits = (u @ widened(self.input_weights).flatten(1)).unflatten(-1, (self.states, self.states))
+        return (logits + widened(self.transition_logits)).softmax(-1)
 
     @property
     def initial(self) -> Tensor:
@@ -118,96 +145,50 @@ class HiddenMarkov(nn.Module):
         """What ``print`` shows beside the emission."""
         return f"states={self.states}{', stationary' if self.stationary else ''}"
 
+    def start(self) -> Tensor:
+        """The distribution of the first state of the chain that a pass runs over."""
+        return self.initial
+
     def free_parameters(self) -> int:
         """How many numbers describe the model."""
         k = self.states
-        return k * (k - 1) + (0 if self.stationary else k - 1) + self.emission.free_parameters()
+        return (1 + self.inputs) * k * (k - 1) + (0 if self.stationary else k - 1) + self.emission.free_parameters()
 
-    def init_state(self, batch: int, *, max_len: int = 0) -> HiddenState:
-        """``initial`` for each row; ``max_len`` is ignored, the state has a constant size."""
-        initial, e = self.initial, self.emission
-        lags, seen = initial.new_zeros(batch, e.lags, e.width), initial.new_zeros(batch, dtype=torch.int64)
-        return HiddenState(initial.repeat(batch, 1), lags, seen)
-
-    def forward(
-        self, x: Tensor, state: HiddenState | None = None, *, cu_seqlens: Borders = None
-    ) -> tuple[Filtered, HiddenState]:
-        """Filter observations ``x`` ``(B, T, M)``.
-
-        Args:
-            x: observations; NaN is missing.
-            state: the distribution of the next hidden state, B rows, or n with ``cu_seqlens``; None means ``initial``.
-            cu_seqlens: borders ``(n + 1,)`` of series laid end to end on the time axis, with B = 1.
-
-        Returns:
-            The probabilities of every step, and the state after the last, one row per series.
-
-        Raises:
-            ArgumentError: for shapes, dtypes or devices that do not fit, values that no state can emit, or
-                observations of probability 0.
-        """
-        where = "HiddenMarkov.forward"
-        x, packing = self._check(where, x, "B T"), Packing.of(where, cu_seqlens, x)
-        last = self._check_state(where, len(x) if packing is None else packing.rows, state)
-        if packing is None:
-            return run(where, self.emission, self.transition, x, last, self.form)
-        (groups, order), A, outs = packing.groups(), self.transition, []
-        for rows, steps, keep in groups:
-            laid = torch.where(keep[..., None], x[0][steps], 0)
-            out, new = run(where, self.emission, A, laid, take(last, rows), self.form, keep)
-            last = tree_map(lambda old, new, rows=rows: old.index_put((rows,), new), last, new)
-            outs.append(out)
-        if not outs:
-            return run(where, self.emission, A, x, self.init_state(1), self.form)[0], last
-        each = [torch.cat([m.flatten(0, 1) for m in of_all])[order][None] for of_all in zip(*outs, strict=True)]
-        return Filtered(*each), last
-
-    def step(self, x: Tensor, state: HiddenState) -> tuple[Filtered, HiddenState]:
-        """One observation ``x`` ``(B, M)``; outputs have no time axis.
-
-        Raises:
-            ArgumentError: as :meth:`forward`.
-        """
-        where = "HiddenMarkov.step"
-        x = self._check(where, x, "B")
-        state = self._check_state(where, len(x), state)
-        out, state = run(where, self.emission, self.transition, x[:, None], state, self.form)
-        return Filtered(out.probs[:, 0], out.loglik[:, 0]), state
-
-    def filter(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Filtered:
+    def filter(self, X: Any, lengths: Any = None, *, u: Any = None, cu_seqlens: Borders = None) -> Filtered:
         """``p(z_t | y_1 .. y_t)`` and ``log p(y_t | y_1 .. y_{t-1})``, in the layout of X.
 
         Args:
             X: as :meth:`predict_proba`.
             lengths: as there.
+            u: as there.
             cu_seqlens: as there.
         """
         where = "HiddenMarkov.filter"
-        series = Series.of(where, self.emission, X, lengths, cu_seqlens)
-        A, outs = self.transition, []
+        series = Series.of(where, self, X, lengths, cu_seqlens, u)
+        outs = []
         for part in self._some(where, series):
-            state = self.init_state(len(part.x))
-            outs.append(run(where, self.emission, A, part.x, state, self.form, part.keep)[0])
+            outs.append(run(where, self, part.x, part.u, self.init_state(len(part.x)), part.keep)[0])
         return Filtered(series.back([out.probs for out in outs]), series.back([out.loglik for out in outs]))
 
-    def log_likelihood(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
+    def log_likelihood(self, X: Any, lengths: Any = None, *, u: Any = None, cu_seqlens: Borders = None) -> Tensor:
         """``log p(y_1 .. y_T)`` of each series ``(B,)``; of one series without axes.
 
         Args:
             X: as :meth:`predict_proba`.
             lengths: as there.
+            u: as there.
             cu_seqlens: as there.
         """
         where = "HiddenMarkov.log_likelihood"
-        series = Series.of(where, self.emission, X, lengths, cu_seqlens)
+        series = Series.of(where, self, X, lengths, cu_seqlens, u)
         return series.of_series([log_likelihood(where, *self.chain(part), self.form) for part in series.parts])
 
-    def score(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
+    def score(self, X: Any, lengths: Any = None, *, u: Any = None, cu_seqlens: Borders = None) -> Tensor:
         """The sum of :meth:`log_likelihood` over the series, without axes."""
-        return self.log_likelihood(X, lengths, cu_seqlens=cu_seqlens).sum()
+        return self.log_likelihood(X, lengths, u=u, cu_seqlens=cu_seqlens).sum()
 
     @torch.no_grad()
-    def predict_proba(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
+    def predict_proba(self, X: Any, lengths: Any = None, *, u: Any = None, cu_seqlens: Borders = None) -> Tensor:
         """``p(z_t = k | y_1 .. y_T)``, in the layout of X: ``(T, K)``, ``(B, T, K)``; 0 after the end of a row.
 
         Without gradients; :meth:`smooth` has them.
@@ -216,6 +197,7 @@ class HiddenMarkov(nn.Module):
             X: ``(T, M)``, or ``(T,)`` for M = 1: one series, or several end to end with ``lengths``; or ``(B, T, M)``,
                 a batch, with ``lengths`` where rows are padded at their ends. A tensor, array or list.
             lengths: of the series end to end, summing to T; or of the rows.
+            u: inputs of a model that has them, in the layout of X with U in place of M; or ``(T, U)``, for all rows.
             cu_seqlens: borders of series end to end in ``(1, T, M)``.
 
         Raises:
@@ -223,47 +205,52 @@ class HiddenMarkov(nn.Module):
                 probability 0.
         """
         where = "HiddenMarkov.predict_proba"
-        series = Series.of(where, self.emission, X, lengths, cu_seqlens)
-        return series.back([posterior(where, *self.chain(part), self.form) for part in self._some(where, series)])
+        series = Series.of(where, self, X, lengths, cu_seqlens, u)
+        parts = self._some(where, series)
+        return series.back([self.fold(posterior(where, *self.chain(part), self.form)) for part in parts])
 
-    def smooth(self, X: Any, lengths: Any = None) -> Smoothed:
+    def smooth(self, X: Any, lengths: Any = None, *, u: Any = None) -> Smoothed:
         """The probabilities of states and of pairs of neighbouring states, given everything.
 
         Args:
             X: one series, or a batch ``(B, T, M)``, as :meth:`predict_proba`.
             lengths: of the rows of a batch.
+            u: as there.
 
         Raises:
             ArgumentError: as :meth:`predict_proba`, and for series end to end.
         """
         where = "HiddenMarkov.smooth"
-        series = Series.of(where, self.emission, X, lengths)
+        series = Series.of(where, self, X, lengths, u=u)
         if series.layout == "line":
             raise ArgumentError(f"{where}: X has series end to end", hint="give them as rows, (B, T, M)")
         probs, pairs = [], []
         for part in self._some(where, series):
             start, A, log_b = self.chain(part)
             both = both_passes(where, start, A, log_b, self.form)
-            found = torch.nn.functional.pad(pair_probs(both, A), (0, 0, 0, 0, 0, 1))  # one for each step
+            found = torch.nn.functional.pad(self.fold_pairs(both, A), (0, 0, 0, 0, 0, 1))  # one for each step
             there = None if part.keep is None else torch.nn.functional.pad(part.keep[:, 1:], (0, 1))
             pairs.append(found if there is None else torch.where(there[..., None, None], found, 0))
-            probs.append(both.probs)
+            probs.append(self.fold(both.probs))
         return Smoothed(series.back(probs), series.back(pairs)[..., :-1, :, :])
 
-    def predict(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> Tensor:
+    def predict(self, X: Any, lengths: Any = None, *, u: Any = None, cu_seqlens: Borders = None) -> Tensor:
         """The most likely path of states, int64, in the layout of X; -1 after the end of a row."""
-        return self.decode(X, lengths, cu_seqlens=cu_seqlens)[1]
+        return self.decode(X, lengths, u=u, cu_seqlens=cu_seqlens)[1]
 
     @torch.no_grad()
-    def decode(self, X: Any, lengths: Any = None, *, cu_seqlens: Borders = None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, X: Any, lengths: Any = None, *, u: Any = None, cu_seqlens: Borders = None
+    ) -> tuple[Tensor, Tensor]:
         """The log-probability of the most likely path and the observations, ``(B,)``, and the path, by Viterbi.
 
         Args and errors are those of :meth:`predict_proba`.
         """
         where, scores, paths = "HiddenMarkov.decode", [], []
-        series = Series.of(where, self.emission, X, lengths, cu_seqlens)
+        series = Series.of(where, self, X, lengths, cu_seqlens, u)
         for part in self._some(where, series):
             path, score = viterbi(*self.chain(part), part.keep)
+            path = self.fold_path(path)
             if bool((score == -torch.inf).any()):
                 row = int(part.rows[score == -torch.inf][0])
                 raise ArgumentError(f"{where}: every path of series {row} has probability 0")
@@ -276,6 +263,7 @@ class HiddenMarkov(nn.Module):
         X: Any,
         lengths: Any = None,
         *,
+        u: Any = None,
         restarts: int = 6,
         max_iterations: int = 1000,
         tolerance: float = 1e-7,
@@ -284,9 +272,12 @@ class HiddenMarkov(nn.Module):
     ) -> Fit:
         """Maximise the likelihood, times the priors, by expectation and maximisation (Baum-Welch), in place.
 
+        Weights of inputs are found by Newton's method. Only their differences matter: those of staying become 0.
+
         Args:
             X: as :meth:`predict_proba`.
             lengths: as there.
+            u: as there.
             restarts: how many starting points are tried, each for a few iterations; the best goes on. The first is from
                 k-means, the second from k-means of moving averages, the others from random centres of either.
             max_iterations: of the one that goes on.
@@ -305,7 +296,7 @@ class HiddenMarkov(nn.Module):
             Baum, Petrie, Soules and Weiss (1970), "A maximization technique occurring in the statistical analysis of
             probabilistic functions of Markov chains".
         """
-        series = Series.of("HiddenMarkov.fit", self.emission, X, lengths)
+        series = Series.of("HiddenMarkov.fit", self, X, lengths, u=u)
         if restarts < 1 or max_iterations < 0 or not tolerance >= 0:
             raise ArgumentError(
                 f"HiddenMarkov.fit: restarts {restarts}, max_iterations {max_iterations}, tolerance {tolerance}, "
@@ -314,57 +305,40 @@ class HiddenMarkov(nn.Module):
         return baum_welch(self, series, restarts if from_data else 0, max_iterations, tolerance, seed)
 
     @torch.no_grad()
-    def sample(self, length: int, batch: int = 1, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, length: int, batch: int = 1, *, u: Any = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draw observations and the states behind them; no gradients.
 
         Args:
             length: T, the number of steps.
             batch: B, the number of independent series.
+            u: inputs ``(T, U)`` or ``(B, T, U)``, of a model that has them.
             generator: source of randomness, on the model's device.
 
         Returns:
             ``y`` ``(B, T, M)`` and ``z`` ``(B, T)``, int64.
 
         Raises:
-            ArgumentError: for a negative length or batch.
+            ArgumentError: for a negative length or batch, and inputs that do not fit.
         """
+        where = "HiddenMarkov.sample"
         if length < 0 or batch < 0:
-            raise ArgumentError(f"HiddenMarkov.sample: length {length} and batch {batch}, expected 0 or more")
-        until, moves = self.initial.cumsum(-1), self.transition.cumsum(-1)
-        drawn = torch.rand(length, batch, 1, generator=generator, dtype=until.dtype, device=until.device)
-        path, last = [], self.states - 1
-        for u in drawn:
-            now = torch.searchsorted(until.expand(batch, -1).contiguous(), u * until[..., -1:]).squeeze(-1)
-            now = now.clamp(max=last)
-            path.append(now)
-            until = moves[now]
-        states = torch.stack(path, 1) if path else drawn.new_zeros(batch, 0, dtype=torch.int64)
+            raise ArgumentError(f"{where}: length {length} and batch {batch}, expected 0 or more")
+        u = inputs_of(where, self.inputs, self.transition_logits, u, (batch, length))
+        check_finite(where, {} if u is None else {"u": u}, "an input cannot be missing")
+        states = self.fold_path(draw_path(self.init_state(batch).probs, self.moves(u), length, generator))
         return self.emission.draw(states, generator), states
 
-    def chain(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        """The distribution of the first state ``(B, K)``, the transition, and ``log p(y_t | z_t)`` ``(B, T, K)``."""
-        state = self.init_state(len(part.x))
-        return state.probs, self.transition, part.masked(log_prob(self.emission, part.x, state.lags, state.seen))
+    def take_chain(self, found: Statistics) -> None:
+        """Move the parameters of the chain to where what is expected of it is likeliest; a step of a fit."""
+        take_chain(self, found)
+
+    def begin_chain(self, series: Series, weights: Tensor) -> None:
+        """Parameters of the chain from a first guess of the states ``(N, K)``."""
+        begin_chain(self, series, weights)
 
     def _some(self, where: str, series: Series) -> tuple[Part, ...]:
         if not series.parts:
             raise ArgumentError(f"{where}: X has no steps")
         return series.parts
-
-    def _check(self, where: str, x: Tensor, axes: str) -> Tensor:
-        """Observations in the dtype of the parameters; integers stay."""
-        like = self.transition_logits
-        check_tensors(where, x=(x, f"{axes} {self.emission.width}"), model=(like, "* *"))
-        if x.is_complex():
-            raise ArgumentError(f"{where}: complex values in x, expected real ones")
-        self.emission.check(where, "x", x)
-        return x.to(wide(like)) if x.is_floating_point() else x
-
-    def _check_state(self, where: str, rows: int, state: HiddenState | None) -> HiddenState:
-        if state is None:
-            return self.init_state(rows)
-        e, like = self.emission, self.transition_logits
-        sizes = {"probs": (state.probs, f"{rows} {e.states}"), "lags": (state.lags, f"{rows} {e.lags} {e.width}")}
-        check_tensors(f"{where}: state", model=(like, "* *"), seen=(state.seen, f"{rows}"), **sizes)
-        check_finite(where, {"state.probs": state.probs, "state.lags": state.lags})
-        return HiddenState(state.probs.to(wide(like)), state.lags.to(wide(like)), state.seen)

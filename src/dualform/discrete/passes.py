@@ -1,10 +1,13 @@
-"""One pass over the time of a Markov chain: a loop or a scan. :mod:`dualform.discrete.chunks` has a third form.
+"""One pass over the time of a Markov chain: a loop or a scan.
+
+:mod:`dualform.discrete.chunks` has a third form, and the scaled loop is an operator,
+:func:`~dualform.ops.markov_filter.markov_filter`.
 
 A pass starts from a vector ``v_1`` and makes, for every step, ``p_t = v_t e_t / c_t`` with ``c_t = sum(v_t e_t)`` and
 ``v_{t+1} = p_t A``. From the distribution of the first state it is the filter; over the reversed sequence with ``A^T``
 and from ones, it gives the backward messages of the smoother.
 
-Each form is written twice. The *scaled* one multiplies probabilities, with ``e_t`` relative to the likeliest state
+Each form comes twice. The *scaled* one multiplies probabilities, with ``e_t`` relative to the likeliest state
 of the step. What is smaller than the smallest number relative to the rest is lost there, which can only matter where a
 transition has a probability below :func:`negligible` and the observations insist on it. The *log* one keeps
 logarithms, and loses nothing.
@@ -44,32 +47,8 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
     return safe_log((x - top).exp().sum(dim)) + top.squeeze(dim)
 
 
-def relative_likelihoods(log_b: Tensor) -> tuple[Tensor, Tensor]:
-    """``e_t`` ``(B, T, K)``, 1 for the likeliest state, and the logarithm of what it was divided by, ``(B, T)``."""
-    top = log_b.detach().amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0)
-    return (log_b - top).exp(), top.squeeze(-1)
-
-
-def scaled_loop(start: Tensor, A: Tensor, e: Tensor) -> Pass:
-    """One step after the other; A is ``(K, K)``, or ``(B, T - 1, K, K)`` with the transition after each step."""
-    now, probs, scales = start, [], []
-    moves = None if A.dim() == 2 else A.unbind(1)
-    for t, e_t in enumerate(e.unbind(1)):
-        joint = now * e_t
-        c = joint.sum(-1, keepdim=True)
-        p = joint / c
-        probs.append(p)
-        scales.append(c)
-        if moves is None:
-            now = p @ A
-        elif t < len(moves):
-            now = (p.unsqueeze(-2) @ moves[t]).squeeze(-2)
-    return Pass(torch.stack(probs, 1), torch.cat(scales, 1).log())
-
-
 def log_loop(start: Tensor, A: Tensor, log_b: Tensor) -> Pass:
-    """:func:`scaled_loop` on logarithms."""
+    """One step after the other, on logarithms; A is ``(K, K)``, or ``(B, T - 1, K, K)``, one after each step."""
     log_A, now, probs, scales = safe_log(A), safe_log(start), [], []
     moves = None if A.dim() == 2 else log_A.unbind(1)
     for t, b_t in enumerate(log_b.unbind(1)):
@@ -112,14 +91,14 @@ def combine_log_moves(earlier: Moves, later: Moves) -> Moves:
     return Moves(P, _levelled(earlier.log_scale + total))
 
 
-def _each(A: Tensor, log_b: Tensor) -> Tensor:
+def each_step(A: Tensor, log_b: Tensor) -> Tensor:
     """The transition after each step but the last, ``(B, T - 1, K, K)``."""
     return A.expand(*log_b.shape[:1], log_b.shape[1] - 1, *A.shape[-2:])
 
 
 def scaled_scan(start: Tensor, A: Tensor, e: Tensor) -> Pass:
     """All ``v_t`` by an associative scan of depth ``O(log T)``, then all steps at once."""
-    products = associative_scan(combine_moves, Moves(_each(A, e), safe_log(e[:, :-1])))
+    products = associative_scan(combine_moves, Moves(each_step(A, e), safe_log(e[:, :-1])))
     weights = start[:, None] * products.log_scale.exp()
     v = (weights.unsqueeze(-2) @ products.P).squeeze(-2)
     v = torch.cat([start[:, None], v / weights.sum(-1, keepdim=True)], 1)
@@ -131,7 +110,7 @@ def scaled_scan(start: Tensor, A: Tensor, e: Tensor) -> Pass:
 def log_scan(start: Tensor, A: Tensor, log_b: Tensor) -> Pass:
     """:func:`scaled_scan` on logarithms."""
     log_start = safe_log(start)[:, None]
-    products = associative_scan(combine_log_moves, Moves(safe_log(_each(A, log_b)), _levelled(log_b[:, :-1])))
+    products = associative_scan(combine_log_moves, Moves(safe_log(each_step(A, log_b)), _levelled(log_b[:, :-1])))
     weights = log_start + products.log_scale
     total = logsumexp(weights, -1)
     weights = weights - torch.where(total.isfinite(), total, 0).unsqueeze(-1)

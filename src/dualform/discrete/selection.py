@@ -6,9 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
+from dualform.discrete.durations import Durations
 from dualform.discrete.emission import Emission
 from dualform.discrete.fit import Fit
 from dualform.discrete.model import HiddenMarkov
+from dualform.discrete.semi_markov import HiddenSemiMarkov
 
 
 class Candidate(NamedTuple):
@@ -37,6 +39,9 @@ def select(
     states: Iterable[int] = range(1, 7),
     criterion: Literal["bic", "aic"] = "bic",
     stationary: bool = False,
+    inputs: int = 0,
+    durations: Callable[[int], Durations] | None = None,
+    u: Any = None,
     restarts: int = 6,
     seed: int = 0,
 ) -> Selection:
@@ -49,11 +54,15 @@ def select(
         states: the numbers that are tried.
         criterion: ``bic`` or ``aic``.
         stationary: as :class:`~dualform.discrete.model.HiddenMarkov`.
+        inputs: as there.
+        durations: makes the durations for a number of states, such as ``lambda k: PoissonDurations(k, 20)``, and so
+            models that are a :class:`~dualform.discrete.semi_markov.HiddenSemiMarkov`.
+        u: inputs, as ``fit``.
         restarts: starting points of each fit.
         seed: of these.
 
     Raises:
-        ArgumentError: as ``fit``; for another criterion, or no numbers.
+        ArgumentError: as ``fit``; for another criterion, no numbers, or durations beside inputs or a stationary start.
 
     References:
         Schwarz (1978), "Estimating the dimension of a model"; Akaike (1974), "A new look at the statistical model
@@ -64,12 +73,17 @@ def select(
         >>> select([1, 0, 2, 1, 9, 8, 9, 7, 1, 0, 1, 2], emission=PoissonEmission, states=(1, 2)).best.states
         2
     """
+    if durations is not None and (stationary or inputs):
+        raise ArgumentError("select: with durations there are no inputs, and no stationary start")
     if criterion not in ("bic", "aic"):
         raise ArgumentError(f"select: criterion is {criterion!r}, expected 'bic' or 'aic'")
     found: list[Candidate] = []
     for k in states:
-        model = HiddenMarkov(emission(k), stationary=stationary)
-        fit = model.fit(X, lengths, restarts=restarts, seed=seed)
+        if durations is None:
+            model = HiddenMarkov(emission(k), stationary=stationary, inputs=inputs)
+        else:
+            model = HiddenSemiMarkov(emission(k), durations(k))
+        fit = model.fit(X, lengths, u=u, restarts=restarts, seed=seed)
         p = model.free_parameters()
         aic, bic = 2 * p - 2 * fit.log_likelihood, p * math.log(fit.observed) - 2 * fit.log_likelihood
         found.append(Candidate(k, model, fit, aic, bic))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import as_tensors
+from dualform.core.linalg import as_tensors, check_finite
 from dualform.core.packing import Borders, Packing, from_lengths
 from dualform.core.shapes import wide
 from dualform.discrete.emission import Emission
@@ -18,6 +18,7 @@ class Part(NamedTuple):
     x: Tensor  # (R, L, M)
     keep: Tensor | None  # (R, L): the steps that there are, from the first on; None is all
     rows: Tensor  # (R,), which series these are
+    u: Tensor | None  # (R, L, U), inputs
 
     def masked(self, m: Tensor) -> Tensor:
         """0 after the end of a row, of ``(R, L, ...)``."""
@@ -36,20 +37,24 @@ class Series(NamedTuple):
     layout: str  # "one" for (T, M), "line" for series end to end, "packed" for these with B = 1, "rows" for (B, T, M)
 
     @classmethod
-    def of(cls, where: str, emission: Emission, X: Any, lengths: Any = None, cu_seqlens: Borders = None) -> "Series":
+    def of(
+        cls, where: str, model: Any, X: Any, lengths: Any = None, cu_seqlens: Borders = None, u: Any = None
+    ) -> "Series":
         """Read data.
 
         Args:
             where: name of the function, first word of every error.
-            emission: what the data come from.
+            model: what the data come from, with its ``emission`` and number of ``inputs``.
             X: ``(T, M)``, or ``(T,)`` for M = 1: one series, or several end to end with ``lengths``; or ``(B, T, M)``,
                 a batch, with ``lengths`` where rows are padded at their ends. NaN, None and masked values are missing.
             lengths: of the series end to end, summing to T; or of the rows.
             cu_seqlens: borders of series end to end in ``(1, T, M)``.
+            u: inputs in the layout of X, with U in place of M; ``(T, U)`` for all rows of a batch.
 
         Raises:
             ArgumentError: for shapes and lengths that do not fit, and values that no state can emit.
         """
+        emission: Emission = model.emission
         parameter = next(emission.parameters())
         x = as_tensors(where, model=parameter, X=X)["X"].to(wide(parameter))
         m = emission.width
@@ -58,38 +63,45 @@ class Series(NamedTuple):
             expected = f"(B, T, {m}) or (T, {m}){' or (T,)' * (m == 1)}"
             hint = "a batch of single values is X[..., None]" if m == 1 and x.dim() == 2 else ""
             raise ArgumentError(f"{where}: X has shape {tuple(x.shape)}, expected {expected}", hint=hint)
+        u = inputs_of(where, model.inputs, parameter, u, tuple(x.shape[:-1]))
+        x = x if u is None else torch.cat([x, u], -1)
+
+        def check(x: Tensor) -> None:
+            emission.check(where, "X", x[..., :m])
+            check_finite(where, {"u": x[..., m:]}, "an input cannot be missing")
+
         if cu_seqlens is not None:
             if lengths is not None or x.dim() == 2:
                 raise ArgumentError(f"{where}: cu_seqlens is for X of (1, T, {m}) without lengths")
-            emission.check(where, "X", x)
+            check(x)
             packing = Packing.of(where, cu_seqlens, x)
             assert packing is not None
-            return cls._ragged(x[0], packing, None, "packed")
+            return cls._ragged(x[0], m, packing, None, "packed")
         if lengths is None:
-            emission.check(where, "X", x)
+            check(x)
             layout, x = ("rows", x) if x.dim() == 3 else ("one", x[None])
             (count, length, _), device = x.shape, x.device
             place = torch.arange(length, device=device).repeat(count)
-            parts = (Part(x, None, torch.arange(count, device=device)),) if length and count else ()
-            return cls(parts, x.flatten(0, 1), place, count, None, None, layout)
+            parts = (_part(x, m, None, torch.arange(count, device=device)),) if length and count else ()
+            return cls(parts, x[..., :m].flatten(0, 1), place, count, None, None, layout)
         counts = _lengths(where, lengths)
         if x.dim() == 2:
             if int(counts.sum()) != len(x):
                 raise ArgumentError(f"{where}: lengths sum to {int(counts.sum())}, but X has {len(x)} rows")
-            emission.check(where, "X", x)
-            return cls._ragged(x, Packing.of_host(from_lengths(counts), x.device), None, "line")
+            check(x)
+            return cls._ragged(x, m, Packing.of_host(from_lengths(counts), x.device), None, "line")
         if len(counts) != len(x) or int(counts.max()) > x.shape[1]:
             most = f"{len(counts)} lengths up to {int(counts.max())}"
             raise ArgumentError(f"{where}: {most}, but X has {len(x)} rows of {x.shape[1]} steps")
         keep = torch.arange(x.shape[1], device=x.device) < counts.to(x.device)[:, None]
-        emission.check(where, "X", torch.where(keep[..., None], x, 0))
-        return cls._ragged(x[keep], Packing.of_host(from_lengths(counts), x.device), keep, "rows")
+        check(torch.where(keep[..., None], x, 0))
+        return cls._ragged(x[keep], m, Packing.of_host(from_lengths(counts), x.device), keep, "rows")
 
     @classmethod
-    def _ragged(cls, line: Tensor, packing: Packing, keep: Tensor | None, layout: str) -> "Series":
+    def _ragged(cls, line: Tensor, m: int, packing: Packing, keep: Tensor | None, layout: str) -> "Series":
         groups, order = packing.groups()
-        parts = tuple(Part(torch.where(k[..., None], line[steps], 0), k, rows) for rows, steps, k in groups)
-        return cls(parts, line, packing.places(len(line))[1], packing.rows, order, keep, layout)
+        parts = tuple(_part(torch.where(k[..., None], line[steps], 0), m, k, rows) for rows, steps, k in groups)
+        return cls(parts, line[:, :m], packing.places(len(line))[1], packing.rows, order, keep, layout)
 
     def on_line(self, each: list[Tensor]) -> Tensor:
         """What was made of the steps of each part ``(R, L, ...)``, end to end, ``(N, ...)``."""
@@ -111,6 +123,31 @@ class Series(NamedTuple):
         for part, made in zip(self.parts, each, strict=True):
             values = values.index_put((part.rows,), made)
         return values[0] if self.layout == "one" else values
+
+
+def _part(x: Tensor, m: int, keep: Tensor | None, rows: Tensor) -> Part:
+    """Rows of observations, M wide, and of the inputs behind them."""
+    return Part(x[..., :m], keep, rows, x[..., m:] if x.shape[-1] > m else None)
+
+
+def inputs_of(where: str, inputs: int, like: Tensor, u: Any, axes: tuple[int, ...]) -> Tensor | None:
+    """Inputs ``(*axes, U)``, whatever their values.
+
+    Raises:
+        ArgumentError: for a shape that does not fit, inputs of a model that has none, and a model that has them
+            without.
+    """
+    if u is None and not inputs:
+        return None
+    if u is None or not inputs:
+        what = f"no inputs u, but the model has {inputs}" if u is None else "inputs u, but the model has none"
+        raise ArgumentError(f"{where}: {what}", hint="HiddenMarkov(..., inputs=U) takes u with U numbers at each step")
+    u = as_tensors(where, model=like, u=u)["u"].to(wide(like))
+    u = u[:, None] if u.dim() == 1 and inputs == 1 else u
+    if u.shape[-1:] != (inputs,) or u.shape[:-1] not in (axes, axes[-1:]):
+        expected = " or ".join(str((*sizes, inputs)) for sizes in dict.fromkeys((axes, axes[-1:])))
+        raise ArgumentError(f"{where}: u has shape {tuple(u.shape)}, expected {expected}")
+    return u.expand(*axes, inputs)
 
 
 def _lengths(where: str, lengths: Any) -> Tensor:

@@ -11,15 +11,16 @@ from dualform.discrete import log_chunks
 from dualform.discrete.chunks import Chunks, Counted, Smoothed, by_itself, chunk_size, forward_pass, smooth
 from dualform.discrete.passes import (
     Pass,
+    each_step,
     log_loop,
     log_scan,
     logsumexp,
     negligible,
-    relative_likelihoods,
     safe_log,
-    scaled_loop,
     scaled_scan,
 )
+from dualform.ops.markov_filter import MarkovFilter, markov_filter, markov_filter_op, relative_likelihoods
+from dualform.ops.markov_smoother import markov_smoother
 
 
 class Form(NamedTuple):
@@ -66,14 +67,26 @@ def one_pass(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) ->
 
 def _scaled(start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> tuple[Pass, Tensor]:
     """A pass with probabilities, ``log_c`` relative to what is second, ``(B, T)``."""
-    if size := _chunk_size(start, A, log_b, form):
+    if _parallel(log_b, form):
+        e, top = relative_likelihoods(log_b)
+        return scaled_scan(start, A, e), top
+    if not _has_kernel(start, A, log_b) and (size := _chunk_size(start, A, log_b, form)):
         with by_itself(log_b.shape[0] * -(-log_b.shape[1] // size) * A.numel()):
             chunks = Chunks.of(log_b, size)
             p, c = forward_pass(start, A, chunks)
             return Pass(chunks.back(p), chunks.back(c).squeeze(-1).log()), chunks.top
-    e, top = relative_likelihoods(log_b)
-    parallel = e.device.type != "cpu" if form.parallel is None else form.parallel
-    return (scaled_scan if parallel else scaled_loop)(start, A, e), top
+    p, c, top = markov_filter(start, each_step(A, log_b), log_b)
+    return Pass(p, c.log()), top
+
+
+def _parallel(log_b: Tensor, form: Form) -> bool:
+    """Whether a scaled pass is a scan."""
+    return log_b.device.type != "cpu" if form.parallel is None else form.parallel
+
+
+def _has_kernel(start: Tensor, A: Tensor, log_b: Tensor) -> bool:
+    """Whether the scaled loop is compiled, without gradients."""
+    return markov_filter_op.has_kernel(MarkovFilter(start, each_step(A, log_b), log_b), records(start, A, log_b))
 
 
 def _log(start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> Pass:
@@ -121,9 +134,13 @@ def _refuse_lost(where: str, weight: Tensor) -> None:
         raise ArgumentError(f"{where}: probabilities are too small for a scaled form", hint="leave scaled at None")
 
 
-def both_passes(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> Both:
-    """Forward and backward over ``log_b`` ``(B, T, K)``, T above 0."""
+def both_passes(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form, *, messages: bool = True) -> Both:
+    """Forward and backward over ``log_b`` ``(B, T, K)``, T above 0; ``after`` may be left out."""
     forward, log = one_pass(where, start, A, log_b, form)
+    by_op = not _parallel(log_b, form) and (_has_kernel(start, A, log_b) or not _chunk_size(start, A, log_b, form))
+    if by_op and not log:
+        probs, weight, after = markov_smoother(forward.p, each_step(A, log_b), log_b, messages=messages)
+        return _unless_lost(where, start, A, log_b, form, Both(forward.p, after, probs, weight, forward.log_c, log))
     back_A = A.mT if A.dim() == 2 else A.flip(1).mT
     back = torch.ones_like(start), back_A, log_b.flip(1), form
     after = (_log(*back) if log else _scaled(*back)[0]).p.flip(1)
@@ -135,11 +152,17 @@ def both_passes(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form)
     else:
         joint = forward.p * _reached(A, after)
         weight = joint.sum(-1)
-        if form.scaled is None and _lost(A, weight.log()):
-            return both_passes(where, start, A, log_b, form._replace(scaled=False))
-        _refuse_lost(where, weight)
-        probs = joint / weight.unsqueeze(-1)
+        both = Both(forward.p, after, joint / weight.unsqueeze(-1), weight, forward.log_c, log)
+        return _unless_lost(where, start, A, log_b, form, both)
     return Both(forward.p, after, probs, weight, forward.log_c, log)
+
+
+def _unless_lost(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form, both: Both) -> Both:
+    """Both scaled passes, or those with logarithms where the scaled ones may have lost what matters."""
+    if form.scaled is None and _lost(A, both.weight.log()):
+        return both_passes(where, start, A, log_b, form._replace(scaled=False))
+    _refuse_lost(where, both.weight)
+    return both
 
 
 def _reached(A: Tensor, after: Tensor) -> Tensor:
@@ -213,7 +236,7 @@ def expect(
 def posterior(where: str, start: Tensor, A: Tensor, log_b: Tensor, form: Form) -> Tensor:
     """``p(z_t | y)`` alone, ``(B, T, K)``."""
     found = _smoothed(where, start, A, log_b, form, None)
-    return both_passes(where, start, A, log_b, form).probs if found is None else found.probs
+    return both_passes(where, start, A, log_b, form, messages=False).probs if found is None else found.probs
 
 
 def _smoothed(
@@ -221,7 +244,7 @@ def _smoothed(
 ) -> Smoothed | None:
     """What chunks side by side say, which are scaled where that loses nothing; None where another form is taken."""
     size = _chunk_size(start, A, log_b, form)
-    if not size:
+    if not size or (form.scaled is not False and _has_kernel(start, A, log_b)):
         return None
     if form.scaled is not False:
         found = smooth(start, A, log_b, size, counted)

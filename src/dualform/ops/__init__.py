@@ -29,6 +29,9 @@ from dualform.ops.lstm import lstm
 from dualform.ops.lti_step import lti_step
 from dualform.ops.mamba2_step import mamba2_step
 from dualform.ops.mamba_step import mamba_step
+from dualform.ops.markov_filter import markov_filter
+from dualform.ops.markov_path import markov_path
+from dualform.ops.markov_smoother import markov_smoother
 from dualform.ops.mimo_ssm import mimo_ssm
 from dualform.ops.mlp_step import mlp_step
 from dualform.ops.op import OPS, Backend, Op, SlowBackendWarning, backend, check_name, forced
@@ -71,6 +74,7 @@ for _name in (
     "kalman_smoother",
     "linear",
     "linear_scan",
+    "markov",
     "norm",
     "quantized_linear",
     "selective_scan",
@@ -119,6 +123,9 @@ __all__ = [
     "lti_step",
     "mamba2_step",
     "mamba_step",
+    "markov_filter",
+    "markov_path",
+    "markov_smoother",
     "mimo_ssm",
     "mlp_step",
     "quantized_linear",

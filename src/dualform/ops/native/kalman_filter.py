@@ -8,9 +8,8 @@ from torch import Tensor
 from dualform.core.errors import ArgumentError
 from dualform.ops.derivatives import outline
 from dualform.ops.kalman_filter import KalmanFilter, kalman_filter_op
-from dualform.ops.layout import inner_contiguous
 from dualform.ops.native import library
-from dualform.ops.native.library import fresh
+from dualform.ops.native.library import fresh, whole_steps
 from dualform.ops.native.structs import KALMAN_FILTER
 from dualform.ops.op import Backend
 
@@ -51,15 +50,9 @@ def fields(a: KalmanFilter) -> dict[str, Any]:
     return {
         "dtype": a.mean.dtype,
         **sizes,
-        **{name: _view(x) for name, x in views.items()},
+        **{name: whole_steps(x) for name, x in views.items()},
         **{name: x.contiguous() for name, x in whole.items()},
     }
-
-
-def _view(x: Tensor) -> Tensor:
-    """The tensor with its axes after time contiguous; what is constant is not spread out."""
-    one = x[: 1 if x.stride(0) == 0 else None, : 1 if x.stride(1) == 0 else None]
-    return inner_contiguous(one.resolve_neg(), x.dim() - 2).expand(x.shape)
 
 
 def _saved(a: KalmanFilter) -> list[Tensor]:

@@ -201,6 +201,15 @@ KALMAN_FILTER = Structure(
     (POINTER, "da dshift dq dc dr dy dmean dcov"),
 )
 
+MARKOV_CHAIN = Structure(
+    "MarkovChain",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (INT64, "rows length states"),
+    (VIEW, "a b"),
+    (POINTER, "start p sum top after probs weight lengths path score"),
+)
+
 MAMBA_STEP = Structure(
     "MambaStep",
     (INT64, "threads"),
