@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define DUALFORM_VERSION 17  // of this interface
+#define DUALFORM_VERSION 22  // of this interface
 
 // What a function returns. It refuses sizes, groups, dtypes, borders and null pointers that do not fit together;
 // whether the memory behind a pointer is as large as the sizes say, it cannot know.
@@ -292,6 +292,19 @@ typedef struct {
   const void *dlast_mean, *dlast_cov;                    // (rows, N) and (rows, N, N)
   void *da, *dshift, *dq, *dc, *dr, *dy, *dmean, *dcov;  // contiguous, of every step; or null where not wanted
 } KalmanFilter;
+
+// The log-likelihood of stationary series with normal shocks e_t of the given variance, y_t = phi_1 y_{t-1} + .. +
+// phi_p y_{t-p} + e_t + theta_1 e_{t-1} + .. + theta_q e_{t-q}, and its gradient. With a direction, what is left in place
+// of the gradient is its derivative along that. All tensors are contiguous and of one dtype.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;
+  int64_t rows, length, p, q;
+  const void *ar, *ma, *variance, *y;                  // (rows, p), (rows, q), (rows) and (rows, T)
+  const void *ar_way, *ma_way, *variance_way, *y_way;  // a direction: the same, or all null
+  void* loglik;                                        // (rows), NaN where phi is not stationary; or null
+  void *dar, *dma, *dvariance, *dy;                    // as what they are of, or all null; dy may be by itself
+} Arma;
 
 // One step of a block: x + out(mixer(norm(x))) with a Mamba as the mixer, of M features, D channels, N states, rank R
 // and W taps. All tensors are contiguous. The next states may be where the states are.

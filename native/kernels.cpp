@@ -1,6 +1,7 @@
 // Compiled once for every instruction set, with its flags and its name in DUALFORM_ISA.
 #include "kernels.h"
 
+#include "arma.h"
 #include "block.h"
 #include "causal_conv1d.h"
 #include "dense.h"
@@ -46,6 +47,7 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::kalman::forward<float>, isa::kalman::forward<double>},
     {isa::kalman::backward<float>, isa::kalman::backward<double>},
     isa::kalman::smooth,
+    {isa::arma::forward<float>, isa::arma::forward<double>},
     {isa::block::mamba<float>, isa::block::mamba<double>},
     {isa::block::mamba2<float>, isa::block::mamba2<double>},
     {isa::block::lti<float>, isa::block::lti<double>},

@@ -26,6 +26,7 @@ struct Kernels {
   int64_t (*kalman_filter[2])(const KalmanFilter&, int64_t first, int64_t end, void* memory);
   int64_t (*kalman_filter_backward[2])(const KalmanFilter&, int64_t first, int64_t end, void* memory);
   int64_t (*kalman_smoother)(const KalmanFilter&, int64_t first, int64_t end, void* memory);
+  int64_t (*arma[2])(const Arma&, int64_t first, int64_t end, void* memory);
   // Units [first, end) of one phase; the phases of a step follow each other.
   int64_t (*mamba_step[2])(const MambaStep&, int64_t phase, int64_t first, int64_t end, void* memory);
   int64_t (*mamba2_step[2])(const Mamba2Step&, int64_t phase, int64_t first, int64_t end, void* memory);

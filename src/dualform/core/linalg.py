@@ -138,6 +138,20 @@ def symmetric_part(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+def least_squares(X: Tensor, y: Tensor) -> Tensor:
+    """The coefficients ``(..., K)`` of y ``(..., T)`` on columns ``(..., T, K)``, in batches, from their products.
+
+    Directions whose size is below about 1e-6 of the others are left at 0, nearly: what they would add is rounding.
+    """
+    size = X.square().sum(-2).sqrt()
+    size = torch.where(size > 0, size, 1)
+    X = X / size.unsqueeze(-2)
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    right = X.mT @ y.unsqueeze(-1)
+    solution, _ = torch.linalg.solve_ex(X.mT @ X + 16 * torch.finfo(X.dtype).eps ** 0.75 * eye, right)
+    return solution.squeeze(-1) / size
+
+
 def orbit(A: Tensor, X: Tensor, count: int) -> Tensor:
     """``A^k X`` for ``k < count``, ``(count, N, columns)``, by doubling."""
     out, power = X[None], A

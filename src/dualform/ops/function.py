@@ -28,7 +28,8 @@ def function_of(op: Any) -> type[torch.autograd.Function]:
                 with on_device(args[0].device):
                     results = by.forward(a)
             kept = [results[i] for i in op.keeps] + results[op.outputs :]
-            ctx.by, ctx.again, ctx.kept = by, again, len(kept)
+            ctx.by, ctx.kept = by, len(kept)
+            ctx.again = again or (None if isinstance(by, str) else by.again) or op.reference
             ctx.last = [time_last(y) for y in results[: op.outputs]]
             named = list(zip(op.fields, args, strict=True))
             ctx.others = tuple(
@@ -45,7 +46,7 @@ def function_of(op: Any) -> type[torch.autograd.Function]:
             args = [next(rest) if m is None else m[0] for m in ctx.others]
             if op.stepwise and torch.is_grad_enabled():
                 with exactly(args[0].device.type):
-                    return (None, None, *_recorded(op, ctx.again or op.reference, args, grads))
+                    return (None, None, *_recorded(op, ctx.again, args, grads))
             with torch.no_grad():
                 full = [lay(g, last) for g, last in zip(grads, ctx.last, strict=True)]
                 if isinstance(ctx.by, str):

@@ -7,7 +7,7 @@ from dualform.core.packing import Packing
 from dualform.ops.layout import flat_stride
 from dualform.ops.structs import DOUBLE, FLAG, INT64, POINTER, Kind, Structure
 
-VERSION = 17  # DUALFORM_VERSION
+VERSION = 22  # DUALFORM_VERSION
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # their numbers in C
 MATRICES = {**DTYPES, torch.int8: 4}  # of matrices
 NO_MEMORY, REFUSED = 1, 2  # what a function returns; 0 when it is done
@@ -199,6 +199,14 @@ KALMAN_FILTER = Structure(
     (POINTER, "seen mean cov loglik means covs predicted_means predicted_covs last_mean last_cov"),
     (POINTER, "first_mean first_cov dloglik dmeans dcovs dpredicted_means dpredicted_covs dlast_mean dlast_cov"),
     (POINTER, "da dshift dq dc dr dy dmean dcov"),
+)
+
+ARMA = Structure(
+    "Arma",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (INT64, "rows length p q"),
+    (POINTER, "ar ma variance y ar_way ma_way variance_way y_way loglik dar dma dvariance dy"),
 )
 
 MAMBA_STEP = Structure(
