@@ -49,10 +49,17 @@ class Estimated(nn.Module):
         """
         if self.rows is None or not 0 <= row < self.rows:
             raise ArgumentError(f"{kind(self)}.row: row is {row}, expected one of {self.rows or 'an expanded model'}")
+        return self._of(row, None)
+
+    def some(self: E, rows: Tensor) -> E:
+        """The model of the rows of a mask ``(R,)``, a copy, of a model that was expanded."""
+        return self._of(rows, int(rows.sum()))
+
+    def _of(self: E, at: Any, rows: int | None) -> E:
         made = _twin(self)
-        made.rows = None
+        made.rows = rows
         for place in places(made):
-            place.free.data = place.free.data[row].clone()
+            place.free.data = place.free.data[at].clone()
         return made
 
     @torch.no_grad()
@@ -90,7 +97,7 @@ class Estimated(nn.Module):
 def _twin(module: Any) -> Any:
     """A copy of a module with parameters of its own, which shares its buffers: these are never written to."""
     made = module.__class__.__new__(module.__class__)
-    made.__dict__ = {name: copy.copy(v) if isinstance(v, dict) else v for name, v in module.__dict__.items()}
+    made.__dict__ = {name: v.copy() if isinstance(v, dict) else v for name, v in module.__dict__.items()}
     made._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
     made._parameters = {
         name: None if p is None else nn.Parameter(p.data, requires_grad=p.requires_grad)
