@@ -138,6 +138,34 @@ def symmetric_part(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+def covariance_root(S: Tensor) -> tuple[Tensor, Tensor]:
+    """L with ``L L^T = S`` of ``(..., M, M)``, and where there is none (not 0), without a word: the root of a number.
+
+    ``torch.linalg.cholesky_ex``, which on a GPU takes its time for many small matrices.
+    """
+    if S.shape[-1] != 1:
+        return torch.linalg.cholesky_ex(S)
+    failed = ~(S > 0)
+    return torch.where(failed, 1, S).sqrt(), failed[..., 0, 0].int()
+
+
+def half_solve(root: Tensor, X: Tensor) -> Tensor:
+    """``L^-1 X`` of ``(..., M, M)`` and ``(..., M, K)``."""
+    return X / root if root.shape[-1] == 1 else torch.linalg.solve_triangular(root, X, upper=False)
+
+
+def root_solve(X: Tensor, root: Tensor) -> Tensor:
+    """``(L L^T)^-1 X`` of ``(..., M, K)`` and ``(..., M, M)``.
+
+    ``torch.cholesky_solve`` may go through a batch matrix after matrix on a GPU; triangular solves do not.
+    """
+    if root.shape[-1] == 1:
+        return X / root.square()
+    if root.device.type == "cpu":
+        return torch.cholesky_solve(X, root)
+    return torch.linalg.solve_triangular(root.mT, half_solve(root, X), upper=True)
+
+
 def least_squares(X: Tensor, y: Tensor) -> Tensor:
     """The coefficients ``(..., K)`` of y ``(..., T)`` on columns ``(..., T, K)``, in batches, from their products.
 

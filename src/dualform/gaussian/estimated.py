@@ -95,7 +95,9 @@ class Estimated(nn.Module):
 
 
 def _twin(module: Any) -> Any:
-    """A copy of a module with parameters of its own, which shares its buffers: these are never written to."""
+    """A copy of a module with parameters of its own; it shares what is never written to, which the buffers are."""
+    if next(module.parameters(), None) is None:
+        return module
     made = module.__class__.__new__(module.__class__)
     made.__dict__ = {name: v.copy() if isinstance(v, dict) else v for name, v in module.__dict__.items()}
     made._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}

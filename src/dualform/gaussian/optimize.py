@@ -65,9 +65,7 @@ def minimize(
             break
         fresh = uphill if not pairs else uphill | (torch.stack([rho for *_, rho in pairs]) == 0).all(0)
         first = torch.where(fresh, 1 / gradient.abs().amax(-1).clamp_min(1), 1.0)
-        there, new, slopes, count, found = _search(
-            partly, (x, value, gradient), direction, slope, first, done | stuck
-        )
+        there, new, slopes, count, found = _search(partly, (x, value, gradient), direction, slope, first, done | stuck)
         evaluations += count
         s, q = there - x, slopes - gradient
         curvature = (s * q).sum(-1)

@@ -128,4 +128,3 @@ def has_kernel(a: ArmaLikelihood) -> bool:
     """Whether a kernel would run an eager call, and give its gradient where one is wanted."""
     wanted = torch.is_grad_enabled() and any(m.requires_grad for m in a)
     return arma_likelihood_op.has_kernel(a, wanted)
-
