@@ -62,9 +62,9 @@ def over_time(options: argparse.Namespace, device: torch.device) -> list[dict[st
         model, part = model_of(dtype).to(device), min(options.part, options.length)
         parallel, sequential = (df.KalmanFilter(model, parallel=form) for form in (True, False))
         for what in ("filter", "smooth"):
-            quick, found = seconds(lambda p=parallel, w=what: getattr(p, w)(y), device, 3)
+            quick, found = seconds(lambda p=parallel, w=what, x=y: getattr(p, w)(x), device, 3)
             length = options.length if options.whole else part
-            slow, want = seconds(lambda s=sequential, w=what, n=length: getattr(s, w)(y[:, :n]), device, 1)
+            slow, want = seconds(lambda s=sequential, w=what, x=y[:, :length]: getattr(s, w)(x), device, 1)
             again = found if length == options.length else getattr(parallel, what)(y[:, :length])
             error = (again.mean - want.mean).abs().max() / want.mean.abs().max()
             whole = slow * options.length / length

@@ -15,7 +15,7 @@ _WHERE = "arma_likelihood"
 
 
 def arma_likelihood(ar: Tensor, ma: Tensor, variance: Tensor, y: Tensor) -> Tensor:
-    """``log p(y_1 .. y_T)`` of each row of stationary series of mean zero, exactly:
+    """The exact log-likelihood ``log p(y_1 .. y_T)`` of each row of stationary series of mean zero.
 
         y_t = phi_1 y_{t-1} + .. + phi_p y_{t-p} + e_t + theta_1 e_{t-1} + .. + theta_q e_{t-q},   e_t ~ N(0, variance)
 
