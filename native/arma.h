@@ -49,7 +49,7 @@ INLINE Dual<V>& operator-=(Dual<V>& a, Dual<V> b) {
 // autoregression.
 template <class T, class V, bool DUAL>
 struct Series {
-  static constexpr int64_t SECTION = 32;              // steps that are computed again at a time
+  static constexpr int64_t SECTION = 32;                  // steps that are computed again at a time
   static constexpr int AT_ONCE = sizeof(T) == 8 ? 4 : 1;  // variances whose product has one logarithm
   static constexpr bool ONE = sizeof(V) == sizeof(T);
   using N = std::conditional_t<DUAL, Dual<V>, V>;
@@ -200,7 +200,7 @@ struct Series {
   }
 
   INLINE void step(Series& z, int64_t t, Step& now) {
-    N *__restrict k = z.k, *__restrict w = z.w, *__restrict m = z.m;
+    N* __restrict k = z.k, * __restrict w = z.w, * __restrict m = z.m;
     const int64_t last = z.r - 1;
     now.v = z.read(z.s.y, z.s.y_way, z.length, t) - m[0];
     now.inverse = number(1) / z.f;
@@ -273,8 +273,8 @@ struct Series {
   }
 
   void step_back(int64_t t, const Step& now, const N* at, N half, N weight, N& bf) {
-    N *__restrict bk = this->bk, *__restrict bw = this->bw, *__restrict bm = this->bm;
-    const N *__restrict k = at, *__restrict w = at + r, *m = at + 2 * r;
+    N* __restrict bk = this->bk, * __restrict bw = this->bw, * __restrict bm = this->bm;
+    const N* __restrict k = at, * __restrict w = at + r, *m = at + 2 * r;
     const int64_t last = r - 1;
     const N e = now.e, kappa = now.kappa;
     N be = number(0), bkappa = number(0);

@@ -294,8 +294,8 @@ typedef struct {
 } KalmanFilter;
 
 // The log-likelihood of stationary series with normal shocks e_t of the given variance, y_t = phi_1 y_{t-1} + .. +
-// phi_p y_{t-p} + e_t + theta_1 e_{t-1} + .. + theta_q e_{t-q}, and its gradient. With a direction, what is left in place
-// of the gradient is its derivative along that. All tensors are contiguous and of one dtype.
+// phi_p y_{t-p} + e_t + theta_1 e_{t-1} + .. + theta_q e_{t-q}, and its gradient. With a direction, what is left in
+// place of the gradient is its derivative along that. All tensors are contiguous and of one dtype.
 typedef struct {
   int64_t threads;
   int64_t dtype;
