@@ -47,7 +47,7 @@ def _empty(a: ArmaLikelihood) -> ArmaLikelihood:
     return ArmaLikelihood._make(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in a)
 
 
-def _named(gradient: Any) -> dict[str, Tensor | None]:
+def _named(gradient: Any) -> dict[str, Any]:
     return {f"d{name}": x for name, x in gradient._asdict().items()}
 
 
