@@ -2,13 +2,14 @@
 
     .venv/bin/python benchmarks/kalman.py [--threads 2] [--repeats 9]
 
-Beside statsmodels where it is installed, on the same models and data. Likelihoods are compared before anything is
-timed.
+Beside statsmodels and dynamax where these are installed, on the same models and data. Likelihoods are compared before
+anything is timed. dynamax is compiled before, and maps over the series of a batch.
 """
 
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,32 @@ def statsmodels(cases: dict[str, tuple[df.LinearGaussian, Tensor]]) -> dict[str,
     return found
 
 
+def dynamax(cases: dict[str, tuple[df.LinearGaussian, Tensor]]) -> dict[str, Callable[[], Any]]:
+    """By dynamax, in float64; empty where it is not installed."""
+    try:
+        import jax
+        from dynamax.linear_gaussian_ssm.inference import lgssm_filter, lgssm_smoother, make_lgssm_params
+    except ImportError:
+        return {}
+    jax.config.update("jax_enable_x64", True)
+    found: dict[str, Callable[[], Any]] = {}
+    for name, (model, y) in cases.items():
+        A, C, Q, R, P0 = (jax.numpy.asarray(x.detach().numpy()) for x in (model.A, model.C, model.Q, model.R, model.P0))
+        params = make_lgssm_params(jax.numpy.zeros(len(A)), A @ P0 @ A.T + Q, A, Q, C, R)
+        series = jax.numpy.asarray((y if y.dim() == 3 else y[None]).numpy())
+
+        def both(of: Any, params: Any = params) -> Any:
+            return jax.jit(jax.vmap(partial(of, params)))
+
+        filtered, smoothed = both(lambda p, x: lgssm_filter(p, x).marginal_loglik), both(lgssm_smoother)
+        want, got = np.asarray(filtered(series)), model.log_likelihood(y).detach().reshape(-1).numpy()
+        print(f"{name}: likelihoods within {np.abs(got / want - 1).max():.1e} of dynamax's")
+        found[f"{name}: likelihood, dynamax"] = lambda run=filtered, x=series: run(x).block_until_ready()
+        if len(series) == 1:
+            found[f"{name}: smoother, dynamax"] = lambda run=smoothed, x=series: jax.block_until_ready(run(x))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
@@ -121,7 +148,7 @@ def main() -> None:
             runs[f"{name}: likelihood"] = without_gradient(lambda model=model, y=y: model.log_likelihood(y))
             runs[f"{name}: filter"] = without_gradient(lambda model=model, y=y: model.filter(y))
             runs[f"{name}: smoother"] = without_gradient(lambda model=model, y=y: model.smooth(y))
-        runs |= statsmodels(cases)
+        runs |= statsmodels(cases) | dynamax(cases)
     times = interleaved(runs, repeats=options.repeats)
     report("the Kalman filter, float64", [row(name, times[name]) for name in sorted(times)], options.out)
 

@@ -319,6 +319,19 @@ typedef struct {
   void* score;             // (rows), of its logarithm; 0 without steps
 } MarkovChain;
 
+// The log-likelihood of stationary series with normal shocks e_t of the given variance, y_t = phi_1 y_{t-1} + .. +
+// phi_p y_{t-p} + e_t + theta_1 e_{t-1} + .. + theta_q e_{t-q}, and its gradient. With a direction, what is left in
+// place of the gradient is its derivative along that. All tensors are contiguous and of one dtype.
+typedef struct {
+  int64_t threads;
+  int64_t dtype;
+  int64_t rows, length, p, q;
+  const void *ar, *ma, *variance, *y;                  // (rows, p), (rows, q), (rows) and (rows, T)
+  const void *ar_way, *ma_way, *variance_way, *y_way;  // a direction: the same, or all null
+  void* loglik;                                        // (rows), NaN where phi is not stationary; or null
+  void *dar, *dma, *dvariance, *dy;                    // as what they are of, or all null; dy may be by itself
+} Arma;
+
 // One step of a block: x + out(mixer(norm(x))) with a Mamba as the mixer, of M features, D channels, N states, rank R
 // and W taps. All tensors are contiguous. The next states may be where the states are.
 typedef struct {

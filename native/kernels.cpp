@@ -1,6 +1,7 @@
 // Compiled once for every instruction set, with its flags and its name in DUALFORM_ISA.
 #include "kernels.h"
 
+#include "arma.h"
 #include "causal_conv1d.h"
 #include "diagonal_ssm.h"
 #include "kalman.h"
@@ -46,5 +47,6 @@ const Kernels NAME(kernels_, DUALFORM_ISA) = {
     {isa::markov::filter<float>, isa::markov::filter<double>},
     {isa::markov::smooth<float>, isa::markov::smooth<double>},
     {isa::markov::path<float>, isa::markov::path<double>},
+    {isa::arma::forward<float>, isa::arma::forward<double>},
     {isa::add_groups<float>, isa::add_groups<double>},
 };

@@ -41,6 +41,7 @@ struct Kernels {
   int64_t (*markov_filter[2])(const MarkovChain&, int64_t first, int64_t end, void* memory);
   int64_t (*markov_smoother[2])(const MarkovChain&, int64_t first, int64_t end, void* memory);
   int64_t (*markov_path[2])(const MarkovChain&, int64_t first, int64_t end, void* memory);
+  int64_t (*arma[2])(const Arma&, int64_t first, int64_t end, void* memory);
   void (*add_groups[2])(const Groups&, int64_t row);
 };
 

@@ -304,12 +304,24 @@ bool check(const KalmanFilter& s) {
   return true;
 }
 
+bool check(const Arma& s) {
+  check_state_dtype(s.dtype);
+  require(s.p >= 0 && s.q >= 0);
+  if (!check_sizes({s.rows, s.length})) return false;
+  check_pointers({s.variance, s.y, s.loglik ? s.loglik : s.dvariance});
+  if (s.p) check_pointers({s.ar}), require((s.dar != nullptr) == (s.dvariance != nullptr));
+  if (s.q) check_pointers({s.ma}), require((s.dma != nullptr) == (s.dvariance != nullptr));
+  require(!s.dy || s.dvariance), require((s.variance_way != nullptr) == (s.y_way != nullptr));
+  if (s.y_way && s.p) check_pointers({s.ar_way});
+  if (s.y_way && s.q) check_pointers({s.ma_way});
+  return true;
+}
+
 // Run kernel(s, first, end, memory) for groups of as many series as a vector has lanes, or for single ones where groups
 // would leave threads without work.
-template <class K>
-void by_series(const KalmanFilter& s, const K& kernel) {
-  const int64_t n = s.states, group = lanes(s.dtype), groups = over(s.rows, group);
-  const int64_t threads = threads_for(s.threads, s.rows * s.length * n * n * (2 * n + 3 * s.observed));
+template <class S, class K>
+void by_series(const S& s, int64_t work, const K& kernel) {
+  const int64_t group = lanes(s.dtype), groups = over(s.rows, group), threads = threads_for(s.threads, work);
   const int64_t size = groups >= threads ? group : 1, units = over(s.rows, size);
   const int64_t tasks = std::min(units, threads == 1 ? 1 : 4 * threads);
   in_scratch(threads, tasks, [&](int64_t i, void* memory) {
@@ -331,6 +343,12 @@ void by_rows(const MarkovChain& s, const K& kernel) {
   const int64_t tasks = std::min(s.rows, threads == 1 ? 1 : 4 * threads);
   in_scratch(threads, tasks,
              [&](int64_t i, void* memory) { return kernel(s, s.rows * i / tasks, s.rows * (i + 1) / tasks, memory); });
+}
+
+template <class K>
+void by_series(const KalmanFilter& s, const K& kernel) {
+  const int64_t n = s.states;
+  by_series(s, s.rows * s.length * n * n * (2 * n + 3 * s.observed), kernel);
 }
 
 }  // namespace
@@ -613,5 +631,11 @@ EXPORT int dualform_markov_path(const MarkovChain* s) {
     for (int64_t row = 0; s->lengths && row < s->rows; row++)
       require(s->lengths[row] >= 0 && s->lengths[row] <= s->length);
     by_rows(*s, kernels->markov_path[s->dtype]);
+  });
+}
+
+EXPORT int dualform_arma(const Arma* s) {
+  return guarded([&] {
+    if (check(*s)) by_series(*s, s->rows * s->length * (s->p + s->q + 1) * 4, kernels->arma[s->dtype]);
   });
 }

@@ -546,6 +546,17 @@ def markov_path(draw: Draw) -> Arguments:
     return {**given, "start": given["start"].log(), "A": given["A"].log(), "lengths": lengths}
 
 
+def arma_likelihood(draw: Draw) -> Arguments:
+    rows, length = draw.one(0, 1, 2, 3, 9, 17), draw.one(0, 1, 2, 5, 33, 70)
+    p, q = draw.one(0, 1, 2, 13), draw.one(0, 1, 3, 13)
+    return {
+        "ar": 0.5 / max(1, p) * draw.uniform(rows, p),
+        "ma": 0.3 * draw.normal(rows, q),
+        "variance": draw.uniform(rows) + 0.5,
+        "y": draw.normal(rows, length),
+    }
+
+
 def linear(draw: Draw) -> Arguments:
     batch, width, outputs = draw.one(0, 1, 3, 16, 17), draw.one(0, 1, 3, 17, 64, 100), draw.one(1, 3, 4, 33)
     return {
@@ -733,6 +744,7 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         markov_filter,
         markov_smoother,
         markov_path,
+        arma_likelihood,
         linear,
         quantized_linear,
         mamba_step,

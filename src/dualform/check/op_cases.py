@@ -13,6 +13,7 @@ from dualform.core.dplr import DiscreteDPLR
 from dualform.core.int8 import quantize
 from dualform.core.packing import from_lengths
 from dualform.ops.add_norm import add_norm
+from dualform.ops.arma_likelihood import arma_likelihood
 from dualform.ops.attention import Past, attention
 from dualform.ops.cauchy import cauchy_kernel
 from dualform.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
@@ -307,11 +308,9 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
     soft, soft2 = {"delta_softplus": True}, {"dt_softplus": True, "dt_limit": (0.05, 1.5)}
     plain = {**selective(3, 3, 1, without=("D", "z", "delta_bias")), "delta": 0.3 * normal(3, length, 24).abs()}
     mixed = {**selective(3, 3, 1, without=("C",)), "C": normal(24, 5)}
-    fixed = {
-        **selective(1, rows, 1, True, without=("B", "C", "z")),
-        "B": normal(24, 5),
-        "C": normal(24, 5, complex=True),
-    }
+    both = {"B": normal(24, 5), "C": normal(24, 5, complex=True)}
+    fixed = {**selective(1, rows, 1, True, without=("B", "C", "z")), **both}
+    shocks = {"ar": 0.2 * normal(5, 2), "ma": 0.5 * normal(5, 3), "variance": normal(5).square() + 0.1}
     narrow = selective(3, 3, 2, without=("z",), width=6)  # groups of fewer channels than a vector has lanes
     seen = {"length": torch.tensor([9, 0, 4, 7])}
     runs, silu, step = {"cu_seqlens": packed}, {"activation": "silu"}, {"dt_softplus": True}
@@ -393,6 +392,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("kalman_filter level", "kalman_filter", kalman_filter, gaussian(9, 1, 1), missing(9, 1)),
         OpCase("kalman_smoother", "kalman_smoother", kalman_smoother, gaussian(3, 5, 2), missing(3, 2)),
         OpCase("kalman_smoother level", "kalman_smoother", kalman_smoother, gaussian(9, 1, 1), missing(9, 1)),
+        OpCase("arma_likelihood", "arma_likelihood", arma_likelihood, {**shocks, "y": normal(5, length)}),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
         OpCase("quantized_linear", "quantized_linear", quantized_linear, {"x": normal(3, 70)}, eight_bits),
         *(OpCase(*case) for case in (*block_cases(normal), *markov_cases(normal, length))),

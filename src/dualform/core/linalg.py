@@ -138,6 +138,48 @@ def symmetric_part(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+def covariance_root(S: Tensor) -> tuple[Tensor, Tensor]:
+    """L with ``L L^T = S`` of ``(..., M, M)``, and where there is none (not 0), without a word: the root of a number.
+
+    ``torch.linalg.cholesky_ex``, which on a GPU takes its time for many small matrices.
+    """
+    if S.shape[-1] != 1:
+        return torch.linalg.cholesky_ex(S)
+    failed = ~(S > 0)
+    return torch.where(failed, 1, S).sqrt(), failed[..., 0, 0].int()
+
+
+def half_solve(root: Tensor, X: Tensor) -> Tensor:
+    """``L^-1 X`` of ``(..., M, M)`` and ``(..., M, K)``."""
+    return X / root if root.shape[-1] == 1 else torch.linalg.solve_triangular(root, X, upper=False)
+
+
+def root_solve(X: Tensor, root: Tensor) -> Tensor:
+    """``(L L^T)^-1 X`` of ``(..., M, K)`` and ``(..., M, M)``.
+
+    ``torch.cholesky_solve`` may go through a batch matrix after matrix on a GPU; triangular solves do not.
+    """
+    if root.shape[-1] == 1:
+        return X / root.square()
+    if root.device.type == "cpu":
+        return torch.cholesky_solve(X, root)
+    return torch.linalg.solve_triangular(root.mT, half_solve(root, X), upper=True)
+
+
+def least_squares(X: Tensor, y: Tensor) -> Tensor:
+    """The coefficients ``(..., K)`` of y ``(..., T)`` on columns ``(..., T, K)``, in batches, from their products.
+
+    Directions whose size is below about 1e-6 of the others are left at 0, nearly: what they would add is rounding.
+    """
+    size = X.square().sum(-2).sqrt()
+    size = torch.where(size > 0, size, 1)
+    X = X / size.unsqueeze(-2)
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    right = X.mT @ y.unsqueeze(-1)
+    solution, _ = torch.linalg.solve_ex(X.mT @ X + 16 * torch.finfo(X.dtype).eps ** 0.75 * eye, right)
+    return solution.squeeze(-1) / size
+
+
 def orbit(A: Tensor, X: Tensor, count: int) -> Tensor:
     """``A^k X`` for ``k < count``, ``(count, N, columns)``, by doubling."""
     out, power = X[None], A

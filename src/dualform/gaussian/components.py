@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import as_tensors, check_finite
+from dualform.core.linalg import as_tensors, check_finite, least_squares
 from dualform.gaussian.constraints import Interval, Positive, Stationary, constrained
 from dualform.gaussian.structural import Block, Component, companion
 
@@ -334,15 +334,14 @@ class Regression(Component):
         if moving:
             constrained(self, "variance", variance, [1.0] * made.shape[1], Positive())
 
-    def begin(self, y: Tensor, scale: float) -> None:
+    def begin(self, y: Tensor, scale: Tensor) -> None:
         """Set estimated coefficients to those of least squares, of the changes of the series; and their variances."""
         if "beta" in dict(self.named_parameters()):
-            X, dy = self.get_buffer("X")[: len(y)].diff(dim=0), y.diff(dim=-2)
-            rows = ~dy[:, 0].isnan()
-            self.beta.copy_(torch.linalg.lstsq(X[rows], dy[rows].to(X), driver="gelsd").solution[:, 0])
+            X, dy = self.get_buffer("X")[: y.shape[-2]].diff(dim=0), y[..., 0].diff(dim=-1)
+            self.beta.copy_(least_squares(X * ~dy.isnan().unsqueeze(-1), dy.nan_to_num(0.0).to(X)))
         if self.moving and self.variance.requires_grad:
             size = self.get_buffer("X").square().mean(0)
-            self.variance = 0.01 * scale / torch.where(size > 0, size, 1)
+            self.variance = 0.01 * scale.unsqueeze(-1) / torch.where(size > 0, size, 1)
 
     @property
     def length(self) -> int | None:

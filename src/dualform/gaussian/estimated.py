@@ -18,6 +18,7 @@ class Estimated(nn.Module):
     """A model with ``log_likelihood(y)``, whose parameters are found by maximising it."""
 
     rows: int | None = None
+    begins_at_once = False  # whether `_begin` takes the series of all rows
 
     def _begin(self, y: Any) -> None:
         """Set the parameters of one series."""
@@ -48,16 +49,23 @@ class Estimated(nn.Module):
         """
         if self.rows is None or not 0 <= row < self.rows:
             raise ArgumentError(f"{kind(self)}.row: row is {row}, expected one of {self.rows or 'an expanded model'}")
-        made = copy.deepcopy(self)
-        made.rows = None
+        return self._of(row, None)
+
+    def some(self: E, rows: Tensor) -> E:
+        """The model of the rows of a mask ``(R,)``, a copy, of a model that was expanded."""
+        return self._of(rows, int(rows.sum()))
+
+    def _of(self: E, at: Any, rows: int | None) -> E:
+        made = _twin(self)
+        made.rows = rows
         for place in places(made):
-            place.free.data = place.free.data[row].clone()
+            place.free.data = place.free.data[at].clone()
         return made
 
     @torch.no_grad()
     def begin(self, y: Any) -> None:
         """Set the estimated parameters to where an optimiser may begin, by the series; each row by its own."""
-        if self.rows is None:
+        if self.rows is None or self.begins_at_once:
             return self._begin(y)
         one = self.row(0)
         for row in range(self.rows):
@@ -84,3 +92,17 @@ class Estimated(nn.Module):
                 )
             known[name].assign(value)
         return self
+
+
+def _twin(module: Any) -> Any:
+    """A copy of a module with parameters of its own; it shares what is never written to, which the buffers are."""
+    if next(module.parameters(), None) is None:
+        return module
+    made = module.__class__.__new__(module.__class__)
+    made.__dict__ = {name: v.copy() if isinstance(v, dict) else v for name, v in module.__dict__.items()}
+    made._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
+    made._parameters = {
+        name: None if p is None else nn.Parameter(p.data, requires_grad=p.requires_grad)
+        for name, p in module._parameters.items()
+    }
+    return made

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dualform.core.elements import GaussianElement, combine_gaussian
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import matvec, symmetric_part
+from dualform.core.linalg import covariance_root, half_solve, matvec, root_solve, symmetric_part
 from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
@@ -273,7 +273,7 @@ def _condition(P: Tensor, J: Tensor) -> Tensor:
 
 def own_root(steps: Steps) -> tuple[Tensor, Tensor]:
     """The root of ``C Q C^T + R``, and where it does not exist (not 0)."""
-    return torch.linalg.cholesky_ex(symmetric_part(steps.C @ steps.Q @ steps.C.mT) + steps.R)
+    return covariance_root(symmetric_part(steps.C @ steps.Q @ steps.C.mT) + steps.R)
 
 
 def elements_of(steps: Steps) -> GaussianElement:
@@ -282,10 +282,10 @@ def elements_of(steps: Steps) -> GaussianElement:
     Without meaning where :func:`own_root` does not exist.
     """
     CQ, (root, _) = steps.C @ steps.Q, own_root(steps)
-    K = torch.cholesky_solve(CQ, root).mT
+    K = root_solve(CQ, root).mT
     left = torch.eye(CQ.shape[-1], dtype=CQ.dtype, device=CQ.device) - K @ steps.C
     CA = steps.C @ steps.A
-    information = torch.cholesky_solve(CA, root).mT
+    information = root_solve(CA, root).mT
     return GaussianElement(
         left @ steps.A,
         matvec(left, steps.c) + matvec(K, steps.y),
@@ -311,13 +311,13 @@ def _update(predicted: Gaussian, steps: Steps) -> tuple[Found, Tensor]:
     C, R = steps.C, steps.R
     CP = C @ cov
     S = symmetric_part(CP @ C.mT) + R
-    root, failed = torch.linalg.cholesky_ex(S)
+    root, failed = covariance_root(S)
     pivots, sizes = (z.detach().diagonal(dim1=-2, dim2=-1) for z in (root, S))
     failed = failed | (pivots.square() <= 16 * torch.finfo(S.dtype).eps * sizes).any(-1)
     innovation = steps.y - matvec(C, mean)
-    K = torch.cholesky_solve(CP, root).mT
+    K = root_solve(CP, root).mT
     left = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) - K @ C
-    white = torch.linalg.solve_triangular(root, innovation.unsqueeze(-1), upper=False).squeeze(-1)
+    white = half_solve(root, innovation.unsqueeze(-1)).squeeze(-1)
     scale = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     loglik = -white.square().sum(-1) / 2 - scale - steps.seen.to(mean.dtype).sum(-1) * (math.log(2 * math.pi) / 2)
     joseph = symmetric_part(left @ cov @ left.mT) + symmetric_part(K @ R @ K.mT)

@@ -261,45 +261,48 @@ def fit(
 
 def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[int, int], method: str) -> list[Fit]:
     """What the optimiser left in each row, judged by the Hessian there."""
-    series = numbers if problem.rows else numbers[None]
-    scale = [part[~part.isnan()].var().item() if (~part.isnan()).sum() > 1 else 1.0 for part in series]
-    bound = problem.at_bound(torch.tensor(scale, dtype=torch.float64))
+    series = (numbers if problem.rows else numbers[None]).flatten(1)
+    seen = ~series.isnan()
+    n = seen.sum(1)
+    away = torch.where(seen, series - series.nanmean(1, keepdim=True), 0)
+    scale = torch.where(n > 1, away.double().square().sum(1) / (n - 1).clamp_min(1), 1.0)
     log_likelihood, gradient, H = problem.hessian()
     values, J = problem.jacobian()
+    bound = problem.at_bound(scale)
+    held = bound.unsqueeze(-1) | bound.unsqueeze(-2)
+    unit = torch.diag_embed(bound.to(J.dtype))
     # The curvature in the constrained values; that of the constraints themselves would count while a slope is left.
-    weights = torch.zeros_like(gradient)
-    for row, free in enumerate(~bound):
-        if free.any():
-            slopes = torch.linalg.lstsq(J[row][free][:, free].mT, gradient[row, free, None]).solution
-            weights[row, free] = slopes[:, 0]
-    information, reach = problem.bending(weights) - H, problem.reach()
+    slopes = torch.where(held, unit, J).mT.cpu(), torch.where(bound, 0, gradient).unsqueeze(-1).cpu()
+    weights = torch.linalg.lstsq(*slopes).solution.squeeze(-1).to(gradient)
+    information = problem.bending(torch.where(bound, 0, weights)) - H
+    at = _Points(*(x.cpu() for x in (gradient, H, J, torch.where(held, unit, information), bound, problem.reach())))
+    covariance, good, messages = at.verdicts()
     system = problem.model.build() if hasattr(problem.model, "build") else problem.model
     diffuse = getattr(system, "diffuse", None)
     lengths = torch.as_tensor(problem.options.get("lengths", [problem.y.shape[-2]] * len(values))).tolist()
-    found = []
-    for row in range(len(values)):
-        at = _Point(gradient[row], H[row], J[row], information[row], bound[row], reach[row])
-        covariance, good, message = at.verdict()
-        names = problem.names()
-        if not good and stopped[row]:
+    covariance, names, found = covariance.to(values.device), problem.names(), []
+    errors = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    rows = zip(log_likelihood.tolist(), n.tolist(), stopped.tolist(), at.bound.tolist(), good, messages, strict=True)
+    for row, (reached, count, cut, at_bound, converged, message) in enumerate(rows):
+        if not converged and cut:
             message += f", after {counts[0]} iterations of {method}"
-        held = [name for name, b in zip(names, bound[row].tolist(), strict=True) if b]
-        message += f"; at the bound: {', '.join(held)}" if held else ""
+        bounds = [name for name, b in zip(names, at_bound, strict=True) if b]
+        message += f"; at the bound: {', '.join(bounds)}" if bounds else ""
         found.append(
             Fit(
                 model=problem.model.row(row) if problem.rows else problem.model,
                 y=problem.y[row, : lengths[row]] if problem.rows else problem.y,
                 names=names,
                 values=values[row],
-                standard_errors=covariance.diagonal().clamp_min(0).sqrt(),
-                covariance=covariance,
-                log_likelihood=log_likelihood[row].item(),
-                n_obs=int((~series[row].isnan()).sum()),
+                standard_errors=errors[row],
+                covariance=covariance[row],
+                log_likelihood=reached,
+                n_obs=count,
                 n_diffuse=0 if diffuse is None else diffuse.shape[-1],
                 convention="proper" if diffuse is None else system.convention,
-                converged=good,
+                converged=converged,
                 message=message,
-                at_bound=held,
+                at_bound=bounds,
                 iterations=counts[0],
                 evaluations=counts[1],
                 options={k: v for k, v in problem.options.items() if k != "lengths"},
@@ -308,38 +311,46 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
     return found
 
 
-class _Point(NamedTuple):
-    """Where one series was left: derivatives of the log-likelihood there."""
+class _Points(NamedTuple):
+    """Where each of R series was left: derivatives of the log-likelihood there."""
 
-    gradient: Tensor  # (K,), by the unconstrained parameters
-    H: Tensor  # (K, K)
-    J: Tensor  # (K, K), of the constrained values
-    information: Tensor  # (K, K), the negative curvature in the constrained values
-    bound: Tensor  # (K,), bool
-    reach: Tensor  # (K,), how far the bounds are
+    gradient: Tensor  # (R, K), by the unconstrained parameters
+    H: Tensor  # (R, K, K)
+    J: Tensor  # (R, K, K), of the constrained values
+    information: Tensor  # (R, K, K), the negative curvature in the constrained values; the identity at bounds
+    bound: Tensor  # (R, K), bool
+    reach: Tensor  # (R, K), how far the bounds are
 
-    def verdict(self) -> tuple[Tensor, bool, str]:
-        """The covariance of the constrained values, NaN at bounds; whether this is a maximum; and a word on it."""
-        bound, inner = self.bound, ~self.bound
-        information, slope = self.information[inner][:, inner], self.gradient[inner]
-        size = information.diagonal().clamp_min(torch.finfo(slope.dtype).tiny).rsqrt()
-        curvatures, axes = torch.linalg.eigh(size[:, None] * information * size)
-        covariance = torch.full_like(self.H, torch.nan)
-        good = bool((curvatures > _FLAT).all())
-        message = "the Hessian is not negative definite: a parameter is not determined, or this is a saddle"
-        if good:
-            half = size[:, None] * axes * curvatures.rsqrt()
-            gain = (half.mT @ slope).square().sum().item() / 2
-            root = self.J[:, inner] @ half
-            covariance = (root @ root.mT).masked_fill(bound[:, None] | bound, torch.nan)
-            good, message = gain < _GAIN, f"a Newton step would gain {gain:.1e} nats"
-        pull = (self.gradient * self.reach)[bound].abs()
-        if (pull > 100 * _GAIN).any():
-            size = pull.max().item()
-            good, message = False, f"the likelihood still rises on the way to a bound, by about {size:.1e} nats"
-        if (self.H.diagonal()[bound] > _GAIN).any():
-            good, message = False, "the likelihood rises where a parameter leaves its bound"
-        return covariance, good, message
+    def verdicts(self) -> tuple[Tensor, list[bool], list[str]]:
+        """The covariances of the constrained values, NaN at bounds; which rows are a maximum; and a word on each."""
+        bound, slope = self.bound, torch.where(self.bound, 0, self.gradient)
+        size = self.information.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(slope.dtype).tiny).rsqrt()
+        curved = size.unsqueeze(-1) * self.information * size.unsqueeze(-2)
+        regular = curved.isfinite().flatten(1).all(1)
+        eye = torch.eye(curved.shape[-1], dtype=curved.dtype)
+        curvatures, axes = torch.linalg.eigh(torch.where(regular[:, None, None], curved, -eye))
+        concave = (curvatures > _FLAT).all(1)
+        half = size.unsqueeze(-1) * axes * torch.where(concave[:, None], curvatures, 1).rsqrt().unsqueeze(-2)
+        gain = (half.mT @ slope.unsqueeze(-1)).square().sum((-2, -1)) / 2
+        root = torch.where(bound.unsqueeze(-2), 0, self.J) @ half
+        covariance = torch.where(concave[:, None, None], root @ root.mT, torch.nan)
+        covariance = covariance.masked_fill(bound.unsqueeze(-1) | bound.unsqueeze(-2), torch.nan)
+        pull = torch.where(bound, self.gradient * self.reach, 0).abs().amax(1)
+        rising = ((self.H.diagonal(dim1=-2, dim2=-1) > _GAIN) & bound).any(1)
+        good = concave & (gain < _GAIN) & ~(pull > 100 * _GAIN) & ~rising
+        rows = zip(concave.tolist(), gain.tolist(), pull.tolist(), rising.tolist(), strict=True)
+        return covariance, good.tolist(), [_word(*row) for row in rows]
+
+
+def _word(concave: bool, gain: float, pull: float, rising: bool) -> str:
+    """What the derivatives at a point say of it."""
+    if rising:
+        return "the likelihood rises where a parameter leaves its bound"
+    if pull > 100 * _GAIN:
+        return f"the likelihood still rises on the way to a bound, by about {pull:.1e} nats"
+    if not concave:
+        return "the Hessian is not negative definite: a parameter is not determined, or this is a saddle"
+    return f"a Newton step would gain {gain:.1e} nats"
 
 
 def _like(model: nn.Module) -> Tensor:

@@ -81,13 +81,17 @@ def discrete_lyapunov(where: str, A: Tensor, Q: Tensor, name: str = "A") -> Tens
         Smith (1968), "Matrix equation XA + BX = C".
     """
     eps, power, P = torch.finfo(A.dtype).eps, A, symmetric_part(Q)
+    # Derivatives of a product vanish later than itself: where A^2 is 0, the second ones of A^4 are not.
+    more = 2 if A.requires_grad and torch.is_grad_enabled() else 0
     for _ in range(_DOUBLINGS):
         P = P + symmetric_part(power @ P @ power.mT)
         power = power @ power
         if not torch.compiler.is_compiling() and A.device.type != "meta":
             left = power.detach().abs().amax((-2, -1)) if A.shape[-1] else power.new_zeros(())
             if (left <= eps).all() or not left.isfinite().all():
-                break
+                if not more or not left.isfinite().all():
+                    break
+                more -= 1
     if not torch.compiler.is_compiling() and A.device.type != "meta" and A.numel():
         bad = ~(power.detach().abs().amax((-2, -1)) <= eps)
         if bad.any():

@@ -1,5 +1,6 @@
 """The likelihood of a model as a function of its unconstrained parameters, with exact derivatives of two orders."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dualform.core.errors import ArgumentError
-from dualform.gaussian.constraints import Place, Positive
+from dualform.gaussian.constraints import Place, Positive, places
 
 
 class Objective:
@@ -29,6 +30,18 @@ class Objective:
         sizes = torch.cat(sizes, 1)
         self.scale = torch.where(sizes > 0, sizes, 1.0)
         self.offset = begin - self.scale
+        if self.rows and not {*options} - {"lengths"} and hasattr(model, "some"):
+            self.some = self._some
+
+    def _some(self, rows: Tensor) -> "Objective":
+        """That of the rows of a mask ``(R,)``, over their parameters."""
+        part, names = copy.copy(self), {place.name for place in self.free}
+        part.model, part.y, part.rows = self.model.some(rows), self.y[rows], int(rows.sum())
+        part.free = [place for place in places(part.model) if place.name in names]
+        part.tensors = [place.free for place in part.free]
+        part.scale, part.offset = self.scale[rows], self.offset[rows]
+        part.options = {name: torch.as_tensor(v)[rows.cpu()] for name, v in self.options.items()}
+        return part
 
     def parts(self) -> list[Tensor]:
         """The unconstrained parameters, ``(R, k)`` each."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ def minimize(
     taken for a step that was too long.
 
     Args:
-        function: what is minimised; infinite where it has no value.
+        function: what is minimised; infinite where it has no value. Where most rows have ended, one that has a method
+            ``some(rows)`` is asked for the function of the rows of that mask alone.
         x: where it begins.
         tolerance: in the unit of the values.
         max_iter: how many directions.
@@ -48,6 +49,7 @@ def minimize(
     """
     value, gradient = function(x)
     evaluations, iteration = 1, 0
+    partly = _Partly(function)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     done = torch.zeros_like(value, dtype=torch.bool)
     stuck = ~value.isfinite()
@@ -63,9 +65,7 @@ def minimize(
             break
         fresh = uphill if not pairs else uphill | (torch.stack([rho for *_, rho in pairs]) == 0).all(0)
         first = torch.where(fresh, 1 / gradient.abs().amax(-1).clamp_min(1), 1.0)
-        there, new, slopes, count, found = _search(
-            function, (x, value, gradient), direction, slope, first, done | stuck
-        )
+        there, new, slopes, count, found = _search(partly, (x, value, gradient), direction, slope, first, done | stuck)
         evaluations += count
         s, q = there - x, slopes - gradient
         curvature = (s * q).sum(-1)
@@ -148,8 +148,24 @@ def _times_inverse(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]])
     return q
 
 
+class _Partly:
+    """A function at some of its rows: the others keep the value and the gradient that they had."""
+
+    def __init__(self, function: Any):
+        self.function, self.some = function, getattr(function, "some", None)
+        self.rows, self.part = None, function  # those of the part that was asked for last, and it
+
+    def __call__(self, x: Tensor, rows: Tensor, kept: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.some is None or 2 * int(rows.sum()) > len(rows):
+            return self.function(x)
+        if self.rows is None or not torch.equal(self.rows, rows):
+            self.rows, self.part = rows, self.some(rows)
+        value, gradient = self.part(x[rows])
+        return kept[0].masked_scatter(rows, value), kept[1].masked_scatter(rows[:, None].expand_as(x), gradient)
+
+
 def _search(
-    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    function: _Partly,
     start: tuple[Tensor, Tensor, Tensor],
     direction: Tensor,
     slope: Tensor,
@@ -165,7 +181,7 @@ def _search(
     while count < _TRIES:
         count += 1
         at = torch.where(ended[:, None], best[0], x + step[:, None] * direction)
-        new, slopes = function(at)
+        new, slopes = function(at, ~ended, (best[1], best[2]))
         lower = new <= value + _ARMIJO * step * slope + rounding
         flat = (slopes * direction).sum(-1) >= _WOLFE * slope
         take = lower & ~ended

@@ -1,5 +1,6 @@
 """Seasonal autoregressive integrated moving averages with covariates."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -7,13 +8,15 @@ from torch import Tensor, nn
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import as_tensors, check_finite
+from dualform.core.linalg import as_tensors, check_finite, least_squares
+from dualform.core.shapes import wide
 from dualform.gaussian.arrays import Door
 from dualform.gaussian.built import Built
 from dualform.gaussian.constraints import Positive, Stationary, constrained, places, to_partial
 from dualform.gaussian.initial import discrete_lyapunov
 from dualform.gaussian.model import LinearGaussian
 from dualform.gaussian.structural import diagonal
+from dualform.ops.arma_likelihood import ArmaLikelihood, arma_likelihood_op, has_kernel
 
 
 class Orders(NamedTuple):
@@ -64,6 +67,7 @@ class Sarimax(Built):
         Koopman (2012), section 3.4.
     """
 
+    begins_at_once = True
     order_of_parameters = ("intercept", "beta", "ar", "ma", "seasonal_ar", "seasonal_ma", "variance")
     intercept: Tensor
     beta: Tensor
@@ -96,6 +100,7 @@ class Sarimax(Built):
             check_finite("sarimax", {"exog": X}, "a covariate cannot be missing")
             constrained(self, "beta", None, [0.0] * X.shape[1], None)
         self.register_buffer("X", X)
+        self.has_intercept = intercept
         if intercept:
             constrained(self, "intercept", None, 0.0, None)
         self.groups = {"ar": o.p, "ma": o.q, "seasonal_ar": o.P, "seasonal_ma": o.Q}
@@ -113,16 +118,19 @@ class Sarimax(Built):
         """The linear-Gaussian model of the values that the parameters have now."""
         return self._built(self.simple)
 
-    def _built(self, simple: bool) -> LinearGaussian:
-        o, like, parts = self.orders, self.variance, []
-        one = like.new_ones(1)
+    def _polynomials(self) -> tuple[Tensor, Tensor]:
+        """``phi(L) Phi(L^s)`` and ``theta(L) Theta(L^s)``, multiplied out, 1 included."""
+        one, parts = self.variance.new_ones(1), []
         for sign, name in ((-1, "ar"), (1, "ma")):
             factors = []
             for group in (name, f"seasonal_{name}"):
                 rest = sign * getattr(self, group) if self.groups[group] else one[:0]
                 factors.append(torch.cat([torch.ones_like(rest[..., :1]) if len(rest) else one, rest], -1))
-            parts.append(_product(factors[0], factors[1], o.s))
-        ar, ma = parts
+            parts.append(_product(factors[0], factors[1], self.orders.s))
+        return parts[0], parts[1]
+
+    def _built(self, simple: bool) -> LinearGaussian:
+        o, one, (ar, ma) = self.orders, self.variance.new_ones(1), self._polynomials()
         r = max(ar.shape[-1] - 1, ma.shape[-1])
         eye = torch.eye(r, dtype=one.dtype, device=one.device)
         first = eye[0]
@@ -130,7 +138,7 @@ class Sarimax(Built):
         A = torch.cat([column.unsqueeze(-1), eye[:, : r - 1].expand(*column.shape, r - 1)], -1)
         S = nn.functional.pad(ma, (0, r - ma.shape[-1]))
         Q = self.variance[..., None, None] * S.unsqueeze(-1) * S.unsqueeze(-2)
-        c = first * self.intercept.unsqueeze(-1) if "intercept" in dict(self.named_parameters()) else None
+        c = first * self.intercept.unsqueeze(-1) if self.has_intercept else None
         lags, see = (one.new_zeros(0, 0), one[:0]) if simple else _differencing(o, one)
         n = len(lags)
         # What is kept of the past, but for mere delays, takes in the new value of the ARMA process.
@@ -164,54 +172,76 @@ class Sarimax(Built):
         """:meth:`~dualform.gaussian.series.Series.log_likelihood` of the model; ``burn`` is its own by default.
 
         Of a series without missing values, that of the differenced series is computed where it is the same, which is
-        the smaller model.
+        the smaller model; on a CPU by :func:`~dualform.ops.arma_likelihood.arma_likelihood`, a few operations for each
+        number of the state. In a model that was expanded it is NaN for a row without a stationary distribution.
         """
-        if self.convention == "kfas" and self.approximate is None and not self.simple and not options:
-            values = Door("sarimax", y, self.variance, 1).y
-            if not values.isnan().any() and values.shape[-2] > self.orders.d + self.orders.s * self.orders.D:
-                return self._built(True).log_likelihood(difference(values, self.orders))
+        if not options and self.approximate is None and (self.simple or self.convention == "kfas"):
+            y = Door("sarimax", y, self.variance, 1).y
+            if not y.isnan().any() and y.shape[-2] > self.orders.d + self.orders.s * self.orders.D:
+                w = difference(y, self.orders)
+                found = self._quickly(w)
+                return self._built(True).log_likelihood(w) if found is None else found
         return super().log_likelihood(y, **{"burn": self.burn, **options})
 
+    def _quickly(self, w: Tensor) -> Tensor | None:
+        """The log-likelihood of complete differenced series ``(..., T, 1)``; None where no kernel computes it."""
+        (ar, ma), X, w = self._polynomials(), self.X, w[..., 0]
+        if X is not None:
+            if len(X := difference(X, self.orders)) < w.shape[-1]:
+                return None
+            w = w - self.beta @ X[: w.shape[-1]].mT
+        if self.has_intercept:
+            w = w - (self.intercept / ar.sum(-1)).unsqueeze(-1)
+        parts = [-ar[..., 1:], ma[..., 1:], self.variance.unsqueeze(-1), w]
+        full, dtype = torch.broadcast_shapes(*(part.shape[:-1] for part in parts)), wide(self.variance, w)
+        rows = math.prod(full)
+        ar, ma, variance, w = (x.to(dtype).expand(*full, x.shape[-1]).reshape(rows, x.shape[-1]) for x in parts)
+        record = ArmaLikelihood(ar, ma, variance[:, 0], w)
+        if not has_kernel(record):
+            return None
+        found = arma_likelihood_op(record)[0].reshape(full)
+        return found if found.isfinite().all() or (self.rows and w.isfinite().all()) else None
+
     def _begin(self, y: Any) -> None:
-        """Set the parameters to least squares estimates of the differenced series.
+        """Set the parameters to least squares estimates of the differenced series, those of each row by itself.
 
         References:
             Hannan and Rissanen (1982), "Recursive estimation of mixed autoregressive-moving average order".
         """
         o = self.orders
-        w = difference(Door("sarimax", y, self.variance, 1).y.to(self.variance), o)[:, 0]
-        if w.isnan().all():  # nothing is left of so few values
+        w = difference(Door("sarimax", y, self.variance, 1).y.to(self.variance), o)[..., 0]
+        seen = ~w.isnan()
+        some = seen.any(-1)
+        if not some.any():  # nothing is left of so few values
             return
         if self.X is not None:
-            X = difference(self.X, o)[: len(w)]
-            rows = ~w.isnan()
-            beta = torch.linalg.lstsq(X[rows], w[rows, None], driver="gelsd").solution[:, 0]
+            X = difference(self.X, o)[: w.shape[-1]]
+            beta = least_squares(X * seen.unsqueeze(-1), w.nan_to_num(0.0))
             self.beta.copy_(beta)
-            w = w - X @ beta
-        w = torch.where(w.isnan(), w.nanmean(), w)
-        mean = w.mean() if "intercept" in dict(self.named_parameters()) else 0.0
-        w, residual = w - mean, w - mean
+            w = w - beta @ X.mT
+        w = torch.where(seen, w, w.nanmean(-1, keepdim=True)).nan_to_num(0.0)
+        mean = w.mean(-1) if self.has_intercept else torch.zeros_like(w[..., 0])
+        w = residual = w - mean.unsqueeze(-1)
         lags = {
             name: [(o.s if name.startswith("s") else 1) * i for i in range(1, k + 1)] for name, k in self.groups.items()
         }
-        found = {name: torch.zeros(len(at), dtype=w.dtype, device=w.device) for name, at in lags.items()}
-        longest = max([0, *(k for at in lags.values() for k in at)])
-        count = min(longest + max(5, o.s // 2), len(w) // 3)
-        if longest and len(w) - count - longest > 3 * sum(self.groups.values()):
+        found = {name: w.new_zeros(*w.shape[:-1], len(at)) for name, at in lags.items()}
+        length, longest = w.shape[-1], max([0, *(k for at in lags.values() for k in at)])
+        count = min(longest + max(5, o.s // 2), length // 3)
+        if longest and length - count - longest > 3 * sum(self.groups.values()):
             shocks = _residual(w, [(w, k) for k in range(1, count + 1)])[1]
             columns = [(shocks if name.endswith("ma") else w, k) for name, at in lags.items() for k in at]
             solution, residual = _residual(w, columns)
-            at = 0
-            for name, k in self.groups.items():
-                found[name], at = solution[at : at + k], at + k
+            found = dict(zip(found, solution.split([len(at) for at in lags.values()], -1), strict=True))
         for place in places(self):
             if (value := found.get(place.name)) is not None:
-                partial = to_partial(place.constraint.sign * value)
-                place.assign(value if partial.abs().max() < 0.95 else 0.0)
-        self.variance = residual.square().mean().clamp_min(torch.finfo(w.dtype).tiny)
-        if isinstance(mean, Tensor):
+                inside = to_partial(place.constraint.sign * value).abs().amax(-1, keepdim=True) < 0.95
+                place.assign(torch.where(inside, value, 0))
+        variance = residual.square().mean(-1).clamp_min(torch.finfo(w.dtype).tiny)
+        self.variance = torch.where(some, variance, self.variance)
+        if self.has_intercept:
             for name in ("ar", "seasonal_ar"):
-                mean = mean * (1 - getattr(self, name).sum()) if self.groups[name] else mean
+                mean = mean * (1 - getattr(self, name).sum(-1)) if self.groups[name] else mean
             self.intercept.copy_(mean)
 
 
@@ -298,7 +328,7 @@ def _entering(o: Orders, one: Tensor) -> Tensor:
 
 def _residual(w: Tensor, columns: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """Least squares of w on series that are delayed: the coefficients, and what is left, 0 where it begins."""
-    most = max(k for _, k in columns)
-    X = torch.stack([series[most - k : len(series) - k] for series, k in columns], 1)
-    solution = torch.linalg.lstsq(X, w[most:, None], driver="gelsd").solution[:, 0]
-    return solution, nn.functional.pad(w[most:] - X @ solution, (most, 0))
+    most, length = max(k for _, k in columns), w.shape[-1]
+    X = torch.stack([series[..., most - k : length - k] for series, k in columns], -1)
+    solution = least_squares(X, w[..., most:])
+    return solution, nn.functional.pad(w[..., most:] - (X @ solution.unsqueeze(-1)).squeeze(-1), (most, 0))

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dualform.core.elements import GaussianElement, combine_gaussian
 from dualform.core.errors import ArgumentError
-from dualform.core.linalg import matvec, symmetric_part
+from dualform.core.linalg import covariance_root, matvec, root_solve, symmetric_part
 from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
@@ -196,18 +196,18 @@ def _carried(
     """The moments of the states before some steps, and the covariances of neighbours, from r and N after these."""
     A, C, P = steps.A, steps.C, found.predicted_cov
     CP, CA = C @ P, C @ A
-    root, _ = torch.linalg.cholesky_ex(symmetric_part(CP @ C.mT) + steps.R)
-    left = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - torch.cholesky_solve(CP, root).mT @ C
+    root, _ = covariance_root(symmetric_part(CP @ C.mT) + steps.R)
+    left = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - root_solve(CP, root).mT @ C
     v = (steps.y - matvec(C, found.predicted_mean)).unsqueeze(-1)
     kernels = Kernel(
         (left @ A).mT,
-        (CA.mT @ torch.cholesky_solve(v, root)).squeeze(-1),
-        symmetric_part(CA.mT @ torch.cholesky_solve(CA, root)),
+        (CA.mT @ root_solve(v, root)).squeeze(-1),
+        symmetric_part(CA.mT @ root_solve(CA, root)),
     )
     r, N = tree_map(lambda z: z.flip(1), run(tree_map(lambda z: z.flip(1), kernels), end))
     mean = before.mean + matvec(before.cov, r[:, :-1])
     cov = before.cov - symmetric_part(before.cov @ N[:, :-1] @ before.cov)
-    seen = C.mT @ torch.cholesky_solve(C, root) + left.mT @ N[:, 1:] @ left
+    seen = C.mT @ root_solve(C, root) + left.mT @ N[:, 1:] @ left
     moved = A @ before.cov
     return Gaussian(mean, cov), moved - P @ symmetric_part(seen) @ moved
 

@@ -44,16 +44,18 @@ class Component(nn.Module):
         """
         raise NotImplementedError
 
-    def begin(self, y: Tensor, scale: float) -> None:
+    def begin(self, y: Tensor, scale: Tensor) -> None:
         """Set estimated parameters to where an optimiser may begin.
 
         Args:
-            y: the series ``(T, 1)``.
-            scale: the variance of its changes.
+            y: the series ``(T, 1)``, or ``(R, T, 1)`` for parameters of so many rows.
+            scale: the variance of its changes, of each.
         """
         for name, share in self.shares.items():
             if name in getattr(self, "parametrizations", {}):
-                setattr(self, name, torch.full_like(getattr(self, name), share * scale))
+                old: Tensor = getattr(self, name)
+                size = scale.reshape((*scale.shape, *[1] * (old.dim() - scale.dim())))
+                setattr(self, name, (share * size).expand_as(old))
 
     @property
     def shares(self) -> dict[str, float]:
@@ -111,6 +113,8 @@ class Structural(Built):
         Harvey (1989), "Forecasting, structural time series models and the Kalman filter".
     """
 
+    begins_at_once = True
+
     def __init__(self, *parts: Component):
         super().__init__()
         if not parts:
@@ -164,12 +168,16 @@ class Structural(Built):
         return LinearGaussian(A, C, Q, R[..., None, None], P0=start, prior="first", **terms)
 
     def _begin(self, y: Any) -> None:
-        """Set the estimated variances to shares of the variance of the changes of y."""
-        values = Door("begin", y, self.build().A, 1).y
-        scale = _variance(values[~values.isnan()].diff())
+        """Set the estimated variances to shares of the variance of the changes of y, those of each row by itself."""
+        values = Door("begin", y, next(iter((*self.parameters(), *self.buffers()))), 1).y
+        if values.isnan().any():
+            rows = values.flatten(0, -3) if values.dim() > 2 else values[None]
+            scale = torch.stack([_variance(row[~row.isnan()]) for row in rows]).reshape(values.shape[:-2])
+        else:
+            scale = _variance(values[..., 0])
         for part in self.parts.values():
             if isinstance(part, Component):
-                part.begin(values, scale if scale > 0 else 1.0)
+                part.begin(values, torch.where(scale > 0, scale, 1))
 
     @torch.no_grad()
     def components(self, y: Any, **options: Any) -> dict[str, Effect]:
@@ -231,5 +239,6 @@ def companion(coefficients: Tensor) -> Tensor:
     return torch.cat([top, below.expand(*top.shape[:-2], *below.shape)], -2)
 
 
-def _variance(changes: Tensor) -> float:
-    return changes.var().item() if changes.numel() > 1 else 1.0
+def _variance(y: Tensor) -> Tensor:
+    """That of the changes of series ``(..., T)``; 1 where there are too few."""
+    return y.diff(dim=-1).var(-1) if y.shape[-1] > 2 else torch.ones_like(y[..., :1].sum(-1))

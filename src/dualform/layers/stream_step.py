@@ -27,8 +27,8 @@ def runs_as_stream_step(norm: Any, part: nn.Module, *maps: Any, devices: Sequenc
     """Whether a kernel may run a layer with its norm.
 
     It may where the norm is an RMS norm, the maps are linear ones, nothing wraps or hooks them, and the parameters are
-    plain tensors of one dtype and device, of those that have the kernel. On a CPU the maps may be quantised, in groups of
-    one size: the first one, and of the others those that are not are float32.
+    plain tensors of one dtype and device, of those that have the kernel. On a CPU the maps may be quantised, in groups
+    of one size: the first one, and of the others those that are not are float32.
     """
     eight = [m for m in maps if plain(m, kind=QuantizedLinear)]
     quantized = bool(eight) and eight[0] is maps[0]

@@ -5,6 +5,7 @@ from importlib import import_module
 import torch
 
 from dualform.ops.add_norm import add_norm
+from dualform.ops.arma_likelihood import arma_likelihood
 from dualform.ops.attention import attention
 from dualform.ops.attention_step import attention_step
 from dualform.ops.cauchy import cauchy_kernel
@@ -67,6 +68,7 @@ for _name in (
 ):
     import_module(f"dualform.ops.triton.{_name}")
 for _name in (
+    "arma_likelihood",
     "block",
     "causal_conv1d",
     "diagonal_ssm",
@@ -94,6 +96,7 @@ __all__ = [
     "Op",
     "SlowBackendWarning",
     "add_norm",
+    "arma_likelihood",
     "attention",
     "attention_step",
     "backend",

@@ -27,7 +27,8 @@ def function_of(op: Any) -> type[torch.autograd.Function]:
                 unread = [f for f in by.unread(a) if not time_last(getattr(a, f))]
                 results = run_there(by.forward, a, args[0].device)
             kept = [results[i] for i in op.keeps] + results[op.outputs :]
-            ctx.by, ctx.again, ctx.kept = by, again, len(kept)
+            ctx.by, ctx.kept = by, len(kept)
+            ctx.again = again or (None if isinstance(by, str) else by.again) or op.reference
             ctx.last = [time_last(y) for y in results[: op.outputs]]
             others: list[Any] = []  # of the arguments, what is not among the saved tensors
             for f, m in zip(op.fields, args, strict=True):
@@ -52,7 +53,7 @@ def function_of(op: Any) -> type[torch.autograd.Function]:
                 found = _found(op, ctx, grads, kept, args)
             elif op.stepwise:
                 with exactly(args[0].device.type):
-                    return (None, None, *_recorded(op, ctx.again or op.reference, args, grads))
+                    return (None, None, *_recorded(op, ctx.again, args, grads))
             else:
                 with torch.no_grad():
                     found = _found(op, ctx, grads, kept, args)

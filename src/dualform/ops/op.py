@@ -83,6 +83,8 @@ class Backend(Generic[Arguments]):
         plain: the outputs of an eager call in operations that PyTorch records and differentiates by itself, or None
             where the backward should rather compute anew; see :mod:`dualform.ops.rerun` and :mod:`dualform.ops.spans`.
         unread: the tensors of which the backward reads shape and dtype only: an eager call does not keep their memory.
+        again: of a stepwise op, the outputs of an eager call in operations whose gradient PyTorch can differentiate,
+            where that of the backend is to be differentiated through something else than the reference.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Backend(Generic[Arguments]):
     missing: Callable[[], str] = _here
     plain: Callable[[Arguments], tuple[Tensor, ...] | None] = _none
     unread: Callable[[Arguments], Sequence[str]] = _nothing
+    again: Callable[[Arguments], Sequence[Tensor]] | None = None
 
     def runs_on(self, device: str) -> bool:
         """Whether this backend is meant for a device type."""

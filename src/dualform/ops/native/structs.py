@@ -209,6 +209,13 @@ MARKOV_CHAIN = Structure(
     (VIEW, "a b"),
     (POINTER, "start p sum top after probs weight lengths path score"),
 )
+ARMA = Structure(
+    "Arma",
+    (INT64, "threads"),
+    (DTYPE, "dtype"),
+    (INT64, "rows length p q"),
+    (POINTER, "ar ma variance y ar_way ma_way variance_way y_way loglik dar dma dvariance dy"),
+)
 
 MAMBA_STEP = Structure(
     "MambaStep",
