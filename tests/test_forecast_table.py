@@ -94,6 +94,20 @@ def test_parquet_is_read_as_csv_is(tmp_path):
     pd.testing.assert_series_equal(one, read_table(table(tmp_path, frame), "t", ["y"]).series["y"])
 
 
+def test_quarters_are_times(tmp_path):
+    words = [f"{1970 + k // 4} Q{k % 4 + 1}" for k in range(20)]
+    one = read_table(table(tmp_path, pd.DataFrame({"t": words, "y": numbers(20)})), "t", ["y"])
+    assert one.season == 4 and list(one.series["y"].index) == list(pd.date_range("1970-01-01", periods=20, freq="QS"))
+
+
+def test_spreadsheets_write_semicolons_and_decimal_commas(tmp_path):
+    frame = pd.DataFrame({"t": MONTHS, "y": numbers(30)})
+    want = read_table(table(tmp_path, frame), "t", ["y"]).series["y"]
+    for options in ({"sep": ";"}, {"sep": ";", "decimal": ","}, {"sep": "\t"}):
+        frame.to_csv(tmp_path / "other.csv", index=False, **options)
+        pd.testing.assert_series_equal(read_table(tmp_path / "other.csv", "t", ["y"]).series["y"], want)
+
+
 def changed(column: str, row: int, value: object) -> pd.DataFrame:
     frame = pd.DataFrame({"month": MONTHS.astype(str).to_numpy(), "sold": numbers(30)}).astype(object)
     frame.loc[row, column] = value
@@ -116,6 +130,12 @@ BAD = [
     (PLAIN.assign(sold=np.nan), r"'sold': all of its 30 values are missing"),
     (PLAIN.assign(sold=4.0), r"'sold': all of its 30 values are 4: nothing can be estimated of a constant"),
     (PLAIN.iloc[:4], r"'sold': 4 values, expected 5 or more"),
+    (
+        changed("month", 0, "2020-01-01T00:00+01:00").assign(
+            month=lambda f: [f.month[0], *["2020-07-01T00:00+02:00"] * 29]
+        ),
+        r"'month': times with the offsets \+01:00, \+02:00, expected one",
+    ),
     (PLAIN.assign(month=np.arange(30) + 0.5), r"'month', row 1: 0.5 is no time"),
     (PLAIN.assign(month=[*range(29), 10**7]), r"30 times are spread over 10,000,001 places"),
 ]
@@ -141,6 +161,8 @@ def test_files_and_frequencies_that_are_none_are_refused_in_a_sentence(tmp_path)
         read_table(path, "month", ["sold"], frequency="monthly")
     with pytest.raises(DataError, match=r"the time 2020-02-01 00:00:00 is not on the frequency 'QS'"):
         read_table(path, "month", ["sold"], frequency="QS")
+    with pytest.raises(DataError, match=r"column 'month' is named 2 times, expected one each for time, value and id"):
+        read_table(path, "month", ["sold"], id="month")
     with pytest.raises(DataError, match="each once"):
         columns_of("a,b,a")
 
