@@ -76,6 +76,7 @@ class StateSpaceForecaster(BaseForecaster):
     ):
         self.model, self.season, self.horizon, self.log = model, season, horizon, log
         super().__init__()
+        self._y = self._X = None  # which sktime fills where its config asks for that
 
     @classmethod
     def get_test_params(cls, parameter_set: str = "default") -> list[dict[str, Any]]:
@@ -84,7 +85,7 @@ class StateSpaceForecaster(BaseForecaster):
         Args:
             parameter_set: without effect.
         """
-        return [{"model": "local_level"}, {"model": "structural", "season": 1, "horizon": 1, "log": False}]
+        return [{"model": "local_level"}, {"model": "local_level", "season": 1, "horizon": 2, "log": False}]
 
     def _fit(self, y: Any, X: Any, fh: Any) -> "StateSpaceForecaster":
         self.y_, self.X_, horizon = y, X, self.horizon
@@ -143,7 +144,7 @@ def _instances(data: Any, fill: bool = False) -> dict[tuple[Any, ...], Any]:
         return {}
     if isinstance(data.index, pd.MultiIndex):
         levels = list(range(data.index.nlevels - 1))
-        groups = data.groupby(level=levels, sort=False)
+        groups = data.groupby(level=levels if len(levels) > 1 else 0, sort=False)
         found = {key if isinstance(key, tuple) else (key,): table.droplevel(levels) for key, table in groups}
     else:
         found = {(): data}

@@ -8,7 +8,7 @@ import pandas as pd
 
 from dualform.core.errors import DataError
 from dualform.core.options import joined, suggestion
-from dualform.forecast.frames import regular, season_of_index
+from dualform.forecast.frames import regular
 from dualform.forecast.panel import LEAST
 
 DEMO = Path(__file__).with_name("nile.csv")
@@ -23,7 +23,6 @@ class Table(NamedTuple):
 
     series: dict[str, Any]  # by name, pandas Series with a DatetimeIndex that has a frequency, or whole numbers
     keys: dict[str, tuple[str, str]]  # of each name, the value of the id column, empty without one, and its column
-    season: int  # steps, by the frequency; 1 for none
     gaps: dict[str, int]  # of each name, how many values are missing
 
 
@@ -61,19 +60,17 @@ def read_table(
     groups = {"": np.arange(len(frame))} if id is None else _groups(path, frame[id])
     made: dict[str, Any] = {}
     keys: dict[str, tuple[str, str]] = {}
-    seasons = set()
     for key, rows in groups.items():
         of = f"{path}: column {time!r}" + (f", series {key!r}" if key else "")
         _check_order(of, times, rows, id)
         grid = regular(of, times[rows], frequency)
-        seasons.add(season_of_index(grid))
         for column in values:
             name = " ".join(filter(None, [key, column if len(values) > 1 or not key else ""]))
             series = pd.Series(numbers[column][rows], index=times[rows]).reindex(grid)
             _check_values(f"{path}: column {column!r}" + (f", series {key!r}" if key else ""), series)
             made[name], keys[name] = series.rename(name), (key, column)
     gaps = {name: int(series.isna().sum()) for name, series in made.items()}
-    return Table(made, keys, seasons.pop() if len(seasons) == 1 else 1, gaps)
+    return Table(made, keys, gaps)
 
 
 def _frame(path: Path) -> Any:
