@@ -240,6 +240,13 @@ def test_a_short_series_does_not_take_the_season_of_the_others():
     assert f.season_ == 4 and "season" in labels[0] and "season" not in labels[1]
 
 
+def test_a_short_series_has_no_choice_but_a_default():
+    choice = Forecaster("structural").fit(NILE[:13]).choices_[0]
+    assert choice.found.candidate.label == "damped trend" and not choice.trials
+    assert choice.why == "Fewer than 10 steps can be held back, too few for a choice: it is the default."
+    assert [c.label for c in _ranked(FAMILIES["ets"](NILE, 1), {})][0] == "ETS(A,Ad,N)"
+
+
 def test_of_candidates_that_are_as_good_the_smallest_is_taken():
     options = FAMILIES["structural"](NILE, 1)
     labels = [c.label for c in options]
