@@ -244,7 +244,7 @@ def test_a_short_series_has_no_choice_but_a_default():
     choice = Forecaster("structural").fit(NILE[:13]).choices_[0]
     assert choice.found.candidate.label == "damped trend" and not choice.trials
     assert choice.why == "Fewer than 10 steps can be held back, too few for a choice: it is the default."
-    assert [c.label for c in _ranked(FAMILIES["ets"](NILE, 1), {})][0] == "ETS(A,Ad,N)"
+    assert _ranked(FAMILIES["ets"](NILE, 1), {})[0].label == "ETS(A,Ad,N)"
 
 
 def test_of_candidates_that_are_as_good_the_smallest_is_taken():

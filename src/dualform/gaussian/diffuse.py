@@ -21,6 +21,7 @@ def opened(steps: Steps, belief: Belief, counted: bool, blame: Blame) -> tuple[l
     (:mod:`dualform.gaussian.augmented`).
     """
     compiling = torch.compiler.is_compiling()
+    head, rest, state = [], steps, belief
     for regress in (False,) if compiling else (True, False):
         head, rest, state, lost = [], steps, belief, False
         while rest.A.shape[1] and belief.diffuse.shape[-1]:
