@@ -235,7 +235,7 @@ def test_a_season_takes_two_of_its_periods():
 def test_a_short_series_does_not_take_the_season_of_the_others():
     season = np.tile([0.0, 4.0, -3.0, -1.0], 6) + NILE[:24].numpy() / 1e3
     long = pd.Series(season, index=pd.date_range("2001-01", periods=24, freq="QS"))
-    f = Forecaster("structural", horizon=1).fit({"long": long, "short": long[:6] * 2})
+    f = Forecaster("structural", horizon=1).fit({"long": long, "short": long[:8] * 2})
     labels = [choice.found.candidate.label for choice in f.choices_]
     assert f.season_ == 4 and "season" in labels[0] and "season" not in labels[1]
 
