@@ -232,6 +232,21 @@ def test_a_season_takes_two_of_its_periods():
     assert "season" not in found.found.candidate.label and found.found.converged
 
 
+def test_a_short_series_does_not_take_the_season_of_the_others():
+    season = np.tile([0.0, 4.0, -3.0, -1.0], 6) + NILE[:24].numpy() / 1e3
+    long = pd.Series(season, index=pd.date_range("2001-01", periods=24, freq="QS"))
+    f = Forecaster("structural", horizon=1).fit({"long": long, "short": long[:8] * 2})
+    labels = [choice.found.candidate.label for choice in f.choices_]
+    assert f.season_ == 4 and "season" in labels[0] and "season" not in labels[1]
+
+
+def test_a_short_series_has_no_choice_but_a_default():
+    choice = Forecaster("structural").fit(NILE[:13]).choices_[0]
+    assert choice.found.candidate.label == "damped trend" and not choice.trials
+    assert choice.why == "Fewer than 10 steps can be held back, too few for a choice: it is the default."
+    assert _ranked(FAMILIES["ets"](NILE, 1), {})[0].label == "ETS(A,Ad,N)"
+
+
 def test_of_candidates_that_are_as_good_the_smallest_is_taken():
     options = FAMILIES["structural"](NILE, 1)
     labels = [c.label for c in options]
@@ -351,8 +366,8 @@ def test_questions_that_do_not_fit_are_refused_in_a_sentence():
     with pytest.raises(ArgumentError, match="not fitted yet"):
         f.predict(1)
     f.fit(NILE)
-    for horizon in (0, -1, 2.5, True):
-        with pytest.raises(ArgumentError, match=r"horizon is .*, expected 1 or more steps"):
+    for horizon in (0, -1, 2.5, True, 10**9):
+        with pytest.raises(ArgumentError, match=r"horizon is .*, expected (1 or more|at most 100,000) steps"):
             f.predict(horizon)
     with pytest.raises(ArgumentError, match=r"level is 95, expected a number in 0 \.\. 1"):
         f.predict_interval(1, 95)

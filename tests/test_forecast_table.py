@@ -12,7 +12,7 @@ import pytest
 from dualform.cli import main as cli
 from dualform.core.errors import DataError
 from dualform.forecast.forecaster import Forecaster
-from dualform.forecast.frames import season_of
+from dualform.forecast.frames import season_of, season_of_index
 from dualform.forecast.report import Job, write
 from dualform.forecast.table import DEMO, columns_of, read_table
 
@@ -82,7 +82,7 @@ def test_series_are_told_apart_by_an_id_and_by_columns(tmp_path):
     path = table(tmp_path, frame)
     found = read_table(path, "t", ["a", "b"], id="shop")
     assert {name: len(series) for name, series in found.series.items()} == {"x a": 30, "x b": 30, "7 a": 20, "7 b": 20}
-    assert found.keys["7 b"] == ("7", "b") and found.season == 12
+    assert found.keys["7 b"] == ("7", "b") and season_of_index(found.series["7 b"].index) == 12
     assert found.series["7 a"].iloc[0] == pytest.approx(frame["a"].iloc[30])
     assert list(read_table(path, "t", ["a"], id="shop").series) == ["x", "7"]
 
@@ -92,6 +92,21 @@ def test_parquet_is_read_as_csv_is(tmp_path):
     frame = pd.DataFrame({"t": MONTHS, "y": numbers(30)})
     one = read_table(table(tmp_path, frame, "data.parquet"), "t", ["y"]).series["y"]
     pd.testing.assert_series_equal(one, read_table(table(tmp_path, frame), "t", ["y"]).series["y"])
+
+
+def test_quarters_are_times(tmp_path):
+    words = [f"{1970 + k // 4} Q{k % 4 + 1}" for k in range(20)]
+    one = read_table(table(tmp_path, pd.DataFrame({"t": words, "y": numbers(20)})), "t", ["y"])
+    assert season_of_index(one.series["y"].index) == 4
+    assert list(one.series["y"].index) == list(pd.date_range("1970-01-01", periods=20, freq="QS"))
+
+
+def test_spreadsheets_write_semicolons_and_decimal_commas(tmp_path):
+    frame = pd.DataFrame({"t": MONTHS, "y": numbers(30)})
+    want = read_table(table(tmp_path, frame), "t", ["y"]).series["y"]
+    for options in ({"sep": ";"}, {"sep": ";", "decimal": ","}, {"sep": "\t"}):
+        frame.to_csv(tmp_path / "other.csv", index=False, **options)
+        pd.testing.assert_series_equal(read_table(tmp_path / "other.csv", "t", ["y"]).series["y"], want)
 
 
 def changed(column: str, row: int, value: object) -> pd.DataFrame:
@@ -116,6 +131,12 @@ BAD = [
     (PLAIN.assign(sold=np.nan), r"'sold': all of its 30 values are missing"),
     (PLAIN.assign(sold=4.0), r"'sold': all of its 30 values are 4: nothing can be estimated of a constant"),
     (PLAIN.iloc[:4], r"'sold': 4 values, expected 5 or more"),
+    (
+        changed("month", 0, "2020-01-01T00:00+01:00").assign(
+            month=lambda f: [f.month[0], *["2020-07-01T00:00+02:00"] * 29]
+        ),
+        r"'month': times with the offsets \+01:00, \+02:00, expected one",
+    ),
     (PLAIN.assign(month=np.arange(30) + 0.5), r"'month', row 1: 0.5 is no time"),
     (PLAIN.assign(month=[*range(29), 10**7]), r"30 times are spread over 10,000,001 places"),
 ]
@@ -141,6 +162,8 @@ def test_files_and_frequencies_that_are_none_are_refused_in_a_sentence(tmp_path)
         read_table(path, "month", ["sold"], frequency="monthly")
     with pytest.raises(DataError, match=r"the time 2020-02-01 00:00:00 is not on the frequency 'QS'"):
         read_table(path, "month", ["sold"], frequency="QS")
+    with pytest.raises(DataError, match=r"column 'month' is named 2 times, expected one each for time, value and id"):
+        read_table(path, "month", ["sold"], id="month")
     with pytest.raises(DataError, match="each once"):
         columns_of("a,b,a")
 
@@ -209,7 +232,8 @@ def test_several_series_make_one_folder(tmp_path, monkeypatch, capsys):
         (["data.csv"], "missing --time, --value, --horizon"),
         ([], "missing DATA, --time, --value, --horizon"),
         (["data.csv", "--demo"], "--demo has its own data"),
-        (["data.csv", "--time", "t", "--value", "y", "--horizon", 0], "--horizon is 0, expected 1 or more"),
+        (["data.csv", "--time", "t", "--value", "y", "--horizon", 0], "horizon is 0, expected 1 or more"),
+        (["data.csv", "--time", "t", "--value", "y", "--horizon", 10**9], "horizon is 1,000,000,000, expected at most"),
         (["data.csv", "--time", "t", "--value", "y", "--horizon", 2], "data.csv: no such file"),
         (["--demo", "--model", "local"], "did you mean 'local_level'"),
         (["--demo", "--season", 100], "no more than a season of 100"),

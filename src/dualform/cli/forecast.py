@@ -78,20 +78,19 @@ def forecast(
             hint = "dualform forecast DATA --time COLUMN --value COLUMN --horizon N, or dualform forecast --demo"
             raise ArgumentError(f"forecast: missing {', '.join(missing)}", hint=hint)
     ahead = _HORIZON if horizon is None else horizon
-    if ahead < 1:
-        raise ArgumentError(f"forecast: --horizon is {ahead}, expected 1 or more steps")
     _check_pandas()
+    from dualform.forecast.base import check_horizon
     from dualform.forecast.forecaster import Forecaster
     from dualform.forecast.report import Job, write
     from dualform.forecast.table import DEMO, columns_of, read_table
     from dualform.models.saving.files import replacing
 
+    check_horizon("forecast", ahead)
     path, at = (DEMO, "year") if demo or data is None or time is None else (data, time)
     names = ["volume"] if demo or value is None else columns_of(value)
     table = read_table(path, at, names, id=id, frequency=freq)
     job = Job("the Nile" if demo else path.name, at, id, ahead, model if weights is None else "deep")
-    kind = model if weights is None else _with(weights)
-    forecaster = Forecaster(kind, season=season or _season(table), horizon=ahead)
+    forecaster = Forecaster(model if weights is None else _with(weights), season=season, horizon=ahead)
     with _bar() as bar:
         task = bar.add_task("choosing and fitting", total=None)
         forecaster.fit(table.series, tell=lambda done, whole: bar.update(task, completed=done, total=whole))
@@ -130,11 +129,6 @@ def _check_pandas() -> None:
 
     if find_spec("pandas") is None:
         raise DataError("forecast: pandas is not installed", hint="pip install 'dualform[forecast]'")
-
-
-def _season(table: "Table") -> int:
-    """That of the frequency, where every series is longer."""
-    return table.season if min(map(len, table.series.values())) > table.season else 1
 
 
 def _checked(table: "Table", forecaster: "Forecaster", horizon: int) -> "Checked | str":

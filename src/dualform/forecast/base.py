@@ -17,6 +17,9 @@ F = TypeVar("F", bound="BaseForecaster")
 LEVELS = (0.025, 0.1, 0.25, 0.5, 0.75, 0.9, 0.975)
 """The quantiles of :meth:`BaseForecaster.predict`: the median, and the ends of the bands of 50, 80 and 95 %."""
 
+FARTHEST = 100_000
+"""The most steps that are forecast at once."""
+
 
 class Prediction(NamedTuple):
     """What a forecaster says of the steps to come, of the kind of the series that it was fitted to.
@@ -220,9 +223,11 @@ class BaseForecaster:
 
 
 def check_horizon(where: str, horizon: Any) -> None:
-    """Raise an ArgumentError unless a horizon is a whole number of 1 or more."""
+    """Raise an ArgumentError unless a horizon is a whole number of 1 or more, and not beyond all reason."""
     if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
         raise ArgumentError(f"{where}: horizon is {horizon!r}, expected 1 or more steps")
+    if horizon > FARTHEST:
+        raise ArgumentError(f"{where}: horizon is {horizon:,}, expected at most {FARTHEST:,} steps")
 
 
 def by_name(panel: Panel) -> Mapping[str, Tensor]:

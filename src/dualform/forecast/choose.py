@@ -16,6 +16,7 @@ from dualform.forecast.shape import Shape, shape_of
 
 ORIGINS = 8
 """From how many origins candidates forecast."""
+_FEW = 10  # steps that have to be held back for a choice
 _QUICK = 40  # directions of the optimiser, for candidates
 _CLOSE = 1.02  # what is no worse than the best by this factor counts as equally good
 _LEVELS = midpoints(40)
@@ -76,6 +77,9 @@ def choose(
     one with the fewest parameters is fitted to all of the series. Candidates that several series have are fitted to
     them in one batch.
 
+    Where fewer than 10 steps lie between the first origin and the end, errors on them say little of a candidate. Then
+    there is no choice, and the default is a damped trend, which has a level and a straight trend as its limits.
+
     Args:
         series: by name, each ``(T,)``.
         names: of the families, or families themselves.
@@ -87,13 +91,16 @@ def choose(
 
     Raises:
         ArgumentError: for a series of which no candidate can be fitted, with its name.
+
+    References:
+        Gardner and McKenzie (2011), "Why the damped trend works".
     """
     every = list(series.values())
     folds = [held_back(len(y), horizon, season) for y in every]
     options = [
         _candidates(name, y, names, season, fold) for (name, y), (fold, _) in zip(series.items(), folds, strict=True)
     ]
-    scored = [len(options[row]) > 1 and len(folds[row][0]) > 0 for row in range(len(every))]
+    scored = [len(options[row]) > 1 and _held(*folds[row]) >= _FEW for row in range(len(every))]
     groups: dict[str, list[int]] = {}
     for row in range(len(every)):
         for candidate in options[row] if scored[row] else []:
@@ -110,6 +117,11 @@ def choose(
     chosen = _final(series, names, options, trials, season, log, X)
     tell(whole, whole)
     return chosen
+
+
+def _held(origins: list[int], reach: int) -> int:
+    """How many steps are forecast from some origin."""
+    return origins[-1] + reach - origins[0] if origins else 0
 
 
 def _candidates(
@@ -208,7 +220,12 @@ def _final(
 
 
 def _ranked(options: list[Candidate], trials: dict[str, Trial]) -> list[Candidate]:
-    """The best first, and before it those that are as good with fewer parameters; one without a score last."""
+    """The best first, and before it those that are as good with fewer parameters; one without a score last.
+
+    Without scores, the default is first.
+    """
+    if not trials:
+        return sorted(options, key=lambda one: not one.default)
     best = _best(trials)
 
     def key(one: Candidate) -> tuple[int, int, float]:
@@ -231,7 +248,7 @@ def _why(one: Estimated, options: list[Candidate], trials: dict[str, Trial]) -> 
     if len(options) == 1:
         return "It was the only candidate."
     if not trials:
-        return "The series is too short to hold anything back: the first candidate that can be fitted was taken."
+        return f"Fewer than {_FEW} steps can be held back, too few for a choice: it is the default."
     best, mine = _best(trials), trials[one.candidate.label].score
     if not mine <= _CLOSE * best:
         return "The candidates with smaller errors could not be fitted to all of the series."

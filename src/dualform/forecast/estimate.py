@@ -61,7 +61,7 @@ def estimate(
     X: Tensor | None = None,
     max_iter: int = 200,
 ) -> list[Estimated | ArgumentError]:
-    """Fit a candidate to series, all in one batch; where the batch fails, one after the other.
+    """Fit a candidate to series, all in one batch; where the batch fails, in halves, down to the series that cannot be.
 
     Args:
         candidate: what is fitted.
@@ -79,8 +79,9 @@ def estimate(
     except ArgumentError as error:
         if len(series) == 1:
             return [error]
-        alone = (estimate(candidate, [y], [shape], X, max_iter) for y, shape in zip(series, shapes, strict=True))
-        return [one for found in alone for one in found]
+        half = len(series) // 2
+        parts = slice(half), slice(half, None)
+        return [one for part in parts for one in estimate(candidate, series[part], shapes[part], X, max_iter)]
     found = []
     for fit, y, shape in zip(fits, series, shapes, strict=True):
         shared = fit.model if getattr(fit.model, "shared", False) else None
@@ -99,7 +100,8 @@ def _determined(found: list[Estimated], X: Tensor | None) -> list[Estimated | Ar
     try:
         ahead(found, 1, None if X is None else X[:1])
     except ArgumentError as error:
-        return [error] if len(found) == 1 else [made for one in found for made in _determined([one], X)]
+        half = len(found) // 2
+        return [*_determined(found[:half], X), *_determined(found[half:], X)] if half else [error]
     return [*found]
 
 

@@ -41,13 +41,14 @@ class Candidate:
     """A model that may suit a series: ``make(X)`` builds it, X being covariates ``(T, K)`` or None.
 
     ``label`` says what it is, and no two candidates of a series have the same. ``needs`` is how many observations it
-    takes to estimate it.
+    takes to estimate it. ``default`` marks what is taken of a series that is too short for a choice.
     """
 
     family: str
     label: str
     make: Callable[[Tensor | None], Any]
     needs: int
+    default: bool = False
 
 
 Family = Callable[[Tensor, int], list[Candidate]]
@@ -78,7 +79,13 @@ def structural(y: Tensor, season: int) -> list[Candidate]:
     elif (count := int((~y.isnan()).sum())) >= _LONG:
         parts["cycle"] = (Level, partial(Cycle, bounds=(3.0, count / 3)))
     return [
-        Candidate("structural", f"{name}{suffix}", partial(_sum, (*group, Irregular)), _enough(season, states + 6))
+        Candidate(
+            "structural",
+            f"{name}{suffix}",
+            partial(_sum, (*group, Irregular)),
+            _enough(season, states + 6),
+            name == "damped trend",
+        )
         for name, group in parts.items()
     ]
 
@@ -122,7 +129,7 @@ def smoothing(y: Tensor, season: int) -> list[Candidate]:
     for trend, letters, states in (("none", "N", 1), ("additive", "A", 2), ("damped", "Ad", 2)):
         label = f"ETS(A,{letters},{'A' if season > 1 else 'N'})" + (f"[{season}]" if season > 1 else "")
         needs = _enough(season, states + (season if season > 1 else 0) + 6)
-        found.append(Candidate("ets", label, partial(_ets, trend, season), needs))
+        found.append(Candidate("ets", label, partial(_ets, trend, season), needs, trend == "damped"))
     return found
 
 

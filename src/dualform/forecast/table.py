@@ -8,12 +8,14 @@ import pandas as pd
 
 from dualform.core.errors import DataError
 from dualform.core.options import joined, suggestion
-from dualform.forecast.frames import regular, season_of_index
+from dualform.forecast.frames import regular
 from dualform.forecast.panel import LEAST
 
 DEMO = Path(__file__).with_name("nile.csv")
 """The annual flow of the Nile at Aswan, 1871 to 1970, in 10^8 cubic metres (Cobb 1978)."""
 _PARQUET = (".parquet", ".pq")
+_QUARTER = r"\d{4}[ -]?[Qq][1-4]"
+_OFFSET = r"\d:\d\d\S*([+-]\d\d:?\d\d)$"
 
 
 class Table(NamedTuple):
@@ -21,7 +23,6 @@ class Table(NamedTuple):
 
     series: dict[str, Any]  # by name, pandas Series with a DatetimeIndex that has a frequency, or whole numbers
     keys: dict[str, tuple[str, str]]  # of each name, the value of the id column, empty without one, and its column
-    season: int  # steps, by the frequency; 1 for none
     gaps: dict[str, int]  # of each name, how many values are missing
 
 
@@ -44,6 +45,11 @@ def read_table(
             names the column, and the row, of which the first below the header is row 1.
     """
     frame = _frame(path)
+    for column in {time, *values} if id is None else {time, id, *values}:
+        if (count := [time, id, *values].count(column)) > 1:
+            raise DataError(
+                f"{path}: column {column!r} is named {count} times, expected one each for time, value and id"
+            )
     for column in [time, *values, *([] if id is None else [id])]:
         if column not in frame.columns:
             raise DataError(f"{path}: no column {column!r}", hint=suggestion(column, [str(c) for c in frame.columns]))
@@ -54,19 +60,17 @@ def read_table(
     groups = {"": np.arange(len(frame))} if id is None else _groups(path, frame[id])
     made: dict[str, Any] = {}
     keys: dict[str, tuple[str, str]] = {}
-    seasons = set()
     for key, rows in groups.items():
         of = f"{path}: column {time!r}" + (f", series {key!r}" if key else "")
         _check_order(of, times, rows, id)
         grid = regular(of, times[rows], frequency)
-        seasons.add(season_of_index(grid))
         for column in values:
             name = " ".join(filter(None, [key, column if len(values) > 1 or not key else ""]))
             series = pd.Series(numbers[column][rows], index=times[rows]).reindex(grid)
             _check_values(f"{path}: column {column!r}" + (f", series {key!r}" if key else ""), series)
             made[name], keys[name] = series.rename(name), (key, column)
     gaps = {name: int(series.isna().sum()) for name, series in made.items()}
-    return Table(made, keys, seasons.pop() if len(seasons) == 1 else 1, gaps)
+    return Table(made, keys, gaps)
 
 
 def _frame(path: Path) -> Any:
@@ -75,11 +79,21 @@ def _frame(path: Path) -> Any:
     try:
         if path.suffix.lower() in _PARQUET:
             return pd.read_parquet(path)
-        return pd.read_csv(path)
+        return _csv(path)
     except ImportError:
         raise DataError(f"{path}: Parquet needs pyarrow", hint="pip install 'dualform[forecast]'") from None
     except (OSError, ValueError) as error:  # what pandas and pyarrow raise of a file are ValueErrors
         raise DataError(f"{path}: cannot be read as a table: {str(error).splitlines()[0]}") from error
+
+
+def _csv(path: Path) -> Any:
+    """A file whose header has semicolons, as spreadsheets write it where the comma is a decimal one, or tabs."""
+    if path.suffix.lower() in (".gz", ".bz2", ".zip", ".xz", ".zst"):  # which pandas opens
+        return pd.read_csv(path)
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    separator = max(",;\t", key=header.count)
+    return pd.read_csv(path, sep=separator, decimal="," if separator == ";" else ".")
 
 
 def _numbers(path: Path, column: Any) -> np.ndarray:
@@ -112,6 +126,14 @@ def _times(path: Path, column: Any) -> Any:
                 hint="expected dates, times, or whole numbers such as years",
             )
         return _dates_of_numbers(column.astype(np.int64).to_numpy())
+    words = column.astype(str)
+    if words.str.fullmatch(_QUARTER).all():
+        return pd.PeriodIndex(words.str.replace(r"[ -]", "", regex=True), freq="Q").to_timestamp()
+    if len(offsets := words.str.extract(_OFFSET)[0].dropna().unique()) > 1:
+        raise DataError(
+            f"{path}: column {column.name!r}: times with the offsets {joined(sorted(offsets))}, expected one of them",
+            hint="bring them to one time zone first, such as UTC",
+        )
     made = pd.to_datetime(column, errors="coerce", format="ISO8601")
     if made.isna().all():
         made = pd.to_datetime(column, errors="coerce")

@@ -1,42 +1,23 @@
 """The Kalman filter over whole series: a loop or a scan over time, and the choice between the two."""
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dualform.core.elements import GaussianElement, combine_gaussian
-from dualform.core.errors import ArgumentError
 from dualform.core.linalg import covariance_root, half_solve, matvec, root_solve, symmetric_part
 from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
-from dualform.gaussian.conditioning import condition
-from dualform.gaussian.steps import Steps, Transition, cut, masked
+from dualform.gaussian.diffuse import opened, update_diffuse
+from dualform.gaussian.passes import Blame, Found, Pass, check_steps, directions, predicted
+from dualform.gaussian.steps import Steps, cut, masked
 from dualform.ops.kalman_filter import KalmanFilter, has_kernel, kalman_filter_op
 
 Form = Literal["sequential", "parallel"]
-
-
-class Pass(NamedTuple):
-    """What the filter finds at each step: before its observation, with it, and how likely that was.
-
-    Where moments were not asked for, there may be no steps of them.
-    """
-
-    mean: Tensor  # (B, T, N)
-    cov: Tensor  # (B, T, N, N)
-    diffuse: Tensor  # (B, T, N, K)
-    predicted_mean: Tensor  # (B, T, N)
-    predicted_cov: Tensor  # (B, T, N, N)
-    predicted_diffuse: Tensor  # (B, T, N, K)
-    loglik: Tensor  # (B, T)
-
-
-Blame = Callable[[], None]  # raises if the caller's observations are infinite or the caller's state is not finite
 
 
 def is_parallel_faster(batch: int, length: int, n: int, device: torch.device) -> bool:
@@ -82,43 +63,6 @@ def run(
     return concat([*head, out], 1) if head else out, state._replace(mean=last.mean, cov=last.cov), form
 
 
-def opened(steps: Steps, belief: Belief, counted: bool, blame: Blame) -> tuple[list[Pass], Steps, Belief]:
-    """The steps while a direction is diffuse in any row, those that are left, and the belief between them."""
-    head, rest, state = [], steps, belief
-    while rest.A.shape[1] and belief.diffuse.shape[-1]:
-        if not torch.compiler.is_compiling() and not state.diffuse.any():
-            break
-        now = masked(cut(rest, slice(1)))
-        before = predict(state, tree_map(lambda z: z[:, 0], now))
-        out, state = _update_diffuse(before, now, counted, blame, len(head))
-        head.append(out)
-        rest = cut(rest, slice(1, None))
-    if rest.A.shape[1]:
-        state = state._replace(diffuse=_directions(state.diffuse))
-    return head, rest, state
-
-
-def predict(belief: Belief, steps: Steps | Transition) -> Belief:
-    """The transition of one step, without a time axis."""
-    mean, cov = _predict(Gaussian(belief.mean, belief.cov), steps)
-    return belief._replace(mean=mean, cov=cov, diffuse=steps.A @ _directions(belief.diffuse))
-
-
-def _directions(Z: Tensor) -> Tensor:
-    """The diffuse directions, where a column of zeros has no gradient: it is none."""
-    return torch.where((Z != 0).any(-2, keepdim=True), Z, 0) if Z.shape[-1] else Z
-
-
-class Found(NamedTuple):
-    """What the updates of some steps make of their predictions, where nothing is diffuse."""
-
-    mean: Tensor
-    cov: Tensor
-    loglik: Tensor
-    predicted_mean: Tensor
-    predicted_cov: Tensor
-
-
 def _by_kernel(
     steps: Steps, state: Gaussian, moments: bool, parallel: bool | None
 ) -> tuple[Found, Gaussian, Form] | None:
@@ -162,22 +106,16 @@ def _proper(
     return *_sequential(steps, state, blame, start), "sequential"
 
 
-def _predict(state: Gaussian, steps: Steps | Transition) -> Gaussian:
-    """The transition, of every step given."""
-    cov = symmetric_part(steps.A @ state.cov @ steps.A.mT) + steps.Q
-    return Gaussian(matvec(steps.A, state.mean) + steps.c, cov)
-
-
 def _sequential(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[Found, Gaussian]:
     outs, failures, now = [], [], state
     for parts in zip(*(z.unbind(1) for z in steps), strict=True):
         step = Steps(*parts)
-        out, failed = _update(_predict(now, step), step)
+        out, failed = _update(predicted(now, step), step)
         now = Gaussian(out.mean, out.cov)
         outs.append(out)
         failures.append(failed)
     out = tree_map(lambda *z: torch.stack(z, 1), *outs)
-    _check(out, torch.stack(failures, 1), steps, blame, start)
+    check_steps(out, torch.stack(failures, 1), steps, blame, start)
     return out, now
 
 
@@ -299,8 +237,8 @@ def _all_at_once(
     opening: Found | None, before: Gaussian, steps: Steps, blame: Blame, start: int
 ) -> tuple[Found, Gaussian]:
     """Every step from the state before it, after those that were made already."""
-    out, failed = _update(_predict(before, steps), steps)
-    _check(out, failed, steps, blame, start)
+    out, failed = _update(predicted(before, steps), steps)
+    check_steps(out, failed, steps, blame, start)
     last = Gaussian(out.mean[:, -1], out.cov[:, -1])
     return (out if opening is None else concat([opening, out], dim=1)), last
 
@@ -324,26 +262,12 @@ def _update(predicted: Gaussian, steps: Steps) -> tuple[Found, Tensor]:
     return Found(mean + matvec(K, innovation), joseph, loglik, mean, cov), failed
 
 
-def _update_diffuse(
-    before: Belief, steps: Steps, counted: bool, blame: Blame, start: int | None
-) -> tuple[Pass, Belief]:
-    """The update of one step, which has a time axis of length 1, by the exact diffuse filter."""
-    mean, cov, Z = (z[:, None] for z in (before.mean, before.cov, before.diffuse))
-    after = condition(mean.unsqueeze(-1), cov, Z, steps.C, steps.R, steps.y.unsqueeze(-1))
-    numbers = steps.seen.to(cov.dtype).sum(-1) - (0 if counted else after.resolved)
-    loglik = -(after.distance + after.log_det + numbers * math.log(2 * math.pi)) / 2
-    now = after.mean.squeeze(-1)
-    _check(Found(now, after.cov, loglik, mean, cov), after.failed, steps, blame, start)
-    out = Pass(now, after.cov, after.diffuse, mean, cov, Z, loglik)
-    return out, before._replace(mean=now[:, 0], cov=after.cov[:, 0], diffuse=after.diffuse[:, 0])
-
-
 def update(before: Belief, steps: Steps, counted: bool, blame: Blame, start: int | None = None) -> tuple[Pass, Belief]:
     """The observation of one step, which has a time axis of length 1, without a transition; ``start`` is its time."""
     steps = masked(steps)
     if before.diffuse.shape[-1] and (torch.compiler.is_compiling() or before.diffuse.any()):
-        before = before._replace(diffuse=_directions(before.diffuse))
-        return _update_diffuse(before, steps, counted, blame, start)
+        before = before._replace(diffuse=directions(before.diffuse))
+        return update_diffuse(before, steps, counted, blame, start)
     out = observe(Gaussian(before.mean[:, None], before.cov[:, None]), steps, blame, start)
     Z = before.diffuse[:, None]
     passed = Pass(out.mean, out.cov, Z, out.predicted_mean, out.predicted_cov, Z, out.loglik)
@@ -357,29 +281,5 @@ def observe(before: Gaussian, steps: Steps, blame: Blame, start: int | None = No
         ArgumentError: names the row of a belief with an observation without variance, and its time from ``start`` on.
     """
     out, failed = _update(before, steps)
-    _check(out, failed, steps, blame, start)
+    check_steps(out, failed, steps, blame, start)
     return out
-
-
-def _check(out: Found, failed: Tensor, steps: Steps, blame: Blame, start: int | None) -> None:
-    """Raise where a step has failed, and say which and why; a single step has no time, and ``start`` None."""
-    bad = (failed != 0) | ~out.loglik.isfinite()
-    if torch.compiler.is_compiling() or not bad.any():
-        return
-    blame()
-    at = tuple(bad.nonzero()[0].tolist())
-    row, time = at[0], None if start is None else start + at[1]
-    C, cov = steps.C[at], out.predicted_cov[at]
-    S = symmetric_part(C @ cov @ C.mT) + steps.R[at]
-    if not (S.isfinite().all() and out.predicted_mean[at].isfinite().all()):
-        _refuse_step(row, time, "the prediction overflows", "has A an eigenvalue outside of the unit circle?")
-    if not failed[at]:
-        _refuse_step(row, time, "the log-likelihood is not finite", "the observation is too far from its prediction")
-    hint = f"its smallest eigenvalue is {torch.linalg.eigvalsh(S.detach())[0].item():.2g}: add noise to R"
-    hint += "" if S.dtype == torch.float64 else ", or compute in float64"
-    _refuse_step(row, time, "C P C^T + R, of the predicted covariance P, is not positive definite", hint)
-
-
-def _refuse_step(row: int, time: int | None, what: str, hint: str) -> NoReturn:
-    place = f"row {row}" + ("" if time is None else f", time {time}")
-    raise ArgumentError(f"KalmanFilter: {what} at {place}", hint=hint)

@@ -13,7 +13,8 @@ from dualform.core.linalg import matvec, symmetric_part
 from dualform.core.tree import state_class, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.filtering import observe, predict
+from dualform.gaussian.filtering import observe
+from dualform.gaussian.passes import predict
 from dualform.gaussian.steps import Steps
 
 

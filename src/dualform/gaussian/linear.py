@@ -8,8 +8,9 @@ from torch import Tensor
 from dualform.core.linalg import matvec, symmetric_part
 from dualform.core.tree import tree_map
 from dualform.gaussian.belief import Belief, Gaussian
-from dualform.gaussian.filtering import Blame, Form, Pass, predict
+from dualform.gaussian.filtering import Form
 from dualform.gaussian.parameters import Parameters
+from dualform.gaussian.passes import Blame, Pass, predict
 from dualform.gaussian.recurrent import own
 from dualform.gaussian.results import Laid, Rows
 from dualform.gaussian.series import Series

@@ -13,11 +13,12 @@ from dualform.core.options import brief, suggestion
 from dualform.core.shapes import check_tensors
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
-from dualform.gaussian.filtering import Blame, Form, Pass, predict, update
+from dualform.gaussian.filtering import Form, update
 from dualform.gaussian.initial import initial
 from dualform.gaussian.linearization import METHODS, Affine, At, Method, Rowwise, extras_of
 from dualform.gaussian.newton import Normal, at_once, nearer, settled, toward
 from dualform.gaussian.parameters import System, check_covariance, one_of
+from dualform.gaussian.passes import Blame, Pass, predict
 from dualform.gaussian.recurrent import own
 from dualform.gaussian.results import Rows
 from dualform.gaussian.series import Series

@@ -15,9 +15,10 @@ from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import refuse_infinite
 from dualform.gaussian.belief import Belief, Gaussian, is_belief
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.filtering import Blame, Form, Pass, predict, update
+from dualform.gaussian.filtering import Form, update
 from dualform.gaussian.initial import initial
 from dualform.gaussian.parameters import System
+from dualform.gaussian.passes import Blame, Pass, predict
 from dualform.gaussian.steps import Steps, Transition
 
 

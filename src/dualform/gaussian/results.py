@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dualform.gaussian.arrays import Door
 from dualform.gaussian.belief import Belief
-from dualform.gaussian.filtering import Form, Pass
+from dualform.gaussian.filtering import Form
+from dualform.gaussian.passes import Pass
 from dualform.gaussian.steps import Steps
 
 

@@ -12,9 +12,10 @@ from dualform.core.linalg import as_tensors
 from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import Door, lengths_of
 from dualform.gaussian.belief import Belief, Gaussian
-from dualform.gaussian.filtering import Blame, Form, Pass, predict, run
+from dualform.gaussian.filtering import Form, run
 from dualform.gaussian.forecasts import Forecast
 from dualform.gaussian.initial import initial
+from dualform.gaussian.passes import Blame, Pass, predict
 from dualform.gaussian.recurrent import Innovation, Recurrent, after, innovation_of
 from dualform.gaussian.results import Filtered, Laid, Rows, Smoothed
 from dualform.gaussian.smoothing import (

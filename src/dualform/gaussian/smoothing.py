@@ -39,7 +39,9 @@ from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
-from dualform.gaussian.filtering import Pass, elements_of, is_parallel_faster, opened, own_root, sharpened
+from dualform.gaussian.diffuse import opened
+from dualform.gaussian.filtering import elements_of, is_parallel_faster, own_root, sharpened
+from dualform.gaussian.passes import Pass
 from dualform.gaussian.steps import Steps, cut, masked
 from dualform.ops.kalman_smoother import KalmanSmoother, has_kernel, kalman_smoother_op
 
@@ -232,7 +234,8 @@ def by_kernel(belief: Belief, steps: Steps, counted: bool) -> tuple[Gaussian, Te
     """
     head, rest, state = opened(steps, belief, counted, lambda: None)
     a = KalmanSmoother(*rest, state.mean, state.cov)
-    if not rest.A.shape[1] or not has_kernel(a):
+    regressed = bool(head) and not head[-1].predicted_diffuse.any()  # states before it cannot follow from later ones
+    if not rest.A.shape[1] or regressed or not has_kernel(a):
         return None
     loglik, mean, cov, lag, *first = kalman_smoother_op(a)
     if not loglik.sum().isfinite():
