@@ -28,7 +28,7 @@ class GRU(Mixer):
 
     def __init__(self, d_model: int):
         super().__init__()
-        self.gru = nn.GRU(d_model, d_model, batch_first=True)
+        self.gru: nn.GRU = nn.GRU(d_model, d_model, batch_first=True)
 
     def init_state(self, batch: int, *, max_len: int = 0) -> Tensor:
         """Zeros."""

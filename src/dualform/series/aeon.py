@@ -40,8 +40,7 @@ class _Wrapped:
     @classmethod
     def _get_test_params(cls, parameter_set: str = "default") -> dict[str, Any]:
         """A model that is fitted in a moment, for aeon's checks."""
-        blocks = {"S": (S4DConfig(d_state=2, bidirectional=True),)}
-        return {"model": ModelConfig(0, 8, blocks, "S"), "steps": 2}
+        return {"model": ModelConfig(0, 8, {"S": (S4DConfig(d_state=2, bidirectional=True),)}, "S"), "steps": 2}
 
 
 class DualformClassifier(_Wrapped, BaseClassifier):

@@ -1,6 +1,7 @@
 """What the estimators of sequences share: data in, models trained, models kept."""
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.options import brief
 from dualform.models.config import ModelConfig
+from dualform.series.labels import check_answers
 from dualform.series.members import Member, Task, loaded, mean_outputs, scale, train_members
-from dualform.series.panel import Panel, check_channels, index_names, is_table, panel
+from dualform.series.panel import Panel, check_channels, check_words, index_names, is_table, panel
 from dualform.series.plan import held_out_share, model_config, onward, plan
 from dualform.series.portable import Model, build, to_arrays
 from dualform.series.progress import progress
@@ -71,6 +74,7 @@ class Deep(BaseEstimator):
             check_is_fitted(self)
             self._check_timing(where, times, rate)
         if table := is_table(X):
+            check_words(where, X)
             options = {"dtype": np.float64, "ensure_all_finite": False}
             if fresh or (self._table and times is None and rate is None):
                 array = validate_data(self, X, reset=fresh, **options)
@@ -91,7 +95,7 @@ class Deep(BaseEstimator):
 
     def _check_timing(self, where: str, times: Any, rate: float | None) -> None:
         """That it is known how far apart the samples are."""
-        if rate is not None and not 0 < rate < np.inf:
+        if rate is not None and not (isinstance(rate, Real) and 0 < float(rate) < np.inf):
             raise ArgumentError(f"{where}: rate is {rate!r}, expected a positive number, or None")
         if times is not None and rate is not None:
             raise ArgumentError(f"{where}: give times or rate, not both", hint="times say how far apart samples are")
@@ -113,6 +117,7 @@ class Deep(BaseEstimator):
             name = type(self).__name__
             raise ArgumentError(f"{name} requires y to be passed, but the target y is None")
         kind: Any = np.float64 if numeric else None
+        check_answers(self._where(method), y, given.names, numeric=numeric)
         array = check_array(y, input_name="y", ensure_2d=False, dtype=kind, ensure_min_samples=0)
         if len(array) != len(given.lengths):
             raise ArgumentError(f"{self._where(method)}: X has {len(given.lengths)} sequences, y has {len(array)}")
@@ -123,9 +128,14 @@ class Deep(BaseEstimator):
         where, count = self._where("fit"), len(y)
         if not isinstance(self.members, int | np.integer) or self.members < 1:
             raise ArgumentError(f"{where}: members is {self.members!r}, expected 1 or more")
-        for name, value in (("steps", self.steps), ("lr", self.lr)):
-            if value is not None and not value > 0:
-                raise ArgumentError(f"{where}: {name} is {value!r}, expected a positive number, or None")
+        if self.model is not None and not isinstance(self.model, ModelConfig):
+            raise ArgumentError(f"{where}: model is {brief(self.model)}, expected a ModelConfig, or None")
+        for name, value, kind, words in (
+            ("steps", self.steps, Integral, "whole number"),
+            ("lr", self.lr, Real, "number"),
+        ):
+            if value is not None and not (isinstance(value, kind) and value > 0):
+                raise ArgumentError(f"{where}: {name} is {value!r}, expected a positive {words}, or None")
         share = held_out_share(where, self.validation, count)
         learned = count - round(share * count)
         config = model_config(causal=self.causal) if self.model is None else self.model

@@ -136,11 +136,11 @@ class DeepClassifier(ClassifierMixin, Deep):
             times: when their samples were taken.
             rate: where these come evenly: how many steps of training lie between two of them.
         """
-        return self._said(X, "predict_proba", times, rate, lambda logits: logits.softmax(-1))
+        return self._probabilities(X, "predict_proba", times, rate)
 
     def predict(self, X: Any, *, times: Any = None, rate: float | None = None) -> np.ndarray:
         """``(n,)``, the most probable class of each sequence; times and rate as in :meth:`predict_proba`."""
-        best = self.predict_proba(X, times=times, rate=rate).argmax(1)
+        best = self._probabilities(X, "predict", times, rate).argmax(1)
         return self.classes_[best]
 
     def score(
@@ -148,6 +148,9 @@ class DeepClassifier(ClassifierMixin, Deep):
     ) -> float:
         """The share of the sequences whose class is right, times and rate as in :meth:`predict_proba`."""
         return float(accuracy_score(y, self.predict(X, times=times, rate=rate), sample_weight=sample_weight))
+
+    def _probabilities(self, X: Any, method: str, times: Any, rate: float | None) -> np.ndarray:
+        return self._said(X, method, times, rate, lambda logits: logits.softmax(-1))
 
     def _labels(self, y: Any, given: Panel, method: str) -> np.ndarray:
         labels = column_or_1d(self._answers(y, given, method), warn=True)

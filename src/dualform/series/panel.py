@@ -129,6 +129,25 @@ def panel(
     return _of_tensor(where, pad_sequence(arrays, batch_first=True, padding_value=torch.nan), names, times, arrays)
 
 
+def check_words(where: str, X: Any) -> None:
+    """Refuse a table in which a word stands.
+
+    Raises:
+        ArgumentError: names the row.
+    """
+    table = np.asarray(X)
+    if table.ndim != 2 or table.dtype.kind not in "OUS":
+        return
+    names = index_names(X.index) if hasattr(X, "columns") else None
+    for row, one in enumerate(table):
+        for column, value in enumerate(one):
+            try:
+                float(value) if isinstance(value, str) else None
+            except ValueError:
+                what = f"{row_name(row, names)} of X is {str(value)!r} in column {column}, expected a number"
+                raise ArgumentError(f"{where}: {what}") from None
+
+
 def check_channels(where: str, given: Panel, channels: int) -> None:
     """That there are as many channels as in training.
 

@@ -84,7 +84,7 @@ def in_steps(gaps: Tensor, step: float) -> Tensor:
 def _seconds(where: str, what: str, values: Any) -> Tensor:
     """Times as numbers: dates in seconds since the first of them."""
     try:
-        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+        array: Any = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
         if array.dtype.kind == "O":
             array = array.astype(np.float64) if _number(array) else array.astype("datetime64[ns]")
         if array.dtype.kind == "M" and array.size:
