@@ -162,6 +162,29 @@ def test_a_sampling_rate_halved_and_missing_samples_cost_little():
     assert model.score(left_out, z, times=kept) > whole - 0.03
 
 
+def test_values_that_are_missing_later_are_on_a_line_where_both_sides_are_read():
+    times = uneven(8)
+    X, y = waves(times)
+    holes = np.where(np.random.default_rng(0).random(X.shape) < 0.3, np.nan, X)
+    holes[:, -1] = X[:, -1]
+    bridged, carried = holes.copy(), holes.copy()
+    for row, one, at in zip(bridged, holes, times, strict=True):
+        known = ~np.isnan(one)
+        row[:] = np.interp(at, at[known], one[known])
+    options = QUICK | {"steps": 2}
+    model = DeepClassifier(**options).fit(X, y, times=times)
+    np.testing.assert_allclose(
+        model.predict_proba(holes, times=times), model.predict_proba(bridged, times=times), rtol=1e-9
+    )
+    torch.testing.assert_close(panel("test", holes, times=times).bridged().x[..., 0], torch.from_numpy(bridged))
+    causal = DeepClassifier(**options | {"model": None, "causal": True}).fit(X, y)
+    for row in carried:
+        row[:] = pd.Series(row).ffill().to_numpy()
+    first = np.isnan(carried[:, 0])  # where nothing is there to carry yet
+    said, want = (causal.predict_proba(values[~first]) for values in (holes, carried))
+    np.testing.assert_allclose(said, want, rtol=1e-9)
+
+
 def test_a_regressor_reads_times():
     times = uneven(64)
     X, y = waves(times)

@@ -109,6 +109,9 @@ class Deep(BaseEstimator):
         """The mean over members of a function of what they say."""
         check_is_fitted(self)
         given = self._panel(X, method, times=times, rate=rate)
+        model = self.models_[0]
+        if not model.causal and model.entrance is not None and model.entrance.missing != "marked" and given.holes:
+            given = given.bridged()  # they have learned no missing values, and whatever they read is there already
         return mean_outputs(self.models_, given, 1.0 if rate is None else float(rate), of).numpy()
 
     def _answers(self, y: Any, given: Panel, method: str, *, numeric: bool = False) -> np.ndarray:

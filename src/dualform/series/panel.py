@@ -49,6 +49,22 @@ class Panel(NamedTuple):
         intervals = None if self.intervals is None else self.intervals[rows, :longest]
         return Panel(self.x[rows, :longest], lengths, names, intervals)
 
+    def bridged(self) -> "Panel":
+        """The same with a line, in time, from value to value where some are missing.
+
+        Before the first value of a channel and behind its last one it is that value; a channel without any is left.
+        """
+        x, there = self.x.clone(), self.there
+        at = torch.arange(x.shape[1], dtype=x.dtype).expand(x.shape[:2])
+        if self.intervals is not None:
+            at = self.intervals.nan_to_num(nan=1.0).cumsum(1)
+        for row, channel in (x.isnan() & there[..., None]).any(1).nonzero().tolist():
+            values, known = x[row, :, channel].numpy(), (there[row] & ~x[row, :, channel].isnan()).numpy()
+            if known.any():
+                gone, time = there[row].numpy() & ~known, at[row].numpy()
+                values[gone] = np.interp(time[gone], time[known], values[known])
+        return self._replace(x=x)
+
     def filled(self) -> Tensor:
         """``x`` with 0 in place of padding."""
         return self.x.masked_fill(~self.there[..., None], 0)
