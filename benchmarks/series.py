@@ -6,8 +6,8 @@ The sets are those whose files lie in aeon's package (``pip install aeon``), rea
 digits of scikit-learn, half of them to learn. ``minirocket`` and ``dtw`` are aeon's, and are left out where it cannot
 be imported. ``lstm`` and ``gru`` are two bidirectional layers of width 64 in the estimator: what differs from
 ``series`` is the blocks. Every figure is of the set's own test part; Covid3Month is a regression, its figure the root
-of the mean squared error. What is fitted by ``series`` is also asked about the test part in other forms, none of which it
-has learned: at half the rate, with ``rate=2``, as the means of two samples (``halved``) and as every second one
+of the mean squared error. What is fitted by ``series`` is also asked about the test part in other forms, none of which
+it has learned: at half the rate, with ``rate=2``, as the means of two samples (``halved``) and as every second one
 (``every 2nd``); and with 30 % of the values missing at random (``missing``).
 
 Each run is written to FILE as soon as it is done, and one that is there is not made again.
