@@ -1,6 +1,7 @@
 """Any mixer in both directions: joined in each way, over packed and padded sequences, in a classifier, and refused."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from dualform.core.packing import from_lengths
 from dualform.layers.attention import AttentionConfig
 from dualform.layers.bidirectional import Bidirectional, BidirectionalConfig
 from dualform.layers.block import ChainConfig
+from dualform.layers.dss import DSSConfig
 from dualform.layers.lstm import LSTMConfig
 from dualform.layers.mamba2 import Mamba2Config
 from dualform.layers.mlp import MLPConfig
 from dualform.layers.recall import RecallConfig
+from dualform.layers.s4 import S4Config
 from dualform.layers.s4d import S4DConfig
+from dualform.layers.s5 import S5Config
 from dualform.models.config import ModelConfig
 from dualform.models.heads import SequenceClassifier
 from dualform.models.lm import LanguageModel
@@ -64,6 +68,36 @@ def test_each_packed_sequence_is_reversed_by_itself(mixer):
     layer, u, lengths = build(mixer), x(1, 11), [4, 0, 1, 6]
     got = layer(u, cu_seqlens=from_lengths(torch.tensor(lengths)))[0]
     close(got, torch.cat([layer(part)[0] for part in u.split(lengths, 1)], 1))
+
+
+BOTH_WAYS: dict[str, Any] = {
+    **{name: BidirectionalConfig(mixer, joined="gated") for name, mixer in MIXERS.items()},
+    "s4": S4Config(d_state=4, bidirectional=True),
+    "s4d": S4DConfig(d_state=4, bidirectional=True),
+    "dss": DSSConfig(d_state=4, length=9, bidirectional=True),
+    "s5": S5Config(d_state=4, bidirectional=True),
+}
+CONTINUOUS = ("s4d", "dss", "s5")
+
+
+@pytest.mark.parametrize("name, timed", [*((name, False) for name in BOTH_WAYS), *((n, True) for n in CONTINUOUS)])
+def test_packed_sequences_have_the_gradients_of_each_alone(name, timed):
+    """Of the input, the intervals and all parameters; rows of a batch and sequences of a line alike."""
+    torch.manual_seed(0)
+    layer, lengths = BOTH_WAYS[name].build(D).double(), [4, 0, 1, 6]
+    u, weights = x(1, 11).requires_grad_(), x(1, 11)
+    times = {"intervals": torch.rand(1, 11, dtype=torch.float64).add(0.5).requires_grad_()} if timed else {}
+    leaves = [u, *times.values(), *layer.parameters()]
+
+    def gradients(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((y * weights).sum(), leaves)
+
+    packed = layer(u, cu_seqlens=from_lengths(torch.tensor(lengths)), **times)[0]
+    pieces = zip(*(whole.split(lengths, 1) for whole in (u, *times.values())), strict=True)
+    alone = torch.cat([layer(part, **dict(zip(times, more, strict=True)))[0] for part, *more in pieces], 1)
+    close(packed, alone)
+    for got, want in zip(gradients(packed), gradients(alone), strict=True):
+        close(got, want)
 
 
 @ways

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import dualform as df
-from dualform.core.errors import ConfigError
+from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import from_lengths
 from dualform.core.tree import clone
 from dualform.layers.s4d import S4DConfig
@@ -113,6 +113,20 @@ def test_the_slope_is_of_differences_inside_sequences(tmp_path):
     torch.testing.assert_close(df.load(tmp_path).eval()(x)[0], model(x)[0], rtol=0, atol=0)
     model.fit_inputs(x[:, :1])
     assert model.entrance.slope.tolist() == [1, 1]
+
+
+def test_the_slope_is_per_step_where_intervals_are_given():
+    model, x = build("refused"), inputs("refused")
+    times = 0.5 + torch.rand(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    model.fit_inputs(x, lengths=LENGTHS, intervals=times)
+    z = (x - model.entrance.mean) / model.entrance.deviation
+    own = [z[i, :n].diff(dim=0) / times[i, 1:n, None] for i, n in enumerate(LENGTHS.tolist()) if n]
+    torch.testing.assert_close(model.entrance.slope, torch.cat(own).square().mean(0).sqrt())
+    one = model.entrance.slope.clone()
+    model.fit_inputs(x, lengths=LENGTHS, intervals=2 * times)
+    torch.testing.assert_close(model.entrance.slope, one / 2)
+    with pytest.raises(ArgumentError, match="intervals"):
+        model.fit_inputs(x, intervals=times[:2])
 
 
 def test_another_word_is_refused():

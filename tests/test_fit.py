@@ -97,7 +97,7 @@ def test_times_that_are_not_even_are_noted(tmp_path):
     long["hour"] = long["hour"] ** 2
     long.to_csv(tmp_path / "long.csv", index=False)
     (note,) = read_table(tmp_path / "long.csv", "kind", id="pump", time="hour").notes
-    assert "times are not even, such as 1.0 and 21.0 in 'p0'" in note
+    assert note == "times are not even, such as 1 in 'p0' and 21 in 'p0': the model reads the intervals, in steps of 11"
 
 
 def broken(name: str) -> tuple[pd.DataFrame, dict[str, str]]:

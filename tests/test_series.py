@@ -104,6 +104,43 @@ def test_answers_that_cannot_be_learned_are_named():
         DeepClassifier(**QUICK, members=0).fit(X, y)
 
 
+ANSWERS = {
+    "nan": ([1, 2, np.nan], "row 2 of y is nan, expected a finite number", "row 2 of y is nan, expected a label"),
+    "infinite": ([1, np.inf, 2], "row 1 of y is inf, expected a finite number", "row 1 of y is inf, expected a label"),
+    "none": (["a", None, "b"], "row 0 of y is 'a', expected a finite number", "row 1 of y is None, expected a label"),
+    "of pandas": (pd.Series(["a", "b", pd.NA]), "row 0 of y is 'a'", "row 2 of y is <NA>, expected a label"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_an_answer_that_is_none_is_named(case):
+    y, of_numbers, of_classes = ANSWERS[case]
+    for kind, says in ((DeepRegressor, of_numbers), (DeepClassifier, of_classes)):
+        with pytest.raises(ArgumentError, match=says):
+            kind(**QUICK).fit(np.ones((3, 5)), y)
+
+
+OPTIONS = {
+    "model": ({"model": "s4d"}, "model is 's4d', expected a ModelConfig, or None"),
+    "steps": ({"steps": 2.5}, r"steps is 2\.5, expected a positive whole number"),
+    "words": ({"steps": "many"}, "steps is 'many', expected a positive whole number"),
+    "lr": ({"lr": float("nan")}, "lr is nan, expected a positive number"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_option_that_cannot_be_is_named(case):
+    options, says = OPTIONS[case]
+    with pytest.raises(ArgumentError, match=says):
+        DeepClassifier(**QUICK | options).fit(*waves(6))
+
+
+def test_a_word_in_a_table_is_named():
+    frame = pd.DataFrame({"a": [1, 2], "b": [1, "high"]}, index=["north", "south"])
+    with pytest.raises(ArgumentError, match=r"row 1 \('south'\) of X is 'high' in column 1, expected a number"):
+        DeepClassifier(**QUICK).fit(frame, ["a", "b"])
+
+
 def test_a_classifier_learns_sequences_of_any_lengths():
     X, y = ragged()
     model = DeepClassifier(**QUICK, steps=80).fit(X, y)

@@ -109,11 +109,12 @@ class Entrance(nn.Module):
             parts.append(self._slopes(last - before, elapsed).masked_fill(~(was & seen), 0))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1), left
 
-    def fit(self, where: str, x: Tensor, packing: Packing | None = None) -> None:
+    def fit(self, where: str, x: Tensor, packing: Packing | None = None, intervals: Tensor | None = None) -> None:
         """Mean and deviation of each channel over ``x`` ``(B, T, C)``, without what is NaN; and the slope.
 
-        That is the root of the mean square of its scaled differences. A channel without values is left as it is; one
-        that is constant has the deviation 1, and the slope 1.
+        That is the root of the mean square of its scaled differences, each divided by its interval where there are
+        ``intervals`` ``(B, T)``. A channel without values is left as it is; one that is constant has the deviation 1,
+        and the slope 1.
 
         Raises:
             ArgumentError: where nothing is standardised, for infinities, and for NaN that is not missing.
@@ -133,6 +134,8 @@ class Entrance(nn.Module):
             self.deviation.copy_(deviation.to(self.deviation).where(count > 0, self.deviation))
         if self.differences:
             steps = rows.diff(dim=1) / self.deviation.double()
+            if intervals is not None:
+                steps = steps / intervals[:, 1:, None]
             if packing is not None:
                 ids = packing.sequence_ids(rows.shape[1])
                 steps = steps[:, ids[1:] == ids[:-1]]

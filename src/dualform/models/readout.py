@@ -11,6 +11,7 @@ from dualform.core.allocation import sized
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.packing import Borders
+from dualform.core.shapes import check_tensors
 from dualform.models.backbone import ELSEWHERE, Backbone
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED
@@ -67,10 +68,12 @@ class Readout(Backbone):
         cu_seqlens: Borders = None,
         attention_mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        intervals: Real[Tensor, "B T"] | None = None,
     ) -> None:
         """Set the mean and the deviation that the inputs are scaled with to those of ``x`` ``(B, T, inputs)``.
 
-        Padding does not count, nor do values that are missing. They are buffers, saved with the model.
+        Padding does not count, nor do values that are missing. They are buffers, saved with the model. ``intervals``
+        are those that it will be given with them; they count for differences in time.
 
         Raises:
             ArgumentError: for a model without ``standardise``, and for inputs that its :meth:`forward` would refuse.
@@ -79,8 +82,10 @@ class Readout(Backbone):
         if self.entrance is None:
             raise ArgumentError(f"{where}: the model reads tokens", hint="build it with inputs=, and standardise=True")
         self._check_inputs(x, "B T")
-        line = lay_out(where, x, None, cu_seqlens, attention_mask, None, lengths)
-        self.entrance.fit(where, line.x, line.packing)
+        line = lay_out(where, x, None, cu_seqlens, attention_mask, intervals, lengths)
+        if line.intervals is not None:
+            check_tensors(where, x=(line.x, "B T ..."), intervals=(line.intervals, "B T"))
+        self.entrance.fit(where, line.x, line.packing, line.intervals)
 
     def head_options(self) -> dict[str, Any]:
         """What beside the config it takes to build this model again, as JSON values."""

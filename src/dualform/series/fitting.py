@@ -88,7 +88,9 @@ def fit(table: Table, out: Path, given: Fitting, tell: Callable[[str], None], *,
         tell(f"note: {note}")
     options: dict[str, Any] = {"causal": not given.bidirectional, "steps": given.steps, "random_state": given.seed}
     kind = DeepRegressor if classes is None else DeepClassifier
-    estimator = kind(**options, verbose=given.verbose).fit(_frame(table.panel.take(rows)), target[rows.numpy()])
+    learned = table.panel.take(rows)
+    estimator = kind(**options, verbose=given.verbose)
+    estimator.fit(_frame(learned), target[rows.numpy()], times=_times(learned))
     about: dict[str, Any] = {
         "target": given.target,
         "task": "numbers" if classes is None else "classes",
@@ -97,6 +99,7 @@ def fit(table: Table, out: Path, given: Fitting, tell: Callable[[str], None], *,
         "learned": len(rows),
         "test": len(test),
         "notes": table.notes,
+        "step": None if learned.intervals is None else estimator.step_,
         "looks": [list(look) for look in estimator.history_[0]],
         "cost": cost(estimator.models_[0], int(table.panel.lengths.median())),
     }
@@ -105,7 +108,8 @@ def fit(table: Table, out: Path, given: Fitting, tell: Callable[[str], None], *,
         pictures, predictions = _of_classes(estimator, unseen, truth, about)
     else:
         mean = float(target[rows.numpy()].mean())
-        pictures, predictions = _of_numbers(estimator.predict(_frame(unseen)), truth, mean, unseen, about)
+        said = estimator.predict(_frame(unseen), times=_times(unseen))
+        pictures, predictions = _of_numbers(said, truth, mean, unseen, about)
     _write(out, estimator, about, [*pictures, ("training", draw_losses(estimator.history_[0]))], predictions)
     return about
 
@@ -135,7 +139,7 @@ def _of_classes(
     estimator: DeepClassifier, unseen: Panel, truth: np.ndarray, about: dict[str, Any]
 ) -> tuple[list[tuple[str, Figure]], Any]:
     """Pictures, and a frame of what is said of each sequence; the scores are put into ``about``."""
-    names, probabilities = about["classes"], estimator.predict_proba(_frame(unseen))
+    names, probabilities = about["classes"], estimator.predict_proba(_frame(unseen), times=_times(unseen))
     places = numbered("fit", truth, estimator.classes_).numpy()
     about["scores"] = of_classes(probabilities, places)
     said, true = probabilities.argmax(1), probabilities[np.arange(len(truth)), places]
@@ -226,6 +230,14 @@ def _frame(given: Panel) -> Any:
     """Sequences as an estimator takes them, with their names."""
     arrays = [x[:length].numpy() for x, length in zip(given.x, given.lengths.tolist(), strict=True)]
     return pd.Series(arrays, index=given.names)
+
+
+def _times(given: Panel) -> list[np.ndarray] | None:
+    """When their samples were taken, since the first one of each."""
+    if given.intervals is None:
+        return None
+    times = given.intervals.nan_to_num(nan=0.0).cumsum(1)
+    return [one[:length].numpy() for one, length in zip(times, given.lengths.tolist(), strict=True)]
 
 
 def _lengths(given: Panel) -> str:

@@ -26,6 +26,36 @@ def one_class(where: str, classes: np.ndarray, rows: int) -> None:
         )
 
 
+def check_answers(where: str, y: Any, names: Sequence[Any] | None, *, numeric: bool) -> None:
+    """Refuse an answer that is missing or infinite, or that is no number where numbers are expected.
+
+    Raises:
+        ArgumentError: names the row.
+    """
+    try:
+        array = np.asarray(y)
+    except ValueError:  # of rows of different lengths, which scikit-learn explains
+        return
+    if array.dtype.kind not in "fOUS" or array.ndim == 0:
+        return
+    for row, one in enumerate(array.reshape(len(array), -1)):
+        for value in one:
+            if not _is_answer(value, numeric):
+                called = row_name(row, names) if names is None or row < len(names) else f"row {row}"
+                expected = "a finite number" if numeric else "a label"
+                shown = value.item() if isinstance(value, np.generic) else value
+                raise ArgumentError(f"{where}: {called} of y is {shown!r}, expected {expected}")
+
+
+def _is_answer(value: Any, numeric: bool) -> bool:
+    try:
+        if numeric or isinstance(value, float | np.floating):
+            return bool(np.isfinite(float(value)))
+        return value is not None and bool(value == value)
+    except (TypeError, ValueError):  # of pandas.NA, and of words where numbers are expected
+        return False
+
+
 def numbered(where: str, labels: np.ndarray, classes: np.ndarray, names: Sequence[Any] | None = None) -> Tensor:
     """``(n,)``, int64, the places of the labels among the classes, which are sorted.
 

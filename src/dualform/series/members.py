@@ -49,12 +49,17 @@ def train_member(task: Task, seed: int, tell: Callable[[int, float], None] | Non
         torch.manual_seed(seed)
         model = build(task.config, task.head)
     learned, held = split(task.examples, task.share, seed)
-    model.fit_inputs(learned.panel.filled(), lengths=learned.panel.lengths)
+    scale(model, learned.panel)
     options = {"held_out": held, "class_weights": task.class_weights, "seed": seed, "tell": tell}
     looks = train(model, learned, task.plan, **options)
     if held is not None and isinstance(model, SequenceClassifier):
         calibrate(model, outputs(exact([model])[0], held.panel), held.y)
     return Member(to_arrays(model), looks)
+
+
+def scale(model: Model, given: Panel) -> None:
+    """Set the scales of a model's inputs to those of some sequences."""
+    model.fit_inputs(given.filled(), lengths=given.lengths, intervals=given.intervals)
 
 
 def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples | None]:
@@ -99,9 +104,9 @@ def exact(models: list[Model]) -> list[Model]:
     return [copy.deepcopy(model).double() for model in models]
 
 
-def mean_outputs(models: list[Model], given: Panel, of: Callable[[Tensor], Tensor]) -> Tensor:
+def mean_outputs(models: list[Model], given: Panel, rate: float, of: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean over models of a function of their outputs, in float64."""
-    return torch.stack([of(outputs(model, given)) for model in exact(models)]).mean(0)
+    return torch.stack([of(outputs(model, given, rate=rate)) for model in exact(models)]).mean(0)
 
 
 def loaded(members: list[dict[str, Any]]) -> list[Model]:

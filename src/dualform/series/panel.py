@@ -1,6 +1,6 @@
 """Sequences in the forms that people have them in, as one padded tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dualform.core.errors import ArgumentError
+from dualform.series.times import INDEX, gaps_between, times_of
 
 FORMS = "an array (n, T) or (n, T, C), or a list of n arrays (T,) or (T, C)"
 
@@ -20,11 +21,15 @@ class Panel(NamedTuple):
         x: ``(n, T, C)``, float64; NaN where a value is missing, and behind the length of a row.
         lengths: ``(n,)``, int64, at least 1.
         names: what errors call the rows, beside their numbers; None for nothing.
+        intervals: ``(n, T)``, float64, the time from the sample before to each one; None where they are equal. Those
+            that :func:`panel` makes are in the unit of the times, and NaN for the first sample of a row and behind its
+            length; a model is given :func:`~dualform.series.times.in_steps` of them.
     """
 
     x: Tensor
     lengths: Tensor
     names: Sequence[Any] | None = None
+    intervals: Tensor | None = None
 
     @property
     def there(self) -> Tensor:
@@ -40,7 +45,25 @@ class Panel(NamedTuple):
         """Some of its rows, padded to the longest of them."""
         lengths = self.lengths[rows]
         names = None if self.names is None else [self.names[i] for i in rows.tolist()]
-        return Panel(self.x[rows, : int(lengths.max()) if len(rows) else 0], lengths, names)
+        longest = int(lengths.max()) if len(rows) else 0
+        intervals = None if self.intervals is None else self.intervals[rows, :longest]
+        return Panel(self.x[rows, :longest], lengths, names, intervals)
+
+    def bridged(self) -> "Panel":
+        """The same with a line, in time, from value to value where some are missing.
+
+        Before the first value of a channel and behind its last one it is that value; a channel without any is left.
+        """
+        x, there = self.x.clone(), self.there
+        at = torch.arange(x.shape[1], dtype=x.dtype).expand(x.shape[:2])
+        if self.intervals is not None:
+            at = self.intervals.nan_to_num(nan=1.0).cumsum(1)
+        for row, channel in (x.isnan() & there[..., None]).any(1).nonzero().tolist():
+            values, known = x[row, :, channel].numpy(), (there[row] & ~x[row, :, channel].isnan()).numpy()
+            if known.any():
+                gone, time = there[row].numpy() & ~known, at[row].numpy()
+                values[gone] = np.interp(time[gone], time[known], values[known])
+        return self._replace(x=x)
 
     def filled(self) -> Tensor:
         """``x`` with 0 in place of padding."""
@@ -70,7 +93,9 @@ def is_table(X: Any) -> bool:
     return dims != 3 and not (dims == 1 and getattr(X, "dtype", None) == np.dtype(object) and len(X) and _shape(X[0]))
 
 
-def panel(where: str, X: Any, *, channels_first: bool = False, names: Sequence[Any] | None = None) -> Panel:
+def panel(
+    where: str, X: Any, *, channels_first: bool = False, names: Sequence[Any] | None = None, times: Any = None
+) -> Panel:
     """Sequences as a :class:`Panel`.
 
     Args:
@@ -81,18 +106,21 @@ def panel(where: str, X: Any, *, channels_first: bool = False, names: Sequence[A
             with NaN.
         channels_first: whether what has two axes for each sequence is ``(C, T)``.
         names: what errors call the rows; None for the index of a frame.
+        times: when the samples were taken: see :func:`~dualform.series.times.times_of`, or ``"index"`` for those of a
+            frame with two levels of index; None where they are even.
 
     Raises:
-        ArgumentError: for another form, a sequence that is empty or has other channels than the first one, or a value
-            that is infinite or no number; names the row.
+        ArgumentError: for another form, a sequence that is empty or has other channels than the first one, a value
+            that is infinite or no number, or times that do not rise; names the row.
     """
     if hasattr(X, "columns") and _levels(X):
-        sequences, names, channels_first = *_of_levels(where, X), False
+        sequences, names, index = _of_levels(where, X)
+        channels_first, times = False, index if isinstance(times, str) and times == INDEX else times
     elif hasattr(X, "columns") and _nested(X):
         names, channels_first = index_names(X.index), False
         sequences = [_stacked(where, row, cells) for row, cells in enumerate(X.itertuples(index=False, name=None))]
     elif isinstance(X, Tensor | np.ndarray) and X.ndim in (2, 3) and X.dtype != np.dtype(object):
-        return _of_array(where, _numbers(where, X, "X"), channels_first, names)
+        return _of_array(where, _numbers(where, X, "X"), channels_first, names, times)
     else:
         if hasattr(X, "iloc"):
             series: Any = X  # a pandas.Series of arrays
@@ -114,7 +142,26 @@ def panel(where: str, X: Any, *, channels_first: bool = False, names: Sequence[A
         arrays.append(torch.from_numpy(np.ascontiguousarray(array)))
     if not arrays:
         raise ArgumentError(f"{where}: X has no sequences, expected at least 1")
-    return _of_tensor(where, pad_sequence(arrays, batch_first=True, padding_value=torch.nan), names)
+    return _of_tensor(where, pad_sequence(arrays, batch_first=True, padding_value=torch.nan), names, times, arrays)
+
+
+def check_words(where: str, X: Any) -> None:
+    """Refuse a table in which a word stands.
+
+    Raises:
+        ArgumentError: names the row.
+    """
+    table = np.asarray(X)
+    if table.ndim != 2 or table.dtype.kind not in "OUS":
+        return
+    names = index_names(X.index) if hasattr(X, "columns") else None
+    for row, one in enumerate(table):
+        for column, value in enumerate(one):
+            try:
+                float(value) if isinstance(value, str) else None
+            except ValueError:
+                what = f"{row_name(row, names)} of X is {str(value)!r} in column {column}, expected a number"
+                raise ArgumentError(f"{where}: {what}") from None
 
 
 def check_channels(where: str, given: Panel, channels: int) -> None:
@@ -128,17 +175,21 @@ def check_channels(where: str, given: Panel, channels: int) -> None:
         raise ArgumentError(f"{where}: {came}, expected {channels}, as in fit")
 
 
-def _of_array(where: str, X: np.ndarray, channels_first: bool, names: Sequence[Any] | None) -> Panel:
+def _of_array(where: str, X: np.ndarray, channels_first: bool, names: Sequence[Any] | None, times: Any) -> Panel:
     X = X[..., None] if X.ndim == 2 else X.swapaxes(1, 2) if channels_first else X
     if X.size == 0:
         axes = ("sequences", "elements", "channels")
         lacking = next(name for name, size in zip(axes, X.shape, strict=True) if size == 0)
         raise ArgumentError(f"{where}: X has shape {tuple(X.shape)}: no {lacking}")
-    return _of_tensor(where, torch.from_numpy(np.ascontiguousarray(X)), names)
+    x = torch.from_numpy(np.ascontiguousarray(X))
+    return _of_tensor(where, x, names, times, x)
 
 
-def _of_tensor(where: str, x: Tensor, names: Sequence[Any] | None) -> Panel:
-    """The panel of ``(n, T, C)``, where the end of each row that is NaN in all channels is padding."""
+def _of_tensor(where: str, x: Tensor, names: Sequence[Any] | None, times: Any, rows: Iterable[Tensor]) -> Panel:
+    """The panel of ``(n, T, C)``, where the end of each row that is NaN in all channels is padding.
+
+    ``times`` are of ``rows``, which are as long as they were given.
+    """
     if (wrong := x.isinf()).any():
         row, step, channel = wrong.nonzero()[0].tolist()
         what = f"{row_name(row, names)} of X is {x[row, step, channel].item()} in element {step}, channel {channel}"
@@ -148,7 +199,12 @@ def _of_tensor(where: str, x: Tensor, names: Sequence[Any] | None) -> Panel:
     if (empty := lengths == 0).any():
         row = int(empty.nonzero()[0])
         raise ArgumentError(f"{where}: {row_name(row, names)} of X has no values, only NaN", hint="leave it out")
-    return Panel(x[:, : int(lengths.max())], lengths, names)
+    longest = int(lengths.max())
+    if times is None:
+        return Panel(x[:, :longest], lengths, names)
+    called = [row_name(row, names) for row in range(len(x))]
+    taken = times_of(where, times, [len(row) for row in rows], called)
+    return Panel(x[:, :longest], lengths, names, gaps_between(where, taken[:, :longest], lengths, called))
 
 
 def _numbers(where: str, value: Any, what: str) -> np.ndarray:
@@ -194,17 +250,18 @@ def _stacked(where: str, row: int, cells: tuple[Any, ...]) -> np.ndarray:
     return np.stack(arrays, 1)
 
 
-def _of_levels(where: str, X: Any) -> tuple[list[np.ndarray], list[Any]]:
-    """The sequences of a frame with the index (sequence, time), and their names, in the order in which they begin."""
+def _of_levels(where: str, X: Any) -> tuple[list[np.ndarray], list[Any], list[np.ndarray]]:
+    """The sequences of a frame with the index (sequence, time), in the order in which they begin, names, and times."""
     if X.index.nlevels != 2:
         raise ArgumentError(f"{where}: X has {X.index.nlevels} levels of index, expected 2: the sequence and the time")
-    sequences, names = [], []
+    sequences, names, taken = [], [], []
     for name, part in X.groupby(level=0, sort=False):
         times = part.index.get_level_values(1)
         check_times(where, str(name), times)
         sequences.append(part.to_numpy())
         names.append(name)
-    return sequences, names
+        taken.append(times.to_numpy())
+    return sequences, names, taken
 
 
 def check_times(where: str, name: str, times: Any) -> None:

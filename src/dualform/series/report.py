@@ -21,6 +21,9 @@ def written(about: dict[str, Any], pictures: Sequence[str]) -> str:
     lines += [f"Note: {note}." for note in about["notes"]]
     for name in pictures:
         lines += [f"## {name.capitalize()}", "", _CAPTIONS[name], "", f"![{name}]({name}.png)", ""]
+    if about["step"] is not None:
+        watched = f"`dualform watch model --time COLUMN --step {about['step']:g}`"
+        lines += [f"Times count in steps of {about['step']:g}; a stream is read with {watched}.", ""]
     lines += ["## What it costs", "", *_table(costs(about["cost"])), ""]
     return "\n".join(lines)
 

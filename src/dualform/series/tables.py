@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from dualform.core.errors import DataError, DualformError
 from dualform.core.options import suggestion
 from dualform.series.panel import Panel, check_times, panel
+from dualform.series.times import usual_step
 
 try:
     import pandas as pd
@@ -42,7 +44,8 @@ def read_table(path: str | Path, target: str, *, id: str | None = None, time: st
         target: the column with what is to be said; it is the same in all steps of a sequence.
         id: the column that says which sequence a row is a step of. Without it every row is a sequence and every other
             column one of its steps, in their order; so it is, too, where every row has an id of its own.
-        time: the column that orders the steps of a sequence; it must rise.
+        time: the column with the times of the steps of a sequence, which must rise. Numbers, or dates in ISO 8601, are
+            intervals of the panel where they are not even; other words order the steps.
 
     Raises:
         DataError: for a file that is no table, a column that is not there, or a value that is no number; names the
@@ -80,11 +83,13 @@ def _long(path: Path, frame: Any, target: str, id: str, time: str | None) -> Tab
         raise DataError(
             f"{path}: no columns beside {target!r}, the id and the time", hint="every other one is a channel"
         )
-    values, names, sequences, targets, uneven = _numbers(path, frame, channels), [], [], [], ""
+    values, names, sequences, targets, taken = _numbers(path, frame, channels), [], [], [], []
+    if time is not None:
+        frame[time] = _dates(frame[time])
     for name, rows in frame.groupby(id, sort=False):
         if time is not None:
             check_times(str(path), str(name), rows[time])
-            uneven = uneven or _uneven(str(name), rows[time])
+            taken.append(rows[time].to_numpy())
         if (differ := rows[target] != rows[target].iloc[0]).any():
             first, other = rows[target].iloc[0], rows[target][differ].iloc[0]
             what = f"sequence {name!r} has {target!r} {first!r} and, in {_line(rows, differ)}, {other!r}"
@@ -92,8 +97,11 @@ def _long(path: Path, frame: Any, target: str, id: str, time: str | None) -> Tab
         names.append(name)
         sequences.append(values.loc[rows.index].to_numpy())
         targets.append(rows[target].iloc[0])
-    found = panel(str(path), pd.Series(sequences), names=names)
-    return Table(found, np.array(targets), [str(name) for name in channels], [uneven] if uneven else [])
+    times = taken if taken and taken[0].dtype.kind in "iufM" else None
+    found = panel(str(path), pd.Series(sequences), names=names, times=times)
+    notes = [] if found.intervals is None else _uneven(found.intervals, names)
+    found = found if notes else found._replace(intervals=None)
+    return Table(found, np.array(targets), [str(name) for name in channels], notes)
 
 
 def _file(path: Path) -> Any:
@@ -155,12 +163,19 @@ def _line(frame: Any, marked: Any) -> str:
     return f"a row of {frame[_FILE][row]!r}" if _FILE in frame.columns else f"line {row}"
 
 
-def _uneven(name: str, times: Any) -> str:
-    """A note, where the steps of a sequence are not equally long."""
-    kinds = pd.api.types
-    if not (kinds.is_numeric_dtype(times) or kinds.is_datetime64_any_dtype(times)) or len(times) < 3:
-        return ""
-    steps = times.diff().iloc[1:]
-    if steps.max() <= (1 + _UNEVEN) * steps.min():
-        return ""
-    return f"times are not even, such as {steps.min()} and {steps.max()} in {name!r}: they are read as if they were"
+def _dates(times: Any) -> Any:
+    """Words as dates, where all of them are dates."""
+    if pd.api.types.is_numeric_dtype(times) or pd.api.types.is_datetime64_any_dtype(times):
+        return times
+    found = pd.to_datetime(times, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
+    return times if found.isna().any() else found
+
+
+def _uneven(gaps: Tensor, names: list[Any]) -> list[str]:
+    """A note, where the times between two steps are not all the same."""
+    known = gaps[~gaps.isnan()]
+    if not len(known) or known.max() <= (1 + _UNEVEN) * known.min():
+        return []
+    short, long = ((gaps == edge).nonzero()[0, 0] for edge in (known.min(), known.max()))
+    what = f"{known.min():g} in {names[int(short)]!r} and {known.max():g} in {names[int(long)]!r}"
+    return [f"times are not even, such as {what}: the model reads the intervals, in steps of {usual_step(gaps):g}"]

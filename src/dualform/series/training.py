@@ -68,7 +68,8 @@ def train(
     """
     optimizer = build_optimizer(model, plan.optim)
     order, looks, best = _batches(len(examples.y), plan.batch, seed), [], None
-    x, lengths, y = examples.panel.filled(), examples.panel.lengths, examples.y
+    given, y = examples.panel, examples.y
+    x, intervals = given.filled(), given.intervals
     every, losses = max(1, plan.steps // SCORED), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,7 +79,8 @@ def train(
                 group["lr"] = group["peak_lr"] * schedule(plan.optim, step, step / plan.steps)
             rows = next(order)
             optimizer.zero_grad()
-            loss = _loss(model, x[rows], lengths[rows], y[rows], plan.label_smoothing, class_weights)
+            part = Panel(x[rows], given.lengths[rows], None, None if intervals is None else intervals[rows])
+            loss = _loss(model, part, y[rows], plan.label_smoothing, class_weights)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), plan.optim.clip)
             optimizer.step()
@@ -110,20 +112,23 @@ def held_out_loss(model: Model, examples: Examples, class_weights: Tensor | None
     with torch.no_grad():
         for rows in pieces(examples.panel):
             part = examples.panel.take(rows)
-            x = part.filled()
-            loss = _loss(model, x, part.lengths, examples.y[rows], 0.0, class_weights)
+            part = part._replace(x=part.filled())
+            loss = _loss(model, part, examples.y[rows], 0.0, class_weights)
             total, count = total + len(rows) * loss.item(), count + len(rows)
     model.train(was)
     return total / max(count, 1)
 
 
-def outputs(model: Model, given: Panel) -> Tensor:
-    """``(n, ...)``, what a model in float64 says of each sequence, whatever stands beside it in a batch."""
+def outputs(model: Model, given: Panel, *, rate: float = 1.0) -> Tensor:
+    """``(n, ...)``, what a model in float64 says of each sequence, whatever stands beside it in a batch.
+
+    ``rate`` multiplies the step of its layers: 2 for sequences sampled half as often as those it has learned.
+    """
     found = []
     with torch.inference_mode():
         for rows in pieces(given):
             part = given.take(rows)
-            found.append(model(part.filled(), lengths=part.lengths)[0])
+            found.append(model(part.filled(), lengths=part.lengths, intervals=part.intervals, rate=rate)[0])
     return torch.cat(found)
 
 
@@ -132,14 +137,15 @@ def pieces(given: Panel) -> Iterator[Tensor]:
     return iter(torch.arange(len(given.lengths)).split(max(1, _AT_ONCE // given.x.shape[1])))
 
 
-def _loss(
-    model: Model, x: Tensor, lengths: Tensor, y: Tensor, smoothing: float, class_weights: Tensor | None
-) -> Tensor:
-    longest = int(lengths.max())
+def _loss(model: Model, given: Panel, y: Tensor, smoothing: float, class_weights: Tensor | None) -> Tensor:
+    """The loss of sequences in which padding is filled."""
+    lengths, longest = given.lengths, int(given.lengths.max())
     options: dict[str, Any] = {"lengths": None if int(lengths.min()) == longest else lengths}
+    if given.intervals is not None:
+        options["intervals"] = given.intervals[:, :longest]
     if not y.is_floating_point():
         options |= {"label_smoothing": smoothing, "class_weights": class_weights}
-    return model.loss(x[:, :longest], y, **options)
+    return model.loss(given.x[:, :longest], y, **options)
 
 
 def _batches(count: int, batch: int, seed: int) -> Iterator[Tensor]:
