@@ -32,7 +32,8 @@ int64_t mlp(const MlpStep& s, int64_t phase, int64_t first, int64_t end, void* m
           });
     }
   }
-  if (phase == 2) leave(s, map<T>(s, s.out_weight, s.out_scales, D, M), Lines<T>{made, wide}, Span{0, rows}, first, end);
+  if (phase == 2)
+    leave(s, map<T>(s, s.out_weight, s.out_scales, D, M), Lines<T>{made, wide}, Span{0, rows}, first, end);
   return 0;
 }
 #undef OF

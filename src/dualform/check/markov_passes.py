@@ -10,8 +10,8 @@ from dualform.ops.markov_path import markov_path
 from dualform.ops.markov_smoother import markov_smoother
 
 
-def markov_cases(normal: Callable[..., Tensor], length: int) -> list[tuple[str, str, Callable[..., Any], Any]]:
-    """Name, op, function and tensors of each :class:`~dualform.check.op_cases.OpCase`: chains of three rows.
+def markov_cases(normal: Callable[..., Tensor], length: int) -> list[tuple[str, str, Callable[..., Any], Any, Any]]:
+    """Of each case the name, the op, the function, its tensors and its options: chains of three rows.
 
     Args:
         normal: draws numbers of a shape.
@@ -26,9 +26,9 @@ def markov_cases(normal: Callable[..., Tensor], length: int) -> list[tuple[str, 
         return {first: vectors, "A": moves, "log_b": normal(3, length + 1, states)}
 
     return [
-        ("markov_filter", "markov_filter", markov_filter, chain("start", 5)),
-        ("markov_filter wide", "markov_filter", markov_filter, chain("start", 17, constant=True)),
-        ("markov_smoother", "markov_smoother", markov_smoother, chain("p", 5)),
-        ("markov_smoother wide", "markov_smoother", markov_smoother, chain("p", 17, constant=True)),
-        ("markov_path", "markov_path", markov_path, chain("start", 5)),
+        ("markov_filter", "markov_filter", markov_filter, chain("start", 5), {}),
+        ("markov_filter wide", "markov_filter", markov_filter, chain("start", 17, constant=True), {}),
+        ("markov_smoother", "markov_smoother", markov_smoother, chain("p", 5), {}),
+        ("markov_smoother wide", "markov_smoother", markov_smoother, chain("p", 17, constant=True), {}),
+        ("markov_path", "markov_path", markov_path, chain("start", 5), {}),
     ]

@@ -395,6 +395,6 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("arma_likelihood", "arma_likelihood", arma_likelihood, {**shocks, "y": normal(5, length)}),
         OpCase("linear", "linear", linear, {"x": normal(3, 17), "weight": normal(5, 17), "bias": normal(5)}),
         OpCase("quantized_linear", "quantized_linear", quantized_linear, {"x": normal(3, 70)}, eight_bits),
-        *(OpCase(*case) for case in (*block_cases(normal), *markov_cases(normal, length))),
+        *(OpCase(*case) for case in block_cases(normal) + markov_cases(normal, length)),
         OpCase("vandermonde_kernel complex", "vandermonde_kernel", vandermonde_kernel, poles, {"length": length}),
     ]

@@ -135,7 +135,8 @@ class StateSpaceForecaster(BaseForecaster):
             rows[key] = pd.concat(columns, axis=1).set_axis(fh.to_absolute_index(table.index[-1:]))
         if () in rows:
             return rows[()]
-        return pd.concat(rows, names=self.y_.index.names)
+        past: Any = self.y_
+        return pd.concat(rows, names=past.index.names)
 
 
 def _instances(data: Any, fill: bool = False) -> dict[tuple[Any, ...], Any]:

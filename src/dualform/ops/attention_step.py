@@ -167,8 +167,12 @@ def _check_tensors(heads: int, group: int, *tensors: Tensor | None) -> None:
         if getattr(a, name).dtype != dtype:
             raise ArgumentError(f"{_WHERE}: {name} is {getattr(a, name).dtype}, expected {dtype}")
     made = (heads + G) * P + G * V
-    expected = {"in_weight": (a.in_weight, 0, made), "in_bias": (a.in_bias, 0, made)}
-    check_axes(_WHERE, expected | {"out_weight": (a.out_weight, 1, heads * V)})
+    expected: dict[str, tuple[Tensor | None, int, int]] = {
+        "in_weight": (a.in_weight, 0, made),
+        "in_bias": (a.in_bias, 0, made),
+        "out_weight": (a.out_weight, 1, heads * V),
+    }
+    check_axes(_WHERE, expected)
     check_step_dtypes(_WHERE, a, MATRICES, beside=("length", "frequencies"))
 
 

@@ -58,7 +58,8 @@ def function_of(op: Any) -> type[torch.autograd.Function]:
                 with torch.no_grad():
                     found = _found(op, ctx, grads, kept, args)
                 found = once(op.name, tuple(found), *grads, *saved)
-            given, gradients = iter(found), list[Tensor | None]((None, None))
+            given = iter(found)
+            gradients: list[Tensor | None] = [None, None]
             for m in args:
                 gradients.append(next(given) if isinstance(m, Tensor) and floats(m) else None)
             return tuple(gradients)
