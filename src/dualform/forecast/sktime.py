@@ -79,7 +79,7 @@ class StateSpaceForecaster(BaseForecaster):
         self._y = self._X = None  # which sktime fills where its config asks for that
 
     @classmethod
-    def get_test_params(cls, parameter_set: str = "default") -> list[dict[str, Any]]:
+    def get_test_params(cls, parameter_set: str = "default") -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Arguments with which sktime tests this class.
 
         Args:
@@ -109,7 +109,7 @@ class StateSpaceForecaster(BaseForecaster):
     def _predict(self, fh: Any, X: Any) -> Any:
         return self._ahead(fh, X, lambda one, horizon, future: one.predict(horizon, future).mean)
 
-    def _predict_quantiles(self, fh: Any, X: Any, alpha: list[float]) -> Any:
+    def _predict_quantiles(self, fh: Any, X: Any, alpha: list[float]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._ahead(fh, X, lambda one, horizon, future: one.predict_quantiles(horizon, alpha, future))
 
     def _groups(self) -> Iterator[tuple[Any, dict[Any, Any], Any]]:
