@@ -19,6 +19,7 @@ constexpr int64_t WORTH_A_THREAD = 1 << 15;  // multiplications: waking a thread
 
 inline int64_t at_least_one(int64_t n) { return std::max<int64_t>(n, 1); }
 inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t lanes(int64_t dtype) { return kernels->width / (dtype == FLOAT64 ? 8 : 4); }
 
 // What a caller got wrong. Python checks its arguments, too, and explains; this keeps a mistake there from reaching
 // memory that is not ours.

@@ -63,7 +63,7 @@ def build(folder: Path, isas: list[str], plant: bool = False) -> Path:
     for path in (
         folder / "absent.cpp",
         folder / "library.cpp",
-        *(NATIVE / f"{name}.cpp" for name in ("steps", "draw", "pool")),
+        *(NATIVE / f"{name}.cpp" for name in ("series", "steps", "draw", "pool")),
     ):
         objects[folder / f"{path.stem}.o"] = [f"-I{NATIVE}", str(path)]
     (folder / "library.o").unlink(missing_ok=True)

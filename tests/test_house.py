@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import dualform
+from dualform.core.errors import DualformError
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "dualform"
@@ -73,7 +74,11 @@ def test_signatures_are_narrow(module):
 @pytest.mark.parametrize("path", [p for p in MODULES if not place(p).startswith(KERNELS)], ids=place)
 def test_public_methods_are_documented(path):
     name = ".".join(["dualform", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except DualformError as error:  # one of an extra that is not here
+        assert "is not installed" in str(error)
+        return
     owners = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == name and c.__name__[0] != "_"]
     bare = [
         f"{owner.__name__}.{method}"

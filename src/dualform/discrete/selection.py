@@ -38,12 +38,10 @@ def select(
     emission: Callable[[int], Emission],
     states: Iterable[int] = range(1, 7),
     criterion: Literal["bic", "aic"] = "bic",
-    stationary: bool = False,
-    inputs: int = 0,
     durations: Callable[[int], Durations] | None = None,
-    u: Any = None,
     restarts: int = 6,
     seed: int = 0,
+    **more: Any,
 ) -> Selection:
     """Fit a model for each number of states, and choose.
 
@@ -53,13 +51,11 @@ def select(
         emission: makes the emission for a number of states, such as ``PoissonEmission``.
         states: the numbers that are tried.
         criterion: ``bic`` or ``aic``.
-        stationary: as :class:`~dualform.discrete.model.HiddenMarkov`.
-        inputs: as there.
         durations: makes the durations for a number of states, such as ``lambda k: PoissonDurations(k, 20)``, and so
             models that are a :class:`~dualform.discrete.semi_markov.HiddenSemiMarkov`.
-        u: inputs, as ``fit``.
         restarts: starting points of each fit.
         seed: of these.
+        more: ``stationary`` and ``inputs`` of the models, and ``u`` of the fits.
 
     Raises:
         ArgumentError: as ``fit``; for another criterion, no numbers, or durations beside inputs or a stationary start.
@@ -73,16 +69,14 @@ def select(
         >>> select([1, 0, 2, 1, 9, 8, 9, 7, 1, 0, 1, 2], emission=PoissonEmission, states=(1, 2)).best.states
         2
     """
-    if durations is not None and (stationary or inputs):
+    u = more.pop("u", None)
+    if durations is not None and any(more.values()):
         raise ArgumentError("select: with durations there are no inputs, and no stationary start")
     if criterion not in ("bic", "aic"):
         raise ArgumentError(f"select: criterion is {criterion!r}, expected 'bic' or 'aic'")
     found: list[Candidate] = []
     for k in states:
-        if durations is None:
-            model = HiddenMarkov(emission(k), stationary=stationary, inputs=inputs)
-        else:
-            model = HiddenSemiMarkov(emission(k), durations(k))
+        model = HiddenMarkov(emission(k), **more) if durations is None else HiddenSemiMarkov(emission(k), durations(k))
         fit = model.fit(X, lengths, u=u, restarts=restarts, seed=seed)
         p = model.free_parameters()
         aic, bic = 2 * p - 2 * fit.log_likelihood, p * math.log(fit.observed) - 2 * fit.log_likelihood

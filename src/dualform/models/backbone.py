@@ -360,16 +360,10 @@ class Backbone(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def _embed(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
-        h = self.embed(x if self.inputs is None else x.to(self._dtype))
+        h = self.embed(x if self.inputs is None else x.to(self.norm.weight.dtype))
         h = h.to(wide(h))
-        if self.config.embed_scale != 1:
-            h = self.config.embed_scale * h
+        h = h if self.config.embed_scale == 1 else self.config.embed_scale * h
         return h if self.config.embed_norm is None else counting(self.embed_norm, counted)(h).to(h.dtype)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """That of the weights; the norm has it whatever wraps the linear maps."""
-        return self.norm.weight.dtype
 
     def _states(self, state: State | None, rows: int) -> tuple[State | None, ...]:
         if state is None:
