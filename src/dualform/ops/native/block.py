@@ -201,7 +201,7 @@ def _fields(a: Record, y: Tensor, after: Sequence[Tensor]) -> dict[str, Any]:
     made = {name if name in ("k", "v") else f"next_{name}": m for name, m in zip(kernel.states, after, strict=True)}
     return {
         "dtype": a.x.dtype,
-        "matrices": a.out_weight.dtype,
+        "matrices": getattr(a, "in_weight", a.out_weight).dtype,  # beside 8 bits the others may be floats
         "rows": a.x.shape[0],
         "features": a.x.shape[1],
         "eps": a.eps,
