@@ -184,7 +184,7 @@ class PooledModel(Readout):
         h, blocks = self._step_features(steps, x, old.blocks, interval)
         pooled, seen = self.pool(h[:, None], old.pooled, None), old.seen + 1
         steps.made = made = PooledState(blocks, pooled, seen)
-        return self._shaped(self.head(self.pool.read(pooled, seen).to(self._dtype))), made
+        return self._shaped(self.head(self.pool.read(pooled, seen).to(self.norm.weight.dtype))), made
 
     def head_options(self) -> dict[str, Any]:
         """What beside the config it takes to build this model again, as JSON values."""
@@ -200,7 +200,7 @@ class PooledModel(Readout):
 
     def _read(self, pooled: Tree, seen: Tensor) -> Tensor:
         h = where(seen[:, None] > 0, self.pool.read(pooled, seen), 0)
-        return self._shaped(self.head(h.to(self._dtype)))
+        return self._shaped(self.head(h.to(self.norm.weight.dtype)))
 
     def _nothing(self, rows: int) -> tuple[Tree, Tensor]:
         """What is pooled of no elements, and their number."""
