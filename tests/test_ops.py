@@ -101,7 +101,10 @@ def test_gradcheck(name):
     tensors = {k: t.requires_grad_() for k, t in case.cast("cpu", torch.float64).items()}
 
     def run(*values):
-        return case.call(dict(zip(tensors, values, strict=True)))
+        made = case.call(dict(zip(tensors, values, strict=True)))
+        if case.op == "markov_filter":  # c is relative to top, which has no gradient: together they are the likelihood
+            made = made[0], made[1].log() + made[2]
+        return made
 
     with backend("torch"):
         assert torch.autograd.gradcheck(run, tuple(tensors.values()), fast_mode=True)
@@ -115,9 +118,9 @@ def test_bfloat16_in_float32_inside(name):
     with backend("torch"):
         got = case.call(case.cast("cpu", torch.bfloat16))
     for a, b in zip(got, exact, strict=True):
-        error = (a.double() - b).norm() / b.norm().clamp(min=1e-30)
+        error = (a.double() - b).norm() / b.double().norm().clamp(min=1e-30)
         assert error < 2e-2, f"relative error {error:.3g}"
-    if len(got) == 2 and case.op != "lti_step":  # whose stream is float32
+    if len(got) == 2 and case.op not in ("lti_step", "markov_path"):  # a stream of float32, and whole numbers
         assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
 
 
