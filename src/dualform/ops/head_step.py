@@ -47,7 +47,7 @@ def head_step(
     Raises:
         ArgumentError: for shapes, dtypes or devices that do not fit together.
     """
-    a = HeadStep(x, *weights, factor, cap or 0.0, eps, x.dtype if dtype is None else dtype, group)
+    a = HeadStep(x, *weights, factor, cap or 0.0, eps, dtype or getattr(x, "dtype", torch.float32), group)
     _check(a)
     return head_step_op(a)[0]
 
