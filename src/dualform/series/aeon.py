@@ -32,10 +32,15 @@ class _Wrapped:
     """What both have in common: an estimator of :mod:`dualform.series` that is made and fitted in ``fit``."""
 
     estimator_: Any
+    _kind: Any  # its class
 
-    def _learn(self, kind: Any, X: Any, y: np.ndarray) -> None:
+    def _fit(self, X: Any, y: np.ndarray) -> "_Wrapped":
         given: dict[str, Any] = self.get_params()  # pyright: ignore[reportAttributeAccessIssue]
-        self.estimator_ = kind(**given, channels_first=True).fit(X, y)
+        self.estimator_ = self._kind(**given, channels_first=True).fit(X, y)
+        return self
+
+    def _predict(self, X: Any) -> np.ndarray:
+        return self.estimator_.predict(X)
 
     @classmethod
     def _get_test_params(cls, parameter_set: str = "default") -> dict[str, Any]:
@@ -68,7 +73,7 @@ class DualformClassifier(_Wrapped, BaseClassifier):
         ArgumentError: for series that cannot be learned; names the row.
     """
 
-    _tags = _TAGS
+    _tags, _kind = _TAGS, DeepClassifier
 
     def __init__(
         self,
@@ -87,13 +92,6 @@ class DualformClassifier(_Wrapped, BaseClassifier):
         self.steps, self.lr, self.validation, self.class_weight = steps, lr, validation, class_weight
         self.n_jobs, self.random_state, self.verbose = n_jobs, random_state, verbose
         super().__init__()
-
-    def _fit(self, X: Any, y: np.ndarray) -> "DualformClassifier":
-        self._learn(DeepClassifier, X, y)
-        return self
-
-    def _predict(self, X: Any) -> np.ndarray:
-        return self.estimator_.predict(X)
 
     def _predict_proba(self, X: Any) -> np.ndarray:
         return self.estimator_.predict_proba(X)
@@ -120,7 +118,7 @@ class DualformRegressor(_Wrapped, BaseRegressor):
         ArgumentError: for series that cannot be learned; names the row.
     """
 
-    _tags = _TAGS
+    _tags, _kind = _TAGS, DeepRegressor
 
     def __init__(
         self,
@@ -138,10 +136,3 @@ class DualformRegressor(_Wrapped, BaseRegressor):
         self.steps, self.lr, self.validation = steps, lr, validation
         self.n_jobs, self.random_state, self.verbose = n_jobs, random_state, verbose
         super().__init__()
-
-    def _fit(self, X: Any, y: np.ndarray) -> "DualformRegressor":
-        self._learn(DeepRegressor, X, y)
-        return self
-
-    def _predict(self, X: Any) -> np.ndarray:
-        return self.estimator_.predict(X)
