@@ -17,6 +17,9 @@ from dualform.models.lm import LanguageModel
 from dualform.ops import OPS, backend, causal_conv1d_update, linear_scan, selective_state_update
 from dualform.ops import selective_scan as scan
 from dualform.ops.derivatives import floats
+from dualform.ops.markov_filter import markov_filter
+from dualform.ops.markov_path import markov_path
+from dualform.ops.markov_smoother import markov_smoother
 from dualform.ops.op import PREFERENCE
 from op_calls import NAMES, case_of, dispatched
 
@@ -263,3 +266,18 @@ def test_a_product_of_matrices_may_lie_in_any_order(name, monkeypatch):
 
 def by_columns(m):
     return m.mT.contiguous().mT if m.dim() > 1 else m
+
+
+def test_passes_over_a_chain_name_what_is_no_tensor():
+    chain = r(2, 4, 3, 3), r(2, 5, 3)
+    for call, name in ((markov_filter, "start"), (markov_path, "start"), (markov_smoother, "p")):
+        for value in (None, [1.0]):
+            with pytest.raises(ArgumentError, match=rf"{name} is {type(value).__name__}, expected a tensor"):
+                call(value, *chain)
+
+
+def test_the_most_likely_path_compiles():
+    given = r(2, 3), r(2, 4, 3, 3), r(2, 5, 3)
+    path, score = torch.compile(lambda *a: markov_path(*a), backend="eager", fullgraph=True)(*given)
+    want = markov_path(*given)
+    assert torch.equal(path, want.path) and torch.equal(score, want.score)

@@ -71,12 +71,12 @@ def check_chain(where: str, vector: Tensor, A: Tensor, log_b: Tensor) -> None:
     Raises:
         ArgumentError: names the argument that does not.
     """
-    first = ("start", "B K") if vector.dim() == 2 else ("p", "B T K")
-    sizes = check_tensors(where, log_b=(log_b, "B T K"), A=(A, "B S K K"), **{first[0]: (vector, first[1])})
+    name, axes = ("p", "B T K") if where == "markov_smoother" else ("start", "B K")
+    sizes = check_tensors(where, log_b=(log_b, "B T K"), A=(A, "B S K K"), **{name: (vector, axes)})
     if sizes["S"] != max(sizes["T"] - 1, 0):
         hint = "a transition leads from each step to the next; a constant one is A.expand(B, T - 1, K, K)"
         raise ArgumentError(f"{where}: A has {sizes['S']} steps, but log_b has {sizes['T']}", hint=hint)
-    check_real(where, log_b=log_b, A=A, **{first[0]: vector})
+    check_real(where, log_b=log_b, A=A, **{name: vector})
 
 
 def check_record(where: str, a: Any) -> None:
@@ -93,8 +93,6 @@ def check_record(where: str, a: Any) -> None:
 
 
 def _check(a: MarkovFilter) -> None:
-    if a.start.dim() != 2:
-        raise ArgumentError(f"{_WHERE}: start has shape {tuple(a.start.shape)}, expected (B, K)")
     check_record(_WHERE, a)
 
 

@@ -47,7 +47,7 @@ def markov_path(start: Tensor, A: Tensor, log_b: Tensor, lengths: Tensor | None 
         (1989), "A tutorial on hidden Markov models", section III.B.
     """
     a = MarkovPath(*taken(_WHERE, start, A, log_b), lengths)
-    _check(a)
+    _check_lengths(a)
     if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (lengths < 0) | (lengths > log_b.shape[1])
         refuse(_WHERE, "lengths", lengths, wrong, f"has values that are not from 0 to {log_b.shape[1]}")
@@ -106,9 +106,11 @@ def _fake(a: MarkovPath) -> list[Tensor]:
 
 
 def _check(a: MarkovPath) -> None:
-    if a.start.dim() != 2:
-        raise ArgumentError(f"{_WHERE}: start has shape {tuple(a.start.shape)}, expected (B, K)")
     check_record(_WHERE, a)
+    _check_lengths(a)
+
+
+def _check_lengths(a: MarkovPath) -> None:
     if a.lengths is None:
         return
     check_tensors(_WHERE, log_b=(a.log_b, "B T K"), lengths=(a.lengths, "B"))

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.core.errors import ArgumentError
 from dualform.ops.markov_filter import check_record, relative_likelihoods, taken
 from dualform.ops.op import Op
 
@@ -81,8 +80,6 @@ def _fake(a: MarkovSmoother) -> list[Tensor]:
 
 
 def _check(a: MarkovSmoother) -> None:
-    if a.p.dim() != 3:
-        raise ArgumentError(f"{_WHERE}: p has shape {tuple(a.p.shape)}, expected (B, T, K)")
     check_record(_WHERE, a)
 
 
