@@ -66,16 +66,20 @@ def op_calls(device: str, names: list[str]) -> dict[str, Callable[[], Any]]:
     for op, case in first_cases(names).items():
         given = case.cast(device, torch.float32)
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-        ones = [torch.ones_like(y) for y in case.call(given)]
+        with torch.enable_grad():  # a path, or a bound, has no gradient
+            found = {i: torch.ones_like(y) for i, y in enumerate(case.call(leaves)) if y.requires_grad}
 
         def forward(case: OpCase = case, given: dict[str, Tensor] = given) -> Any:
             return case.call(given)
 
-        def both(case: OpCase = case, leaves: dict[str, Tensor] = leaves, ones: list[Tensor] = ones) -> Any:
+        def both(case: OpCase = case, leaves: dict[str, Tensor] = leaves, found: dict[int, Tensor] = found) -> Any:
             with torch.enable_grad():
-                return torch.autograd.grad(case.call(leaves), list(leaves.values()), ones)
+                y = case.call(leaves)
+                return torch.autograd.grad([y[i] for i in found], list(leaves.values()), list(found.values()))
 
-        calls[f"{op}, forward"], calls[f"{op}, forward + backward"] = forward, both
+        calls[f"{op}, forward"] = forward
+        if found:
+            calls[f"{op}, forward + backward"] = both
     return calls
 
 

@@ -1,14 +1,22 @@
 """Steps of the blocks of a model, one by one or in runs that a kernel takes together."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dualform.core.recurrence import State
+from dualform.core.shapes import wide
 from dualform.layers.block import Block
 from dualform.layers.mixer import Step
-from dualform.layers.stream_step import StreamStep, StreamSteps
+from dualform.layers.norm import RMSNorm
+from dualform.layers.projection import kernels_run, plain
+from dualform.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from dualform.layers.stream_step import StreamStep, StreamSteps, wide_of
 from dualform.ops.head_step import HeadStep
+
+_HEADS = (nn.Linear, nn.Embedding, QuantizedLinear, QuantizedEmbedding)
 
 
 class Steps:
@@ -40,3 +48,23 @@ def stream_runs(blocks: Sequence[Block], head: Callable[[Tensor], HeadStep] | No
         else:
             first = number + 1
     return {first: StreamSteps(run, head if len(run) == len(blocks) else None) for first, run in runs.items()}
+
+
+def head_behind(norm: Any, head: Any, factor: float = 1.0, cap: float = 0.0) -> Callable[[Tensor], HeadStep] | None:
+    """What follows the last block, given the stream: ``factor (W norm(x) + b)`` with a bound, 0 for none, of a CPU.
+
+    None where there is no kernel for it: for another norm, a head that is wrapped or hooked, or weights of which the
+    kernel knows nothing.
+    """
+    if not any(plain(head, kind=kind) for kind in _HEADS) or not plain(norm, kind=RMSNorm):
+        return None
+    if not norm.weight.is_cpu or not kernels_run("cpu"):
+        return None
+    weight, scales, bias = head.weight, getattr(head, "scales", None), getattr(head, "bias", None)
+    if type(weight) not in (Tensor, nn.Parameter) or (scales is None and weight.dtype != norm.weight.dtype):
+        return None
+    if scales is not None and wide(norm.weight) != torch.float32:
+        return None
+    weights = wide_of(norm.weight), weight, wide_of(bias), scales
+    options = factor, cap, norm.eps, norm.weight.dtype, getattr(head, "group", 0)
+    return lambda x: HeadStep(x, *weights, *options)

@@ -1,7 +1,7 @@
 """The language model: a Recurrence from tokens to logits, made of Recurrences."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,11 @@ from dualform.core.calls import explained
 from dualform.core.errors import ConfigError
 from dualform.core.packing import Borders
 from dualform.core.recurrence import State
-from dualform.core.shapes import check_tensors, wide
-from dualform.layers.norm import RMSNorm
-from dualform.layers.projection import kernels_run, plain, project, project_by
-from dualform.layers.quantized import QuantizedEmbedding, QuantizedLinear
-from dualform.layers.stream_step import wide_of
+from dualform.core.shapes import check_tensors
+from dualform.layers.projection import project, project_by
+from dualform.layers.quantized import QuantizedEmbedding
 from dualform.models.backbone import ELSEWHERE, Backbone, Steps
+from dualform.models.block_steps import head_behind
 from dualform.models.config import ModelConfig
 from dualform.models.linear_loss import IGNORED, counted, linear_cross_entropy, mean_cross_entropy
 from dualform.models.padding import Line, lay_out
@@ -106,18 +105,8 @@ class LanguageModel(Backbone):
         return self._bounded(self._tied(h, project_by) if self.head is None else project(self.head, h))
 
     def _head_step(self) -> Callable[[Tensor], HeadStep] | None:
-        config, head, norm = self.config, cast("Any", self.embed if self.head is None else self.head), self.norm
-        whole = any(plain(head, kind=kind) for kind in (nn.Linear, nn.Embedding, QuantizedLinear, QuantizedEmbedding))
-        if not whole or not plain(norm, kind=RMSNorm) or not norm.weight.is_cpu or not kernels_run("cpu"):
-            return None
-        weight, scales, bias = head.weight, getattr(head, "scales", None), getattr(head, "bias", None)
-        if type(weight) not in (Tensor, nn.Parameter) or (scales is None and weight.dtype != norm.weight.dtype):
-            return None
-        if scales is not None and wide(norm.weight) != torch.float32:
-            return None
-        options = config.logit_scale, config.logit_cap or 0.0, norm.eps, norm.weight.dtype, getattr(head, "group", 0)
-        weights = wide_of(norm.weight), weight, wide_of(bias), scales
-        return lambda x: HeadStep(x, *weights, *options)
+        config, head = self.config, self.embed if self.head is None else self.head
+        return head_behind(self.norm, head, config.logit_scale, config.logit_cap or 0.0)
 
     def loss(
         self,

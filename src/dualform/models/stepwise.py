@@ -1,5 +1,6 @@
 """Models that say something about every element of a sequence, and of a stream as it comes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float, Real
@@ -10,8 +11,10 @@ from dualform.core.packing import Borders
 from dualform.core.recurrence import State
 from dualform.core.shapes import check_tensors
 from dualform.models.backbone import ELSEWHERE, Steps
+from dualform.models.block_steps import head_behind
 from dualform.models.padding import Line, lay_out
 from dualform.models.readout import Readout
+from dualform.ops.head_step import HeadStep
 
 
 @explained(elsewhere=ELSEWHERE)
@@ -102,8 +105,11 @@ class StepwiseModel(Readout):
     def _step(self, steps: Steps, x: Tensor, state: State, *, interval: Tensor | None = None) -> tuple[Tensor, State]:
         if state is not steps.made:
             self._check_causal()
-        h, steps.made = self._step_features(steps, x, state, interval)
-        return self._shaped(self.head(h)), steps.made
+        y, steps.made = self._step_features(steps, x, state, interval, self.head)
+        return self._shaped(y), steps.made
+
+    def _head_step(self) -> Callable[[Tensor], HeadStep] | None:
+        return head_behind(self.norm, self.head)
 
     def _on_line(self, line: Line, rate: float) -> tuple[Tensor, Any, list[Tensor]]:
         """Outputs laid out like the line, the state of its rows, and the losses of parts."""

@@ -1,6 +1,6 @@
 """How often the bands of `auto` hold what comes, on 500 simulated series of ten processes.
 
-    .venv/bin/python benchmarks/coverage.py [--series 50] [--steps 80] [--model auto] [--out coverage.json]
+    .venv/bin/python benchmarks/bands.py [--series 50] [--steps 80] [--model auto] [--out bands.json]
 
 Of each process there are as many series. A forecaster is fitted to all but their last 8 steps, and chooses for each
 series by itself; the table has the share of what was left out that lies in each band. The processes are simulated here,
