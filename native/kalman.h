@@ -3,7 +3,7 @@
 // Joseph's form as two changes of rank one, so that the error of the gain enters squared and the covariance stays
 // positive semi-definite; correlated ones are made independent first, by the factors of R. While the model of a series
 // and the pattern of what is missing do not change, the covariance comes to rest. From where 64 steps together change
-// it by no more than rounding does, or where it is in scalars one step does not at all, the steps move the mean alone.
+// it by no more than rounding does, or in lanes one step does not at all, the steps move the mean alone.
 #pragma once
 
 #include <cmath>
@@ -67,6 +67,15 @@ struct Lanes {
 };
 
 constexpr int half(int i, int j) { return i >= j ? i * (i + 1) / 2 + j : j * (j + 1) / 2 + i; }
+
+// Whether a comparison holds in every lane.
+INLINE bool everywhere(bool found) { return found; }
+template <class M>
+INLINE bool everywhere(M found) {
+  auto all = found[0];
+  for (size_t i = 1; i < sizeof(M) / sizeof all; i++) all &= found[i];
+  return all;
+}
 
 // A model of N states and one observation, and what its filter carries.
 template <class T, class V, int N>
@@ -173,10 +182,14 @@ void few(const KalmanFilter& s, int64_t first, int64_t end) {
   M::read(m, s, lanes, 0, true);
   V sizes[SPAN], squares[SPAN], seen[SPAN], ys[SPAN];
   bool still = false;  // whether another step leaves the covariance as it is
+  bool moved[SPAN];
   for (int64_t begin = 0; begin < length; begin += SPAN) {
     const int64_t steps = least(SPAN, length - begin);
+    uint8_t whole = 1;  // whether nothing is missing
+    for (int64_t row : lanes.rows)
+      for (int64_t k = 0; k < steps; k++) whole &= s.seen[row * length + begin + k];
     for (int64_t k = 0; k < steps; k++) {
-      seen[k] = Lanes<V, T>::read(s.seen + begin + k, length, lanes);
+      seen[k] = whole ? V{} + T(1) : Lanes<V, T>::read(s.seen + begin + k, length, lanes);
       ys[k] = Lanes<V, T>::read(at<T>(s.y, 0, begin + k), s.y.row, lanes);
     }
     for (int64_t k = 0; k < steps; k++) {
@@ -185,18 +198,15 @@ void few(const KalmanFilter& s, int64_t first, int64_t end) {
       M::predict_mean(m);
       V v = ys[k];
       for (int i = 0; i < N; i++) v -= m.c[i] * m.mean[i];
-      bool moves = true;
-      if constexpr (ONE) moves = !(still && seen[k] > 0);
-      if (moves) {
-        if constexpr (ONE)
-          for (int i = 0; i < half(N, 0); i++) settled[i] = m.cov[i];
+      const bool known = whole || everywhere(seen[k] > 0);
+      moved[k] = !(still && known);
+      if (moved[k]) {
+        for (int i = 0; i < half(N, 0); i++) settled[i] = m.cov[i];
         M::predict_cov(m);
         for (int i = 0; i < half(N, 0); i++) predicted[i] = m.cov[i];
         size = M::update_cov(m, seen[k], gain);
-        if constexpr (ONE) {
-          still = constant && seen[k] > 0;
-          for (int i = 0; i < half(N, 0); i++) still = still && settled[i] == m.cov[i];
-        }
+        still = constant && known;
+        for (int i = 0; i < half(N, 0); i++) still = still && everywhere(settled[i] == m.cov[i]);
       }
       if (s.means) M::write(m.mean, predicted, s.predicted_means, s.predicted_covs, t, length, lanes);
       for (int i = 0; i < N; i++) m.mean[i] += seen[k] > 0 ? gain[i] * v : V{};
@@ -204,19 +214,22 @@ void few(const KalmanFilter& s, int64_t first, int64_t end) {
       sizes[k] = size, squares[k] = v * v;
     }
     T* out = static_cast<T*>(s.loglik) + begin;
-    auto terms = [](vec<T> size, vec<T> square, vec<T> seen) {
-      const vec<T> term = (logarithm<T>(size) + square / size + T(LOG_2PI)) * T(-0.5);
-      return seen > 0 ? term : vec<T>{};
-    };
     if constexpr (ONE) {
       T found[SPAN];
       for (int64_t k = steps; k < up(steps, LANES<T>); k++) sizes[k] = 1, squares[k] = 0, seen[k] = 0;
-      for (int64_t k = 0; k < steps; k += LANES<T>)
-        store(found + k, terms(load(sizes + k), load(squares + k), load(seen + k)));
+      for (int64_t k = 0; k < steps; k += LANES<T>) {
+        const vec<T> variance = load(sizes + k);
+        const vec<T> term = (logarithm<T>(variance) + load(squares + k) / variance + T(LOG_2PI)) * T(-0.5);
+        store(found + k, load(seen + k) > 0 ? term : vec<T>{});
+      }
       memcpy(out + lanes.rows[0] * length, found, steps * sizeof(T));
     } else {
-      for (int64_t k = 0; k < steps; k++)
-        Lanes<V, T>::write(out + k, length, terms(sizes[k], squares[k], seen[k]), lanes);
+      V constants, inverse;
+      for (int64_t k = 0; k < steps; k++) {
+        if (k == 0 || moved[k]) constants = logarithm<T>(sizes[k]) + T(LOG_2PI), inverse = T(1) / sizes[k];
+        const V term = (constants + squares[k] * inverse) * T(-0.5);
+        Lanes<V, T>::write(out + k, length, seen[k] > 0 ? term : V{}, lanes);
+      }
     }
   }
   M::write(m.mean, m.cov, s.last_mean, s.last_cov, 0, 1, lanes);

@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dualform.core.tree import leaves
 from dualform.generation import batch, request
@@ -89,6 +91,13 @@ def random_company(model, dice, exact=True):
 def test_the_bits_are_those_alone(pattern, seed):
     found = random_company(build(pattern), random.Random(seed))
     assert len(found) > 8 and all(found)
+
+
+@pytest.mark.parametrize("pattern", ["mM", "MA", "mWSA"])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(dice=st.randoms(use_true_random=False))
+def test_the_bits_are_those_alone_in_company_that_is_sought(pattern, dice):
+    assert all(random_company(build(pattern), dice))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

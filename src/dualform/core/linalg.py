@@ -134,8 +134,8 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def symmetric_part(matrix: Tensor) -> Tensor:
-    """``(X + X^T) / 2`` of ``(..., N, N)``."""
-    return (matrix + matrix.mT) / 2
+    """``(X + X^T) / 2`` of ``(..., N, N)``, which is X itself where N is 1."""
+    return matrix if matrix.shape[-1] == 1 else (matrix + matrix.mT) / 2
 
 
 def covariance_root(S: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from dualform.gaussian.passes import Blame, Pass, predict
 from dualform.gaussian.recurrent import own
 from dualform.gaussian.results import Laid, Rows
 from dualform.gaussian.series import Series
-from dualform.gaussian.steps import Matrices, Steps, Transition, standing, steps_of, transition
+from dualform.gaussian.steps import Matrices, Steps, Transition, present, standing, steps_of, transition
 
 
 class Linear(Series):
@@ -50,7 +50,7 @@ class Linear(Series):
         keep: tuple[Tensor, Tensor] | None,
     ) -> Steps:
         observed, moved = (None, None) if keep is None else keep
-        seen = ~x.isnan() if observed is None else ~x.isnan() & observed[..., None]
+        seen = present(x) if observed is None else present(x) & observed[..., None]
         needed = None if moved is None else moved.sum(1)
         matrices = Matrices(where, self.system, full, belief.steps, x.shape[1], belief.mean.dtype, needed)
         return steps_of(matrices, x, u, seen, standing(self.system, belief, x.shape[1], moved))
@@ -68,7 +68,7 @@ class Linear(Series):
     ) -> tuple[Belief, Steps]:
         matrices, y = Matrices(where, self.system, full, belief.steps, 1, belief.mean.dtype), x[:, None]
         u = None if u is None else u[:, None]
-        steps = steps_of(matrices, y, u, ~y.isnan(), standing(self.system, belief, 1, None))
+        steps = steps_of(matrices, y, u, present(y), standing(self.system, belief, 1, None))
         return predict(belief, tree_map(lambda z: z[:, 0], steps)), steps
 
     def _transition(self, where: str, belief: Belief, u: Tensor | None, given: dict[str, Tensor]) -> Transition:

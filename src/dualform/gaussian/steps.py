@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import matvec, symmetric_part
+from dualform.core.shapes import known
 from dualform.core.tree import tree_map
 from dualform.gaussian.belief import Belief
 from dualform.gaussian.parameters import CORES, Parameters, System
@@ -166,10 +167,21 @@ def steps_of(matrices: Matrices, y: Tensor, u: Tensor | None, seen: Tensor, stil
         still: ``(B, T)``, the steps that make no transition; None is none.
     """
     moved, C, R = transition(matrices, u, still), matrices.there("C"), matrices.noise_of_y()
-    y, level = torch.where(seen, y.to(C.dtype), 0), matrices.driven("d", "D", u)
-    if level is not None:
-        y = torch.where(seen, y - level, 0)
-    return Steps(*moved, C, R, y, seen)
+    y, level = y.to(C.dtype), matrices.driven("d", "D", u)
+    y = y if level is None else y - level
+    return Steps(*moved, C, R, y if all_present(seen) else torch.where(seen, y, 0), seen)
+
+
+def present(y: Tensor) -> Tensor:
+    """What is not NaN; a view of one number where that can be told in one pass, and nothing is missing."""
+    if known(y) and y.detach().sum().isfinite():
+        return torch.ones((), dtype=torch.bool).expand(y.shape)
+    return ~y.isnan()
+
+
+def all_present(seen: Tensor) -> bool:
+    """Whether it is known that nothing is missing."""
+    return known(seen) and seen.numel() > 0 and not any(seen.stride()) and bool(seen.reshape(-1)[0])
 
 
 def masked(steps: Steps) -> Steps:
