@@ -7,7 +7,8 @@ else is float32. The floor is bytes over bandwidth: a step reads the weights onc
 reads and writes the states of its rows. The bandwidth is that of the sum of half a gigabyte by all threads. Every
 repetition times every case of a model once, the sum among them, so that other programs disturb all of them alike; where
 they do, the best of each is nearer to the truth than the median. With ``--prompt`` the time to the first token after so
-many is printed, too.
+many is printed, too. ``--llama-cpp`` decodes one row by llama.cpp as well, before and after our own, where xllamacpp is
+installed.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from harness import interleaved, report
+from llama_peer import tokens_per_second
 
 from dualform.generation.decoder import Decoder
 from dualform.generation.options import Sampling
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--llama-cpp", action="store_true", help="on a CPU, where xllamacpp is installed")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -104,6 +107,7 @@ def main() -> None:
     lines, read = [], reader(options.device)
     for name in options.models:
         for dtype in options.dtypes:
+            theirs = tokens_per_second(name, dtype, options.threads) if options.llama_cpp else []
             model = built(name, dtype, options.device)
             weights = sum(m.nbytes for m in (*model.parameters(), *model.buffers()))
             cases, moved = {MEMORY: read}, {}
@@ -118,6 +122,10 @@ def main() -> None:
             speed = 4 * READ / min(found.pop(MEMORY)) * 1e3
             for title, times in found.items():
                 lines.append(line(title, times, options.tokens, speed, *moved.get(title, (1, 0))))
+            if theirs:
+                theirs += tokens_per_second(name, dtype, options.threads)
+                times = [1e3 / t for t in theirs]
+                lines.append(line(f"{name}, {dtype}, 1 row, llama.cpp", times, 1, speed, 1, weights))
     report("decoding, best of the repetitions", lines, options.out)
 
 
