@@ -7,8 +7,8 @@ else is float32. The floor is bytes over bandwidth: a step reads the weights onc
 reads and writes the states of its rows. The bandwidth is that of the sum of half a gigabyte by all threads. Every
 repetition times every case of a model once, the sum among them, so that other programs disturb all of them alike; where
 they do, the best of each is nearer to the truth than the median. With ``--prompt`` the time to the first token after so
-many is printed, too. ``--llama-cpp`` decodes one row by llama.cpp as well, before and after our own, where xllamacpp is
-installed.
+many is printed, too. ``--peers`` decodes the same by mamba-ssm, transformers and llama.cpp, where these are installed,
+and ``--plot FILE`` draws tokens per second against the rows.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_peers import peers
 from harness import interleaved, report
-from llama_peer import tokens_per_second
 
 from dualform.generation.decoder import Decoder
 from dualform.generation.options import Sampling
@@ -99,7 +99,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--llama-cpp", action="store_true", help="on a CPU, where xllamacpp is installed")
+    parser.add_argument("--peers", action="store_true", help="other libraries, where they are installed")
+    parser.add_argument("--plot", type=Path, help="a picture")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -107,7 +108,6 @@ def main() -> None:
     lines, read = [], reader(options.device)
     for name in options.models:
         for dtype in options.dtypes:
-            theirs = tokens_per_second(name, dtype, options.threads) if options.llama_cpp else []
             model = built(name, dtype, options.device)
             weights = sum(m.nbytes for m in (*model.parameters(), *model.buffers()))
             cases, moved = {MEMORY: read}, {}
@@ -122,11 +122,37 @@ def main() -> None:
             speed = 4 * READ / min(found.pop(MEMORY)) * 1e3
             for title, times in found.items():
                 lines.append(line(title, times, options.tokens, speed, *moved.get(title, (1, 0))))
-            if theirs:
-                theirs += tokens_per_second(name, dtype, options.threads)
-                times = [1e3 / t for t in theirs]
-                lines.append(line(f"{name}, {dtype}, 1 row, llama.cpp", times, 1, speed, 1, weights))
+            for rows, (label, peer) in product(options.rows, peers().items() if options.peers else ()):
+                if times := peer(name, dtype, rows, options.device):
+                    title = f"{name}, {dtype}, {rows} row" + "s" * (rows > 1)
+                    lines.append(line(f"{title}, {label}", times, 1, speed, *moved[title]))
     report("decoding, best of the repetitions", lines, options.out)
+    if options.plot is not None:
+        draw(lines, options.plot)
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """Tokens per second against the rows that are decoded together, and what memory allows, of every model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for one in lines:
+        name, dtype, rows, *rest = one["case"].split(", ")
+        if " row" in rows:
+            kind = ", ".join((name, dtype, *rest))
+            found.setdefault(kind, []).append((int(rows.split()[0]), one["tokens/s"], one["floor"]))
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for kind, points in found.items():
+        rows, speeds, floors = zip(*sorted(points), strict=True)
+        (drawn,) = axes.loglog(rows, speeds, marker="o", label=kind)
+        if len(kind.split(", ")) == 2:  # one of ours, as it is
+            axes.loglog(rows, floors, color=drawn.get_color(), linestyle=":", marker="_")
+    axes.set(xlabel="rows decoded together", ylabel="tokens per second, all rows", title="dotted: what memory allows")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def line(title: str, times: list[float], tokens: int, speed: float, rows: int, moved: int) -> dict[str, Any]:
