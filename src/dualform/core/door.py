@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dualform.core.errors import ArgumentError
+from dualform.core.shapes import check_tensors, once_per_shape
 
 
 def other_device(where: str, whole: str, device: torch.device, given: Mapping[str, Any]) -> ArgumentError | None:
@@ -30,6 +31,18 @@ def other_device(where: str, whole: str, device: torch.device, given: Mapping[st
                     move = f"what is on meta has a shape and no numbers: make {name} on {device}"
                 return ArgumentError(f"{where}: {name} is on {leaf.device}, but the {whole} is on {device}", hint=move)
     return None
+
+
+@once_per_shape
+def check_line(where: str, name: str, letters: str, tokens: Tensor, weight: Tensor) -> None:
+    """Tokens by their axes and their device; the weight is one of the model's.
+
+    Raises:
+        ArgumentError: names what came and what was expected.
+    """
+    if wrong := other_device(where, "model", weight.device, {name: tokens}):
+        raise wrong
+    check_tensors(where, **{name: (tokens, letters)})
 
 
 def other_rows(where: str, state: Any, rows: int) -> ArgumentError | None:

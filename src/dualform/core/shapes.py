@@ -23,6 +23,7 @@ from dualform.core.errors import ArgumentError
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_PASSED = 4096  # combinations that a check remembers
+_FEW = 16  # values that Python compares faster than an operation does
 
 
 def once_per_shape(check: Callable[..., None]) -> Callable[..., None]:
@@ -156,8 +157,12 @@ def check_indices(where: str, name: str, indices: Tensor, below: int, ignored: i
         raise ArgumentError(f"{where}: {name} is {indices.dtype}, expected int32 or int64", hint=hint)
     if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
         return
-    low, high = indices.aminmax()
-    if int(low) >= 0 and int(high) < below:
+    if indices.numel() <= _FEW and known(indices):
+        values = indices.flatten().tolist()  # in a fifth of the time of a reduction
+        low, high = min(values), max(values)
+    else:
+        low, high = map(int, indices.aminmax())
+    if low >= 0 and high < below:
         return
     outside = (indices < 0) | (indices >= below)
     if ignored:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dualform.core.allocation import sized
 from dualform.core.calls import explained
-from dualform.core.door import other_device, other_rows
+from dualform.core.door import check_line, other_rows
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.core.options import brief
 from dualform.core.packing import Borders, Packing
@@ -383,13 +383,8 @@ class Backbone(nn.Module):
         else:
             check_features(self._name, axes, self.inputs, x, self.norm.weight)
 
-    def _check_device(self, **given: Tensor) -> None:
-        if wrong := other_device(self._name, "model", self.norm.weight.device, given):
-            raise wrong
-
     def _check_tokens(self, name: str, tokens: Tensor, letters: str, ignored: int = 0) -> None:
-        self._check_device(**{name: tokens})
-        check_tensors(self._name, **{name: (tokens, letters)})
+        check_line(self._name, name, letters, tokens, self.norm.weight)
         hint = "is this the tokenizer of this model?"
         if isinstance(tokens, Tensor) and tokens.is_floating_point():
             hint = "text becomes tokens with a tokenizer's encode"

@@ -1,5 +1,6 @@
 """The draw of tokens on a CPU, in one pass over the logits of a row."""
 
+import torch
 from torch import Tensor
 
 from dualform.ops.native import library
@@ -21,7 +22,7 @@ def draw(logits: Tensor, options: Tensor, draws: Tensor, history: Tensor | None,
     rows, tokens = logits.shape
     if rows == 0:
         return
-    token, finite = (one if one.is_contiguous() else one.new_empty(rows) for one in found)
+    written = [one if one.is_contiguous() else one.new_empty(rows) for one in found.unbind()]
     library.call(
         "draw",
         DRAW,
@@ -32,8 +33,8 @@ def draw(logits: Tensor, options: Tensor, draws: Tensor, history: Tensor | None,
         options=options.contiguous(),
         draws=draws.contiguous(),
         history=None if history is None else history.contiguous(),
-        token=token,
-        finite=finite,
+        token=written[0],
+        finite=written[1],
     )
-    found[0].copy_(token)
-    found[1].copy_(finite)
+    if not found.is_contiguous():
+        found.copy_(torch.stack(written))
