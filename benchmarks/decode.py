@@ -112,7 +112,7 @@ def main() -> None:
             weights = sum(m.nbytes for m in (*model.parameters(), *model.buffers()))
             cases, moved = {MEMORY: read}, {}
             for rows, held in product(options.rows, options.state_dtype):
-                title = f"{name}, {dtype}, {rows} row" + "s" * (rows > 1)
+                title = titled(name, dtype, rows)
                 title, kind = (f"{title}, states {held}", getattr(torch, held)) if "float" in held else (title, None)
                 cases[title], state = decoding(model, rows, options.tokens, options.device, kind)
                 moved[title] = rows, weights + 2 * state
@@ -124,11 +124,17 @@ def main() -> None:
                 lines.append(line(title, times, options.tokens, speed, *moved.get(title, (1, 0))))
             for rows, (label, peer) in product(options.rows, peers().items() if options.peers else ()):
                 if times := peer(name, dtype, rows, options.device):
-                    title = f"{name}, {dtype}, {rows} row" + "s" * (rows > 1)
-                    lines.append(line(f"{title}, {label}", times, 1, speed, *moved[title]))
+                    title = titled(name, dtype, rows)
+                    size = moved.get(title, (rows, weights))  # of the states at hand, where they were run as they are
+                    lines.append(line(f"{title}, {label}", times, 1, speed, *size))
     report("decoding, best of the repetitions", lines, options.out)
     if options.plot is not None:
         draw(lines, options.plot)
+
+
+def titled(name: str, dtype: str, rows: int) -> str:
+    """What the table calls a case."""
+    return f"{name}, {dtype}, {rows} row" + "s" * (rows > 1)
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:

@@ -140,9 +140,10 @@ def write(name: str, dtype: str, path: Path) -> None:
 
 def vocabulary(size: int) -> str:
     """A ``tokenizer.json`` of the bytes and of words that no text has."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-    vocab = {word: i for i, word in enumerate((*letters, *(f"word{i}" for i in range(256, size))))}
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    words = *sorted(ByteLevel.alphabet()), *(f"word{i}" for i in range(256, size))
+    vocab = {word: i for i, word in enumerate(words)}
     whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": False}
     parts = {"normalizer": None, "pre_tokenizer": whole, "post_processor": None, "decoder": whole}
