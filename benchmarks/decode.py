@@ -99,13 +99,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--peers", action="store_true", help="other libraries, where they are installed")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="other libraries; all that are installed by default")
     parser.add_argument("--plot", type=Path, help="a picture")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    lines, read = [], reader(options.device)
+    lines, read, others = [], reader(options.device), peers(options.peers)
     for name in options.models:
         for dtype in options.dtypes:
             model = built(name, dtype, options.device)
@@ -122,7 +122,7 @@ def main() -> None:
             speed = 4 * READ / min(found.pop(MEMORY)) * 1e3
             for title, times in found.items():
                 lines.append(line(title, times, options.tokens, speed, *moved.get(title, (1, 0))))
-            for rows, (label, peer) in product(options.rows, peers().items() if options.peers else ()):
+            for rows, (label, peer) in product(options.rows, others.items()):
                 if times := peer(name, dtype, rows, options.device):
                     title = titled(name, dtype, rows)
                     size = moved.get(title, (rows, weights))  # of the states at hand, where they were run as they are

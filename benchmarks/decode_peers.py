@@ -48,12 +48,13 @@ os._exit(0)
 """
 
 
-def peers() -> dict[str, Peer]:
-    """Those that are installed, with their versions."""
+def peers(names: list[str] | None) -> dict[str, Peer]:
+    """Those that are asked for, or all for an empty list, and installed, with their versions; None is none."""
     found = {}
     for name, peer in (("mamba-ssm", mamba_ssm), ("transformers", transformers), ("xllamacpp", llama_cpp)):
         try:
-            found[f"{name} {version(name)}"] = peer
+            if names is not None and (not names or name in names):
+                found[f"{name} {version(name)}"] = peer
         except PackageNotFoundError:
             continue
     return found

@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/kalman_gpu.py [--device cuda] [--length 1000000] [--series 10000] [--out FILE]
 
-The sequential form is the loop over time of the same library on the same device. It is timed over fewer steps, and its
-time over all of them is that times the ratio of the lengths: it takes every step alike. ``--whole`` times it in full.
+The sequential form is the loop over time of the same library on the same device: a kernel for the filter, operations of
+PyTorch for the smoother. It is timed over fewer steps, and its time over all of them is that times the ratio of the
+lengths: it takes every step alike. ``--whole`` times it in full.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def over_time(options: argparse.Namespace, device: torch.device) -> list[dict[st
         for what in ("filter", "smooth"):
             quick, found = seconds(lambda p=parallel, w=what, x=y: getattr(p, w)(x), device, 3)
             length = options.length if options.whole else part
-            slow, want = seconds(lambda s=sequential, w=what, x=y[:, :length]: getattr(s, w)(x), device, 1)
+            slow, want = seconds(lambda s=sequential, w=what, x=y[:, :length]: getattr(s, w)(x), device, 2)
             again = found if length == options.length else getattr(parallel, what)(y[:, :length])
             error = (again.mean - want.mean).abs().max() / want.mean.abs().max()
             whole = slow * options.length / length

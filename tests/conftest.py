@@ -44,6 +44,7 @@ LONG = (
     "test_cuda_conv",
     "test_cuda_diagonal",
     "test_triton_delta",
+    "test_triton_kalman",
     "test_triton_wkv7",
     "test_cli",
 )

@@ -168,4 +168,4 @@ def test_the_filter_of_a_model_is_the_same_with_and_without(start):
 
 
 def test_the_operator_is_registered_with_its_kernel():
-    assert [b.name for b in OPS["kalman_filter"].backends] == ["native", "torch"]
+    assert [b.name for b in OPS["kalman_filter"].backends] == ["native", "triton", "torch"]

@@ -12,7 +12,8 @@ from dualform.ops.op import OPS
 def test_every_op_with_kernels_that_index_memory_has_a_case():
     kernels = {op for op, found in OPS.items() if {b.name for b in found.backends} & {"triton", "cuda", "native"}}
     sequences = {op for op in kernels if not op.endswith(("_update", "_step", "linear"))}  # these are one step
-    # On a CPU alone, where all counts have 64 bits, and with two tensors as the state, or none that comes out.
+    # On a CPU alone, where all counts have 64 bits, and with two tensors as the state, or none that comes out. The
+    # Kalman filter's kernel has a test of its own on a GPU.
     sequences -= {"kalman_filter", "kalman_smoother", "arma_likelihood"}
     sequences -= {"markov_filter", "markov_smoother", "markov_path"}
     assert sequences <= {case.op for case in long.CASES} and len(sequences) > 3

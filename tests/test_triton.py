@@ -506,8 +506,8 @@ def test_the_interpreter_refuses_to_round_float64_to_bfloat16(name):
         given.call(tensors)
 
 
-def compile_both_directions(given: OpCase) -> None:
-    a, op = record_of(given), OPS[given.op]
+def compile_both_directions(given: OpCase, dtype: torch.dtype = torch.bfloat16) -> None:
+    a, op = record_of(given, dtype), OPS[given.op]
     found = triton_backend(op)
     results = found.forward(a)
     kept = [results[i] for i in op.keeps] + results[op.outputs :]

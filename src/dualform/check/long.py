@@ -37,6 +37,7 @@ class LongCase:
         options: the other arguments.
         positive: those among the varying that lie between 0 and 1.
         stateless: whether steps do not depend on each other, so that the initial state has no gradient.
+        half: whether its kernels take 16 bits alone: what they are given whatever was asked for.
     """
 
     op: str
@@ -46,6 +47,7 @@ class LongCase:
     options: dict[str, Any] = field(default_factory=dict)
     positive: tuple[str, ...] = ()
     stateless: bool = False
+    half: bool = False
 
     def bytes(self, dtype: torch.dtype, elements: int = ELEMENTS) -> int:
         """Memory that it takes: inputs, outputs, gradients and the pieces beside the whole, with some to spare."""
@@ -110,18 +112,21 @@ CASES = (
         {"x": (_HEADS, WIDTH // _HEADS), "dt": (_HEADS,), "B": (1, 16), "C": (1, 16)},
         _heads,
         {"dt_softplus": True},
+        half=True,
     ),
     LongCase(
         "wkv7",
         _generalised,
         dict.fromkeys(("v", "k", "rate"), (_HEADS, WIDTH // _HEADS)),
         positive=("rate",),
+        half=True,
     ),
     LongCase(
         "gated_delta_rule",
         _replaced,
         {"v": (_HEADS, WIDTH // _HEADS), "k": (_HEADS, WIDTH // _HEADS), "beta": (_HEADS,)},
         positive=("beta",),
+        half=True,
     ),
     LongCase("linear_scan", linear_scan, {"a": (WIDTH,), "b": (WIDTH,)}, positive=("a",)),
     LongCase(

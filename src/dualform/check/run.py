@@ -171,7 +171,7 @@ def plan(
         memory = torch.cuda.get_device_properties(device).total_memory
         for case in long.CASES:
             if names is None or case.op in names:
-                small = dtype.itemsize > 2 and case.bytes(dtype) > memory  # bfloat16 takes half the memory
+                small = dtype.itemsize > 2 and (case.half or case.bytes(dtype) > memory)
                 name, of = (f"{case.op} (bfloat16)", torch.bfloat16) if small else (case.op, dtype)
                 checks += [
                     Check("long", name, law, partial(_measure_long, case, device, of, backward=b))

@@ -51,6 +51,10 @@ class Estimated(nn.Module):
             raise ArgumentError(f"{kind(self)}.row: row is {row}, expected one of {self.rows or 'an expanded model'}")
         return self._of(row, None)
 
+    def all_rows(self: E) -> E:
+        """A copy of a model that was expanded, with parameters of its own."""
+        return self._of(slice(None), self.rows)
+
     def some(self: E, rows: Tensor) -> E:
         """The model of the rows of a mask ``(R,)``, a copy, of a model that was expanded."""
         return self._of(rows, int(rows.sum()))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,7 +41,6 @@ class Fit:
     observations; with "kfas" k is the number of parameters, and n leaves out as many observations.
     """
 
-    model: Any
     y: Any
     names: list[str]
     values: Tensor  # (K,)
@@ -56,6 +56,13 @@ class Fit:
     iterations: int
     evaluations: int
     options: dict[str, Any] = field(default_factory=dict, repr=False)
+    fitted: Any = field(default=None, repr=False)  # the model, or that of all rows as it was left
+    row: int | None = None  # among those
+
+    @cached_property
+    def model(self) -> Any:
+        """The model as it was fitted; one of many is taken from among them when it is asked for."""
+        return self.fitted if self.row is None else self.fitted.row(self.row)
 
     @property
     def aic(self) -> float:
@@ -281,6 +288,7 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
     diffuse = getattr(system, "diffuse", None)
     lengths = torch.as_tensor(problem.options.get("lengths", [problem.y.shape[-2]] * len(values))).tolist()
     covariance, names, found = covariance.to(values.device), problem.names(), []
+    fitted = problem.model.all_rows() if problem.rows else problem.model
     errors = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     rows = zip(log_likelihood.tolist(), n.tolist(), stopped.tolist(), at.bound.tolist(), good, messages, strict=True)
     for row, (reached, count, cut, at_bound, converged, message) in enumerate(rows):
@@ -290,7 +298,6 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
         message += f"; at the bound: {', '.join(bounds)}" if bounds else ""
         found.append(
             Fit(
-                model=problem.model.row(row) if problem.rows else problem.model,
                 y=problem.y[row, : lengths[row]] if problem.rows else problem.y,
                 names=names,
                 values=values[row],
@@ -306,6 +313,8 @@ def _judged(problem: Objective, numbers: Tensor, stopped: Tensor, counts: tuple[
                 iterations=counts[0],
                 evaluations=counts[1],
                 options={k: v for k, v in problem.options.items() if k != "lengths"},
+                fitted=fitted,
+                row=row if problem.rows else None,
             )
         )
     return found

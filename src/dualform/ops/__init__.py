@@ -58,6 +58,7 @@ for _name in (
     "diagonal_ssm",
     "gated_delta_rule",
     "gated_delta_rule_update",
+    "kalman_filter",
     "linear",
     "linear_scan",
     "norm",

@@ -66,6 +66,12 @@ def inner_contiguous(tensor: Tensor, inner: int = 1) -> Tensor:
     return tensor
 
 
+def whole_steps(x: Tensor) -> Tensor:
+    """The tensor ``(B, T, ...)`` with its axes after time contiguous; what is constant is not spread out."""
+    one = x[: 1 if x.stride(0) == 0 else None, : 1 if x.stride(1) == 0 else None]
+    return inner_contiguous(one.resolve_neg(), x.dim() - 2).expand(x.shape)
+
+
 def next_state(
     memory: Tensor | None, state: Tensor, rows: int, dtype: torch.dtype, inner: int = 0
 ) -> tuple[Tensor, bool]:

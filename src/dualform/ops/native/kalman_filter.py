@@ -2,43 +2,18 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dualform.core.errors import ArgumentError
-from dualform.ops.derivatives import outline
-from dualform.ops.kalman_filter import KalmanFilter, kalman_filter_op
+from dualform.ops.kalman_filter import KalmanFilter, Moments, kalman_filter_op
+from dualform.ops.kalman_loops import MOMENTS, Loops, why_none
+from dualform.ops.layout import whole_steps
 from dualform.ops.native import library
-from dualform.ops.native.library import fresh, whole_steps
+from dualform.ops.native.library import fresh
 from dualform.ops.native.structs import KALMAN_FILTER
 from dualform.ops.op import Backend
 
 _MOST = 128  # states; products of larger matrices are those of PyTorch
-MOMENTS = ("means", "covs", "predicted_means", "predicted_covs")
 _GRADIENTS = {"A": "da", "c": "dshift", "Q": "dq", "C": "dc", "R": "dr", "y": "dy", "mean": "dmean", "cov": "dcov"}
-
-
-def _forward(a: KalmanFilter) -> list[Tensor]:
-    """The outputs, and the moments where they are not among these."""
-    if a.moments:
-        return filtered(a)
-    loglik, *moments, mean, cov = filtered(a._replace(moments=True))
-    return [loglik, *(m[:, :0].contiguous() for m in moments), mean, cov, *moments]
-
-
-def filtered(a: KalmanFilter) -> list[Tensor]:
-    """The outputs."""
-    rows, length, _ = a.y.shape
-    n, steps = a.mean.shape[-1], length if a.moments else 0
-    shapes = [(rows, length), *[(rows, steps, n), (rows, steps, n, n)] * 2]
-    loglik, *moments = (fresh(a.mean.new_empty(shape)) for shape in shapes)
-    last = [m.clone(memory_format=torch.contiguous_format) for m in (a.mean, a.cov)]
-    if a.y.numel() > 0 and n > 0:
-        found = dict(zip(MOMENTS, moments, strict=True)) if a.moments else {}
-        library.call(
-            "kalman_filter", KALMAN_FILTER, **fields(a), loglik=loglik, last_mean=last[0], last_cov=last[1], **found
-        )
-    return [loglik, *moments, *last]
 
 
 def fields(a: KalmanFilter) -> dict[str, Any]:
@@ -55,59 +30,40 @@ def fields(a: KalmanFilter) -> dict[str, Any]:
     }
 
 
-def _saved(a: KalmanFilter) -> list[Tensor]:
-    rows, length, n = *a.y.shape[:2], a.mean.shape[-1]
-    return [] if a.moments else [a.mean.new_empty(shape) for shape in [(rows, length, n), (rows, length, n, n)] * 2]
+def plural(moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The moments of all steps by the names that the kernels have for them."""
+    return {f"{name}s": m for name, m in moments.items()}
 
 
-def _backward(grads: list[Tensor], kept: list[Tensor], a: KalmanFilter) -> dict[str, Tensor]:
-    """Of an eager call, only the gradients that are wanted; the others are no numbers."""
-    moments = kept[:4] if a.moments else kept[4:]
-    came, expected = ([tuple(m.shape) for m in tensors] for tensors in (moments, _saved(a._replace(moments=False))))
-    if came != expected or any(m.dtype != a.mean.dtype for m in moments):
-        raise ArgumentError(f"kalman_filter_backward: the saved moments are {came}, expected {expected}")
-    given = {name: getattr(a, name) for name in _GRADIENTS}
-    wanted = [name for name, m in given.items() if m.requires_grad] or list(given)
-    found = {name: given[name].new_empty(given[name].shape) for name in wanted}
-    last = [g.contiguous() for g in grads[5:]]
-    if a.y.numel() == 0 or not a.mean.shape[-1]:
-        zeros = {name: torch.zeros_like(m) for name, m in given.items()}
-        return zeros | {"mean": last[0], "cov": last[1]}
-    back = {f"d{name}": g.contiguous() for name, g in zip(MOMENTS, grads[1:5], strict=True)} if a.moments else {}
+def _forward(a: KalmanFilter, found: Moments) -> None:
+    moments = {name: fresh(getattr(found, name)) for name in MOMENTS} if a.moments else {}
+    last = {"last_mean": found.last_mean, "last_cov": found.last_cov}
+    library.call("kalman_filter", KALMAN_FILTER, **fields(a), loglik=found.loglik, **last, **plural(moments))
+
+
+def _backward(a: KalmanFilter, moments: dict[str, Tensor], grads: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     library.call(
         "kalman_filter_backward",
         KALMAN_FILTER,
         **fields(a),
-        **{name: m.contiguous() for name, m in zip(MOMENTS, moments, strict=True)},
-        **back,
+        **plural(moments),
         # What a backward does not write.
-        loglik=grads[0].contiguous(),
-        last_mean=last[0],
-        last_cov=last[1],
-        dloglik=grads[0].contiguous(),
-        dlast_mean=last[0],
-        dlast_cov=last[1],
+        loglik=grads["loglik"],
+        last_mean=grads["last_mean"],
+        last_cov=grads["last_cov"],
+        **{f"d{name}s" if name in MOMENTS else f"d{name}": g for name, g in grads.items()},
         **{_GRADIENTS[name]: fresh(m) for name, m in found.items()},
     )
-    return {name: found.get(name, outline(m)) for name, m in given.items()}
+
+
+LOOPS = Loops(_forward, _backward)
 
 
 def refuses(a: Any) -> str | None:
     """Why no kernel runs a call, or None."""
-    if not a.y.shape[-1] or not a.mean.shape[-1]:
-        return "there are no observations, or no states"
-    return f"it takes {_MOST} states" if a.mean.shape[-1] > _MOST else None
+    return why_none(a, _MOST)
 
 
 kalman_filter_op.add(
-    Backend(
-        "native",
-        _forward,
-        _backward,
-        infer=filtered,
-        saved=_saved,
-        devices=("cpu",),
-        refuses=refuses,
-        missing=library.why_missing,
-    )
+    Backend("native", devices=("cpu",), refuses=refuses, missing=library.why_missing, **LOOPS.functions())
 )

@@ -117,12 +117,6 @@ def timed(tensor: Tensor) -> Tensor:
     return readable(tensor, tensor.dim() - 2)
 
 
-def whole_steps(x: Tensor) -> Tensor:
-    """The tensor ``(B, T, ...)`` with its axes after time contiguous; what is constant is not spread out."""
-    one = x[: 1 if x.stride(0) == 0 else None, : 1 if x.stride(1) == 0 else None]
-    return inner_contiguous(one.resolve_neg(), x.dim() - 2).expand(x.shape)
-
-
 def readable(tensor: Tensor, inner: int = 1) -> Tensor:
     """The tensor in a dtype that kernels read, its last ``inner`` axes contiguous."""
     return inner_contiguous(tensor if tensor.dtype in DTYPES else tensor.float(), inner)

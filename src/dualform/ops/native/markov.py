@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.ops.layout import whole_steps
 from dualform.ops.markov_filter import MarkovFilter, markov_filter_op
 from dualform.ops.markov_path import MarkovPath, markov_path_op
 from dualform.ops.markov_smoother import MarkovSmoother, markov_smoother_op
 from dualform.ops.native import library
-from dualform.ops.native.library import fresh, whole_steps
+from dualform.ops.native.library import fresh
 from dualform.ops.native.structs import MARKOV_CHAIN
 from dualform.ops.op import Backend
 

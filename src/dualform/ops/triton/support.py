@@ -148,8 +148,13 @@ def exact_products() -> str:
     """How a matrix product of float32 keeps all digits on the device at hand; on NVIDIA's by tensor cores."""
     from triton.runtime import driver
 
-    target = None if INTERPRETED else driver.active.get_current_target()
-    return "ieee" if target is None or target.backend == "hip" else "tf32x3"
+    return "ieee" if INTERPRETED or on_amd(driver.active) else "tf32x3"
+
+
+@cache
+def on_amd(driver: Any) -> bool:
+    """Whether a driver's devices are AMD's."""
+    return driver.get_current_target().backend == "hip"
 
 
 def enter(

@@ -1,0 +1,136 @@
+"""The Kalman filter in Triton, as ``test_triton.py`` has other operators."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import dualform as df
+from dualform.check.op_cases import OpCase
+from dualform.check.run import compare
+from dualform.gaussian.filtering import is_kernel_faster
+from dualform.ops import backend, kalman_filter
+from dualform.ops.triton.support import INTERPRETED, missing
+from test_triton import DEVICE, GPU, compile_both_directions, normal, passes_interpreted, runs
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason="Triton is not installed")
+
+
+def gaussian(batch: int, length: int, n: int, m: int, *, constant: bool = False, moments: bool = True) -> OpCase:
+    """A model whose matrices vary in time and between series, or are views of one; some observations are missing."""
+    lead = (1, 1) if constant else (batch, length)
+    tensors = {"A": 0.4 * normal(*lead, n, n), "c": normal(*lead, n), "C": normal(*lead, m, n)}
+    for name, size in (("Q", n), ("R", m)):
+        root = normal(*lead, size, size)
+        tensors[name] = root @ root.mT + 0.5 * torch.eye(size, dtype=root.dtype)
+    tensors = {name: x.expand(batch, length, *x.shape[2:]) for name, x in tensors.items()}
+    root = normal(batch, n, n)
+    tensors |= {"y": normal(batch, length, m), "mean": normal(batch, n), "cov": root @ root.mT}
+    seen = torch.rand(batch, length, m) < 0.7
+    return OpCase("kalman_filter", "kalman_filter", kalman_filter, tensors, {"seen": seen, "moments": moments})
+
+
+CASES = {
+    "level": lambda: gaussian(35, 4, 1, 1),
+    "one step of one series": lambda: gaussian(1, 1, 2, 1),
+    "odd": lambda: gaussian(3, 5, 3, 2),
+    "constant": lambda: gaussian(5, 6, 4, 1, constant=True, moments=False),
+    "likelihood": lambda: gaussian(2, 3, 5, 3, moments=False),
+    "many states": lambda: gaussian(2, 2, 13, 1),
+    "many observations": lambda: gaussian(1, 3, 2, 7, constant=True),
+}
+COMPILED = {
+    "level": lambda: gaussian(100, 50, 1, 1, constant=True),
+    "season": lambda: gaussian(100, 50, 4, 1, constant=True),
+    "sensors": lambda: gaussian(100, 50, 6, 3),
+    "season of a year": lambda: gaussian(100, 50, 13, 1, constant=True),
+}
+
+
+@runs
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_are_the_definition(name, poison):
+    for dtype in (torch.float64, torch.float32) if GPU else (torch.float64,):
+        for backward in (False, True):
+            found, allowed = compare(CASES[name](), "triton", DEVICE, dtype, backward=backward)
+            assert found.error <= allowed, found
+
+
+@runs
+def test_a_step_without_a_likelihood_is_nan_and_stays_in_its_series():
+    given = gaussian(3, 4, 2, 1).cast(DEVICE, torch.float64)
+    for name in ("Q", "R", "cov"):
+        given[name] = given[name].clone()
+        given[name][1] = 0
+    with backend("triton"):
+        found = kalman_filter(**given, moments=True, seen=torch.ones(3, 4, 1, dtype=torch.bool, device=DEVICE))
+    assert found.loglik.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 4])
+def test_series_beyond_2_31_numbers_are_filtered_as_by_themselves(n):
+    """The moments of all of them are as many."""
+    length = 1000
+    rows = 2**31 // (length * n * n) + 5
+    model = df.LinearGaussian(
+        0.9 * torch.eye(n), torch.ones(1, n), torch.eye(n), torch.eye(1), torch.zeros(n), torch.eye(n)
+    )
+    model, y = model.to("cuda", torch.float32), torch.randn(rows, length, 1, device="cuda")
+    kalman = df.KalmanFilter(model, parallel=False)
+    with torch.no_grad():
+        found, alone = kalman.filter(y), kalman.filter(y[-5:])
+    assert found.cov.numel() > 2**31
+    for got, want in zip((found.mean, found.cov, found.loglik), (alone.mean, alone.cov, alone.loglik), strict=True):
+        assert torch.equal(got[-5:], want)
+
+
+@pytest.mark.gpu
+def test_a_batch_on_a_gpu_is_filtered_by_the_kernel_and_a_long_series_by_the_scan():
+    model = df.LinearGaussian(torch.eye(2), torch.ones(1, 2), torch.eye(2), torch.eye(1), torch.zeros(2), torch.eye(2))
+    kalman = df.KalmanFilter(model.to("cuda", torch.float64))
+    assert kalman.filter(torch.randn(100, 50, 1, device="cuda")).form == "sequential"
+    assert kalman.filter(torch.randn(1, 200_000, 1, device="cuda")).form == "parallel"
+
+
+def test_the_form_is_chosen_by_size():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert is_kernel_faster(10_000, 200, 13, gpu) and is_kernel_faster(1, 5000, 4, gpu)
+    assert not is_kernel_faster(1, 10**6, 4, gpu) and not is_kernel_faster(1, 5000, 13, gpu)
+    assert is_kernel_faster(1, 10**6, 4, cpu)
+
+
+@runs
+def test_second_derivatives_are_those_of_the_definition():
+    given = gaussian(2, 3, 2, 1, constant=True, moments=False).cast(DEVICE, torch.float64)
+    seen = torch.ones(2, 3, 1, dtype=torch.bool, device=DEVICE)
+
+    def curvature(name: str) -> Tensor:
+        R = given["R"].clone().requires_grad_()
+        with backend(name):
+            loglik = kalman_filter(**(given | {"R": R}), seen=seen, moments=False).loglik.sum()
+            (slope,) = torch.autograd.grad(loglik, R, create_graph=True)
+            return torch.autograd.grad(slope.sum(), R)[0]
+
+    torch.testing.assert_close(curvature("triton"), curvature("reference"), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("target", ["NVIDIA Hopper", "AMD MI300"])
+def test_kernels_compile_for(target):
+    from triton_targets import TARGETS, compiled, resources
+
+    with compiled(TARGETS[target]) as kernels:
+        for make in COMPILED.values():
+            compile_both_directions(make(), torch.float32)
+        of_a_year = kernels[-2][1]
+        compile_both_directions(gaussian(1, 1, 1, 1), torch.float64)
+    assert len(kernels) == 2 * len(COMPILED) + 2
+    for name, kernel in kernels:
+        used = resources(kernel)
+        most = 512 if name == "forward" and kernel is of_a_year else 64  # it is faster than with more warps
+        assert used["spilled"] <= most, f"{name} puts registers into memory: {used}"
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")
+def test_in_the_interpreter():
+    passes_interpreted(__file__)
