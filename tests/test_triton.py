@@ -506,10 +506,14 @@ def test_the_interpreter_refuses_to_round_float64_to_bfloat16(name):
         given.call(tensors)
 
 
-def compile_both_directions(given: OpCase, dtype: torch.dtype = torch.bfloat16) -> None:
+def compile_forward(given: OpCase, dtype: torch.dtype = torch.bfloat16):
     a, op = record_of(given, dtype), OPS[given.op]
     found = triton_backend(op)
-    results = found.forward(a)
+    return a, op, found, found.forward(a)
+
+
+def compile_both_directions(given: OpCase, dtype: torch.dtype = torch.bfloat16) -> None:
+    a, op, found, results = compile_forward(given, dtype)
     kept = [results[i] for i in op.keeps] + results[op.outputs :]
     found.backward([torch.empty_like(y) for y in results[: op.outputs]], kept, a)
 

@@ -1,4 +1,4 @@
-"""The Kalman filter in Triton, as ``test_triton.py`` has other operators."""
+"""The Kalman filter and smoother in Triton, as ``test_triton.py`` has other operators."""
 
 import pytest
 import torch
@@ -8,9 +8,17 @@ import dualform as df
 from dualform.check.op_cases import OpCase
 from dualform.check.run import compare
 from dualform.gaussian.filtering import is_kernel_faster
-from dualform.ops import backend, kalman_filter
+from dualform.ops import backend, kalman_filter, kalman_smoother
 from dualform.ops.triton.support import INTERPRETED, missing
-from test_triton import DEVICE, GPU, compile_both_directions, normal, passes_interpreted, runs
+from test_triton import (
+    DEVICE,
+    GPU,
+    compile_both_directions,
+    compile_forward,
+    normal,
+    passes_interpreted,
+    runs,
+)
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason="Triton is not installed")
 
@@ -38,11 +46,11 @@ CASES = {
     "many states": lambda: gaussian(2, 2, 13, 1),
     "many observations": lambda: gaussian(1, 3, 2, 7, constant=True),
 }
+# And how much of its numbers a program may put into memory: with more warps, which exchange them, it is slower.
 COMPILED = {
-    "level": lambda: gaussian(100, 50, 1, 1, constant=True),
-    "season": lambda: gaussian(100, 50, 4, 1, constant=True),
-    "sensors": lambda: gaussian(100, 50, 6, 3),
-    "season of a year": lambda: gaussian(100, 50, 13, 1, constant=True),
+    "level": (lambda: gaussian(100, 50, 1, 1, constant=True), 64),
+    "sensors": (lambda: gaussian(100, 50, 6, 3), 64),
+    "season of a year": (lambda: gaussian(100, 50, 13, 1, constant=True), 512),
 }
 
 
@@ -53,6 +61,43 @@ def test_the_kernels_are_the_definition(name, poison):
         for backward in (False, True):
             found, allowed = compare(CASES[name](), "triton", DEVICE, dtype, backward=backward)
             assert found.error <= allowed, found
+
+
+def smoother(given: OpCase) -> OpCase:
+    return OpCase("kalman_smoother", "kalman_smoother", kalman_smoother, given.tensors, {"seen": given.options["seen"]})
+
+
+@runs
+@pytest.mark.parametrize("name", ["level", "odd", "many states"])
+def test_the_smoother_is_the_definition(name, poison):
+    for dtype in (torch.float64, torch.float32) if GPU else (torch.float64,):
+        found, allowed = compare(smoother(CASES[name]()), "triton", DEVICE, dtype, backward=False)
+        assert found.error <= allowed, found
+
+
+@runs
+def test_a_series_that_loses_digits_is_nan_and_the_model_takes_another_form():
+    given = smoother(gaussian(3, 6, 2, 1)).cast(DEVICE, torch.float64)
+    given["cov"][1] *= 1e9
+    with backend("triton"):
+        found = kalman_smoother(**given, seen=torch.ones(3, 6, 1, dtype=torch.bool, device=DEVICE))
+    assert found.loglik.isnan().any(1).tolist() == [False, True, False]
+
+
+@runs
+@pytest.mark.parametrize("vague", [False, True])
+def test_a_model_is_smoothed_by_the_kernel_as_by_the_scan(vague):
+    eye = torch.eye(2, dtype=torch.float64)
+    A, C = torch.tensor([[0.9, 0.3], [0.0, 0.7]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
+    model = df.LinearGaussian(A, C, eye, eye[:1, :1], torch.zeros_like(A[0]), 1e9 * eye if vague else eye).to(DEVICE)
+    y = normal(4, 12, 1).to(DEVICE)
+    y[1, 3:5] = torch.nan
+    with torch.no_grad():
+        want = df.KalmanFilter(model, parallel=True).smooth(y)
+        with backend("triton"):
+            found = df.KalmanFilter(model, parallel=False).smooth(y)
+    for got, expected in zip(found[:4], want[:4], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
 
 
 @runs
@@ -119,16 +164,14 @@ def test_second_derivatives_are_those_of_the_definition():
 def test_kernels_compile_for(target):
     from triton_targets import TARGETS, compiled, resources
 
-    with compiled(TARGETS[target]) as kernels:
-        for make in COMPILED.values():
+    for make, most in COMPILED.values():
+        with compiled(TARGETS[target]) as kernels:
             compile_both_directions(make(), torch.float32)
-        of_a_year = kernels[-2][1]
-        compile_both_directions(gaussian(1, 1, 1, 1), torch.float64)
-    assert len(kernels) == 2 * len(COMPILED) + 2
-    for name, kernel in kernels:
-        used = resources(kernel)
-        most = 512 if name == "forward" and kernel is of_a_year else 64  # it is faster than with more warps
-        assert used["spilled"] <= most, f"{name} puts registers into memory: {used}"
+            compile_forward(smoother(make()), torch.float32)
+        assert [name for name, _ in kernels] == ["forward", "backward", "forward", "smooth"]
+        for name, kernel in kernels:
+            used = resources(kernel)
+            assert used["spilled"] <= most, f"{name} puts registers into memory: {used}"
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests of this file run as they are")

@@ -260,7 +260,7 @@ class Series(Recurrent):
 
     def _smoothed(self, where: str, start: Belief, steps: Steps) -> tuple[Gaussian, Tensor, Tensor, Form]:
         """The moments of the states 0 .. T, covariances of neighbours, and the terms of the likelihood."""
-        quick = None if self.parallel else by_kernel(start, steps, self._counted)
+        quick = by_kernel(start, steps, self._counted, self.parallel)
         if quick is not None:
             return *quick, "sequential"
         found, last, form = self._run(steps, start)

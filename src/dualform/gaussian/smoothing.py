@@ -16,7 +16,8 @@ where nothing has noise. There the innovations of the filter are carried back (B
 their covariance alone; and the states that are diffuse still follow from the next one, which is an observation ``A h +
 c + q`` of them (Rauch, Tung and Striebel).
 
-On a CPU, where no gradient is wanted, the moments come from a compiled loop, :mod:`dualform.ops.kalman_smoother`.
+Where no gradient is wanted, the moments come from a compiled loop, :mod:`dualform.ops.kalman_smoother`, which on a GPU
+is not the faster form of few and long series.
 
 References:
     Fraser and Potter (1969), "The optimum linear smoother as a combination of two optimum linear filters"; Bryson and
@@ -40,7 +41,7 @@ from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
 from dualform.gaussian.diffuse import opened
-from dualform.gaussian.filtering import elements_of, is_parallel_faster, own_root, sharpened
+from dualform.gaussian.filtering import elements_of, is_kernel_faster, is_parallel_faster, own_root, sharpened
 from dualform.gaussian.passes import Pass
 from dualform.gaussian.steps import Steps, cut, masked
 from dualform.ops.kalman_smoother import KalmanSmoother, has_kernel, kalman_smoother_op
@@ -226,12 +227,18 @@ def _kernels_back(before: _States, found: Pass, steps: Steps, count: int) -> Ker
     return Kernel(after.mean, mean - matvec(after.mean, found.predicted_mean[:, :count]), V)
 
 
-def by_kernel(belief: Belief, steps: Steps, counted: bool) -> tuple[Gaussian, Tensor, Tensor] | None:
+def by_kernel(
+    belief: Belief, steps: Steps, counted: bool, parallel: bool | None
+) -> tuple[Gaussian, Tensor, Tensor] | None:
     """The moments of the states 0 .. T, covariances of neighbours, and terms of the likelihood, from a compiled loop.
 
     The states that are diffuse in any row follow from the first that is in none. None where no kernel runs the call,
-    where a gradient is wanted, where a step fails, or where a direction is diffuse to the end: other forms say why.
+    where the scan is faster (for ``parallel=None``), where a gradient is wanted, where a step fails, or where a
+    direction is diffuse to the end: other forms say why.
     """
+    batch, length, n = steps.A.shape[:3]
+    if parallel or (parallel is None and not is_kernel_faster(batch, length, n, steps.A.device)):
+        return None
     head, rest, state = opened(steps, belief, counted, lambda: None)
     a = KalmanSmoother(*rest, state.mean, state.cov)
     regressed = bool(head) and not head[-1].predicted_diffuse.any()  # states before it cannot follow from later ones

@@ -59,6 +59,7 @@ for _name in (
     "gated_delta_rule",
     "gated_delta_rule_update",
     "kalman_filter",
+    "kalman_smoother",
     "linear",
     "linear_scan",
     "norm",

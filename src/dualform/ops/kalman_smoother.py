@@ -43,8 +43,8 @@ def kalman_smoother(
         earlier   r = A^T r',                  N = A^T N' A
         lag one   (I - P' N') A P_earlier
 
-    It inverts no covariance of states, so that Q may be singular. The kernel replaces ``P - P N P`` where that would
-    lose three digits or more, as after a vague start, by sums of squares, and computes in float64 throughout: its
+    It inverts no covariance of states, so that Q may be singular. Kernels compute in float64 throughout. That of CPUs
+    replaces ``P - P N P`` where that would lose three digits or more, as after a vague start, by sums of squares: its
     covariances are positive semi-definite but for the rounding of the result.
 
     Args:
@@ -60,7 +60,8 @@ def kalman_smoother(
 
     Returns:
         ``loglik`` as the filter has it, and the moments of the states 1 .. T, and of the state before the first step.
-        Where a ``loglik`` is NaN, the moments have no meaning.
+        Where a ``loglik`` is NaN, the moments have no meaning: on a GPU also in a series in which ``P - P N P`` loses
+        three digits.
 
     Raises:
         ArgumentError: for shapes, dtypes or devices that do not fit together.

@@ -22,7 +22,7 @@ def _least_states() -> int:
     return 2 if not INTERPRETED and on_amd(driver.active) else 1
 
 
-class _Plan:
+class Plan:
     """What every kernel is told: strides of what varies, sizes, and how many series a program has."""
 
     def __init__(self, a: KalmanFilter):
@@ -48,7 +48,7 @@ class _Plan:
 
 
 def _forward(a: KalmanFilter, found: Moments) -> None:
-    plan = _Plan(a)
+    plan = Plan(a)
     views, strides = plan.read("a", "shift", "q", "c", "r", "y", "seen")
     loglik, *moments, mean, cov = found
     kernels("kalman_filter").forward[plan.grid](
@@ -59,7 +59,7 @@ def _forward(a: KalmanFilter, found: Moments) -> None:
 
 
 def _backward(a: KalmanFilter, moments: dict[str, Tensor], grads: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    plan = _Plan(a)
+    plan = Plan(a)
     views, strides = plan.read("a", "c", "r", "y", "seen")
     start = [found.get(name, torch.empty_like(m)) for name, m in (("mean", a.mean), ("cov", a.cov))]
     kernels("kalman_filter").backward[plan.grid](
@@ -69,10 +69,12 @@ def _backward(a: KalmanFilter, moments: dict[str, Tensor], grads: dict[str, Tens
     )  # fmt: skip
 
 
-def _refuses(a: Any) -> str | None:
+def refuses(a: Any) -> str | None:
+    """Why no kernel runs a call, or None."""
     if a.y.shape[-1] > _MOST_OBSERVED:
         return f"it takes {_MOST_OBSERVED} observations"
     return why_none(a, _MOST)
 
 
-add_backend(kalman_filter_op, refuses=_refuses, **Loops(_forward, _backward).functions())
+LOOPS = Loops(_forward, _backward)
+add_backend(kalman_filter_op, refuses=refuses, **LOOPS.functions())

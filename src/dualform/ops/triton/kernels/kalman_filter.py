@@ -302,3 +302,97 @@ def backward(
         dp = _symmetric(_tm(a, pa))
     tl.store(dmean_ptr + lines * N + n[None, :], dm, mask=has_n)
     tl.store(dcov_ptr + full * N * N + at_a, dp, mask=has_a)
+
+
+@triton.jit
+def smooth(
+    a_ptr,
+    c_ptr,
+    r_ptr,
+    y_ptr,
+    seen_ptr,
+    mean_ptr,
+    cov_ptr,
+    means_ptr,
+    covs_ptr,
+    predicted_means_ptr,
+    predicted_covs_ptr,
+    smoothed_means_ptr,
+    smoothed_covs_ptr,
+    lags_ptr,
+    first_mean_ptr,
+    first_cov_ptr,
+    lost_ptr,
+    rows,
+    T,
+    N,
+    M,
+    a_b,
+    a_t,
+    c_b,
+    c_t,
+    r_b,
+    r_t,
+    y_b,
+    y_t,
+    seen_b,
+    seen_t,
+    LOSS: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """The states given all observations, from the last step back; and which series have lost digits by it."""
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    b, n, m = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BN), tl.arange(0, BM)
+    row = b.to(tl.int64)
+    full, lines = row[:, None, None], row[:, None]
+    at_a, has_a = _matrix(b, n, n, rows, N, N)
+    at_c, has_c = _matrix(b, m, n, rows, M, N)
+    at_r, has_r = _matrix(b, m, m, rows, M, M)
+    has_n, has_y = (b < rows)[:, None] & (n < N)[None, :], (b < rows)[:, None] & (m < M)[None, :]
+    eye_m, eye_n = m[None, :, None] == m[None, None, :], n[None, :, None] == n[None, None, :]
+    eye_m = tl.broadcast_to(tl.where(eye_m, 1.0, 0.0).to(dtype), (BB, BM, BM))
+    a_ptr, c_ptr, r_ptr = a_ptr + full * a_b + at_a, c_ptr + full * c_b, r_ptr + full * r_b
+    y_ptr, seen_ptr = y_ptr + lines * y_b + m[None, :], seen_ptr + lines * seen_b + m[None, :]
+    score = tl.zeros((BB, BN), dtype)  # r
+    information = tl.zeros((BB, BN, BN), dtype)  # N
+    lost = tl.zeros((BB,), tl.int32)
+    at = row * T + T - 1
+    mean = tl.load(means_ptr + at[:, None] * N + n[None, :], mask=has_n, other=0.0)
+    cov = tl.load(covs_ptr + at[:, None, None] * N * N + at_a, mask=has_a, other=0.0)
+    tl.store(smoothed_means_ptr + at[:, None] * N + n[None, :], mean, mask=has_n)
+    tl.store(smoothed_covs_ptr + at[:, None, None] * N * N + at_a, cov, mask=has_a)
+    for step in range(T):
+        t = tl.full((), T - 1 - step, tl.int64)
+        at = row * T + t
+        at_m, at_p = at[:, None] * N + n[None, :], at[:, None, None] * N * N + at_a
+        c, r, y, _ = _observation(
+            c_ptr, r_ptr, y_ptr, seen_ptr, c_t, r_t, y_t, seen_t, at_c, has_c, at_r, has_r, has_y, eye_m, t, dtype
+        )
+        predicted = tl.load(predicted_covs_ptr + at_p, mask=has_a, other=0.0)
+        v = y - _mv(c, tl.load(predicted_means_ptr + at_m, mask=has_n, other=0.0))
+        cp = _mm(c, predicted)
+        inverse, white, _, _, _ = _solved(_symmetric(_mt(cp, c)) + r, eye_m, v, m, 0.0, BM)
+        left = tl.where(eye_n, 1.0, 0.0).to(dtype) - _tm(_mm(inverse, cp), c)
+        score = _tv(c, white) + _tv(left, score)
+        information = _symmetric(_tm(c, _mm(inverse, c)) + _tm(left, _mm(information, left)))
+        earlier = t > 0
+        mean = tl.load(means_ptr + at_m - N, mask=has_n & earlier, other=0.0)
+        mean += tl.load(mean_ptr + lines * N + n[None, :], mask=has_n & (t == 0), other=0.0)
+        cov = tl.load(covs_ptr + at_p - N * N, mask=has_a & earlier, other=0.0)
+        cov += tl.load(cov_ptr + full * N * N + at_a, mask=has_a & (t == 0), other=0.0)
+        a = tl.load(a_ptr + t * a_t, mask=has_a, other=0.0)
+        moved = _mm(a, cov)
+        weighed = _mm(information, moved)
+        tl.store(lags_ptr + at_p, moved - _mm(predicted, weighed), mask=has_a)
+        smoothed = cov - _symmetric(_tm(moved, weighed))
+        score, information = _tv(a, score), _symmetric(_tm(a, _mm(information, a)))
+        mean += _mv(cov, score)
+        little = eye_n & (smoothed * LOSS < cov)
+        lost = lost | tl.max(tl.max(little.to(tl.int32), 2), 1)
+        tl.store(smoothed_means_ptr + at_m - N, mean, mask=has_n & earlier)
+        tl.store(smoothed_covs_ptr + at_p - N * N, smoothed, mask=has_a & earlier)
+        tl.store(first_mean_ptr + lines * N + n[None, :], mean, mask=has_n & (t == 0))
+        tl.store(first_cov_ptr + full * N * N + at_a, smoothed, mask=has_a & (t == 0))
+    tl.store(lost_ptr + row, lost, mask=b < rows)
