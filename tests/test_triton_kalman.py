@@ -1,5 +1,7 @@
 """The Kalman filter and smoother in Triton, as ``test_triton.py`` has other operators."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,18 +132,73 @@ def test_series_beyond_2_31_numbers_are_filtered_as_by_themselves(n):
 
 
 @pytest.mark.gpu
-def test_a_batch_on_a_gpu_is_filtered_by_the_kernel_and_a_long_series_by_the_scan():
+def test_a_batch_on_a_gpu_is_smoothed_by_the_kernel_and_a_long_series_by_the_scan():
     model = df.LinearGaussian(torch.eye(2), torch.ones(1, 2), torch.eye(2), torch.eye(1), torch.zeros(2), torch.eye(2))
     kalman = df.KalmanFilter(model.to("cuda", torch.float64))
-    assert kalman.filter(torch.randn(100, 50, 1, device="cuda")).form == "sequential"
-    assert kalman.filter(torch.randn(1, 200_000, 1, device="cuda")).form == "parallel"
+    with torch.no_grad():
+        for shape, form in (((100, 50, 1), "sequential"), ((1, 200_000, 1), "parallel")):
+            y = torch.randn(shape, device="cuda", dtype=torch.float64)
+            assert kalman.smooth(y).form == form and kalman.filter(y).form == "sequential"
+
+
+@pytest.mark.gpu
+def test_spans_of_a_long_series_are_the_scan_on_a_gpu():
+    n, length = 4, 100_003
+    model = df.LinearGaussian(
+        0.9 * torch.eye(n), torch.ones(1, n), torch.eye(n), torch.eye(1), torch.zeros(n), 1e7 * torch.eye(n)
+    )
+    model, y = model.to("cuda", torch.float64), torch.randn(2, length, 1, device="cuda", dtype=torch.float64)
+    y[:, 5000:5100] = torch.nan
+    with torch.no_grad():
+        got, want = (df.KalmanFilter(model, parallel=parallel).filter(y) for parallel in (False, True))
+    for x, z in zip(got[:3], want[:3], strict=True):
+        torch.testing.assert_close(x, z, rtol=1e-8, atol=1e-8)
+
+
+@pytest.fixture
+def short_spans(monkeypatch):
+    """Spans of three steps and more; and of each call, whether they were taken."""
+    module, taken = sys.modules["dualform.ops.triton.kalman_filter"], []
+    entering = module._entering
+    monkeypatch.setattr(module, "_WORTH", 0)
+    monkeypatch.setattr(module, "_SHORTEST", 3)
+    monkeypatch.setattr(module, "_entering", lambda *a: taken.append(entering(*a)) or taken[-1])
+    return taken
+
+
+SPANS = {
+    "level": lambda: gaussian(1, 13, 1, 1),
+    "odd": lambda: gaussian(2, 17, 3, 2),
+    "constant": lambda: gaussian(1, 29, 4, 1, constant=True, moments=False),
+}
+
+
+@runs
+@pytest.mark.parametrize("name", SPANS)
+def test_spans_of_time_are_the_definition(name, poison, short_spans):
+    for backward in (False, True):
+        found, allowed = compare(SPANS[name](), "triton", DEVICE, torch.float64, backward=backward)
+        assert found.error <= allowed, found
+    assert len(short_spans) == 2 and all(entering is not None for entering in short_spans)
+
+
+@runs
+def test_a_series_with_a_span_that_has_no_element_is_walked_in_one(short_spans):
+    """An observation without noise, of a state without noise given the one before it."""
+    given = gaussian(1, 20, 2, 1)
+    given.tensors.update({"R": torch.zeros_like(given.tensors["R"]), "Q": given.tensors["Q"].clone()})
+    given.tensors["Q"][:, 8] = 0
+    given.options["seen"][:, 8] = True
+    found, allowed = compare(given, "triton", DEVICE, torch.float64, backward=False)
+    assert found.error <= allowed, found
+    assert short_spans == [None]
 
 
 def test_the_form_is_chosen_by_size():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert is_kernel_faster(10_000, 200, 13, gpu) and is_kernel_faster(1, 5000, 4, gpu)
-    assert not is_kernel_faster(1, 10**6, 4, gpu) and not is_kernel_faster(1, 5000, 13, gpu)
-    assert is_kernel_faster(1, 10**6, 4, cpu)
+    assert is_kernel_faster(10_000, 200, 13, gpu, True) and is_kernel_faster(1, 5000, 4, gpu, True)
+    assert not is_kernel_faster(1, 10**6, 4, gpu, True) and is_kernel_faster(1, 10**6, 4, gpu, False)
+    assert is_kernel_faster(1, 10**6, 4, cpu, True)
 
 
 @runs

@@ -54,3 +54,15 @@ def combine_gaussian(earlier: GaussianElement, later: GaussianElement) -> Gaussi
         matvec(A.mT, later.eta - matvec(later.J, earlier.b)) + earlier.eta,
         symmetric_part(A.mT @ later.J @ earlier.A) + earlier.J,
     )
+
+
+@torch.no_grad()
+def sharpened(J: Tensor, P: Tensor) -> Tensor:
+    """Where J ``(B, T, N, N)`` outweighs what the filter ever knows by more than ``eps^-1/2``, ``(B, T)``.
+
+    Observations have so little noise there that a state can be computed from them and the one before it, and errors
+    grow from step to step; a moving average that is not invertible is the usual case. A vague start is none: P is the
+    least of all.
+    """
+    J, P = (z.diagonal(dim1=-2, dim2=-1) for z in (J, P))  # one product per state, so that units do not matter
+    return ~(J * P.amin(1, keepdim=True) <= torch.finfo(J.dtype).eps ** -0.5).all(-1)

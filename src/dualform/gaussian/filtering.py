@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dualform.core.elements import GaussianElement, combine_gaussian
+from dualform.core.elements import GaussianElement, combine_gaussian, sharpened
 from dualform.core.linalg import covariance_root, half_solve, matvec, root_solve, symmetric_part
 from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
@@ -33,15 +33,16 @@ def is_parallel_faster(batch: int, length: int, n: int, device: torch.device) ->
     return device.type != "cpu" or (length >= 32 and batch * n**1.5 <= 150)
 
 
-def is_kernel_faster(batch: int, length: int, n: int, device: torch.device) -> bool:
-    """Whether a kernel's loop over time is expected to be faster than the scan; on a CPU it always is.
+def is_kernel_faster(batch: int, length: int, n: int, device: torch.device, back: bool) -> bool:
+    """Whether a kernel is expected to be faster than the scan; on a CPU it always is.
 
-    On a GPU it waits for one step after another, ``0.3 N`` us each, for all series at once. The scan takes some 12 ms
-    for its launches, and then ``0.05 N^0.7`` us for every step of every series. Measured on an H200 for N from 1 to 13,
-    ms by the kernel and by the scan: 2.2 and 190 for 10^4 series of 200 steps with N = 4, 100 and 442 with N = 13; 4.2
-    and 17 for one series of 5000 steps with N = 4, 34 and 19 with N = 13.
+    On a GPU the filter is, which takes spans of few and long series side by side. The loop ``back`` over time, for
+    gradients or the smoother, waits for one step after another, ``0.3 N`` us each, for all series at once. The scan
+    takes some 12 ms for its launches, and then ``0.05 N^0.7`` us for every step of every series. Measured on an H200,
+    ms by the kernel and by the scan: 2.2 and 190 for 10^4 series of 200 steps with N = 4; with gradients 5.4 and 500,
+    and 3.3 and 50 for one series of 1000 steps.
     """
-    return device.type == "cpu" or 0.3e-3 * n * length < 12 + 0.05e-3 * batch * length * n**0.7
+    return device.type == "cpu" or not back or 0.3e-3 * n * length < 12 + 0.05e-3 * batch * length * n**0.7
 
 
 def run(
@@ -78,10 +79,11 @@ def _by_kernel(
     steps: Steps, state: Gaussian, moments: bool, parallel: bool | None
 ) -> tuple[Found, Gaussian, Form] | None:
     """None where there is no kernel for it, or the scan is faster, or a step fails: the loop says which, and why."""
-    batch, length, n = steps.A.shape[:3]
-    if parallel is None and not is_kernel_faster(batch, length, n, steps.A.device):
-        return None
     a = KalmanFilter(steps.A, steps.c, steps.Q, steps.C, steps.R, steps.y, steps.seen, *state, moments)
+    batch, length, n = steps.A.shape[:3]
+    back = torch.is_grad_enabled() and any(isinstance(m, Tensor) and m.requires_grad for m in a)
+    if parallel is None and not is_kernel_faster(batch, length, n, steps.A.device, back):
+        return None
     if not length or not has_kernel(a):
         return None
     loglik, mean, cov, predicted_mean, predicted_cov, *last = kalman_filter_op(a, partial(_again, parallel))
@@ -144,18 +146,6 @@ def _parallel(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[
     if not torch.compiler.is_compiling() and sharpened(information, reached.cov).any():
         return None
     return _all_at_once(opening, reached, rest, blame, start + head)
-
-
-@torch.no_grad()
-def sharpened(J: Tensor, P: Tensor) -> Tensor:
-    """Where J ``(B, T, N, N)`` outweighs what the filter ever knows by more than ``eps^-1/2``, ``(B, T)``.
-
-    Observations have so little noise there that a state can be computed from them and the one before it, and errors
-    grow from step to step; a moving average that is not invertible is the usual case. A vague start is none: P is the
-    least of all.
-    """
-    J, P = (z.diagonal(dim1=-2, dim2=-1) for z in (J, P))  # one product per state, so that units do not matter
-    return ~(J * P.amin(1, keepdim=True) <= torch.finfo(J.dtype).eps ** -0.5).all(-1)
 
 
 def _parallel_where_exact(steps: Steps, state: Gaussian, blame: Blame, start: int) -> tuple[Found, Gaussian] | None:

@@ -36,7 +36,8 @@ class KalmanFilter(Linear, nn.Module):
 
     The sequential form of the filter is a compiled loop, which has a gradient, wherever ``torch.compile`` does not
     trace it: on a CPU for up to 128 states, where it is the faster form at all sizes; on a GPU with Triton for up to 16
-    states and 8 observations, where it is the faster one but for few and long series.
+    states and 8 observations, where few and long series are cut into spans of time, which run side by side, and are
+    smoothed and differentiated by the scan.
 
     A :class:`~dualform.gaussian.model.LinearGaussian` has the same methods; this class is for the choice of the form.
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualform.core.elements import GaussianElement, combine_gaussian
+from dualform.core.elements import GaussianElement, combine_gaussian, sharpened
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import covariance_root, matvec, root_solve, symmetric_part
 from dualform.core.scan import associative_scan
@@ -41,7 +41,7 @@ from dualform.core.tree import concat, tree_map
 from dualform.gaussian.belief import Belief, Gaussian
 from dualform.gaussian.conditioning import condition
 from dualform.gaussian.diffuse import opened
-from dualform.gaussian.filtering import elements_of, is_kernel_faster, is_parallel_faster, own_root, sharpened
+from dualform.gaussian.filtering import elements_of, is_kernel_faster, is_parallel_faster, own_root
 from dualform.gaussian.passes import Pass
 from dualform.gaussian.steps import Steps, cut, masked
 from dualform.ops.kalman_smoother import KalmanSmoother, has_kernel, kalman_smoother_op
@@ -237,7 +237,7 @@ def by_kernel(
     direction is diffuse to the end: other forms say why.
     """
     batch, length, n = steps.A.shape[:3]
-    if parallel or (parallel is None and not is_kernel_faster(batch, length, n, steps.A.device)):
+    if parallel or (parallel is None and not is_kernel_faster(batch, length, n, steps.A.device, True)):
         return None
     head, rest, state = opened(steps, belief, counted, lambda: None)
     a = KalmanSmoother(*rest, state.mean, state.cov)

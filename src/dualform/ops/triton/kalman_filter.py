@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualform.core.elements import GaussianElement, combine_gaussian, sharpened
+from dualform.core.scan import associative_scan
 from dualform.ops.kalman_filter import KalmanFilter, Moments, kalman_filter_op
 from dualform.ops.kalman_loops import Loops, why_none
 from dualform.ops.layout import whole_steps
@@ -12,6 +14,9 @@ from dualform.ops.triton.support import INTERPRETED, add_backend, blocks, kernel
 
 _MOST, _MOST_OBSERVED = 16, 8  # states and observations, whose matrices lie in registers
 _SERIES = {1: 32, 2: 8}  # of a program, by states; 1 where there are more
+_READ = ("a", "shift", "q", "c", "r", "y", "seen")
+_WORTH = 15  # ms of a loop from which on spans of time are taken side by side: to find what enters them takes about 12
+_SHORTEST, _PROGRAMS = 256, 1024  # steps of a span, and spans of all series
 _MARGIN = 16  # units in the last place: a pivot below them is rounding
 
 
@@ -41,6 +46,14 @@ class Plan:
             "num_warps": 2 if n == 16 and a.cov.dtype == torch.float64 else 1,
         }
 
+        self.spans, self.steps = 1, length
+
+    def split(self, spans: int) -> None:
+        """Give every program one span of one series."""
+        rows, length, *sizes = self.sizes
+        self.spans, self.steps, self.flags["BB"] = spans, blocks(length, spans), 1
+        self.sizes, self.grid = (rows * spans, length, *sizes), (rows * spans,)
+
     def read(self, *names: str) -> tuple[list[Tensor], list[int]]:
         """Some of what varies, and the strides of series and steps."""
         found = [self.views[name] for name in names]
@@ -48,14 +61,63 @@ class Plan:
 
 
 def _forward(a: KalmanFilter, found: Moments) -> None:
-    plan = Plan(a)
-    views, strides = plan.read("a", "shift", "q", "c", "r", "y", "seen")
+    plan, start = Plan(a), (a.mean, a.cov)
+    if spans := _spans(a):
+        entering = _entering(a, plan, spans)
+        if entering is not None:
+            plan.split(spans)
+            start = entering
+    views, strides = plan.read(*_READ)
     loglik, *moments, mean, cov = found
     kernels("kalman_filter").forward[plan.grid](
-        *views, a.mean.contiguous(), a.cov.contiguous(), loglik, *(m if a.moments else None for m in moments),
-        mean, cov, *plan.sizes, *strides, _MARGIN * torch.finfo(cov.dtype).eps,
-        CONSTANT=not any(strides[1:6:2]), **plan.flags,
+        *views, *(m.contiguous() for m in start), loglik, *(m if a.moments else None for m in moments), mean, cov,
+        *plan.sizes, plan.spans, plan.steps, *strides, _MARGIN * torch.finfo(cov.dtype).eps,
+        CONSTANT=not any(strides[1:6:2]), SPLIT=plan.spans > 1, **plan.flags,
     )  # fmt: skip
+
+
+def _spans(a: KalmanFilter) -> int:
+    """Into how many spans few and long series are cut, which run side by side; 0 for none."""
+    rows, length, _ = a.y.shape
+    spans = min(length // _SHORTEST, _PROGRAMS // max(rows, 1))
+    worth = 0.3e-3 * a.mean.shape[-1] * length > _WORTH and spans >= 4
+    if not worth or (a.y.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return 0
+    return blocks(length, blocks(length, spans))  # none is empty
+
+
+def _entering(a: KalmanFilter, plan: Plan, spans: int) -> tuple[Tensor, Tensor] | None:
+    """The moments that enter every span ``(B spans, ...)``; None where they would lose too many digits.
+
+    The first span is filtered as it is, which makes a vague start precise. Those behind it become elements, of which a
+    scan makes the states between them.
+    """
+    steps = blocks(a.y.shape[1], spans)
+    head = a._replace(moments=False, **{name: getattr(a, name)[:, :steps] for name in KalmanFilter._fields[:7]})
+    first = Moments(*LOOPS.filtered(head))
+    like = a.cov.new_empty(len(a.y), spans, *a.cov.shape[1:])
+    over, cov, information = (torch.empty_like(like) for _ in range(3))
+    mean, eta = (torch.empty_like(like[..., 0]) for _ in range(2))
+    fine = torch.empty(like.shape[:2], dtype=torch.int32, device=like.device)
+    split = Plan(a)
+    split.split(spans)
+    views, strides = plan.read(*_READ)
+    kernels("kalman_filter").summarize[split.grid](
+        *views, over, mean, cov, eta, information, fine, *split.sizes, split.spans, split.steps, *strides,
+        _MARGIN * torch.finfo(cov.dtype).eps, **split.flags,
+    )  # fmt: skip
+    within = slice(1, -1)
+    found = GaussianElement(*(m[:, within] for m in (over, mean, cov, eta, information)))
+    products = associative_scan(combine_gaussian, found)
+    zero = torch.zeros_like(first.last_cov)[:, None]
+    reached = combine_gaussian(
+        GaussianElement(zero, first.last_mean[:, None], first.last_cov[:, None], zero[..., 0], zero), products
+    )
+    if sharpened(products.J, reached.C).any() or not fine[:, within].all():
+        return None
+    pairs = ((a.mean, first.last_mean, reached.b), (a.cov, first.last_cov, reached.C))
+    means, covs = (torch.cat([start[:, None], one[:, None], more], 1).flatten(0, 1) for start, one, more in pairs)
+    return means, covs
 
 
 def _backward(a: KalmanFilter, moments: dict[str, Tensor], grads: dict[str, Tensor], found: dict[str, Tensor]) -> None:

@@ -110,6 +110,8 @@ def forward(
     T,
     N,
     M,
+    spans,
+    steps,
     a_b,
     a_t,
     shift_b,
@@ -126,14 +128,22 @@ def forward(
     seen_t,
     margin: tl.constexpr,
     CONSTANT: tl.constexpr,
+    SPLIT: tl.constexpr,
     BB: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Every step; ``CONSTANT``: A, the shift and Q are read once."""
+    """Every step; ``CONSTANT``: A, the shift and Q are read once.
+
+    ``SPLIT``: a program has one of the spans of a series, each of so many steps, and ``mean_ptr`` and ``cov_ptr`` have
+    what enters each of them.
+    """
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     b, n, m = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BN), tl.arange(0, BM)
-    row = b.to(tl.int64)
+    own, row, begin, count = b.to(tl.int64), b.to(tl.int64), 0, T
+    if SPLIT:
+        row, begin = own // spans, tl.program_id(0) % spans * steps
+        count = tl.minimum(steps, T - begin)
     full, lines = row[:, None, None], row[:, None]
     at_a, has_a = _matrix(b, n, n, rows, N, N)
     at_c, has_c = _matrix(b, m, n, rows, M, N)
@@ -144,13 +154,13 @@ def forward(
     a_ptr, q_ptr, c_ptr, r_ptr = a_ptr + full * a_b, q_ptr + full * q_b, c_ptr + full * c_b, r_ptr + full * r_b
     shift_ptr, y_ptr = shift_ptr + lines * shift_b + n[None, :], y_ptr + lines * y_b + m[None, :]
     seen_ptr += lines * seen_b + m[None, :]
-    mean = tl.load(mean_ptr + lines * N + n[None, :], mask=has_n, other=0.0)
-    cov = tl.load(cov_ptr + full * N * N + at_a, mask=has_a, other=0.0)
+    mean = tl.load(mean_ptr + own[:, None] * N + n[None, :], mask=has_n, other=0.0)
+    cov = tl.load(cov_ptr + own[:, None, None] * N * N + at_a, mask=has_a, other=0.0)
     a = tl.load(a_ptr + at_a, mask=has_a, other=0.0)
     shift = tl.load(shift_ptr, mask=has_n, other=0.0)
     q = tl.load(q_ptr + at_a, mask=has_a, other=0.0)
-    for step in range(T):
-        t = tl.full((), step, tl.int64)
+    for step in range(count):
+        t = tl.full((), begin + step, tl.int64)
         if not CONSTANT:
             a = tl.load(a_ptr + t * a_t + at_a, mask=has_a, other=0.0)
             shift = tl.load(shift_ptr + t * shift_t, mask=has_n, other=0.0)
@@ -169,14 +179,108 @@ def forward(
         left = eye_n - _tm(gain, c)
         mean += _tv(gain, v)
         cov = _symmetric(_mt(_mm(left, cov), left) + _tm(gain, _mm(r, gain)))
-        count = tl.sum(seen.to(dtype), 1)
-        term = -0.5 * (square + log + count * _LOG_2PI)
+        observed = tl.sum(seen.to(dtype), 1)
+        term = -0.5 * (square + log + observed * _LOG_2PI)
         tl.store(loglik_ptr + at, tl.where(fine, term, float("nan")).to(dtype), mask=b < rows)
         if means_ptr is not None:
             tl.store(means_ptr + at[:, None] * N + n[None, :], mean, mask=has_n)
             tl.store(covs_ptr + at[:, None, None] * N * N + at_a, cov, mask=has_a)
+    if SPLIT:
+        has_n, has_a = has_n & (begin + count == T), has_a & (begin + count == T)
     tl.store(last_mean_ptr + lines * N + n[None, :], mean, mask=has_n)
     tl.store(last_cov_ptr + full * N * N + at_a, cov, mask=has_a)
+
+
+@triton.jit
+def summarize(
+    a_ptr,
+    shift_ptr,
+    q_ptr,
+    c_ptr,
+    r_ptr,
+    y_ptr,
+    seen_ptr,
+    over_ptr,
+    mean_ptr,
+    cov_ptr,
+    eta_ptr,
+    information_ptr,
+    fine_ptr,
+    rows,
+    T,
+    N,
+    M,
+    spans,
+    steps,
+    a_b,
+    a_t,
+    shift_b,
+    shift_t,
+    q_b,
+    q_t,
+    c_b,
+    c_t,
+    r_b,
+    r_t,
+    y_b,
+    y_t,
+    seen_b,
+    seen_t,
+    margin: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """The element of every span ``(B, spans, ...)``, and whether it exists; a program has one span.
+
+    It is the filter from a known state h: the last state is ``N(A h + b, C)``, and the observations have the likelihood
+    ``exp(eta^T h - h^T J h / 2)`` by h, but for a factor.
+    """
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    b, n, m = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BN), tl.arange(0, BM)
+    own = b.to(tl.int64)
+    begin = tl.program_id(0) % spans * steps
+    full, lines = (own // spans)[:, None, None], (own // spans)[:, None]
+    at_a, has_a = _matrix(b, n, n, rows, N, N)
+    at_c, has_c = _matrix(b, m, n, rows, M, N)
+    at_r, has_r = _matrix(b, m, m, rows, M, M)
+    has_n, has_y = (b < rows)[:, None] & (n < N)[None, :], (b < rows)[:, None] & (m < M)[None, :]
+    eye_m, eye_n = m[None, :, None] == m[None, None, :], n[None, :, None] == n[None, None, :]
+    eye_m = tl.broadcast_to(tl.where(eye_m, 1.0, 0.0).to(dtype), (BB, BM, BM))
+    eye_n = tl.broadcast_to(tl.where(eye_n, 1.0, 0.0).to(dtype), (BB, BN, BN))
+    a_ptr, q_ptr, c_ptr, r_ptr = a_ptr + full * a_b, q_ptr + full * q_b, c_ptr + full * c_b, r_ptr + full * r_b
+    shift_ptr, y_ptr = shift_ptr + lines * shift_b + n[None, :], y_ptr + lines * y_b + m[None, :]
+    seen_ptr += lines * seen_b + m[None, :]
+    over, cov, information = eye_n, tl.zeros((BB, BN, BN), dtype), tl.zeros((BB, BN, BN), dtype)
+    mean, eta = tl.zeros((BB, BN), dtype), tl.zeros((BB, BN), dtype)
+    fine = tl.full((BB,), 1, tl.int32)
+    for step in range(tl.minimum(steps, T - begin)):
+        t = tl.full((), begin + step, tl.int64)
+        a = tl.load(a_ptr + t * a_t + at_a, mask=has_a, other=0.0)
+        q = tl.load(q_ptr + t * q_t + at_a, mask=has_a, other=0.0)
+        c, r, y, _ = _observation(
+            c_ptr, r_ptr, y_ptr, seen_ptr, c_t, r_t, y_t, seen_t, at_c, has_c, at_r, has_r, has_y, eye_m, t, dtype
+        )
+        over = _mm(a, over)
+        mean = _mv(a, mean) + tl.load(shift_ptr + t * shift_t, mask=has_n, other=0.0)
+        cov = _symmetric(_mt(_mm(a, cov), a)) + q
+        cp, through, v = _mm(c, cov), _mm(c, over), y - _mv(c, mean)
+        inverse, white, _, _, good = _solved(_symmetric(_mt(cp, c)) + r, eye_m, v, m, margin, BM)
+        gain = _mm(inverse, cp)
+        left = eye_n - _tm(gain, c)
+        fine = fine & good.to(tl.int32)
+        eta += _tv(through, white)
+        information += _symmetric(_tm(through, _mm(inverse, through)))
+        over -= _tm(gain, through)
+        mean += _tv(gain, v)
+        cov = _symmetric(_mt(_mm(left, cov), left) + _tm(gain, _mm(r, gain)))
+    own_matrix, own_line = own[:, None, None] * N * N + at_a, own[:, None] * N + n[None, :]
+    tl.store(over_ptr + own_matrix, over, mask=has_a)
+    tl.store(mean_ptr + own_line, mean, mask=has_n)
+    tl.store(cov_ptr + own_matrix, cov, mask=has_a)
+    tl.store(eta_ptr + own_line, eta, mask=has_n)
+    tl.store(information_ptr + own_matrix, information, mask=has_a)
+    tl.store(fine_ptr + own, fine, mask=b < rows)
 
 
 @triton.jit
