@@ -23,6 +23,7 @@ from dualform.generation.options import Sampling
 from dualform.generation.prefill import growing
 from dualform.generation.sampling import Wants, choose, likeliest, scored, table, uniforms
 from dualform.generation.slots import DRAWS, Slots, free_slot
+from dualform.layers.mixer import Prepared
 from dualform.layers.projection import kernels_run
 from dualform.models.lm import LanguageModel
 from dualform.ops.native.draw import draw
@@ -40,7 +41,7 @@ class Decoder:
     what it says.
 
     Args:
-        model: in evaluation mode; steps are prepared here, see :class:`~dualform.layers.mixer.Prepared`.
+        model: in evaluation mode; its steps are prepared at the first, see :class:`~dualform.layers.mixer.Prepared`.
         rows: B, how many there are, all free.
         logprobs: how many of the most likely tokens are told with their log-probabilities, beside that of the token
             that is given; None tells none.
@@ -86,7 +87,7 @@ class Decoder:
             self._slots: Slots = tree_map(lambda leaf: leaf[:0], self._blank)
             self._at = torch.zeros(1, dtype=torch.int64, device=home)  # the column, on the device
             self._lay(0)
-            self._steps = model.prepare()
+        self._steps: Prepared | None = None  # at the first of them: the first token of a prompt does not wait for it
 
     def put(
         self, row: int, state: State, logits: Tensor, history: Tensor, sampling: Sampling, seed: int, position: int
@@ -201,6 +202,7 @@ class Decoder:
 
     def _advance(self, *, capture: bool) -> None:
         """One step by the tokens at hand, and the draw of the next ones; by a graph that is there, or is captured."""
+        self._steps = self._steps or self._model.prepare()
         self._positions = [position + 1 for position in self._positions]
         for slot, position in enumerate(self._positions):
             if self._samplings[slot] is None and position > _IDLE:
@@ -223,6 +225,7 @@ class Decoder:
             history.copy_(torch.cat([history[:, 1:], self._token[:, None]], 1))
         if self._wants.drawn:
             self._at += 1
+        assert self._steps is not None
         logits, state = self._steps.step(self._token, self._state)
         self._slots.logits.copy_(logits)
         self._choose()

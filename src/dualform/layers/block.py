@@ -232,11 +232,16 @@ class Block(nn.Module):
         steps = [partial(part.step, **given) for part in self._mixers()]
         return self._step(steps, {}, x, state, interval=interval, context=context)
 
-    def prepare(self, *, rate: float = 1.0) -> Prepared:
-        """Steps with prepared mixers, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
+    def prepare(self, *, rate: float = 1.0, residuals: dict[Any, StreamStep] | None = None) -> Prepared:
+        """Steps with prepared mixers, at one rate; see :class:`~dualform.layers.mixer.Prepared`.
+
+        ``residuals`` are those of :meth:`residuals`, where they are at hand.
+        """
         given = self.timing("Block", rate=rate)
         steps = [part.prepare(**given).step for part in self._mixers()]
-        return Prepared(partial(self._step, steps, self.residuals() if rate == 1 else {}))
+        if residuals is None:
+            residuals = self.residuals() if rate == 1 else {}
+        return Prepared(partial(self._step, steps, residuals))
 
     def residuals(self) -> dict[Any, StreamStep]:
         """The parts whose steps take the stream to the stream, norm and sum included, and those steps."""

@@ -250,9 +250,11 @@ class Backbone(nn.Module):
     def prepare(self, *, rate: float = 1.0) -> Prepared:
         """Steps with prepared blocks, at one rate; see :class:`~dualform.layers.mixer.Prepared`."""
         self._check_timing(rate=rate)
-        steps = {block: block.prepare(rate=rate).step for block in self._stack()}  # a shared block once
-        runs = stream_runs(self._stack(), self._head_step()) if rate == 1 else {}
-        found = Steps([steps[block] for block in self._stack()], runs, rate)
+        stack = self._stack()
+        residuals = {block: block.residuals() if rate == 1 else {} for block in set(stack)}  # a shared block once
+        steps = {block: block.prepare(rate=rate, residuals=residuals[block]).step for block in set(stack)}
+        runs = stream_runs(stack, residuals, self._head_step()) if rate == 1 else {}
+        found = Steps([steps[block] for block in stack], runs, rate)
         return Prepared(partial(self._step, found))
 
     def _head_step(self) -> Callable[[Tensor], HeadStep] | None:

@@ -37,9 +37,12 @@ class Steps:
         self.made: State | None = None
 
 
-def stream_runs(blocks: Sequence[Block], head: Callable[[Tensor], HeadStep] | None = None) -> dict[int, StreamSteps]:
+def stream_runs(
+    blocks: Sequence[Block],
+    residuals: dict[Block, dict[Any, StreamStep]],
+    head: Callable[[Tensor], HeadStep] | None = None,
+) -> dict[int, StreamSteps]:
     """The steps of blocks in a row, whose layers take the stream to the stream; a head goes with all of them."""
-    residuals = {block: block.residuals() for block in blocks}
     runs: dict[int, list[list[StreamStep]]] = {}
     first = 0
     for number, block in enumerate(blocks):
