@@ -134,6 +134,15 @@ def test_memory_is_that_of_the_weights(folder, tmp_path):
     assert all(0.9 < float(share) < 1.15 for share in done.stdout.split()), done.stdout
 
 
+def test_a_model_is_built_whatever_lies_in_its_memory(monkeypatch, tmp_path):
+    """Where a start is drawn again until it is within bounds, values that nobody draws would never be."""
+    df.save(df.LanguageModel(df.ModelConfig(16, 8, {"S": (df.layers.S5Config(d_state=8),)}, "S")), tmp_path / "model")
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *of, make=make, **options: make(*of, **options).fill_(100))
+    assert df.load(tmp_path / "model").parameter_count() > 0
+
+
 # --- damage ---
 
 

@@ -23,7 +23,6 @@ from dualform.generation.options import Sampling
 from dualform.generation.prefill import growing
 from dualform.generation.sampling import Wants, choose, likeliest, scored, table, uniforms
 from dualform.generation.slots import DRAWS, Slots, free_slot
-from dualform.layers.mixer import Prepared
 from dualform.layers.projection import kernels_run
 from dualform.models.lm import LanguageModel
 from dualform.ops.native.draw import draw
@@ -87,7 +86,7 @@ class Decoder:
             self._slots: Slots = tree_map(lambda leaf: leaf[:0], self._blank)
             self._at = torch.zeros(1, dtype=torch.int64, device=home)  # the column, on the device
             self._lay(0)
-        self._steps: Prepared | None = None  # at the first of them: the first token of a prompt does not wait for it
+        self._steps: Any = None  # prepared at the first of them: the first token of a prompt does not wait for it
 
     def put(
         self, row: int, state: State, logits: Tensor, history: Tensor, sampling: Sampling, seed: int, position: int
@@ -225,7 +224,6 @@ class Decoder:
             history.copy_(torch.cat([history[:, 1:], self._token[:, None]], 1))
         if self._wants.drawn:
             self._at += 1
-        assert self._steps is not None
         logits, state = self._steps.step(self._token, self._state)
         self._slots.logits.copy_(logits)
         self._choose()

@@ -232,16 +232,11 @@ class Block(nn.Module):
         steps = [partial(part.step, **given) for part in self._mixers()]
         return self._step(steps, {}, x, state, interval=interval, context=context)
 
-    def prepare(self, *, rate: float = 1.0, residuals: dict[Any, StreamStep] | None = None) -> Prepared:
-        """Steps with prepared mixers, at one rate; see :class:`~dualform.layers.mixer.Prepared`.
-
-        ``residuals`` are those of :meth:`residuals`, where they are at hand.
-        """
+    def prepare(self, *, rate: float = 1.0, known: dict[Any, StreamStep] | None = None) -> Prepared:
+        """Prepared steps, see :class:`~dualform.layers.mixer.Prepared`; ``known`` are its residuals, if at hand."""
         given = self.timing("Block", rate=rate)
         steps = [part.prepare(**given).step for part in self._mixers()]
-        if residuals is None:
-            residuals = self.residuals() if rate == 1 else {}
-        return Prepared(partial(self._step, steps, residuals))
+        return Prepared(partial(self._step, steps, self.residuals() if known is None and rate == 1 else known or {}))
 
     def residuals(self) -> dict[Any, StreamStep]:
         """The parts whose steps take the stream to the stream, norm and sum included, and those steps."""

@@ -252,7 +252,7 @@ class Backbone(nn.Module):
         self._check_timing(rate=rate)
         stack = self._stack()
         residuals = {block: block.residuals() if rate == 1 else {} for block in set(stack)}  # a shared block once
-        steps = {block: block.prepare(rate=rate, residuals=residuals[block]).step for block in set(stack)}
+        steps = {block: block.prepare(rate=rate, known=residuals[block]).step for block in set(stack)}
         runs = stream_runs(stack, residuals, self._head_step()) if rate == 1 else {}
         found = Steps([steps[block] for block in stack], runs, rate)
         return Prepared(partial(self._step, found))
