@@ -75,6 +75,17 @@ def test_a_small_matrix_is_left_to_pytorch(dtype, rows, numbers, monkeypatch):
         assert made == kernels
 
 
+@torch.inference_mode()
+def test_several_rows_do_not_wait_for_the_threads_of_pytorch(monkeypatch, threads):
+    made, call = [], library.call
+    monkeypatch.setattr(library, "call", lambda name, *args, **fields: (made.append(name), call(name, *args, **fields)))
+    threads(2)
+    for rows, kernels in ((1, []), (2, ["linear"])):
+        made.clear()
+        project(nn.Linear(64, 3), torch.randn(rows, 64))
+        assert made == kernels
+
+
 # Widths beside and across the lanes of every vector, outputs beside four, rows beside what is summed at once.
 SIZES = [(1, 1, 1), (2, 3, 5), (5, 17, 3), (7, 63, 33), (16, 65, 6), (19, 130, 41)]
 

@@ -72,8 +72,11 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 def _least(rows: int, dtype: torch.dtype) -> int:
     """Numbers of a matrix from which the kernel of CPUs is the faster one: below, its call is what takes the time.
 
-    Measured with 1 to 16 rows and 2^9 to 2^19 numbers. PyTorch's products of 16 bits take longer with each row.
+    Measured with 1 to 16 rows and 2^9 to 2^19 numbers. PyTorch's products of 16 bits take longer with each row. With
+    several threads those of several rows, however small, wait for all of these: 16 ms, not 4 us, on cores that are busy.
     """
+    if rows > 1 and torch.get_num_threads() > 1:
+        return 0
     if dtype == torch.float32:
         return 2**19 if rows == 1 else 2**17
     return 2**14 if rows == 1 else 2**15 // rows
