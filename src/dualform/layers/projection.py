@@ -73,7 +73,7 @@ def _least(rows: int, dtype: torch.dtype) -> int:
     """Numbers of a matrix from which the kernel of CPUs is the faster one: below, its call is what takes the time.
 
     Measured with 1 to 16 rows and 2^9 to 2^19 numbers. PyTorch's products of 16 bits take longer with each row. With
-    several threads those of several rows, however small, wait for all of these: 16 ms, not 4 us, on cores that are busy.
+    several threads, those of several rows wait for all of them, however small: 16 ms for 4 us where cores are busy.
     """
     if rows > 1 and torch.get_num_threads() > 1:
         return 0
