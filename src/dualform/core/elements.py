@@ -34,6 +34,12 @@ class GaussianElement(NamedTuple):
     J: Tensor  # (..., N, N), symmetric
 
 
+def known_state(mean: Tensor, cov: Tensor) -> GaussianElement:
+    """The element of a state whose distribution ``N(mean, cov)`` is known."""
+    zero = torch.zeros_like(cov)
+    return GaussianElement(zero, mean, cov, zero[..., 0], zero)
+
+
 def combine_gaussian(earlier: GaussianElement, later: GaussianElement) -> GaussianElement:
     """The element over both spans, by one solve with ``I + C_e J_l``, which is invertible for any C and J.
 

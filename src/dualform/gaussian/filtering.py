@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dualform.core.elements import GaussianElement, combine_gaussian, sharpened
+from dualform.core.elements import GaussianElement, combine_gaussian, known_state, sharpened
 from dualform.core.linalg import covariance_root, half_solve, matvec, root_solve, symmetric_part
 from dualform.core.scan import associative_scan
 from dualform.core.tree import concat, tree_map
@@ -196,10 +196,8 @@ def _scan(steps: Steps, state: Gaussian) -> tuple[Gaussian, Tensor]:
     """The states before every step, and J of all steps before each."""
     elements = elements_of(cut(steps, slice(-1)))
     first = tree_map(lambda z: z[:, None], state)
-    zero = torch.zeros_like(first.cov)
-    known = GaussianElement(zero, first.mean, first.cov, zero[..., 0], zero)
     products = associative_scan(combine_gaussian, elements)
-    reached = combine_gaussian(known, products)
+    reached = combine_gaussian(known_state(*first), products)
     return concat([first, Gaussian(reached.b, reached.C)], dim=1), products.J
 
 

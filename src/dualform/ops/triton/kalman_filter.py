@@ -1,11 +1,12 @@
 """The Kalman filter in Triton and its gradient: a program walks along time with a few series."""
 
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualform.core.elements import GaussianElement, combine_gaussian, sharpened
+from dualform.core.elements import GaussianElement, combine_gaussian, known_state, sharpened
 from dualform.core.scan import associative_scan
 from dualform.ops.kalman_filter import KalmanFilter, Moments, kalman_filter_op
 from dualform.ops.kalman_loops import Loops, why_none
@@ -45,14 +46,15 @@ class Plan:
             # Of 16 states one puts some numbers into memory, and is still twice as fast as two that exchange them.
             "num_warps": 2 if n == 16 and a.cov.dtype == torch.float64 else 1,
         }
-
         self.spans, self.steps = 1, length
 
-    def split(self, spans: int) -> None:
-        """Give every program one span of one series."""
+    def split(self, spans: int) -> "Plan":
+        """The same where every program has one span of one series."""
         rows, length, *sizes = self.sizes
-        self.spans, self.steps, self.flags["BB"] = spans, blocks(length, spans), 1
-        self.sizes, self.grid = (rows * spans, length, *sizes), (rows * spans,)
+        made = copy(self)
+        made.spans, made.steps, made.flags = spans, blocks(length, spans), self.flags | {"BB": 1}
+        made.sizes, made.grid = (rows * spans, length, *sizes), (rows * spans,)
+        return made
 
     def read(self, *names: str) -> tuple[list[Tensor], list[int]]:
         """Some of what varies, and the strides of series and steps."""
@@ -63,10 +65,10 @@ class Plan:
 def _forward(a: KalmanFilter, found: Moments) -> None:
     plan, start = Plan(a), (a.mean, a.cov)
     if spans := _spans(a):
-        entering = _entering(a, plan, spans)
+        split = plan.split(spans)
+        entering = _entering(a, split)
         if entering is not None:
-            plan.split(spans)
-            start = entering
+            plan, start = split, entering
     views, strides = plan.read(*_READ)
     loglik, *moments, mean, cov = found
     kernels("kalman_filter").forward[plan.grid](
@@ -86,33 +88,27 @@ def _spans(a: KalmanFilter) -> int:
     return blocks(length, blocks(length, spans))  # none is empty
 
 
-def _entering(a: KalmanFilter, plan: Plan, spans: int) -> tuple[Tensor, Tensor] | None:
+def _entering(a: KalmanFilter, plan: Plan) -> tuple[Tensor, Tensor] | None:
     """The moments that enter every span ``(B spans, ...)``; None where they would lose too many digits.
 
     The first span is filtered as it is, which makes a vague start precise. Those behind it become elements, of which a
     scan makes the states between them.
     """
-    steps = blocks(a.y.shape[1], spans)
-    head = a._replace(moments=False, **{name: getattr(a, name)[:, :steps] for name in KalmanFilter._fields[:7]})
+    head = a._replace(moments=False, **{name: getattr(a, name)[:, : plan.steps] for name in KalmanFilter._fields[:7]})
     first = Moments(*LOOPS.filtered(head))
-    like = a.cov.new_empty(len(a.y), spans, *a.cov.shape[1:])
+    like = a.cov.new_empty(len(a.y), plan.spans, *a.cov.shape[1:])
     over, cov, information = (torch.empty_like(like) for _ in range(3))
     mean, eta = (torch.empty_like(like[..., 0]) for _ in range(2))
     fine = torch.empty(like.shape[:2], dtype=torch.int32, device=like.device)
-    split = Plan(a)
-    split.split(spans)
     views, strides = plan.read(*_READ)
-    kernels("kalman_filter").summarize[split.grid](
-        *views, over, mean, cov, eta, information, fine, *split.sizes, split.spans, split.steps, *strides,
-        _MARGIN * torch.finfo(cov.dtype).eps, **split.flags,
+    kernels("kalman_filter").summarize[plan.grid](
+        *views, over, mean, cov, eta, information, fine, *plan.sizes, plan.spans, plan.steps, *strides,
+        _MARGIN * torch.finfo(cov.dtype).eps, **plan.flags,
     )  # fmt: skip
     within = slice(1, -1)
     found = GaussianElement(*(m[:, within] for m in (over, mean, cov, eta, information)))
     products = associative_scan(combine_gaussian, found)
-    zero = torch.zeros_like(first.last_cov)[:, None]
-    reached = combine_gaussian(
-        GaussianElement(zero, first.last_mean[:, None], first.last_cov[:, None], zero[..., 0], zero), products
-    )
+    reached = combine_gaussian(known_state(first.last_mean[:, None], first.last_cov[:, None]), products)
     if sharpened(products.J, reached.C).any() or not fine[:, within].all():
         return None
     pairs = ((a.mean, first.last_mean, reached.b), (a.cov, first.last_cov, reached.C))

@@ -53,6 +53,24 @@ def _matrix(b, n, m, rows, N, M):
 
 
 @triton.jit
+def _places(rows, N, M, BB: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Of a program: its series, states and observations; where matrices lie, A, C and R, and what of all is there."""
+    b, n, m = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BN), tl.arange(0, BM)
+    at_a, has_a = _matrix(b, n, n, rows, N, N)
+    at_c, has_c = _matrix(b, m, n, rows, M, N)
+    at_r, has_r = _matrix(b, m, m, rows, M, M)
+    has_n, has_y = (b < rows)[:, None] & (n < N)[None, :], (b < rows)[:, None] & (m < M)[None, :]
+    return b, n, m, at_a, has_a, at_c, has_c, at_r, has_r, has_n, has_y
+
+
+@triton.jit
+def _eye(n, dtype: tl.constexpr, BB: tl.constexpr):
+    """The identity, of every series."""
+    one = tl.where(n[None, :, None] == n[None, None, :], 1.0, 0.0).to(dtype)
+    return tl.broadcast_to(one, (BB, n.shape[0], n.shape[0]))
+
+
+@triton.jit
 def _observation(c_ptr, r_ptr, y_ptr, seen_ptr, c_t, r_t, y_t, seen_t, at_c, has_c, at_r, has_r, has_y, eye, t, dtype):
     """C, R, y and what is seen at time t, uninformative where it is not."""
     seen = tl.load(seen_ptr + t * seen_t, mask=has_y, other=0) != 0
@@ -139,18 +157,13 @@ def forward(
     what enters each of them.
     """
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    b, n, m = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BN), tl.arange(0, BM)
+    b, n, m, at_a, has_a, at_c, has_c, at_r, has_r, has_n, has_y = _places(rows, N, M, BB, BN, BM)
     own, row, begin, count = b.to(tl.int64), b.to(tl.int64), 0, T
     if SPLIT:
         row, begin = own // spans, tl.program_id(0) % spans * steps
         count = tl.minimum(steps, T - begin)
     full, lines = row[:, None, None], row[:, None]
-    at_a, has_a = _matrix(b, n, n, rows, N, N)
-    at_c, has_c = _matrix(b, m, n, rows, M, N)
-    at_r, has_r = _matrix(b, m, m, rows, M, M)
-    has_n, has_y = (b < rows)[:, None] & (n < N)[None, :], (b < rows)[:, None] & (m < M)[None, :]
-    eye_m, eye_n = m[None, :, None] == m[None, None, :], n[None, :, None] == n[None, None, :]
-    eye_m, eye_n = tl.where(eye_m, 1.0, 0.0).to(dtype), tl.where(eye_n, 1.0, 0.0).to(dtype)
+    eye_m, eye_n = _eye(m, dtype, BB), _eye(n, dtype, BB)
     a_ptr, q_ptr, c_ptr, r_ptr = a_ptr + full * a_b, q_ptr + full * q_b, c_ptr + full * c_b, r_ptr + full * r_b
     shift_ptr, y_ptr = shift_ptr + lines * shift_b + n[None, :], y_ptr + lines * y_b + m[None, :]
     seen_ptr += lines * seen_b + m[None, :]
@@ -237,17 +250,11 @@ def summarize(
     ``exp(eta^T h - h^T J h / 2)`` by h, but for a factor.
     """
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    b, n, m = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BN), tl.arange(0, BM)
+    b, n, m, at_a, has_a, at_c, has_c, at_r, has_r, has_n, has_y = _places(rows, N, M, BB, BN, BM)
     own = b.to(tl.int64)
     begin = tl.program_id(0) % spans * steps
     full, lines = (own // spans)[:, None, None], (own // spans)[:, None]
-    at_a, has_a = _matrix(b, n, n, rows, N, N)
-    at_c, has_c = _matrix(b, m, n, rows, M, N)
-    at_r, has_r = _matrix(b, m, m, rows, M, M)
-    has_n, has_y = (b < rows)[:, None] & (n < N)[None, :], (b < rows)[:, None] & (m < M)[None, :]
-    eye_m, eye_n = m[None, :, None] == m[None, None, :], n[None, :, None] == n[None, None, :]
-    eye_m = tl.broadcast_to(tl.where(eye_m, 1.0, 0.0).to(dtype), (BB, BM, BM))
-    eye_n = tl.broadcast_to(tl.where(eye_n, 1.0, 0.0).to(dtype), (BB, BN, BN))
+    eye_m, eye_n = _eye(m, dtype, BB), _eye(n, dtype, BB)
     a_ptr, q_ptr, c_ptr, r_ptr = a_ptr + full * a_b, q_ptr + full * q_b, c_ptr + full * c_b, r_ptr + full * r_b
     shift_ptr, y_ptr = shift_ptr + lines * shift_b + n[None, :], y_ptr + lines * y_b + m[None, :]
     seen_ptr += lines * seen_b + m[None, :]
@@ -340,15 +347,10 @@ def backward(
     What follows for C, R and y, and from the prediction for A, the shift and Q, is in the body.
     """
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    b, n, m = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BN), tl.arange(0, BM)
+    b, n, m, at_a, has_a, at_c, has_c, at_r, has_r, has_n, has_y = _places(rows, N, M, BB, BN, BM)
     row = b.to(tl.int64)
     full, lines = row[:, None, None], row[:, None]
-    at_a, has_a = _matrix(b, n, n, rows, N, N)
-    at_c, has_c = _matrix(b, m, n, rows, M, N)
-    at_r, has_r = _matrix(b, m, m, rows, M, M)
-    has_n, has_y = (b < rows)[:, None] & (n < N)[None, :], (b < rows)[:, None] & (m < M)[None, :]
-    eye = tl.where(m[None, :, None] == m[None, None, :], 1.0, 0.0).to(dtype)
-    eye = tl.broadcast_to(eye, (BB, BM, BM))
+    eye = _eye(m, dtype, BB)
     a_ptr, c_ptr, r_ptr = a_ptr + full * a_b + at_a, c_ptr + full * c_b, r_ptr + full * r_b
     y_ptr, seen_ptr = y_ptr + lines * y_b + m[None, :], seen_ptr + lines * seen_b + m[None, :]
     dm = tl.load(dlast_mean_ptr + lines * N + n[None, :], mask=has_n, other=0.0)
@@ -448,15 +450,10 @@ def smooth(
 ):
     """The states given all observations, from the last step back; and which series have lost digits by it."""
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    b, n, m = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BN), tl.arange(0, BM)
+    b, n, m, at_a, has_a, at_c, has_c, at_r, has_r, has_n, has_y = _places(rows, N, M, BB, BN, BM)
     row = b.to(tl.int64)
     full, lines = row[:, None, None], row[:, None]
-    at_a, has_a = _matrix(b, n, n, rows, N, N)
-    at_c, has_c = _matrix(b, m, n, rows, M, N)
-    at_r, has_r = _matrix(b, m, m, rows, M, M)
-    has_n, has_y = (b < rows)[:, None] & (n < N)[None, :], (b < rows)[:, None] & (m < M)[None, :]
-    eye_m, eye_n = m[None, :, None] == m[None, None, :], n[None, :, None] == n[None, None, :]
-    eye_m = tl.broadcast_to(tl.where(eye_m, 1.0, 0.0).to(dtype), (BB, BM, BM))
+    eye_m, eye_n = _eye(m, dtype, BB), _eye(n, dtype, BB)
     a_ptr, c_ptr, r_ptr = a_ptr + full * a_b + at_a, c_ptr + full * c_b, r_ptr + full * r_b
     y_ptr, seen_ptr = y_ptr + lines * y_b + m[None, :], seen_ptr + lines * seen_b + m[None, :]
     score = tl.zeros((BB, BN), dtype)  # r
@@ -478,7 +475,7 @@ def smooth(
         v = y - _mv(c, tl.load(predicted_means_ptr + at_m, mask=has_n, other=0.0))
         cp = _mm(c, predicted)
         inverse, white, _, _, _ = _solved(_symmetric(_mt(cp, c)) + r, eye_m, v, m, 0.0, BM)
-        left = tl.where(eye_n, 1.0, 0.0).to(dtype) - _tm(_mm(inverse, cp), c)
+        left = eye_n - _tm(_mm(inverse, cp), c)
         score = _tv(c, white) + _tv(left, score)
         information = _symmetric(_tm(c, _mm(inverse, c)) + _tm(left, _mm(information, left)))
         earlier = t > 0
@@ -493,7 +490,7 @@ def smooth(
         smoothed = cov - _symmetric(_tm(moved, weighed))
         score, information = _tv(a, score), _symmetric(_tm(a, _mm(information, a)))
         mean += _mv(cov, score)
-        little = eye_n & (smoothed * LOSS < cov)
+        little = (eye_n != 0) & (smoothed * LOSS < cov)
         lost = lost | tl.max(tl.max(little.to(tl.int32), 2), 1)
         tl.store(smoothed_means_ptr + at_m - N, mean, mask=has_n & earlier)
         tl.store(smoothed_covs_ptr + at_p - N * N, smoothed, mask=has_a & earlier)
