@@ -107,6 +107,22 @@ def _solved(f, x, v, m, margin, BM: tl.constexpr):
 
 
 @triton.jit
+def _updated(mean, cov, c, r, gain, v, eye):
+    """The moments given an observation, by K^T: in Joseph's form, a sum of squares."""
+    left = eye - _tm(gain, c)
+    return mean + _tv(gain, v), _symmetric(_mt(_mm(left, cov), left) + _tm(gain, _mm(r, gain)))
+
+
+@triton.jit
+def _before(means_ptr, covs_ptr, mean_ptr, cov_ptr, at_m, at_p, first_m, first_p, has_n, has_a, t, N):
+    """The moments of the state before time t, which are those of the start at the first."""
+    mean = tl.load(means_ptr + at_m - N, mask=has_n & (t > 0), other=0.0)
+    mean += tl.load(mean_ptr + first_m, mask=has_n & (t == 0), other=0.0)
+    cov = tl.load(covs_ptr + at_p - N * N, mask=has_a & (t > 0), other=0.0)
+    return mean, cov + tl.load(cov_ptr + first_p, mask=has_a & (t == 0), other=0.0)
+
+
+@triton.jit
 def forward(
     a_ptr,
     shift_ptr,
@@ -189,9 +205,7 @@ def forward(
             tl.store(predicted_covs_ptr + at[:, None, None] * N * N + at_a, cov, mask=has_a)
         cp, v = _mm(c, cov), y - _mv(c, mean)
         gain, _, square, log, fine = _solved(_symmetric(_mt(cp, c)) + r, cp, v, m, margin, BM)
-        left = eye_n - _tm(gain, c)
-        mean += _tv(gain, v)
-        cov = _symmetric(_mt(_mm(left, cov), left) + _tm(gain, _mm(r, gain)))
+        mean, cov = _updated(mean, cov, c, r, gain, v, eye_n)
         observed = tl.sum(seen.to(dtype), 1)
         term = -0.5 * (square + log + observed * _LOG_2PI)
         tl.store(loglik_ptr + at, tl.where(fine, term, float("nan")).to(dtype), mask=b < rows)
@@ -274,13 +288,11 @@ def summarize(
         cp, through, v = _mm(c, cov), _mm(c, over), y - _mv(c, mean)
         inverse, white, _, _, good = _solved(_symmetric(_mt(cp, c)) + r, eye_m, v, m, margin, BM)
         gain = _mm(inverse, cp)
-        left = eye_n - _tm(gain, c)
         fine = fine & good.to(tl.int32)
         eta += _tv(through, white)
         information += _symmetric(_tm(through, _mm(inverse, through)))
         over -= _tm(gain, through)
-        mean += _tv(gain, v)
-        cov = _symmetric(_mt(_mm(left, cov), left) + _tm(gain, _mm(r, gain)))
+        mean, cov = _updated(mean, cov, c, r, gain, v, eye_n)
     own_matrix, own_line = own[:, None, None] * N * N + at_a, own[:, None] * N + n[None, :]
     tl.store(over_ptr + own_matrix, over, mask=has_a)
     tl.store(mean_ptr + own_line, mean, mask=has_n)
@@ -398,11 +410,10 @@ def backward(
         a = tl.load(a_ptr + t * a_t, mask=has_a, other=0.0)
         pa = _mm(dp, a)
         if da_ptr is not None:
-            earlier = t > 0
-            mean = tl.load(means_ptr + at_m - N, mask=has_n & earlier, other=0.0)
-            mean += tl.load(mean_ptr + lines * N + n[None, :], mask=has_n & (t == 0), other=0.0)
-            cov = tl.load(covs_ptr + at_p - N * N, mask=has_a & earlier, other=0.0)
-            cov += tl.load(cov_ptr + full * N * N + at_a, mask=has_a & (t == 0), other=0.0)
+            mean, cov = _before(
+                means_ptr, covs_ptr, mean_ptr, cov_ptr, at_m, at_p, lines * N + n[None, :], full * N * N + at_a,
+                has_n, has_a, t, N,
+            )  # fmt: skip
             tl.store(da_ptr + at_p, dm[:, :, None] * mean[:, None, :] + 2 * _mm(pa, cov), mask=has_a)
         dm = _tv(a, dm)
         dp = _symmetric(_tm(a, pa))
@@ -479,10 +490,10 @@ def smooth(
         score = _tv(c, white) + _tv(left, score)
         information = _symmetric(_tm(c, _mm(inverse, c)) + _tm(left, _mm(information, left)))
         earlier = t > 0
-        mean = tl.load(means_ptr + at_m - N, mask=has_n & earlier, other=0.0)
-        mean += tl.load(mean_ptr + lines * N + n[None, :], mask=has_n & (t == 0), other=0.0)
-        cov = tl.load(covs_ptr + at_p - N * N, mask=has_a & earlier, other=0.0)
-        cov += tl.load(cov_ptr + full * N * N + at_a, mask=has_a & (t == 0), other=0.0)
+        mean, cov = _before(
+            means_ptr, covs_ptr, mean_ptr, cov_ptr, at_m, at_p, lines * N + n[None, :], full * N * N + at_a,
+            has_n, has_a, t, N,
+        )  # fmt: skip
         a = tl.load(a_ptr + t * a_t, mask=has_a, other=0.0)
         moved = _mm(a, cov)
         weighed = _mm(information, moved)
