@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dualform.core.errors import ArgumentError, ConfigError
 from dualform.layers.lstm import LSTM, LSTMConfig, LSTMState
-from dualform.ops.lstm import _spans
+from dualform.ops.lstm import _spans, lstm
 from vectors import close
 
 CONFIGS = {"plain": (LSTMConfig(), 3), "wide": (LSTMConfig(hidden=5, layers=2), 3), "smallest": (LSTMConfig(), 1)}
@@ -158,3 +158,31 @@ def test_errors_say_what_came() -> None:
         layer(torch.randn(1, 2, 4))
     with pytest.raises(ArgumentError, match="state has 2 rows, expected 1"):
         layer(torch.randn(1, 2, 3), layer.init_state(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("borders", [None, [0, 3, 3, 7]], ids=["whole", "packed"])
+def test_cudnn_has_gradients_in_eval_too(borders):
+    """Its own network refuses them there."""
+    layer = LSTMConfig().build(3).cuda()
+    x = torch.randn(1, 7, 3, device="cuda")
+    packed = None if borders is None else torch.tensor(borders)
+    found = [
+        torch.autograd.grad(layer.train(mode)(x, cu_seqlens=packed)[0].sum(), [*layer.parameters()])
+        for mode in (True, False)
+    ]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part")
+def test_cudnn_takes_tensors_as_they_lie():
+    draw = torch.Generator().manual_seed(0)
+    x, h, c, W, U = (torch.randn(*s, generator=draw).cuda() for s in ((1, 6, 3), (5, 3), (3, 5), (20, 3), (20, 7)))
+    b, packing = torch.zeros(20, device="cuda"), torch.tensor([0, 2, 2, 6])
+    given = x, h.T, c, W, U[:, :5], b, b
+    for got, want in zip(
+        lstm(*given, cu_seqlens=packing), lstm(*(m.contiguous() for m in given), cu_seqlens=packing), strict=True
+    ):
+        assert torch.equal(got, want)

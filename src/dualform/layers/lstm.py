@@ -154,7 +154,11 @@ class LSTM(Mixer):
 
     def _run(self, x: Any, state: LSTMState) -> tuple[Any, LSTMState]:
         """``nn.LSTM``, whose states have the layers first and the dtype of its weights."""
-        dtype = self.like.dtype
-        y, after = self.lstm(x.to(dtype), tuple(s.transpose(0, 1).to(dtype).contiguous() for s in state))
+        dtype, mode = self.like.dtype, self.lstm.training
+        self.lstm.training = mode or torch.is_grad_enabled()  # as cuDNN demands; nothing is dropped
+        try:
+            y, after = self.lstm(x.to(dtype), tuple(s.transpose(0, 1).to(dtype).contiguous() for s in state))
+        finally:
+            self.lstm.training = mode
         h, c = (new.transpose(0, 1).to(old.dtype) for new, old in zip(after, state, strict=True))
         return y, LSTMState(h, c)

@@ -123,7 +123,7 @@ def _reference(a: LSTM) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(a: LSTM) -> list[Tensor]:
     """On a CPU in float32 or wider: PyTorch has a kernel of low precision for some processors only."""
     dtype = wide(a.x) if a.x.device.type == "cpu" else a.x.dtype
-    x, h, c, *weights = (m.to(dtype) for m in a[:7])
+    x, h, c, *weights = (m.to(dtype).contiguous() for m in a[:7])  # as cuDNN demands
     if x.numel() == 0 or h.numel() == 0:
         return [a.x.new_zeros(*x.shape[:2], h.shape[1]), a.h.clone(), a.c.clone()]
     if a.packing is None:
