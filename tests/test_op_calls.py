@@ -218,6 +218,15 @@ def test_a_complex_state_of_a_real_step_is_refused():
         causal_conv1d_update(r(2, 8), r(2, 8, 3) + 0j, r(8, 4))
 
 
+@pytest.mark.parametrize("name", ["wkv4", "wkv7", "gla", "delta"])
+def test_a_complex_state_of_a_real_scan_is_refused_inside_the_op(name):
+    """Which a compiled program calls without the public function."""
+    op, args = dispatched(case_of(name, 5), torch.float32)
+    at = 2 + op.fields.index("h0")
+    with pytest.raises(ArgumentError, match=r"h0 is torch\.complex64, expected a real dtype"):
+        getattr(torch.ops.dualform, op.name)(*args[:at], args[at] + 0j, *args[at + 1 :])
+
+
 def outputs_and_gradients(case, given, around=nullcontext):
     """Through whichever backend is chosen: what it returns within ``around()``, and the gradients of the sum."""
     leaves = {k: m.clone().requires_grad_() if floats(m) else m for k, m in given.items()}

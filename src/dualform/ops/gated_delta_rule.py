@@ -114,6 +114,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tens
 def _check(a: GatedDeltaRule) -> None:
     _check_inputs(a.q, a.k, a.v, a.beta, a.log_decay)
     check_state(_WHERE, "the initial state", a.h0, a.packing, a.q, (a.v.shape[2], a.q.shape[3], a.v.shape[3]))
+    check_real(_WHERE, h0=a.h0)
     check_dtype(_WHERE, a.h0.dtype)
     check_chunk(_WHERE, a.chunk)
 

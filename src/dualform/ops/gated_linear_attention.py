@@ -101,6 +101,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Ten
 def _check(a: GatedLinearAttention) -> None:
     _check_inputs(a.q, a.k, a.v, a.log_decay, a.bonus)
     check_state(_WHERE, "the initial state", a.h0, a.packing, a.q, (*a.q.shape[2:], a.v.shape[3]))
+    check_real(_WHERE, h0=a.h0)
     check_dtype(_WHERE, a.h0.dtype)
     check_chunk(_WHERE, a.chunk)
 

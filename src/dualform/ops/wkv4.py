@@ -88,6 +88,7 @@ def _check_inputs(k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor) -> Non
 def _check(a: WKV4) -> None:
     _check_inputs(a.k, a.v, a.log_decay, a.bonus)
     check_state(_WHERE, "the initial state", a.h0, a.packing, a.k, (2, a.k.shape[2]))
+    check_real(_WHERE, h0=a.h0)
     check_dtype(_WHERE, a.h0.dtype)
 
 

@@ -91,6 +91,7 @@ def _check_inputs(r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor,
 def _check(given: WKV7) -> None:
     _check_inputs(*given[:6])
     check_state(_WHERE, "the initial state", given.h0, given.packing, given.r, (*given.r.shape[2:], given.v.shape[3]))
+    check_real(_WHERE, h0=given.h0)
     check_dtype(_WHERE, given.h0.dtype)
     check_chunk(_WHERE, given.chunk)
 
