@@ -110,7 +110,7 @@ def test_a_broken_backend_fails(monkeypatch: pytest.MonkeyPatch):
     choosy = Backend("choosy", forward, backward, refuses=refuses)
     elsewhere = Backend("elsewhere", forward, backward, devices=("cuda",))
     monkeypatch.setattr(op, "backends", [wrong, absent, choosy, elsewhere, *op.backends])
-    results = {(r.case, r.law): r for r in run_checks(["fft_conv"], length=7)}
+    results = {(r.case, r.law): r for r in run_checks(["fft_conv"], length=33)}
     assert results["fft_conv [wrong]", "forward"].error == pytest.approx(0.01, rel=0.5)
     assert results["fft_conv [wrong]", "backward"].error == pytest.approx(0.02, rel=0.5)
     assert not results["fft_conv [wrong]", "forward"].ok

@@ -236,6 +236,18 @@ LARGE = {
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("states", [1, 5, 16, 24, 40, 64, 100])
+@pytest.mark.parametrize("width", [5, 16, 20, 33, 64])
+def test_small_heads_of_mamba2_are_the_definition(width, states, poison, monkeypatch):
+    """As they are called: Triton can be wrong at one size of its matrix products and right at the next."""
+    monkeypatch.setattr(sys.modules["dualform.ops.triton.ssd"], "_CHUNK", 64)
+    for given in (dual(1, 1, 2, width, states), dual(1, 70, 2, width, states)):
+        for backward in (False, True):
+            found, allowed = compare(given, "triton", DEVICE, torch.float16, backward=backward)
+            assert found.error <= allowed, found
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", LARGE)
 def test_the_gated_scan_of_mamba2_in_bfloat16(name, poison, monkeypatch):
     """Everything is rounded once: the outputs, and what the products within and between chunks are given."""

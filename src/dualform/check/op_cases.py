@@ -41,13 +41,8 @@ from dualform.ops.vandermonde import vandermonde_kernel
 from dualform.ops.wkv4 import wkv4
 from dualform.ops.wkv7 import wkv7, wkv7_update
 
-_STAY_WIDE = (
-    "A",
-    "initial_state",
-    "state",
-    "delta_bias",
-    "dt_bias",
-)  # float32 at least, whatever the dtype of the activations
+# float32 at least, whatever the dtype of the activations
+_STAY_WIDE = ("A", "initial_state", "state", "delta_bias", "dt_bias")
 
 
 def _attention(
@@ -155,17 +150,19 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         }
         return {name: tensor for name, tensor in found.items() if name not in without}
 
-    def dual(batch: int, states: int, groups: int = 3, skip: tuple[int, ...] = (6,)) -> dict[str, Tensor]:
+    def dual(
+        batch: int, states: int, groups: int = 3, skip: tuple[int, ...] = (6,), p: int = 5, n: int = 7
+    ) -> dict[str, Tensor]:
         return {
-            "x": normal(batch, length, 6, 5),
+            "x": normal(batch, length, 6, p),
             "dt": normal(batch, length, 6) - 1,
             "A": decay(6),
-            "B": normal(batch, length, groups, 7),
-            "C": normal(batch, length, groups, 7),
+            "B": normal(batch, length, groups, n),
+            "C": normal(batch, length, groups, n),
             "D": normal(*skip),
-            "z": normal(batch, length, 6, 5),
+            "z": normal(batch, length, 6, p),
             "dt_bias": normal(6),
-            "initial_state": normal(states, 6, 5, 7),
+            "initial_state": normal(states, 6, p, n),
         }
 
     def conv(batch: int, states: int, width: int = 4) -> dict[str, Tensor]:
@@ -294,13 +291,13 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         found["r"] = found.pop("q")
         return {**found, "a": -key, "b": key * torch.rand(*key.shape, generator=generator)}
 
-    def replacing(batch: int | None, states: int, decays: int | None) -> dict[str, Tensor]:
+    def replacing(batch: int | None, states: int, decays: int | None, n: int = 5, p: int = 7) -> dict[str, Tensor]:
         """Keys of length 1 and half as many heads of them; no decays, one of each head, or one of each channel."""
         first = (states,) if batch is None else (batch, length)
-        found = {"state" if batch is None else "initial_state": normal(states, 4, 5, 7), "v": normal(*first, 4, 7)}
-        found |= {"q": normal(*first, 2, 5), "k": torch.nn.functional.normalize(normal(*first, 2, 5), dim=-1)}
+        found = {"state" if batch is None else "initial_state": normal(states, 4, n, p), "v": normal(*first, 4, p)}
+        found |= {"q": normal(*first, 2, n), "k": torch.nn.functional.normalize(normal(*first, 2, n), dim=-1)}
         found["beta"] = 2 * torch.rand(*first, 4, generator=generator, dtype=torch.float64)
-        return found if decays is None else {**found, "log_decay": decay(*first, 4, *(5,) * decays)}
+        return found if decays is None else {**found, "log_decay": decay(*first, 4, *(n,) * decays)}
 
     groups = {"x": normal(length, 5), "weight": normal(4, 7, 5)}
     window = {"x": normal(3, 5), "state": normal(3, 5, 3), "weight": normal(5, 4), "bias": normal(5)}
@@ -330,6 +327,7 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("ssd chunk 7", "ssd", ssd, dual(3, 3, 1, (6, 5)), {**soft2, "chunk": 7}),
         OpCase("ssd packed", "ssd", ssd, dual(1, rows), {**soft2, **runs, "chunk": 13}),
         OpCase("ssd seq_idx", "ssd", ssd, dual(3, 3), {**soft2, "seq_idx": ids}),
+        OpCase("ssd 20 x 40", "ssd", ssd, dual(3, 3, p=20, n=40), soft2),
         OpCase("gla", "gated_linear_attention", gated_linear_attention, gated(3, 3), {"chunk": 16}),
         OpCase("gla packed", "gated_linear_attention", gated_linear_attention, gated(1, rows, True), runs),
         OpCase("gla step", "gated_linear_attention_update", gated_linear_attention_update, gated(None, 3)),
@@ -342,6 +340,8 @@ def op_cases(length: int, seed: int = 0) -> list[OpCase]:
         OpCase("delta", "gated_delta_rule", gated_delta_rule, replacing(3, 3, None), {"chunk": 16}),
         OpCase("delta decay", "gated_delta_rule", gated_delta_rule, replacing(3, 3, 0), {"scale": 0.5}),
         OpCase("delta packed", "gated_delta_rule", gated_delta_rule, replacing(1, rows, 0), runs),
+        OpCase("delta 40 x 20", "gated_delta_rule", gated_delta_rule, replacing(3, 3, 0, 40, 20)),
+        OpCase("delta 16 x 20", "gated_delta_rule", gated_delta_rule, replacing(3, 3, None, 16, 20)),
         OpCase("delta channels", "gated_delta_rule", gated_delta_rule, replacing(3, 3, 1), {"chunk": 16}),
         OpCase("delta channels packed", "gated_delta_rule", gated_delta_rule, replacing(1, rows, 1), runs),
         OpCase("delta step", "gated_delta_rule_update", gated_delta_rule_update, replacing(None, 3, 0)),

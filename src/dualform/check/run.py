@@ -29,6 +29,7 @@ GRADIENT_TOLERANCE = {**TOLERANCE, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 """Of the laws on gradients: autograd adds up a 16-bit parameter's gradient in 16 bits, step after step."""
 _GRADIENT_LAWS = ("gradient", "final state")
 LONGEST_REFERENCE = 512  # operators are compared over at most so many steps: their references are loops
+_HALF = {case.op for case in long.CASES if case.half}  # what has kernels of 16 bits alone is checked in these
 _AS_REFERENCE = 4  # a backend in low precision may err this many times as much as its reference in that precision
 
 
@@ -155,12 +156,11 @@ def plan(
     for case in operators:
         if names is None or {case.name, case.op} & names:
             for name in _backends(case.op, device):
+                half = device.type == "cuda" and name == "triton" and dtype.itemsize > 2 and case.op in _HALF
+                title, of = (f"{name}, bfloat16", torch.bfloat16) if half else (name, dtype)
                 checks += [
                     Check(
-                        "backends",
-                        f"{case.name} [{name}]",
-                        law,
-                        partial(compare, case, name, device, dtype, backward=b),
+                        "backends", f"{case.name} [{title}]", law, partial(compare, case, name, device, of, backward=b)
                     )
                     for law, b in (("forward", False), ("backward", True))
                 ]

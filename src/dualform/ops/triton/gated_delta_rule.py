@@ -23,6 +23,7 @@ _CHUNK = 64  # steps of a matrix product
 _LEAST = 16  # rows and columns of a matrix product; half of a chunk
 _MOST_KEYS, _MOST_WIDTH = 128, 512
 _SHARED = 160 * 2**10  # bytes for keys and values of 128
+_FEW_VALUES = 32
 _COLUMNS = {"states": 64, "outputs": 32, "adjoint": 64, "gradients": 32}  # of values, at a time
 _WARPS = {"inverses": 2, "states": 4, "outputs": 4, "adjoint": 4, "gradients": 8}
 _STAGES = {"states": 2, "adjoint": 2}
@@ -34,8 +35,14 @@ def _side(size: int) -> int:
 
 
 def _chunk(a: GatedDeltaRule) -> int:
-    """Steps of a chunk, as the memory of a processor allows."""
+    """Steps of a chunk, as the memory of a processor allows.
+
+    Heads of few values get half of them. On an H200, Triton 3.6 gives wrong numbers, in y or in the gradient of k,
+    where products have 64 rows, for Hopper's own instructions, and the loop over the columns of values is one round.
+    """
     chunk, size = _CHUNK, _side(a.h0.shape[2]) * min(_side(a.h0.shape[3]), 128) / 128**2
+    if a.h0.shape[3] <= _FEW_VALUES:
+        chunk = min(chunk, 2 * _LEAST)
     while chunk > 2 * _LEAST and _SHARED * size * chunk / 64 > shared_memory(a.q):
         chunk //= 2
     return chunk
