@@ -1,6 +1,8 @@
 """Sums of components against statsmodels' recorded results and dense algebra."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -258,3 +260,12 @@ def test_a_component_alone_says_what_a_model_is():
     walk = Structural(Level(2000.0)).log_likelihood(y)
     steps = -(y.diff().square() / 2000 + math.log(2 * math.pi * 2000)) / 2
     close(walk[None], steps.sum()[None] - math.log(2 * math.pi) / 2, 1e-10)
+
+
+def test_a_likelihood_does_not_load_symbolic_algebra():
+    """Half a second, by ``torch.broadcast_shapes``."""
+    code = (
+        "import sys, torch; from dualform.gaussian import Irregular, Level; "
+        "(Level() + Irregular()).log_likelihood(torch.arange(9.0)[:, None].sin()); assert 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -227,3 +227,12 @@ def larger(a: int, b: int) -> int:
 def smaller(a: int, b: int) -> int:
     """The smaller of two sizes, as :func:`larger`."""
     return cast("int", torch.sym_min(a, b))
+
+
+def broadcast(*shapes: Sequence[int]) -> torch.Size:
+    """The shape that all of them broadcast to; ``torch.broadcast_shapes`` loads sympy first, which takes half a second.
+
+    Raises:
+        RuntimeError: for shapes that do not fit together.
+    """
+    return torch.broadcast_tensors(*(torch.empty(()).expand(tuple(shape)) for shape in shapes))[0].shape

@@ -10,6 +10,7 @@ from dualform.core.calls import explained
 from dualform.core.discretize import discretize_dense, discretize_noise
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite
+from dualform.core.shapes import broadcast
 from dualform.gaussian.belief import Belief
 from dualform.gaussian.forecasts import Forecast
 from dualform.gaussian.initial import stationary
@@ -172,7 +173,7 @@ class ContinuousLinearGaussian(Parameters):
         where = f"{type(self).__name__}.forecast"
         given = as_tensors(where, times=times, ahead=ahead)
         _check_count(where, given["times"], y)
-        batch = torch.broadcast_shapes(given["times"].shape[:-1], given["ahead"].shape[:-1])
+        batch = broadcast(given["times"].shape[:-1], given["ahead"].shape[:-1])
         both = torch.cat([value.expand(*batch, value.shape[-1]) for value in given.values()], -1)
         return self._at(where, both, start, None).forecast(y, given["ahead"].shape[-1], u=u)
 
@@ -243,7 +244,7 @@ class ContinuousLinearGaussian(Parameters):
         driven = [value for value in (None if c is None else c.unsqueeze(-1), B) if value is not None]
         if not driven:
             return Interval(Abar, Qbar, None, None)
-        axes = torch.broadcast_shapes(A.shape[:-2], *(value.shape[:-2] for value in driven))
+        axes = broadcast(A.shape[:-2], *(value.shape[:-2] for value in driven))
         both = torch.cat([value.expand(*axes, *value.shape[-2:]) for value in driven], -1)
         _, moved = discretize_dense(A.expand(*axes, *A.shape[-2:]), both, dt)
         if c is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite, symmetric_part
 from dualform.core.options import brief, suggestion
+from dualform.core.shapes import broadcast
 from dualform.ops.device import usable_device
 
 CORES = {
@@ -165,7 +166,7 @@ class Parameters(System):
             self._check_shape(where, name, value, core, sizes)
         check_finite(where, given)
         try:
-            torch.broadcast_shapes(*(self._batch_of(name, value) for name, value in given.items()))
+            broadcast(*(self._batch_of(name, value) for name, value in given.items()))
         except RuntimeError:
             shapes = ", ".join(f"{n} {tuple(v.shape)}" for n, v in given.items() if self._batch_of(n, v))
             raise ArgumentError(
@@ -201,7 +202,7 @@ class Parameters(System):
         """The axes of a batch that the parameters have together; none for one model."""
         named = ((name, getattr(self, name)) for name in CORES)
         shapes = {self._batch_of(name, value) for name, value in named if value is not None} - {torch.Size()}
-        return torch.broadcast_shapes(*shapes) if shapes else torch.Size()
+        return broadcast(*shapes) if shapes else torch.Size()
 
     @property
     def d_state(self) -> int:

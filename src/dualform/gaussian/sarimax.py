@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors, check_finite, least_squares
-from dualform.core.shapes import wide
+from dualform.core.shapes import broadcast, wide
 from dualform.gaussian.arrays import Door
 from dualform.gaussian.built import Built
 from dualform.gaussian.constraints import Positive, Stationary, constrained, places, to_partial
@@ -193,7 +193,7 @@ class Sarimax(Built):
         if self.has_intercept:
             w = w - (self.intercept / ar.sum(-1)).unsqueeze(-1)
         parts = [-ar[..., 1:], ma[..., 1:], self.variance.unsqueeze(-1), w]
-        full, dtype = torch.broadcast_shapes(*(part.shape[:-1] for part in parts)), wide(self.variance, w)
+        full, dtype = broadcast(*(part.shape[:-1] for part in parts)), wide(self.variance, w)
         rows = math.prod(full)
         ar, ma, variance, w = (x.to(dtype).expand(*full, x.shape[-1]).reshape(rows, x.shape[-1]) for x in parts)
         record = ArmaLikelihood(ar, ma, variance[:, 0], w)

@@ -9,6 +9,7 @@ from torch import Tensor
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
 from dualform.core.linalg import as_tensors
+from dualform.core.shapes import broadcast
 from dualform.core.tree import tree_map
 from dualform.gaussian.arrays import Door, lengths_of
 from dualform.gaussian.belief import Belief, Gaussian
@@ -227,7 +228,7 @@ class Series(Recurrent):
         door = Door(where, y, model.Q, model.d_obs)
         y = door.y
         try:
-            full = tuple(torch.broadcast_shapes(model.batch, y.shape[:-2]))
+            full = tuple(broadcast(model.batch, y.shape[:-2]))
         except RuntimeError:
             raise ArgumentError(
                 f"{where}: y has shape {tuple(y.shape)}, with the batch axes {tuple(y.shape[:-2])}; the model has "

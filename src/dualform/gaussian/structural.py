@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dualform.core.calls import explained
 from dualform.core.errors import ArgumentError
+from dualform.core.shapes import broadcast
 from dualform.gaussian.arrays import Door
 from dualform.gaussian.built import Built
 from dualform.gaussian.constraints import kind
@@ -222,7 +223,7 @@ class Structural(Built):
 
 def diagonal(blocks: list[Tensor]) -> Tensor:
     """A block-diagonal matrix of blocks ``(*batch, n, n)``."""
-    batch = torch.broadcast_shapes(*(block.shape[:-2] for block in blocks))
+    batch = broadcast(*(block.shape[:-2] for block in blocks))
     n, at, rows = sum(block.shape[-1] for block in blocks), 0, []
     for block in blocks:
         size = block.shape[-1]
