@@ -19,11 +19,11 @@ RECURRENT = {
     if hasattr(OPS[case.op].arguments, "h0") and case.tensors["initial_state"].numel()
 }
 # Steps that may see each other, as the docstrings say: in any backend of ssd, elsewhere in the portable one.
-CHUNK = {"ssd": 64, "ssd chunk 7": 7, "ssd packed": 13, "ssd seq_idx": 64}
+CHUNK = {"ssd": 64, "ssd chunk 7": 7, "ssd packed": 13, "ssd seq_idx": 64, "ssd 20 x 40": 64}
 PORTABLE_CHUNK = {
     **dict.fromkeys(("causal_conv1d wide", "causal_conv1d wide packed"), LENGTH),
     **dict.fromkeys(("dplr_ssm complex", "dplr_ssm complex packed", "gla packed", "wkv7 packed"), 64),
-    **dict.fromkeys(("delta decay", "delta packed", "delta channels packed"), 64),
+    **dict.fromkeys(("delta decay", "delta packed", "delta 40 x 20", "delta 16 x 20", "delta channels packed"), 64),
     **dict.fromkeys(("gla", "wkv7", "delta", "delta channels"), 16),
 }
 BORDERS = torch.tensor([0, 20, 20, 61, LENGTH])

@@ -232,6 +232,8 @@ LARGE = {
     "gate only": lambda: dual(1, 200, 4, 64, 64, skip=""),
     "packed": lambda: dual(1, 300, 8, 64, 128, groups=2, packed=[0, 1, 63, 64, 65, 0, 107], skip="channels"),
     "odd": lambda: dual(2, 77, 6, 24, 40, groups=3),
+    "one chunk": lambda: dual(2, 50, 8, 64, 128, groups=2),
+    "one step": lambda: dual(2, 1, 4, 64, 128),
 }
 
 

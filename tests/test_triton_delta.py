@@ -54,6 +54,8 @@ LARGE = {
     "no decay": lambda: delta(1, 300, 4, 4, 64, 128, decays=False),
     "packed": lambda: delta(1, 300, 8, 8, 128, 128, packed=[0, 1, 63, 64, 65, 0, 107]),
     "odd": lambda: delta(2, 77, 6, 3, 24, 200),
+    "one chunk": lambda: delta(2, 50, 4, 2, 128, 128),
+    "one step": lambda: delta(2, 1, 4, 4, 64, 64),
 }
 
 
