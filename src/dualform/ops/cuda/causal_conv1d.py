@@ -56,7 +56,7 @@ def plan_time_last(rows: int, length: int, width: int, each: int) -> Plan:
     span = 32 * each
     while span < length and rows * -(-length // (2 * span)) * width >= 8192:
         span *= 2
-    return Plan(each, 0, 4, span, 6)
+    return Plan(each, 2, 2, span, 12)
 
 
 class _Call(NamedTuple):
@@ -116,10 +116,10 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
         **given, dy=dy, dfinal=dfinal, dx=dx.mT if last else dx, dstate=dh0, blocks=call.spans, sums=sums,
         dweight=dweight, dbias=found.get("bias"),
     )  # fmt: skip
-    rings = call.threads * macros["EACH"] * max(4 * rows, 2 * plan.steps * a.x.element_size())
+    rings = call.threads * macros["EACH"] * max(4 * rows, 2 * macros["STEPS"] * a.x.element_size())
     file, kernel = ("time_last", "time_last_backward") if last else ("backward", "backward")
     for name, grid, threads, shared in (
-        (f"causal_conv1d_{kernel}", call.grid, call.threads, 0 if last else rings),
+        (f"causal_conv1d_{kernel}", call.grid, call.threads, rings),
         ("causal_conv1d_sums", rows * -(-width // 32), 256, 4 * 256),
     ):
         compiler.launch(f"causal_conv1d_{file}.cu", name, macros, grid, threads, shared, structure)

@@ -59,22 +59,6 @@ DEVICE void add_final(const Conv& p, const Span& span, const Channels& of, int s
     if (v < of.count) dx[v] += p.dfinal[of.states(p, span) + v * (W - 1) + j];
 }
 
-// The next STEPS of x and dy, on their way through shared memory: no registers wait for them.
-struct Ring {
-  INPUT* slots;  // of this thread
-  METHOD INPUT* slot(int i, int tensor) const { return slots + (i % STEPS * 2 + tensor) * 32 * WARPS * V; }
-  METHOD Group read(int i, int tensor) const { return load_group<INPUT>(slot(i, tensor), V); }
-  METHOD void ask(int i, int tensor, const INPUT* from, int count, bool wanted) const {
-    INPUT* to = slot(i, tensor);
-    if constexpr (ALIGNED) {
-      copy_async<V * sizeof(INPUT)>(to, from, wanted);
-    } else {
-      UNROLL for (int v = 0; v < V; v++)
-        to[v] = wanted && v < count ? from[v] : INPUT{};
-    }
-  }
-};
-
 // Everything but the sums over time: those of this span are left in the walk. Beyond the end of a sequence dy is zero.
 DEVICE void walk_span(const Conv& p, const Span& span, const Channels& of, Walk& walk, const Ring& ring) {
   const int begin = span.begin, last = least(span.end + W - 1, span.length) - 1;

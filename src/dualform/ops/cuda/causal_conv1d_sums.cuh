@@ -2,6 +2,22 @@
 
 #include "causal_conv1d.cuh"
 
+// The next STEPS of x and dy, on their way through shared memory: no registers wait for them.
+struct Ring {
+  INPUT* slots;  // of this thread
+  METHOD INPUT* slot(int i, int tensor) const { return slots + (i % STEPS * 2 + tensor) * 32 * WARPS * V; }
+  METHOD Group read(int i, int tensor) const { return load_group<INPUT>(slot(i, tensor), V); }
+  METHOD void ask(int i, int tensor, const INPUT* from, int count, bool wanted) const {
+    INPUT* to = slot(i, tensor);
+    if constexpr (ALIGNED) {
+      copy_async<V * sizeof(INPUT)>(to, from, wanted);
+    } else {
+      UNROLL for (int v = 0; v < V; v++)
+        to[v] = wanted && v < count ? from[v] : INPUT{};
+    }
+  }
+};
+
 // The sums of all blocks: a block of threads adds up 32 channels of one row.
 extern "C" __global__ void __launch_bounds__(256) causal_conv1d_sums(const __grid_constant__ Conv p) {
   SHARED_MEMORY(memory);

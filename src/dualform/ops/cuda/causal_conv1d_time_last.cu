@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const float* before = p.state + of.state(p);
   const Taps taps(p, of);
   Runs runs(p, of.row);
-#pragma unroll 2
+#pragma unroll 4
   for (int t = of.begin + lane * V; t < of.end; t += 32 * V) {
     float x[PAST + V], y[V];
     UNROLL for (int i = 0; i < PAST + V; i += V) {
@@ -123,18 +123,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   const Taps taps(p, of);
   const int last = of.begin + (of.end - 1 - of.begin) / ROUND * ROUND;  // where the last round begins
   const int first = of.begin > ROUND ? of.begin - ROUND : 0;            // of the inputs that are wanted
-  float sums[ROWS] = {}, x[V];
+  float sums[ROWS] = {};
   Outputs later = {};
   int at = of.end < of.length ? last + ROUND : last;  // outputs of the next span see inputs of this one
-  unpack(of.group(xs, at + lane * V, first), x);
-  Group next_x = of.group(xs, at - ROUND + lane * V, first), next_dy = of.group(dys, at + lane * V, of.begin);
-#pragma unroll 2
-  for (; at >= of.begin; at -= ROUND) {
+  SHARED_MEMORY(memory);
+  const Ring ring{reinterpret_cast<INPUT*>(memory) + threadIdx.x * V};
+  auto ask = [&](int slot, int t) {  // the inputs of the round before come with the gradients of a round
+    const bool wanted = t - ROUND >= first && t - ROUND < of.length, known = t >= of.begin && t < of.length;
+    ring.ask(slot, 0, xs + (wanted ? t - ROUND : 0), V, wanted);
+    ring.ask(slot, 1, dys + (known ? t : 0), V, known);
+    close_copies();
+  };
+  Group own = of.group(xs, at + lane * V, first);
+  UNROLL for (int i = 0; i < STEPS; i++)
+    ask(i, at - i * ROUND + lane * V);
+#pragma unroll 1
+  for (int slot = 0; at >= of.begin; at -= ROUND, slot++) {
     const int s = at + lane * V;
-    float earlier[V], window[V + W - 1];
+    float x[V], earlier[V], window[V + W - 1];
     Outputs now;
-    unpack(next_x, earlier), unpack(next_dy, now.g);
-    next_x = of.group(xs, s - 2 * ROUND, first), next_dy = of.group(dys, s - ROUND, of.begin);  // on their way
+    await_copies<STEPS - 1>();
+    unpack(own, x), unpack(ring.read(slot, 1), now.g);
+    own = ring.read(slot, 0), unpack(own, earlier);
+    ask(slot, s - STEPS * ROUND);
     if (at < ROUND) of.before(p.state + states, s - ROUND, earlier);
     UNROLL for (int i = 0; i < V + W - 1; i++)
       window[i] = of_step(x, earlier, i - (W - 1), lane);
@@ -173,8 +184,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       }
     }
     later = now;
-    UNROLL for (int v = 0; v < V; v++)
-      x[v] = earlier[v];
   }
   if (of.begin == 0) {  // of the steps before the first, which are in the state
     Runs runs(p, of.row);
