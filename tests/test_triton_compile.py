@@ -93,3 +93,36 @@ def test_kernels_compile_for_sizes_of_one():
         for given in smallest:
             compile_both_directions(given)
     assert {name for name, _ in kernels} >= {"forward", "backward"}
+
+
+def test_faults_of_compilers_are_found():
+    """In extracts of what Triton 3.6 and NVIDIA's assembler 12.8 made, which gave wrong numbers on a GPU."""
+    from triton_targets import overwritten, read_before_written
+
+    program = """
+    %state = ttg.local_alloc : () -> !ttg.memdesc<2x128x32xf16, #shared, #smem, mutable>
+    %new = ttg.local_alloc : () -> !ttg.memdesc<3x64x32xf16, #shared, #smem, mutable>
+    %first = ttg.memdesc_index %state[%c0] : !ttg.memdesc<2x128x32xf16> -> !ttg.memdesc<128x32xf16>
+    %1 = ttg.async_copy_global_to_local %at, %first mask %there : tensor<128x32x!tt.ptr<f16>> -> <128x32xf16>
+    %second = ttg.memdesc_index %new[%c0] : !ttg.memdesc<3x64x32xf16> -> !ttg.memdesc<64x32xf16>
+    %2 = ttg.async_copy_global_to_local %on, %second mask %there : tensor<64x32x!tt.ptr<f16>> -> <64x32xf16>
+    %turned = ttg.memdesc_trans %first {order = array<i32: 1, 0>} : !ttg.memdesc<128x32xf16> -> !ttg.memdesc<32x128xf16>
+    %3:3 = ttng.warp_group_dot_wait %product, %turned, %second {pendings = 1 : i32} : tensor<64x128xf32>
+    """
+    assert overwritten(program) == ["overwritten while 1 products run: {'%new': 3, '%state': 2}"]
+    assert (
+        overwritten(program.replace("<2x", "<3x")) == [] == overwritten(program.replace("pendings = 1", "pendings = 0"))
+    )
+
+    instructions = """
+        /*0010*/                   ULDC.64 UR6, c[0x0][0x210] ;
+        /*0020*/              @!P0 UIADD3 UR14, UP0, UR7, 0x40, URZ ;
+        /*0030*/                   UIADD3.X UR15, UR8, -0x7fffffe0, URZ, UP0, !UPT ;
+        /*0040*/                   HGMMA.64x32x16.F32 R24, R40, gdesc[UR12].tnspB, R24 ;
+    """
+    found = ["UR8 is read before it is written: UIADD3.X UR15, UR8, -0x7fffffe0, URZ, UP0, !UPT"]
+    assert read_before_written(instructions) == found
+    assert read_before_written(instructions.replace("UR8", "UR6")) == []
+    assert read_before_written(instructions.replace("UR8", "UR6").replace("R40, ", "")) == [
+        "UR12 is read before it is written: HGMMA.64x32x16.F32 R24, gdesc[UR12].tnspB, R24"
+    ]

@@ -217,7 +217,7 @@ def test_kernels_compile_for(target, as_they_are):
 
     given: tuple[OpCase, ...] = (delta(1, 150, 2, 1, 64, 64, packed=[100, 50]),)
     if target == "NVIDIA Hopper":
-        given = (delta(2, 128, 2, 2, 128, 128), delta(1, 1, 1, 1, 1, 1))
+        given = (delta(2, 128, 2, 2, 128, 128), delta(1, 1, 1, 1, 1, 1), delta(1, 70, 2, 1, 40, 20))
     with compiled(TARGETS[target]) as kernels:
         for one in given:
             compile_both_directions(one)

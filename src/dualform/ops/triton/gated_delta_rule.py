@@ -15,15 +15,14 @@ from dualform.ops.triton.support import (
     blocks,
     kernels,
     power_of_two,
-    shared_memory,
     table_of_chunks,
 )
 
-_CHUNK = 64  # steps of a matrix product
+# Steps of a chunk. With 64, products are Hopper's own instructions, and kernels came out wrong: with Triton 3.6 and 3.7
+# copies overwrite what products still read, and NVIDIA's assembler 12.8 reads registers that nothing wrote.
+_CHUNK = 32
 _LEAST = 16  # rows and columns of a matrix product; half of a chunk
 _MOST_KEYS, _MOST_WIDTH = 128, 512
-_SHARED = 160 * 2**10  # bytes for keys and values of 128
-_FEW_VALUES = 32
 _COLUMNS = {"states": 64, "outputs": 32, "adjoint": 64, "gradients": 32}  # of values, at a time
 _WARPS = {"inverses": 2, "states": 4, "outputs": 4, "adjoint": 4, "gradients": 8}
 _STAGES = {"states": 2, "adjoint": 2}
@@ -34,24 +33,10 @@ def _side(size: int) -> int:
     return max(_LEAST, power_of_two(size))
 
 
-def _chunk(a: GatedDeltaRule) -> int:
-    """Steps of a chunk, as the memory of a processor allows.
-
-    Heads of few values get half of them. On an H200, Triton 3.6 gives wrong numbers, in y or in the gradient of k,
-    where products have 64 rows, for Hopper's own instructions, and the loop over the columns of values is one round.
-    """
-    chunk, size = _CHUNK, _side(a.h0.shape[2]) * min(_side(a.h0.shape[3]), 128) / 128**2
-    if a.h0.shape[3] <= _FEW_VALUES:
-        chunk = min(chunk, 2 * _LEAST)
-    while chunk > 2 * _LEAST and _SHARED * size * chunk / 64 > shared_memory(a.q):
-        chunk //= 2
-    return chunk
-
-
 def _slots(a: GatedDeltaRule) -> int:
     """How many chunks there may be; no chunk crosses a border."""
-    length, chunk = a.q.shape[1], _chunk(a)
-    return blocks(length, chunk) if a.packing is None else length // chunk + a.packing.rows
+    length = a.q.shape[1]
+    return blocks(length, _CHUNK) if a.packing is None else length // _CHUNK + a.packing.rows
 
 
 def _dtype(a: GatedDeltaRule) -> torch.dtype:
@@ -68,7 +53,7 @@ class _Plan:
         log = a.beta.new_zeros(a.beta.shape) if a.log_decay is None else a.log_decay
         self.beta, self.log = self.given(a.beta, 1, a.beta.dtype), self.given(log, 1, log.dtype)
         (self.batch, self.length, self.heads, self.width), self.keys = a.v.shape, a.q.shape[3]
-        self.chunk, self.slots, self.table, self.chunks = _chunk(a), _slots(a), None, None
+        self.chunk, self.slots, self.table, self.chunks = _CHUNK, _slots(a), None, None
         if a.packing is not None:
             self.table = table_of_chunks(a.packing, self.slots, self.chunk)
             self.chunks = F.pad((-(-a.packing.cu_seqlens.diff() // self.chunk)).cumsum(0), (1, 0))
@@ -127,7 +112,7 @@ _forward, _infer = partial(_run, True), partial(_run, False)
 
 def _saved(a: GatedDeltaRule) -> list[Tensor]:
     """Inverses, sums of logarithms, the states that enter chunks, what every step writes, and the weights of writes."""
-    places, chunk, dtype = (a.q.shape[0], _slots(a), a.v.shape[2]), _chunk(a), _dtype(a)
+    places, chunk, dtype = (a.q.shape[0], _slots(a), a.v.shape[2]), _CHUNK, _dtype(a)
     return [
         a.v.new_empty(*places, chunk, chunk, dtype=dtype),
         a.h0.new_empty(*places, 2, chunk),
