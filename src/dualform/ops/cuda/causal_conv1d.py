@@ -20,7 +20,7 @@ class Plan(NamedTuple):
 
     Args:
         channels: of a thread; 8 of them are of 16 bits and lie so that they are read at once, else it takes 4.
-        steps: that are on their way from memory.
+        steps: that are on their way from memory; rounds of a warp's lanes where time is last.
         warps: of a block, side by side in time.
         span: steps of a warp.
         blocks: that a multiprocessor should hold.
