@@ -60,15 +60,14 @@ LARGE = {
 
 
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch):
-    """Chunks of a few steps and blocks of a few columns, so that small sizes cross several."""
+def few_columns(monkeypatch):
+    """Blocks of a few columns, so that small sizes cross several."""
     module = sys.modules["dualform.ops.triton.gated_delta_rule"]
-    monkeypatch.setattr(module, "_CHUNK", 32)
     monkeypatch.setattr(module, "_COLUMNS", dict.fromkeys(module._COLUMNS, 16))
 
 
 @pytest.fixture
-def as_they_are(monkeypatch, short_chunks):
+def as_they_are(monkeypatch, few_columns):
     monkeypatch.undo()
 
 

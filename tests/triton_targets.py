@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,9 +74,11 @@ def faults(kernel: Any) -> list[str]:
 
 
 def overwritten(program: str) -> list[str]:
-    """Products that are not waited for, of matrices that copies fill anew, some with fewer places than others."""
+    """Products that are not waited for, of matrices with fewer places than copies are made of them in a round's time.
+
+    A loop with n places has n - 1 copies before it and one in it, which fills a place that no running product reads.
+    """
     allocated = re.findall(r"(%\S+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", program)
-    places = {name: int(count) for name, count in allocated}
     of = dict(re.findall(r"(%\S+) = ttg\.memdesc_(?:index|trans) (%\w+)", program))
 
     def memory(name: str) -> str:
@@ -83,11 +86,12 @@ def overwritten(program: str) -> list[str]:
             name = of[name]
         return name
 
-    copied = {memory(name) for name in re.findall(r"async_copy_global_to_local \S+, (%\S+)", program)} & places.keys()
+    copies = Counter(memory(name) for name in re.findall(r"async_copy_global_to_local \S+, (%\S+)", program))
+    few = {name: int(places) for name, places in allocated if int(places) < copies[name]}
     found = []
     for names, running in re.findall(r"warp_group_dot_wait (.*?) \{pendings = (\d+)", program):
-        read = {name: places[name] for name in sorted({memory(name) for name in names.split(", ")} & copied)}
-        if int(running) and len({*read.values()}) > 1:
+        read = {name: few[name] for name in sorted({memory(name) for name in names.split(", ")} & few.keys())}
+        if int(running) and read:
             found.append(f"overwritten while {running} products run: {read}")
     return found
 
@@ -95,7 +99,9 @@ def overwritten(program: str) -> list[str]:
 def read_before_written(instructions: str) -> list[str]:
     """The first uniform register that an instruction reads and none before it writes."""
     written: set[int] = set()
-    for line in re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?(.*?) *;", instructions, re.MULTILINE):
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?(.*?) *;", instructions, re.MULTILINE)
+    assert lines, "no instructions are found: cuobjdump writes them in another way"
+    for line in lines:
         name, _, rest = line.partition(" ")
         first, *others = re.split(r",\s*", rest.strip())
         target = re.fullmatch(r"UR(\d+)", first)

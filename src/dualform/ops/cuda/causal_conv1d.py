@@ -1,5 +1,6 @@
 """The short causal convolution on an NVIDIA GPU."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -87,8 +88,7 @@ def _forward(a: CausalConv1d) -> list[Tensor]:
     if a.x.numel() == 0:
         return [empty_like(a.x), final.copy_(a.h0)]
     last = _is_last(a)
-    plan = plan_forward(len(a.h0), a.x.shape[1], a.weight.shape[0], a.weight.shape[1], a.ids is not None)
-    call, y = _time_last(a) if last else _time_second(a, plan), empty_like(a.x, last)
+    call, y = _time_last(a) if last else _time_second(a, plan_forward), empty_like(a.x, last)
     file, kernel = ("time_last", "time_last_forward") if last else ("forward", "forward")
     compiler.launch(
         f"causal_conv1d_{file}.cu", f"causal_conv1d_{kernel}", call.macros, call.grid, call.threads, 0,
@@ -103,9 +103,8 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
         zeros = {f: torch.zeros_like(m) for f, m in a._asdict().items() if isinstance(m, Tensor)}
         return {**zeros, "h0": dfinal.clone()}
     last = _is_last(a)
-    plan = plan_backward(len(a.h0), a.x.shape[1], a.weight.shape[0], a.weight.shape[1], a.ids is not None)
     dy = lay(grads[0].to(a.x.dtype), True).mT if last else readable(grads[0].to(a.x.dtype))
-    call = _time_last(a, dy) if last else _time_second(a, plan, dy)
+    call = _time_last(a, dy) if last else _time_second(a, plan_backward, dy)
     given, macros, dx = call.given, call.macros, empty_like(a.x, last)
     dweight, dh0, bias = torch.empty_like(given["weight"]), torch.empty_like(dfinal), given["bias"]
     found = {"x": dx, "weight": dweight, "h0": dh0, **({} if bias is None else {"bias": torch.empty_like(bias)})}
@@ -126,9 +125,9 @@ def _backward(grads: list[Tensor], kept: list[Tensor], a: CausalConv1d) -> dict[
     return found
 
 
-def _time_second(a: CausalConv1d, plan: Plan, *more: Tensor) -> _Call:
+def _time_second(a: CausalConv1d, planned: Callable[..., Plan], *more: Tensor) -> _Call:
     """Of kernels whose threads walk through time with some channels; ``more`` are tensors like x that they read."""
-    x = readable(a.x)
+    x, plan = readable(a.x), planned(len(a.h0), a.x.shape[1], *a.weight.shape, a.ids is not None)
     given, macros = _inputs(a, x, plan)
     width, length, rows = a.weight.shape[0], x.shape[1], len(a.h0)
     at_once = all(m is None or m.data_ptr() % 16 == 0 for m in (given["weight"], given["bias"]))

@@ -53,10 +53,10 @@ class _Plan:
         log = a.beta.new_zeros(a.beta.shape) if a.log_decay is None else a.log_decay
         self.beta, self.log = self.given(a.beta, 1, a.beta.dtype), self.given(log, 1, log.dtype)
         (self.batch, self.length, self.heads, self.width), self.keys = a.v.shape, a.q.shape[3]
-        self.chunk, self.slots, self.table, self.chunks = _CHUNK, _slots(a), None, None
+        self.slots, self.table, self.chunks = _slots(a), None, None
         if a.packing is not None:
-            self.table = table_of_chunks(a.packing, self.slots, self.chunk)
-            self.chunks = F.pad((-(-a.packing.cu_seqlens.diff() // self.chunk)).cumsum(0), (1, 0))
+            self.table = table_of_chunks(a.packing, self.slots, _CHUNK)
+            self.chunks = F.pad((-(-a.packing.cu_seqlens.diff() // _CHUNK)).cumsum(0), (1, 0))
         self.rows, self.scale, self.per_group = len(a.h0), a.scale, a.per_group
 
     def given(self, m: Tensor, inner: int, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -67,7 +67,7 @@ class _Plan:
     def launch(self, name: str, *args: Any, **more: Any) -> None:
         """Run a kernel: one program for each head of a chunk, or for each head of a sequence and some columns."""
         columns = min(_COLUMNS.get(name, _side(self.width)), _side(self.width))
-        sizes: dict[str, Any] = {"N": self.keys, "NP": _side(self.keys), "Q": self.chunk}
+        sizes: dict[str, Any] = {"N": self.keys, "NP": _side(self.keys), "Q": _CHUNK}
         programs = self.batch * self.slots * self.heads
         if name in _COLUMNS:
             sizes |= {"P": self.width, "BP": columns}
@@ -112,13 +112,13 @@ _forward, _infer = partial(_run, True), partial(_run, False)
 
 def _saved(a: GatedDeltaRule) -> list[Tensor]:
     """Inverses, sums of logarithms, the states that enter chunks, what every step writes, and the weights of writes."""
-    places, chunk, dtype = (a.q.shape[0], _slots(a), a.v.shape[2]), _CHUNK, _dtype(a)
+    places, dtype = (a.q.shape[0], _slots(a), a.v.shape[2]), _dtype(a)
     return [
-        a.v.new_empty(*places, chunk, chunk, dtype=dtype),
-        a.h0.new_empty(*places, 2, chunk),
+        a.v.new_empty(*places, _CHUNK, _CHUNK, dtype=dtype),
+        a.h0.new_empty(*places, 2, _CHUNK),
         a.v.new_empty(*places, *a.h0.shape[2:], dtype=dtype),
         a.v.new_empty(a.v.shape, dtype=dtype),
-        a.v.new_empty(*places, chunk, chunk, dtype=dtype),
+        a.v.new_empty(*places, _CHUNK, _CHUNK, dtype=dtype),
     ]
 
 
